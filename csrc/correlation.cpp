@@ -1,0 +1,262 @@
+#include "correlation.h"
+
+#include <algorithm>
+#include <tuple>
+
+namespace fastinv {
+namespace {
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Whether tap `k` applies to output `o`, and the input position it reads (perhaps outside).
+bool source(const Axis& axis, bool transposed, int o, int k, int* position) {
+  if (!transposed) {
+    *position = o * axis.stride + k * axis.dilation - axis.padding;
+    return true;
+  }
+  const int scaled = o + axis.padding - k * axis.dilation;
+  *position = scaled / axis.stride;
+  return scaled % axis.stride == 0;
+}
+
+// The taps of one phase of an axis, in increasing order of the input position they read.
+std::vector<int> phase_taps(const Axis& axis, bool transposed, int phase) {
+  std::vector<int> taps;
+  int position;
+  for (int k = 0; k < axis.kernel; ++k) {
+    if (source(axis, transposed, phase, k, &position)) taps.push_back(k);
+  }
+  if (transposed) std::reverse(taps.begin(), taps.end());
+  return taps;
+}
+
+}  // namespace
+
+Geometry Geometry::adjoint() const {
+  Geometry g = *this;
+  g.transposed = !transposed;
+  std::swap(g.in_channels, g.out_channels);
+  for (Axis& a : g.axis) std::swap(a.in, a.out);
+  return g;
+}
+
+Correlation::Correlation(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias)
+    : kernels_(kernels), geometry_(geometry), form_(choose_form()), tile_pixels_(kMaxTilePixels) {
+  if (form_ == Form::kDot) {
+    tile_pixels_ = kernels.dot_pixels[std::min(geometry.out_channels / geometry.groups, kMaxDotOutputs)];
+  }
+  order_taps();
+  build_rows();
+  pack(weight, bias);
+  shared_tiles_.clear();
+  zeros_ = Buffer(std::max(longest_run_, form_ == Form::kDepthwise ? geometry.in_channels : 1));
+}
+
+// The cost model: vector FMAs per output pixel. It sees shapes only, so the same network takes the same form, and
+// sums in the same order, on every machine with this instruction set.
+Correlation::Form Correlation::choose_form() const {
+  const Geometry& g = geometry_;
+  if (g.groups > 1 && g.groups == g.in_channels && g.groups == g.out_channels) return Form::kDepthwise;
+  const int in = g.in_channels / g.groups, out = g.out_channels / g.groups, width = kernels_.width;
+  const int phases_y = g.transposed ? g.axis[0].stride : 1, phases_x = g.transposed ? g.axis[1].stride : 1;
+  const double taps_y = double(g.axis[0].kernel) / phases_y, taps_x = double(g.axis[1].kernel) / phases_x;
+  const bool merged = g.groups == 1 && (g.transposed || g.axis[1].dilation == 1);
+  const double run = merged ? taps_x * in : in, runs = merged ? taps_y : taps_y * taps_x;
+  const double broadcast = taps_y * taps_x * in * ceil_div(out, width);
+  const double reduction = 6.0;  // instructions to sum the lanes of one accumulator
+  const double dot = out * (runs * std::max(1.0, (run + width - 1) / width) + reduction);
+  return dot < broadcast ? Form::kDot : Form::kBroadcast;
+}
+
+// Sub-convolutions along an axis: outputs of one residue modulo the stride of a transposed convolution share taps.
+int Correlation::phases(int axis) const {
+  return geometry_.transposed ? std::min(geometry_.axis[axis].stride, geometry_.axis[axis].out) : 1;
+}
+
+void Correlation::order_taps() {
+  const Geometry& g = geometry_;
+  const int phases_y = phases(0), phases_x = phases(1);
+  int32_t row = 0;
+  for (int py = 0; py < phases_y; ++py) {
+    for (int px = 0; px < phases_x; ++px) {
+      std::vector<Tap>& taps = phases_.emplace_back();
+      for (int y : phase_taps(g.axis[0], g.transposed, py)) {
+        for (int x : phase_taps(g.axis[1], g.transposed, px)) {
+          taps.push_back({y, x, row});
+          row += channels_per_row();
+        }
+      }
+    }
+  }
+  weight_rows_ = row;
+}
+
+void Correlation::build_rows() {
+  const Geometry& g = geometry_;
+  const int step_y = phases(0), step_x = phases(1);
+  for (int py = 0; py < step_y; ++py) {
+    for (int px = 0; px < step_x; ++px) {
+      const int phase = py * step_x + px;
+      const int columns = ceil_div(g.axis[1].out - px, step_x);
+      // Rows of fewer than 4 pixels leave most of a tile empty: there tiles run on from row to row.
+      const bool narrow = columns < 4;
+      std::vector<Pixel> pixels;
+      for (int y = py; y < g.axis[0].out; y += step_y) {
+        for (int x = px; x < g.axis[1].out; x += step_x) pixels.push_back({y, x});
+        if (!narrow) {
+          add_row(phase, pixels, true);
+          pixels.clear();
+        }
+      }
+      if (!pixels.empty()) add_row(phase, pixels, false);
+    }
+  }
+}
+
+// Appends the tiles of these pixels. Rows of the same phase whose taps fall inside the same way differ only in where
+// they start, and share their tiles.
+void Correlation::add_row(int phase, const std::vector<Pixel>& pixels, bool shared) {
+  const Geometry& g = geometry_;
+  std::vector<Tap> taps;
+  std::vector<int> key = {phase};
+  int first_y = 0;
+  for (const Tap& tap : phases_[static_cast<size_t>(phase)]) {
+    if (shared) {
+      int y;
+      source(g.axis[0], g.transposed, pixels[0].y, tap.y, &y);
+      if (y < 0 || y >= g.axis[0].in) continue;
+      if (taps.empty()) first_y = y;
+      key.push_back(tap.y);
+    }
+    taps.push_back(tap);
+  }
+  TileRow row = {};
+  row.in_base = int64_t{first_y} * g.axis[1].in * g.in_channels;
+  row.out_base = shared ? int64_t{pixels[0].y} * g.axis[1].out * g.out_channels : 0;
+  const auto known = shared ? shared_tiles_.find(key) : shared_tiles_.end();
+  if (known != shared_tiles_.end()) {
+    std::tie(row.first_tile, row.tiles) = known->second;
+  } else {
+    row.first_tile = static_cast<int32_t>(tiles_.size());
+    add_tiles(taps, pixels, first_y, row.out_base);
+    row.tiles = static_cast<int32_t>(tiles_.size()) - row.first_tile;
+    if (shared) shared_tiles_[key] = {row.first_tile, row.tiles};
+  }
+  rows_.push_back(row);
+}
+
+void Correlation::add_tiles(const std::vector<Tap>& taps, const std::vector<Pixel>& pixels, int first_y,
+                            int64_t out_base) {
+  const Geometry& g = geometry_;
+  const int total = static_cast<int>(pixels.size());
+  const int count = ceil_div(total, tile_pixels_);
+  for (int t = 0, begin = 0; t < count; ++t) {
+    const int size = total / count + (t < total % count ? 1 : 0);  // even: 32 is 6+6+5+5+5+5, not 6·5+2
+    Tile tile = {};
+    tile.pixels = size;
+    for (int p = 0; p < size; ++p) {
+      const Pixel& pixel = pixels[static_cast<size_t>(begin + p)];
+      tile.out[p] = static_cast<int32_t>((int64_t{pixel.y} * g.axis[1].out + pixel.x) * g.out_channels - out_base);
+    }
+    tile.first_run = static_cast<int32_t>(runs_.size());
+    add_runs(taps, &pixels[static_cast<size_t>(begin)], size, first_y);
+    tile.runs = static_cast<int32_t>(runs_.size()) - tile.first_run;
+    tiles_.push_back(tile);
+    begin += size;
+  }
+}
+
+void Correlation::add_runs(const std::vector<Tap>& taps, const Pixel* pixels, int count, int first_y) {
+  const Geometry& g = geometry_;
+  const size_t first_run = runs_.size();
+  for (const Tap& tap : taps) {
+    Run run = {};
+    run.weight = tap.row;
+    run.length = channels_per_row();
+    bool inside = false;
+    for (int p = 0; p < count; ++p) {
+      int y, x;
+      source(g.axis[0], g.transposed, pixels[p].y, tap.y, &y);
+      source(g.axis[1], g.transposed, pixels[p].x, tap.x, &x);
+      const bool outside = y < 0 || y >= g.axis[0].in || x < 0 || x >= g.axis[1].in;
+      inside |= !outside;
+      run.offset[p] = outside ? kOutside
+                              : static_cast<int32_t>((int64_t{y - first_y} * g.axis[1].in + x) * g.in_channels);
+    }
+    if (!inside) continue;
+    // Taps side by side read one contiguous stretch; one long run costs less than several short ones.
+    bool joins = form_ != Form::kDepthwise && runs_.size() > first_run &&
+                 runs_.back().weight + runs_.back().length == run.weight;
+    for (int p = 0; joins && p < count; ++p) {
+      const int32_t before = runs_.back().offset[p];
+      joins = before == kOutside ? run.offset[p] == kOutside : run.offset[p] == before + runs_.back().length;
+    }
+    if (joins) {
+      runs_.back().length += run.length;
+    } else {
+      runs_.push_back(run);
+    }
+    longest_run_ = std::max(longest_run_, runs_.back().length);
+  }
+}
+
+void Correlation::pack(const WeightAt& weight, const float* bias) {
+  const Geometry& g = geometry_;
+  const int in = g.in_channels / g.groups, out = g.out_channels / g.groups;
+  const bool broadcast = form_ == Form::kBroadcast, depthwise = form_ == Form::kDepthwise;
+  const int padded = broadcast ? static_cast<int>(round_up(out, kernels_.width)) : out;
+  const int block = broadcast ? kernels_.max_vectors * kernels_.width : 1;
+  group_weights_ = weight_rows_ * padded;
+  group_bias_ = padded;
+  weights_ = Buffer(group_weights_ * g.groups);
+  if (bias) bias_ = Buffer(group_bias_ * g.groups);
+  for (int group = 0; group < g.groups; ++group) {
+    if (bias) std::copy_n(bias + group * out, out, bias_.data() + group * group_bias_);
+    for (const std::vector<Tap>& taps : phases_) {
+      for (const Tap& tap : taps) {
+        for (int o = 0; o < out; ++o) {
+          const int first = o / block * block;                      // channels in the blocks before
+          const int span = std::min(block, padded - first);         // channels in this block
+          for (int i = 0; i < in; ++i) {
+            const int64_t row = tap.row + i;
+            const int64_t at = depthwise ? row * g.groups + group
+                                         : group * group_weights_ + first * weight_rows_ + row * span + (o - first);
+            weights_[at] = weight(group, o, i, tap.y, tap.x);
+          }
+        }
+      }
+    }
+  }
+}
+
+void Correlation::run(const float* in, float* out, bool accumulate, Activation activation) const {
+  const Geometry& g = geometry_;
+  if (form_ == Form::kDepthwise) {
+    kernels_.depthwise({in, out, zeros_.data(), rows_.data(), static_cast<int64_t>(rows_.size()), tiles_.data(),
+                        runs_.data(), weights_.data(), bias_.data(), g.out_channels, accumulate, activation});
+    return;
+  }
+  const auto kernel = form_ == Form::kDot ? kernels_.correlate_dot : kernels_.correlate;
+  const int in_step = g.in_channels / g.groups, out_step = g.out_channels / g.groups;
+  for (int group = 0; group < g.groups; ++group) {
+    const float* bias = bias_.data() ? bias_.data() + group * group_bias_ : nullptr;
+    kernel({in + group * in_step, out + group * out_step, zeros_.data(), rows_.data(),
+            static_cast<int64_t>(rows_.size()), tiles_.data(), runs_.data(),
+            weights_.data() + group * group_weights_, weight_rows_, bias, out_step, accumulate, activation});
+  }
+}
+
+std::string Correlation::algorithm() const {
+  const int width = kernels_.width;
+  if (form_ == Form::kDepthwise) {
+    return "depthwise " + std::to_string(tile_pixels_) + "x" + std::to_string(width);
+  }
+  const int out = geometry_.out_channels / geometry_.groups;
+  if (form_ == Form::kDot) {
+    return "dot " + std::to_string(tile_pixels_) + "x" + std::to_string(std::min(out, kMaxDotOutputs));
+  }
+  const int vectors = std::min(kernels_.max_vectors, ceil_div(out, width));
+  return "broadcast " + std::to_string(tile_pixels_) + "x" + std::to_string(vectors * width);
+}
+
+}  // namespace fastinv

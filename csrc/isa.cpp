@@ -1,0 +1,42 @@
+#include "isa.h"
+
+#include <stdexcept>
+
+namespace fastinv {
+
+#ifdef FASTINV_X86
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx2;
+#endif
+extern const Kernels kernels_portable;
+
+const std::vector<Isa>& isas() {
+  // __builtin_cpu_supports asks the operating system too (XGETBV), not only the processor.
+  static const std::vector<Isa> list = {
+#ifdef FASTINV_X86
+      {&kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+      {&kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#endif
+      {&kernels_portable, true},
+  };
+  return list;
+}
+
+const Kernels& kernels_for(const std::string& name) {
+  std::string runnable;
+  for (const Isa& isa : isas()) {
+    if (!isa.runnable) continue;
+    if (name.empty() || name == isa.kernels->isa) return *isa.kernels;
+    runnable += (runnable.empty() ? "" : ", ") + std::string(isa.kernels->isa);
+  }
+  for (const Isa& isa : isas()) {
+    if (name == isa.kernels->isa) {
+      throw std::invalid_argument("instruction set '" + name + "' is not available on this machine; it can run " +
+                                  runnable);
+    }
+  }
+  throw std::invalid_argument("unknown instruction set '" + name + "'; this machine can run " + runnable);
+}
+
+}  // namespace fastinv

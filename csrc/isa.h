@@ -1,0 +1,22 @@
+// The instruction sets this build has kernels for, best first, and which of them this machine can run.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fastinv {
+
+struct Isa {
+  const Kernels* kernels;
+  bool runnable;
+};
+
+const std::vector<Isa>& isas();
+
+// The kernels of the named set, or of the best runnable one for "". Throws std::invalid_argument when the name is
+// unknown or the machine lacks it; the message lists what there is.
+const Kernels& kernels_for(const std::string& name);
+
+}  // namespace fastinv

@@ -1,0 +1,227 @@
+// The border between the engine and the kernels: plain structs and one table of functions per instruction set.
+//
+// Kernels see one image at a time in the internal layout: [H, W, C] for images (channels last), row-major for
+// everything else. They know nothing of networks, batches or threads, and use no standard library.
+#pragma once
+
+#include <cstdint>
+
+namespace fastinv {
+
+enum class ActivationKind : int {
+  kIdentity,
+  kRelu,
+  kLeakyRelu,
+  kSigmoid,
+  kTanh,
+  kSilu,
+  kGelu,
+  kGeluTanh,
+  kSoftplus,
+  kHardtanh,
+  kClamp,
+};
+
+struct Activation {
+  ActivationKind kind = ActivationKind::kIdentity;
+  float a = 0.0f;
+  float b = 0.0f;
+};
+
+// ---- correlate: every dense convolution, transposed convolution, linear layer and their gradients -------------
+//
+// out[p] = activation(bias + Σ_run Σ_k in[p's offset for the run + k] · weight[run.weight + k])
+//
+// Strides, dilation, padding and the sub-convolutions of a transposed convolution are all resolved when a network
+// is compiled, into the offsets below. A run is a stretch of the input that lies contiguous in memory: the
+// channels under one tap, or under several taps side by side.
+
+constexpr int kMaxTilePixels = 6;
+constexpr int kMaxDotOutputs = 4;
+constexpr int32_t kOutside = -1;  // this pixel's run lies in the padding: read zeros
+
+struct Run {
+  int32_t weight;  // first weight row
+  int32_t length;  // floats, and weight rows
+  int32_t offset[kMaxTilePixels];
+};
+
+struct Tile {
+  int32_t first_run;
+  int32_t runs;
+  int32_t pixels;
+  int32_t out[kMaxTilePixels];
+};
+
+struct TileRow {
+  int32_t first_tile;
+  int32_t tiles;
+  int64_t in_base;
+  int64_t out_base;
+};
+
+struct CorrelateArgs {
+  const float* in;
+  float* out;
+  const float* zeros;  // as many as the longest run
+  const TileRow* rows;
+  int64_t row_count;
+  const Tile* tiles;
+  const Run* runs;
+  const float* weights;  // broadcast: [block][row][block's channels]; dot: [channel][row]
+  int64_t weight_rows;
+  const float* bias;  // one per output channel (broadcast: padded to whole vectors), or null
+  int32_t out_channels;
+  bool accumulate;  // add to what is in out
+  Activation activation;
+};
+
+// Depthwise: out[p, c] = activation(bias[c] + Σ_tap in[p's offset + c] · weights[tap, c]); runs are taps.
+struct DepthwiseArgs {
+  const float* in;
+  float* out;
+  const float* zeros;
+  const TileRow* rows;
+  int64_t row_count;
+  const Tile* tiles;
+  const Run* runs;
+  const float* weights;  // [tap, channel]
+  const float* bias;     // [channel] or null
+  int32_t channels;
+  bool accumulate;
+  Activation activation;
+};
+
+// ---- pooling and resampling -------------------------------------------------------------------------------------
+
+struct PoolArgs {
+  const float* in;
+  float* out;
+  int32_t in_h, in_w, out_h, out_w, channels;
+  int32_t kernel[2], stride[2], padding[2], dilation[2];
+  Activation activation;
+};
+
+struct PoolGradientArgs {
+  PoolArgs pool;          // in and out as they were in the forward pass; activation unused
+  const float* grad_out;  // [out_h, out_w, channels]
+  float* grad_in;         // added to
+};
+
+// A sparse matrix with one row per output position: entries first[i] .. first[i + 1].
+struct SparseAxis {
+  const int32_t* first;
+  const int32_t* index;
+  const float* weight;
+};
+
+// out[i, j, c] = activation(Σ_u Σ_v rows[i, u] · columns[j, v] · in[u, v, c])
+struct ResampleArgs {
+  const float* in;
+  float* out;
+  int32_t in_w, out_h, out_w, channels;
+  SparseAxis rows, columns;
+  bool accumulate;
+  Activation activation;
+};
+
+// ---- elementwise --------------------------------------------------------------------------------------------------
+
+enum class BinaryKind : int { kAdd, kMul };
+
+constexpr int kMaxRank = 6;
+
+// out[i] = a[i] ∘ b[i] over `rank` axes; a stride of 0 broadcasts, and the last axis has strides 0 or 1.
+struct BinaryArgs {
+  const float* a;
+  const float* b;
+  float* out;
+  BinaryKind kind;
+  int32_t rank;
+  int64_t size[kMaxRank];
+  int64_t stride_a[kMaxRank], stride_b[kMaxRank];
+  Activation activation;
+};
+
+// grad_a[i] += grad_out[i] · (kMul ? b[i] : 1), summed where a was broadcast.
+struct BinaryGradientArgs {
+  const float* grad_out;
+  const float* b;
+  float* grad_a;
+  BinaryKind kind;
+  int32_t rank;
+  int64_t size[kMaxRank];
+  int64_t stride_a[kMaxRank], stride_b[kMaxRank];
+};
+
+// out[o, i] = activation(scale[i] · in[o, i] + shift[i]); shift may be null.
+struct AffineArgs {
+  const float* in;
+  float* out;
+  const float* scale;
+  const float* shift;
+  int64_t outer, inner;
+  bool accumulate;
+  Activation activation;
+};
+
+// ---- rMLE -----------------------------------------------------------------------------------------------------------
+
+struct TotalVariationArgs {
+  const float* z;  // [height, width, channels]
+  float* grad;     // added to
+  float* scratch;  // 4 rows of (width + 1) · channels
+  int32_t height, width, channels;
+  float weight, beta;
+};
+
+enum class OptimizerKind : int { kAdam, kAmsgrad, kSgd };
+
+// One optimizer step with PyTorch's formulas, then the clamp to [low, high].
+struct OptimizerArgs {
+  float* z;
+  const float* grad;
+  float* first;   // m of Adam, the momentum buffer of SGD
+  float* second;  // v of Adam
+  float* largest;  // running maximum of v, for AMSGrad
+  const float* low;  // bounds for every element, or null
+  const float* high;
+  int64_t size;
+  OptimizerKind kind;
+  float beta1, beta2, eps;
+  float step_size;         // Adam: lr / (1 − β1^t); SGD: lr
+  float root_correction2;  // Adam: sqrt(1 − β2^t)
+  float momentum;
+  bool first_step;
+};
+
+// ---- the table -----------------------------------------------------------------------------------------------------
+
+struct Kernels {
+  const char* isa;
+  int width;         // floats in a vector
+  int max_vectors;   // vectors of output channels in a correlate tile
+  int dot_pixels[kMaxDotOutputs + 1];  // tile pixels of the dot form, by number of outputs
+
+  void (*correlate)(const CorrelateArgs&);
+  void (*correlate_dot)(const CorrelateArgs&);
+  void (*depthwise)(const DepthwiseArgs&);
+  void (*max_pool)(const PoolArgs&);
+  void (*max_pool_gradient)(const PoolGradientArgs&);
+  void (*resample)(const ResampleArgs&);
+  void (*binary)(const BinaryArgs&);
+  void (*binary_gradient)(const BinaryGradientArgs&);
+  void (*affine)(const AffineArgs&);
+  void (*activate)(const float* in, float* out, int64_t size, Activation);
+  // grad[i] *= activation'(x[i]), from x and y = activation(x); x may be y where needs_input() says no.
+  void (*activate_gradient)(const float* x, const float* y, float* grad, int64_t size, Activation);
+  void (*gather)(const float* in, const int32_t* index, float* out, int64_t size, bool accumulate);
+  void (*add)(const float* in, float* out, int64_t size);
+  // grad = 2 · (y − v); returns Σ (y − v)².
+  double (*residual)(const float* y, const float* v, float* grad, int64_t size);
+  // Adds weight · ∇TV_β(z) to grad; returns weight · TV_β(z).
+  double (*total_variation)(const TotalVariationArgs&);
+  void (*optimizer)(const OptimizerArgs&);
+};
+
+}  // namespace fastinv

@@ -1,0 +1,199 @@
+// Dense correlation: convolution, transposed convolution, linear, and the gradients of all three to their input.
+//
+// Two forms. "broadcast" puts output channels in the vector: for each weight row, kMaxVectors vector loads and one
+// broadcast per pixel feed pixels × vectors FMAs, so at 6 × 4 the FMA unit (one 512-bit or two 256-bit FMAs a
+// cycle) is the limit and not the load ports. "dot" puts the inner sum in the vector, for the few output channels
+// of last layers, where output channels would leave most lanes empty.
+#pragma once
+
+FASTINV_INLINE const float* run_start(const CorrelateArgs& args, const float* in, int32_t offset) {
+  return offset == kOutside ? args.zeros : in + offset;
+}
+
+template <int kVectors, int kPixels>
+void correlate_tile(const CorrelateArgs& args, const Tile& tile, const float* in, float* out, const float* weights,
+                    const float* bias, int last_lanes) {
+  constexpr int kBlock = kVectors * kWidth;
+  V acc[kPixels][kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const V start = bias ? load(bias + v * kWidth) : zero();
+#pragma GCC unroll 6
+    for (int p = 0; p < kPixels; ++p) acc[p][v] = start;
+  }
+  const Run* run = args.runs + tile.first_run;
+  for (const Run* end = run + tile.runs; run != end; ++run) {
+    const float* w = weights + static_cast<int64_t>(run->weight) * kBlock;
+    const float* x[kPixels];
+#pragma GCC unroll 6
+    for (int p = 0; p < kPixels; ++p) x[p] = run_start(args, in, run->offset[p]);
+    const int64_t length = run->length;
+    for (int64_t k = 0; k < length; ++k, w += kBlock) {
+      V row[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) row[v] = load(w + v * kWidth);
+#pragma GCC unroll 6
+      for (int p = 0; p < kPixels; ++p) {
+        const V pixel = set1(x[p][k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) acc[p][v] = fma(pixel, row[v], acc[p][v]);
+      }
+    }
+  }
+  const ActivationKind kind = args.activation.kind;
+#pragma GCC unroll 6
+  for (int p = 0; p < kPixels; ++p) {
+    float* o = out + tile.out[p];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v, o += kWidth) {
+      const bool whole = v + 1 < kVectors || last_lanes == kWidth;
+      V y = acc[p][v];
+      if (args.accumulate) y = add(y, whole ? load(o) : load_first(o, last_lanes));
+      y = activate_cheap(y, kind);
+      whole ? store(o, y) : store_first(o, y, last_lanes);
+    }
+  }
+  if (!is_cheap(kind)) {
+    for (int p = 0; p < kPixels; ++p) {
+      activate_in_place(out + tile.out[p], (kVectors - 1) * kWidth + last_lanes, args.activation);
+    }
+  }
+}
+
+using CorrelateTile = void (*)(const CorrelateArgs&, const Tile&, const float*, float*, const float*, const float*, int);
+
+template <int kVectors>
+CorrelateTile correlate_tile_for(int pixels) {
+  constexpr CorrelateTile table[] = {
+      correlate_tile<kVectors, 1>, correlate_tile<kVectors, 2>, correlate_tile<kVectors, 3>,
+      correlate_tile<kVectors, 4>, correlate_tile<kVectors, 5>, correlate_tile<kVectors, 6>};
+  return table[pixels - 1];
+}
+
+CorrelateTile correlate_tile_for(int vectors, int pixels) {
+  switch (vectors) {
+    case 1: return correlate_tile_for<1>(pixels);
+    case 2: return correlate_tile_for<2>(pixels);
+#if FASTINV_MAX_VECTORS > 2
+    case 3: return correlate_tile_for<3>(pixels);
+    default: return correlate_tile_for<4>(pixels);
+#else
+    default: return nullptr;
+#endif
+  }
+}
+
+void correlate(const CorrelateArgs& args) {
+  const float* weights = args.weights;
+  for (int done = 0; done < args.out_channels; done += kMaxVectors * kWidth) {
+    const int left = args.out_channels - done;
+    const int vectors = left >= kMaxVectors * kWidth ? kMaxVectors : (left + kWidth - 1) / kWidth;
+    const int last_lanes = left >= vectors * kWidth ? kWidth : left - (vectors - 1) * kWidth;
+    CorrelateTile by_pixels[kMaxTilePixels + 1];
+    for (int p = 1; p <= kMaxTilePixels; ++p) by_pixels[p] = correlate_tile_for(vectors, p);
+    const float* bias = args.bias ? args.bias + done : nullptr;
+    for (int64_t r = 0; r < args.row_count; ++r) {
+      const TileRow& row = args.rows[r];
+      const Tile* tile = args.tiles + row.first_tile;
+      for (const Tile* end = tile + row.tiles; tile != end; ++tile) {
+        by_pixels[tile->pixels](args, *tile, args.in + row.in_base, args.out + row.out_base + done, weights, bias,
+                                last_lanes);
+      }
+    }
+    weights += args.weight_rows * vectors * kWidth;
+  }
+}
+
+template <int kOutputs, int kPixels>
+void correlate_dot_tile(const CorrelateArgs& args, const Tile& tile, const float* in, float* out,
+                        const float* weights, const float* bias) {
+  V acc[kPixels][kOutputs];
+#pragma GCC unroll 6
+  for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 4
+    for (int o = 0; o < kOutputs; ++o) acc[p][o] = zero();
+  }
+  const Run* run = args.runs + tile.first_run;
+  for (const Run* end = run + tile.runs; run != end; ++run) {
+    const float* w = weights + run->weight;
+    const float* x[kPixels];
+#pragma GCC unroll 6
+    for (int p = 0; p < kPixels; ++p) x[p] = run_start(args, in, run->offset[p]);
+    const int64_t length = run->length;
+    int64_t k = 0;
+    for (; k + kWidth <= length; k += kWidth) {
+      V row[kOutputs];
+#pragma GCC unroll 4
+      for (int o = 0; o < kOutputs; ++o) row[o] = load(w + o * args.weight_rows + k);
+#pragma GCC unroll 6
+      for (int p = 0; p < kPixels; ++p) {
+        const V pixels = load(x[p] + k);
+#pragma GCC unroll 4
+        for (int o = 0; o < kOutputs; ++o) acc[p][o] = fma(pixels, row[o], acc[p][o]);
+      }
+    }
+    if (k < length) {
+      const int n = static_cast<int>(length - k);
+      V row[kOutputs];
+#pragma GCC unroll 4
+      for (int o = 0; o < kOutputs; ++o) row[o] = load_first(w + o * args.weight_rows + k, n);
+#pragma GCC unroll 6
+      for (int p = 0; p < kPixels; ++p) {
+        const V pixels = load_first(x[p] + k, n);
+#pragma GCC unroll 4
+        for (int o = 0; o < kOutputs; ++o) acc[p][o] = fma(pixels, row[o], acc[p][o]);
+      }
+    }
+  }
+  float sums[kPixels * kOutputs];
+#pragma GCC unroll 6
+  for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 4
+    for (int o = 0; o < kOutputs; ++o) {
+      float y = sum(acc[p][o]);
+      if (bias) y += bias[o];
+      if (args.accumulate) y += out[tile.out[p] + o];
+      sums[p * kOutputs + o] = y;
+    }
+  }
+  if (args.activation.kind != ActivationKind::kIdentity) {
+    activate_in_place(sums, kPixels * kOutputs, args.activation);
+  }
+#pragma GCC unroll 6
+  for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 4
+    for (int o = 0; o < kOutputs; ++o) out[tile.out[p] + o] = sums[p * kOutputs + o];
+  }
+}
+
+using DotTile = void (*)(const CorrelateArgs&, const Tile&, const float*, float*, const float*, const float*);
+
+template <int kOutputs>
+DotTile correlate_dot_tile_for(int pixels) {
+  constexpr DotTile table[] = {correlate_dot_tile<kOutputs, 1>, correlate_dot_tile<kOutputs, 2>,
+                               correlate_dot_tile<kOutputs, 3>, correlate_dot_tile<kOutputs, 4>,
+                               correlate_dot_tile<kOutputs, 5>, correlate_dot_tile<kOutputs, 6>};
+  return table[pixels - 1];
+}
+
+void correlate_dot(const CorrelateArgs& args) {
+  for (int done = 0; done < args.out_channels; done += kMaxDotOutputs) {
+    const int left = args.out_channels - done;
+    DotTile by_pixels[kMaxTilePixels + 1];
+    for (int p = 1; p <= kMaxTilePixels; ++p) {
+      by_pixels[p] = left == 1   ? correlate_dot_tile_for<1>(p)
+                     : left == 2 ? correlate_dot_tile_for<2>(p)
+                     : left == 3 ? correlate_dot_tile_for<3>(p)
+                                 : correlate_dot_tile_for<4>(p);
+    }
+    const float* weights = args.weights + done * args.weight_rows;
+    const float* bias = args.bias ? args.bias + done : nullptr;
+    for (int64_t r = 0; r < args.row_count; ++r) {
+      const TileRow& row = args.rows[r];
+      const Tile* tile = args.tiles + row.first_tile;
+      for (const Tile* end = tile + row.tiles; tile != end; ++tile) {
+        by_pixels[tile->pixels](args, *tile, args.in + row.in_base, args.out + row.out_base + done, weights, bias);
+      }
+    }
+  }
+}

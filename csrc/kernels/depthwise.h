@@ -1,0 +1,42 @@
+// Depthwise correlation: one filter per channel, channels in the vector.
+#pragma once
+
+template <int kPixels>
+void depthwise_tile(const DepthwiseArgs& args, const Tile& tile, const float* in, float* out) {
+  const Run* first = args.runs + tile.first_run;
+  for (int c = 0; c < args.channels; c += kWidth) {
+    const int lanes = args.channels - c < kWidth ? args.channels - c : kWidth;
+    const V start = args.bias ? load_first(args.bias + c, lanes) : zero();
+    V acc[kPixels];
+#pragma GCC unroll 6
+    for (int p = 0; p < kPixels; ++p) acc[p] = start;
+    const Run* run = first;
+    for (const Run* end = first + tile.runs; run != end; ++run) {
+      const V w = load_first(args.weights + static_cast<int64_t>(run->weight) * args.channels + c, lanes);
+#pragma GCC unroll 6
+      for (int p = 0; p < kPixels; ++p) {
+        const float* x = run->offset[p] == kOutside ? args.zeros : in + run->offset[p];
+        acc[p] = fma(load_first(x + c, lanes), w, acc[p]);
+      }
+    }
+#pragma GCC unroll 6
+    for (int p = 0; p < kPixels; ++p) {
+      float* o = out + tile.out[p] + c;
+      const V y = args.accumulate ? add(acc[p], load_first(o, lanes)) : acc[p];
+      store_first(o, activate(y, args.activation), lanes);
+    }
+  }
+}
+
+void depthwise(const DepthwiseArgs& args) {
+  using DepthwiseTile = void (*)(const DepthwiseArgs&, const Tile&, const float*, float*);
+  constexpr DepthwiseTile table[] = {depthwise_tile<1>, depthwise_tile<2>, depthwise_tile<3>,
+                                     depthwise_tile<4>, depthwise_tile<5>, depthwise_tile<6>};
+  for (int64_t r = 0; r < args.row_count; ++r) {
+    const TileRow& row = args.rows[r];
+    const Tile* tile = args.tiles + row.first_tile;
+    for (const Tile* end = tile + row.tiles; tile != end; ++tile) {
+      table[tile->pixels - 1](args, *tile, args.in + row.in_base, args.out + row.out_base);
+    }
+  }
+}

@@ -1,0 +1,55 @@
+// All kernels for one instruction set. Compiled once per set, with that set's flags; the macros come from CMake:
+// FASTINV_ISA (avx512, avx2, portable), FASTINV_VECTOR_HEADER, FASTINV_MAX_VECTORS.
+//
+// Everything but the one table below has internal linkage and nothing of the standard library is used: an inline
+// function compiled under two instruction sets, merged by the linker, would run on machines that lack one of them.
+#include "kernels.h"
+
+#include <math.h>
+
+#include FASTINV_VECTOR_HEADER
+
+#define FASTINV_STRING_(x) #x
+#define FASTINV_STRING(x) FASTINV_STRING_(x)
+#define FASTINV_JOIN_(a, b) a##b
+#define FASTINV_JOIN(a, b) FASTINV_JOIN_(a, b)
+
+namespace fastinv {
+namespace {
+
+static_assert(kMaxVectors == FASTINV_MAX_VECTORS);
+
+#include "kernels/activation.h"
+#include "kernels/correlate.h"
+#include "kernels/depthwise.h"
+#include "kernels/elementwise.h"
+#include "kernels/pool.h"
+#include "kernels/rmle.h"
+
+}  // namespace
+
+extern const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA);
+const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
+    FASTINV_STRING(FASTINV_ISA),
+    kWidth,
+    kMaxVectors,
+    {kDotPixels[0], kDotPixels[1], kDotPixels[2], kDotPixels[3], kDotPixels[4]},
+    correlate,
+    correlate_dot,
+    depthwise,
+    max_pool,
+    max_pool_gradient,
+    resample,
+    binary,
+    binary_gradient,
+    affine,
+    activate,
+    activate_gradient,
+    gather,
+    add,
+    residual,
+    total_variation,
+    optimizer,
+};
+
+}  // namespace fastinv

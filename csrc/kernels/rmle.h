@@ -1,0 +1,113 @@
+// What an rMLE step needs beside the network: residual, total variation, optimizer.
+#pragma once
+
+// Sums run in float32 over stretches of this many floats, then in float64: the error of a sum of squares stays
+// near 1e-7 however large the features are.
+constexpr int64_t kSumStretch = 1024;
+
+double residual(const float* y, const float* v, float* grad, int64_t size) {
+  double total = 0.0;
+  for (int64_t begin = 0; begin < size; begin += kSumStretch) {
+    const int64_t end = begin + kSumStretch < size ? begin + kSumStretch : size;
+    V acc = zero();
+    for (int64_t i = begin; i < end; i += kWidth) {
+      const int lanes = end - i < kWidth ? static_cast<int>(end - i) : kWidth;
+      const V d = sub(load_first(y + i, lanes), load_first(v + i, lanes));
+      acc = fma(d, d, acc);
+      store_first(grad + i, add(d, d), lanes);
+    }
+    total += static_cast<double>(sum(acc));
+  }
+  return total;
+}
+
+// With dy, dx the differences to the next row and column (0 over the border) and s = dy² + dx² (+ 1e-12 for β < 2):
+// the value is Σ s^{β/2}; s^{β/2} has the gradient q·dy to z[i+1, j], q·dx to z[i, j+1] and −q·(dy + dx) to z[i, j],
+// where q = β·s^{β/2−1}.
+double total_variation(const TotalVariationArgs& a) {
+  const int64_t row = static_cast<int64_t>(a.width) * a.channels;
+  const int64_t padded = row + a.channels;
+  float* down = a.scratch;                 // q·dy of this row
+  float* above = a.scratch + padded;       // q·dy of the row above
+  float* right = a.scratch + 2 * padded;   // q·dx of this row, after `channels` zeros
+  float* power = a.scratch + 3 * padded;   // s^{β/2−1}, where it is neither 1 nor a root
+  for (int64_t k = 0; k < row; ++k) above[k] = 0.0f;
+  for (int64_t k = 0; k < a.channels; ++k) right[k] = 0.0f;
+  const bool squares = a.beta == 2.0f, roots = a.beta == 1.0f;
+  const V epsilon = set1(a.beta < 2.0f ? 1e-12f : 0.0f);
+  const V scale = set1(a.weight * a.beta);
+  double total = 0.0;
+  for (int64_t i = 0; i < a.height; ++i) {
+    const float* z = a.z + i * row;
+    float* grad = a.grad + i * row;
+    const bool last_row = i + 1 == a.height;
+    const int64_t inner = row - a.channels;  // here a next column exists
+    V acc = zero();
+    for (int64_t k = 0; k < row;) {
+      const int64_t stretch_end = k < inner ? inner : row;
+      const int lanes = stretch_end - k < kWidth ? static_cast<int>(stretch_end - k) : kWidth;
+      const V x = load_first(z + k, lanes);
+      const V dy = last_row ? zero() : sub(load_first(z + row + k, lanes), x);
+      const V dx = k < inner ? sub(load_first(z + a.channels + k, lanes), x) : zero();
+      const V s = fma(dy, dy, fma(dx, dx, epsilon));
+      V q = set1(1.0f);
+      if (roots) {
+        q = div(q, sqrt(s));
+      } else if (!squares) {
+        store_first(power + k, s, lanes);
+        for (int l = 0; l < lanes; ++l) power[k + l] = powf(power[k + l], a.beta * 0.5f - 1.0f);
+        q = load_first(power + k, lanes);
+      }
+      // Lanes past the end hold s = epsilon: leave them out of the sum.
+      store_first(power + k, mul(s, q), lanes);
+      acc = add(acc, load_first(power + k, lanes));
+      q = mul(q, scale);
+      store_first(down + k, mul(q, dy), lanes);
+      store_first(right + a.channels + k, mul(q, dx), lanes);
+      k += lanes;
+    }
+    total += static_cast<double>(sum(acc));
+    for (int64_t k = 0; k < row; k += kWidth) {
+      const int lanes = row - k < kWidth ? static_cast<int>(row - k) : kWidth;
+      const V into = add(load_first(above + k, lanes), load_first(right + k, lanes));
+      const V out = add(load_first(down + k, lanes), load_first(right + a.channels + k, lanes));
+      store_first(grad + k, add(load_first(grad + k, lanes), sub(into, out)), lanes);
+    }
+    float* swap = above;
+    above = down;
+    down = swap;
+  }
+  return total * static_cast<double>(a.weight);
+}
+
+FASTINV_INLINE V optimizer_step(const OptimizerArgs& a, int64_t i, int lanes) {
+  const V z = load_first(a.z + i, lanes);
+  const V g = load_first(a.grad + i, lanes);
+  if (a.kind == OptimizerKind::kSgd) {
+    if (a.momentum == 0.0f) return sub(z, mul(g, set1(a.step_size)));
+    const V buffer = a.first_step ? g : fma(load_first(a.first + i, lanes), set1(a.momentum), g);
+    store_first(a.first + i, buffer, lanes);
+    return sub(z, mul(buffer, set1(a.step_size)));
+  }
+  const V m_before = load_first(a.first + i, lanes);
+  const V m = fma(sub(g, m_before), set1(1.0f - a.beta1), m_before);
+  const V v = fma(mul(g, g), set1(1.0f - a.beta2), mul(load_first(a.second + i, lanes), set1(a.beta2)));
+  store_first(a.first + i, m, lanes);
+  store_first(a.second + i, v, lanes);
+  V scale = v;
+  if (a.kind == OptimizerKind::kAmsgrad) {
+    scale = max(load_first(a.largest + i, lanes), v);
+    store_first(a.largest + i, scale, lanes);
+  }
+  const V denominator = add(div(sqrt(scale), set1(a.root_correction2)), set1(a.eps));
+  return sub(z, div(mul(m, set1(a.step_size)), denominator));
+}
+
+void optimizer(const OptimizerArgs& a) {
+  for (int64_t i = 0; i < a.size; i += kWidth) {
+    const int lanes = a.size - i < kWidth ? static_cast<int>(a.size - i) : kWidth;
+    V z = optimizer_step(a, i, lanes);
+    if (a.low) z = min(max(z, load_first(a.low + i, lanes)), load_first(a.high + i, lanes));
+    store_first(a.z + i, z, lanes);
+  }
+}

@@ -1,0 +1,249 @@
+// The bindings, and nothing else: checks of what numpy hands over, the GIL, exceptions.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "engine.h"
+#include "isa.h"
+#include "solver.h"
+#include "threads.h"
+
+namespace py = pybind11;
+using namespace fastinv;
+
+namespace {
+
+using FloatArray = py::array_t<float, py::array::c_style>;
+using IntArray = py::array_t<int32_t, py::array::c_style>;
+using ActivationTuple = std::tuple<int, float, float>;
+using Pair = std::array<int, 2>;
+
+Activation to_activation(const ActivationTuple& t) {
+  const int kind = std::get<0>(t);
+  if (kind < 0 || kind > static_cast<int>(ActivationKind::kClamp)) throw std::invalid_argument("unknown activation");
+  return {static_cast<ActivationKind>(kind), std::get<1>(t), std::get<2>(t)};
+}
+
+template <class T>
+std::vector<T> to_vector(const py::array_t<T, py::array::c_style>& a) {
+  return {a.data(), a.data() + a.size()};
+}
+
+void expect_size(const char* name, const FloatArray& a, int64_t size) {
+  if (a.size() != size) {
+    throw std::invalid_argument(std::string(name) + ": " + std::to_string(a.size()) + " floats, expected " +
+                                std::to_string(size));
+  }
+}
+
+SparseMatrix to_sparse(const FloatArray& dense) {
+  if (dense.ndim() != 2) throw std::invalid_argument("resample: matrices expected");
+  SparseMatrix m;
+  m.columns = static_cast<int>(dense.shape(1));
+  m.first.push_back(0);
+  for (py::ssize_t i = 0; i < dense.shape(0); ++i) {
+    for (py::ssize_t j = 0; j < dense.shape(1); ++j) {
+      if (dense.at(i, j) == 0.0f) continue;
+      m.index.push_back(static_cast<int32_t>(j));
+      m.weight.push_back(dense.at(i, j));
+    }
+    m.first.push_back(static_cast<int32_t>(m.index.size()));
+  }
+  return m;
+}
+
+int convolution(Program& p, int input, const FloatArray& weight, const FloatArray& bias, Shape output, Pair stride,
+                Pair padding, Pair dilation, int groups, bool transposed, const ActivationTuple& activation) {
+  if (weight.ndim() != 4) throw std::invalid_argument("convolution: weight of rank 4 expected");
+  const int64_t channels = p.shapes().at(static_cast<size_t>(input)).at(0);
+  const int64_t outputs = output.at(0);
+  expect_size("convolution: weight", weight, channels * outputs / groups * weight.shape(2) * weight.shape(3));
+  expect_size("convolution: bias", bias, outputs);
+  const ConvolutionSpec spec = {
+      {stride[0], stride[1]}, {padding[0], padding[1]}, {dilation[0], dilation[1]}, groups, transposed};
+  return p.convolution(input, weight.data(), bias.data(), static_cast<int>(weight.shape(2)),
+                       static_cast<int>(weight.shape(3)), std::move(output), spec, to_activation(activation));
+}
+
+int linear(Program& p, int input, const FloatArray& weight, const FloatArray& bias, Shape output,
+           const ActivationTuple& activation) {
+  expect_size("linear: weight", weight, p.shapes().at(static_cast<size_t>(input)).back() * output.back());
+  expect_size("linear: bias", bias, output.back());
+  return p.linear(input, weight.data(), bias.data(), std::move(output), to_activation(activation));
+}
+
+std::vector<std::string> describe(const Program& program) {
+  std::vector<std::string> lines;
+  for (const auto& node : program.nodes()) lines.push_back(node->describe());
+  return lines;
+}
+
+void check_batch(const char* name, const FloatArray& a, const Shape& shape, py::ssize_t n) {
+  const bool fits = a.ndim() == static_cast<py::ssize_t>(shape.size()) + 1 && a.shape(0) == n &&
+                    std::equal(shape.begin(), shape.end(), a.shape() + 1);
+  if (!fits) throw std::invalid_argument(std::string(name) + ": wrong shape");
+}
+
+void run_engine(Engine& engine, const FloatArray& in, FloatArray& out) {
+  const auto& shapes = engine.program().shapes();
+  const py::ssize_t n = in.ndim() > 0 ? in.shape(0) : 0;
+  check_batch("in", in, shapes.front(), n);
+  check_batch("out", out, shapes.back(), n);
+  const float* from = in.data();
+  float* to = out.mutable_data();
+  const py::gil_scoped_release release;
+  engine.run(from, to, n);
+}
+
+py::tuple solve(Solver& solver, const FloatArray& features, const FloatArray& init) {
+  const Shape &image = solver.program().shapes().front(), &feature = solver.program().shapes().back();
+  const py::ssize_t n = features.ndim() > 0 ? features.shape(0) : 0;
+  check_batch("features", features, feature, n);
+  const bool shared = init.ndim() == static_cast<py::ssize_t>(image.size());
+  const int64_t size = element_count(image);
+  if (shared) {
+    expect_size("init", init, size);
+  } else {
+    check_batch("init", init, image, n);
+  }
+  std::vector<py::ssize_t> shape = {n};
+  shape.insert(shape.end(), image.begin(), image.end());
+  FloatArray out(shape);
+  py::array_t<double> objective(n);
+  py::array_t<int64_t> steps(n);
+  py::array_t<bool> converged(n);
+  std::vector<ImageReport> reports(static_cast<size_t>(n));
+  const float *from = features.data(), *start = init.data();
+  float* to = out.mutable_data();
+  bool finished;
+  {
+    const py::gil_scoped_release release;
+    finished = solver.solve(from, start, shared ? 0 : size, to, reports.data(), n, [] {
+      const py::gil_scoped_acquire acquire;
+      return PyErr_CheckSignals() != 0;
+    });
+  }
+  if (!finished) throw py::error_already_set();
+  for (py::ssize_t i = 0; i < n; ++i) {
+    const ImageReport& report = reports[static_cast<size_t>(i)];
+    objective.mutable_at(i) = report.objective;
+    steps.mutable_at(i) = report.steps;
+    converged.mutable_at(i) = report.converged;
+  }
+  return py::make_tuple(out, objective, steps, converged);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The compiled CPU engine of fastinv.";
+
+  m.def("available_threads", &available_threads, "Processors this process may run on.");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::pair<std::string, bool>> list;
+        for (const Isa& isa : isas()) list.emplace_back(isa.kernels->isa, isa.runnable);
+        return list;
+      },
+      "Instruction sets of this build, best first, and whether this machine runs them.");
+  m.def(
+      "resolve_isa", [](const std::string& name) { return std::string(kernels_for(name).isa); }, py::arg("name"),
+      "The named instruction set, or the best for ''. ValueError when the machine lacks it.");
+
+  py::class_<Program>(m, "Program", "A network as kernel launches.")
+      .def(py::init([](const std::string& isa, Shape input, bool differentiable) {
+             return std::make_unique<Program>(kernels_for(isa), std::move(input), differentiable);
+           }),
+           py::arg("isa"), py::arg("input"), py::arg("differentiable"))
+      .def("convolution", &convolution, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("output"),
+           py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("transposed"),
+           py::arg("activation"))
+      .def("linear", &linear, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("output"),
+           py::arg("activation"))
+      .def(
+          "max_pool",
+          [](Program& p, int input, Shape output, Pair kernel, Pair stride, Pair padding, Pair dilation,
+             const ActivationTuple& activation) {
+            const PoolSpec spec = {
+                {kernel[0], kernel[1]}, {stride[0], stride[1]}, {padding[0], padding[1]}, {dilation[0], dilation[1]}};
+            return p.max_pool(input, std::move(output), spec, to_activation(activation));
+          },
+          py::arg("input"), py::arg("output"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
+          py::arg("dilation"), py::arg("activation"))
+      .def(
+          "resample",
+          [](Program& p, int input, const FloatArray& rows, const FloatArray& columns,
+             const ActivationTuple& activation) {
+            return p.resample(input, to_sparse(rows), to_sparse(columns), to_activation(activation));
+          },
+          py::arg("input"), py::arg("rows"), py::arg("columns"), py::arg("activation"))
+      .def(
+          "gather",
+          [](Program& p, int input, const IntArray& index, Shape output, const ActivationTuple& activation) {
+            return p.gather(input, to_vector(index), std::move(output), to_activation(activation));
+          },
+          py::arg("input"), py::arg("index"), py::arg("output"), py::arg("activation"))
+      .def(
+          "concat",
+          [](Program& p, std::vector<int> inputs, int axis, Shape output, const ActivationTuple& activation) {
+            return p.concat(std::move(inputs), axis, std::move(output), to_activation(activation));
+          },
+          py::arg("inputs"), py::arg("axis"), py::arg("output"), py::arg("activation"))
+      .def(
+          "add",
+          [](Program& p, int a, int b, Shape output, const ActivationTuple& activation) {
+            return p.binary(BinaryKind::kAdd, a, b, std::move(output), to_activation(activation));
+          },
+          py::arg("a"), py::arg("b"), py::arg("output"), py::arg("activation"))
+      .def(
+          "mul",
+          [](Program& p, int a, int b, Shape output, const ActivationTuple& activation) {
+            return p.binary(BinaryKind::kMul, a, b, std::move(output), to_activation(activation));
+          },
+          py::arg("a"), py::arg("b"), py::arg("output"), py::arg("activation"))
+      .def(
+          "affine",
+          [](Program& p, int input, const FloatArray& scale, const FloatArray& shift,
+             const ActivationTuple& activation) {
+            return p.affine(input, to_vector(scale), to_vector(shift), to_activation(activation));
+          },
+          py::arg("input"), py::arg("scale"), py::arg("shift"), py::arg("activation"))
+      .def(
+          "activate",
+          [](Program& p, int input, const ActivationTuple& activation) {
+            return p.activate(input, to_activation(activation));
+          },
+          py::arg("input"), py::arg("activation"));
+
+  py::class_<Engine>(m, "Engine", "Forward runs of a program, which it takes over.")
+      .def(py::init([](Program& program, int threads) { return std::make_unique<Engine>(std::move(program), threads); }),
+           py::arg("program"), py::arg("threads"))
+      .def("run", &run_engine, py::arg("x").noconvert(), py::arg("out").noconvert())
+      .def("describe", [](const Engine& e) { return describe(e.program()); })
+      .def_property_readonly("isa", [](const Engine& e) { return std::string(e.program().kernels().isa); })
+      .def_property_readonly("block", &Engine::block, "Images a thread takes at once.")
+      .def_property_readonly("workspace_bytes", &Engine::workspace_bytes, "Memory of one thread.");
+
+  py::class_<Solver>(m, "Solver", "The rMLE loop over a differentiable program, which it takes over.")
+      .def(py::init([](Program& program, const std::string& optimizer, int64_t steps, double lr, double beta1,
+                       double beta2, double eps, double momentum, double tv_weight, double tv_beta, double tolerance,
+                       int64_t patience, bool keep_best, std::vector<float> low, std::vector<float> high,
+                       int threads) {
+             const OptimizerKind kind = optimizer == "sgd"       ? OptimizerKind::kSgd
+                                        : optimizer == "amsgrad" ? OptimizerKind::kAmsgrad
+                                                                 : OptimizerKind::kAdam;
+             Recipe recipe = {kind,    steps,     lr,        beta1,    beta2,     eps,  momentum, tv_weight,
+                              tv_beta, tolerance, patience,  keep_best, std::move(low), std::move(high)};
+             return std::make_unique<Solver>(std::move(program), std::move(recipe), threads);
+           }),
+           py::arg("program"), py::kw_only(), py::arg("optimizer"), py::arg("steps"), py::arg("lr"), py::arg("beta1"),
+           py::arg("beta2"), py::arg("eps"), py::arg("momentum"), py::arg("tv_weight"), py::arg("tv_beta"),
+           py::arg("tolerance"), py::arg("patience"), py::arg("keep_best"), py::arg("low"), py::arg("high"),
+           py::arg("threads"))
+      .def("solve", &solve, py::arg("features").noconvert(), py::arg("init").noconvert(),
+           "(z, objective, steps, converged), one entry per image.")
+      .def("describe", [](const Solver& s) { return describe(s.program()); })
+      .def_property_readonly("isa", [](const Solver& s) { return std::string(s.program().kernels().isa); })
+      .def_property_readonly("workspace_bytes", &Solver::workspace_bytes, "Memory of one thread.");
+}

@@ -1,0 +1,47 @@
+// One kernel launch of a program, forward and backward, over the values of a block of images.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fastinv {
+
+// Where values lie: value v of image i of the block starts at data[v] + i · stride[v].
+struct Frame {
+  float* const* data;
+  const int64_t* stride;
+
+  float* at(int value, int64_t image = 0) const { return data[value] + image * stride[value]; }
+};
+
+class Node {
+ public:
+  Node(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation)
+      : kernels(kernels), inputs(std::move(inputs)), output(output), activation(activation) {}
+  virtual ~Node() = default;
+  Node(const Node&) = delete;
+  Node& operator=(const Node&) = delete;
+
+  // Computes the output of the first `images` images of the block.
+  virtual void forward(const Frame& values, int64_t images) const = 0;
+
+  // Builds what backward needs; called once, and only for programs that are differentiated.
+  virtual void prepare_backward() {}
+
+  // Takes the gradient of the output, before the activation, to input number `input`, for one image. Writes it
+  // where `first`, adds to what is there otherwise.
+  virtual void backward(const Frame& values, const Frame& grads, size_t input, bool first) const = 0;
+
+  // What runs: kernel and, where there is a choice, its form.
+  virtual std::string describe() const = 0;
+
+  const Kernels& kernels;
+  const std::vector<int> inputs;
+  const int output;
+  const Activation activation;
+};
+
+}  // namespace fastinv

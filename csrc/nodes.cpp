@@ -1,0 +1,335 @@
+#include "nodes.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace fastinv {
+
+// ---- convolution ------------------------------------------------------------------------------------------------------
+
+ConvolutionNode::ConvolutionNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
+                                 const Geometry& geometry, const float* weight, const float* bias, bool keep_weight)
+    : Node(kernels, std::move(inputs), output, activation),
+      geometry_(geometry),
+      correlation_(kernels, geometry, weight_at(weight, false), bias) {
+  if (keep_weight) {
+    const int64_t size = int64_t{geometry.in_channels} * geometry.out_channels / geometry.groups *
+                         geometry.axis[0].kernel * geometry.axis[1].kernel;
+    weight_.assign(weight, weight + size);
+  }
+}
+
+// PyTorch's weights are [O, I / groups, kh, kw], and [I, O / groups, kh, kw] when transposed; the adjoint swaps the
+// roles of input and output channels.
+WeightAt ConvolutionNode::weight_at(const float* weight, bool adjoint) const {
+  const int groups = geometry_.groups, kh = geometry_.axis[0].kernel, kw = geometry_.axis[1].kernel;
+  const int in = geometry_.in_channels / groups, out = geometry_.out_channels / groups;
+  const bool input_major = geometry_.transposed;
+  return [=](int group, int o, int i, int y, int x) {
+    if (adjoint) std::swap(o, i);
+    const int64_t row = input_major ? (int64_t{group} * in + i) * out + o : (int64_t{group} * out + o) * in + i;
+    return weight[(row * kh + y) * kw + x];
+  };
+}
+
+void ConvolutionNode::forward(const Frame& values, int64_t images) const {
+  for (int64_t i = 0; i < images; ++i) {
+    correlation_.run(values.at(inputs[0], i), values.at(output, i), false, activation);
+  }
+}
+
+void ConvolutionNode::prepare_backward() {
+  gradient_ =
+      std::make_unique<Correlation>(kernels, geometry_.adjoint(), weight_at(weight_.data(), true), nullptr);
+  weight_ = {};
+}
+
+void ConvolutionNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
+  gradient_->run(grads.at(output), grads.at(inputs[0]), !first, {});
+}
+
+std::string ConvolutionNode::describe() const { return "correlate " + correlation_.algorithm(); }
+
+// ---- linear -------------------------------------------------------------------------------------------------------------
+
+// y = W·x + b for rows of x, as a correlation with one run: pixels of a tile are rows.
+class LinearNode::Matrix {
+ public:
+  Matrix(const Kernels& kernels, int in, int out, const WeightAt& weight, const float* bias)
+      : kernels_(kernels), in_(in), dot_(out <= kMaxDotOutputs && in >= kernels.width) {
+    // A 1×1 correlation over 1×1 images packs the same weights.
+    out_ = out;
+    pixels_ = dot_ ? kernels.dot_pixels[out] : kMaxTilePixels;
+    const int padded = dot_ ? out : static_cast<int>(round_up(out, kernels.width));
+    const int block = dot_ ? 1 : kernels.max_vectors * kernels.width;
+    weights_ = Buffer(int64_t{in} * padded);
+    for (int o = 0; o < out; ++o) {
+      const int first = o / block * block, span = std::min(block, padded - first);
+      for (int i = 0; i < in; ++i) {
+        weights_[int64_t{first} * in + int64_t{i} * span + (o - first)] = weight(0, o, i, 0, 0);
+      }
+    }
+    bias_ = Buffer(padded);
+    if (bias) std::copy_n(bias, out, bias_.data());
+  }
+
+  // Row r is read at in + r·in_step and written at out + r·out_step.
+  void run(const float* in, int64_t in_step, float* out, int64_t out_step, int64_t rows, bool accumulate,
+           Activation activation) const {
+    for (int64_t begin = 0; begin < rows; begin += pixels_) {
+      Tile tile = {};
+      Run run = {};
+      tile.pixels = static_cast<int32_t>(std::min<int64_t>(pixels_, rows - begin));
+      tile.runs = 1;
+      run.length = in_;
+      for (int p = 0; p < tile.pixels; ++p) {
+        run.offset[p] = static_cast<int32_t>(p * in_step);
+        tile.out[p] = static_cast<int32_t>(p * out_step);
+      }
+      const TileRow row = {0, 1, begin * in_step, begin * out_step};
+      const auto kernel = dot_ ? kernels_.correlate_dot : kernels_.correlate;
+      kernel({in, out, nullptr, &row, 1, &tile, &run, weights_.data(), in_, bias_.data(), out_, accumulate,
+              activation});
+    }
+  }
+
+  bool dot() const { return dot_; }
+
+ private:
+  const Kernels& kernels_;
+  int in_, out_, pixels_;
+  bool dot_;
+  Buffer weights_, bias_;
+};
+
+LinearNode::LinearNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
+                       int64_t rows, int in, int out, const float* weight, const float* bias, bool keep_weight)
+    : Node(kernels, std::move(inputs), output, activation), rows_(rows), in_(in), out_(out) {
+  const auto at = [weight, in](int, int o, int i, int, int) { return weight[int64_t{o} * in + i]; };
+  matrix_ = std::make_shared<Matrix>(kernels, in, out, at, bias);
+  if (keep_weight) weight_.assign(weight, weight + int64_t{in} * out);
+}
+
+void LinearNode::forward(const Frame& values, int64_t images) const {
+  if (rows_ == 1) {
+    matrix_->run(values.at(inputs[0]), values.stride[inputs[0]], values.at(output), values.stride[output], images,
+                 false, activation);
+    return;
+  }
+  for (int64_t i = 0; i < images; ++i) {
+    matrix_->run(values.at(inputs[0], i), in_, values.at(output, i), out_, rows_, false, activation);
+  }
+}
+
+void LinearNode::prepare_backward() {
+  const auto at = [this](int, int o, int i, int, int) { return weight_[size_t(i) * size_t(in_) + size_t(o)]; };
+  gradient_ = std::make_shared<Matrix>(kernels, out_, in_, at, nullptr);
+  weight_ = {};
+}
+
+void LinearNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
+  gradient_->run(grads.at(output), out_, grads.at(inputs[0]), in_, rows_, !first, {});
+}
+
+std::string LinearNode::describe() const { return matrix_->dot() ? "linear dot" : "linear broadcast"; }
+
+// ---- pooling and resampling -----------------------------------------------------------------------------------------
+
+MaxPoolNode::MaxPoolNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
+                         const PoolArgs& geometry, int64_t input_size)
+    : Node(kernels, std::move(inputs), output, activation), geometry_(geometry), input_size_(input_size) {}
+
+void MaxPoolNode::forward(const Frame& values, int64_t images) const {
+  PoolArgs args = geometry_;
+  args.activation = activation;
+  for (int64_t i = 0; i < images; ++i) {
+    args.in = values.at(inputs[0], i);
+    args.out = values.at(output, i);
+    kernels.max_pool(args);
+  }
+}
+
+void MaxPoolNode::backward(const Frame& values, const Frame& grads, size_t, bool first) const {
+  PoolArgs pool = geometry_;
+  pool.in = values.at(inputs[0]);
+  pool.out = values.at(output);
+  float* grad_in = grads.at(inputs[0]);
+  if (first) std::memset(grad_in, 0, static_cast<size_t>(input_size_) * sizeof(float));
+  kernels.max_pool_gradient({pool, grads.at(output), grad_in});
+}
+
+SparseMatrix SparseMatrix::transposed() const {
+  SparseMatrix t;
+  t.columns = rows();
+  t.first.assign(static_cast<size_t>(columns) + 1, 0);
+  for (int32_t c : index) ++t.first[static_cast<size_t>(c) + 1];
+  for (size_t c = 0; c < static_cast<size_t>(columns); ++c) t.first[c + 1] += t.first[c];
+  t.index.resize(index.size());
+  t.weight.resize(weight.size());
+  std::vector<int32_t> next(t.first.begin(), t.first.end() - 1);
+  for (int r = 0; r < rows(); ++r) {
+    for (int32_t k = first[static_cast<size_t>(r)]; k < first[static_cast<size_t>(r) + 1]; ++k) {
+      const auto at = static_cast<size_t>(next[static_cast<size_t>(index[static_cast<size_t>(k)])]++);
+      t.index[at] = r;
+      t.weight[at] = weight[static_cast<size_t>(k)];
+    }
+  }
+  return t;
+}
+
+ResampleNode::ResampleNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
+                           int channels, SparseMatrix rows, SparseMatrix columns)
+    : Node(kernels, std::move(inputs), output, activation),
+      channels_(channels),
+      rows_(std::move(rows)),
+      columns_(std::move(columns)) {}
+
+void ResampleNode::forward(const Frame& values, int64_t images) const {
+  for (int64_t i = 0; i < images; ++i) {
+    kernels.resample({values.at(inputs[0], i), values.at(output, i), columns_.columns, rows_.rows(), columns_.rows(),
+                      channels_, rows_.view(), columns_.view(), false, activation});
+  }
+}
+
+void ResampleNode::prepare_backward() {
+  rows_transposed_ = rows_.transposed();
+  columns_transposed_ = columns_.transposed();
+}
+
+void ResampleNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
+  kernels.resample({grads.at(output), grads.at(inputs[0]), columns_transposed_.columns, rows_transposed_.rows(),
+                    columns_transposed_.rows(), channels_, rows_transposed_.view(), columns_transposed_.view(), !first,
+                    {}});
+}
+
+// ---- rearranging ------------------------------------------------------------------------------------------------------
+
+GatherNode::GatherNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
+                       std::vector<int32_t> index)
+    : Node(kernels, std::move(inputs), output, activation), index_(std::move(index)) {}
+
+void GatherNode::forward(const Frame& values, int64_t images) const {
+  const auto size = static_cast<int64_t>(index_.size());
+  for (int64_t i = 0; i < images; ++i) {
+    float* out = values.at(output, i);
+    kernels.gather(values.at(inputs[0], i), index_.data(), out, size, false);
+    if (activation.kind != ActivationKind::kIdentity) kernels.activate(out, out, size, activation);
+  }
+}
+
+void GatherNode::prepare_backward() {
+  inverse_.resize(index_.size());
+  for (size_t i = 0; i < index_.size(); ++i) inverse_[static_cast<size_t>(index_[i])] = static_cast<int32_t>(i);
+}
+
+void GatherNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
+  kernels.gather(grads.at(output), inverse_.data(), grads.at(inputs[0]), static_cast<int64_t>(inverse_.size()),
+                 !first);
+}
+
+ConcatNode::ConcatNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
+                       int64_t outer, std::vector<int64_t> chunks)
+    : Node(kernels, std::move(inputs), output, activation), outer_(outer), chunks_(std::move(chunks)), total_(0) {
+  for (int64_t chunk : chunks_) total_ += chunk;
+}
+
+void ConcatNode::forward(const Frame& values, int64_t images) const {
+  for (int64_t i = 0; i < images; ++i) {
+    float* out = values.at(output, i);
+    int64_t at = 0;
+    for (size_t k = 0; k < chunks_.size(); at += chunks_[k++]) {
+      const float* in = values.at(inputs[k], i);
+      for (int64_t o = 0; o < outer_; ++o) {
+        std::memcpy(out + o * total_ + at, in + o * chunks_[k], static_cast<size_t>(chunks_[k]) * sizeof(float));
+      }
+    }
+    if (activation.kind != ActivationKind::kIdentity) kernels.activate(out, out, outer_ * total_, activation);
+  }
+}
+
+void ConcatNode::backward(const Frame&, const Frame& grads, size_t input, bool first) const {
+  int64_t at = 0;
+  for (size_t k = 0; k < input; ++k) at += chunks_[k];
+  const int64_t chunk = chunks_[input];
+  const float* from = grads.at(output) + at;
+  float* to = grads.at(inputs[input]);
+  for (int64_t o = 0; o < outer_; ++o, from += total_, to += chunk) {
+    if (first) {
+      std::memcpy(to, from, static_cast<size_t>(chunk) * sizeof(float));
+    } else {
+      kernels.add(from, to, chunk);
+    }
+  }
+}
+
+// ---- elementwise ------------------------------------------------------------------------------------------------------
+
+BinaryNode::BinaryNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
+                       const BinaryArgs& geometry, int64_t size_a, int64_t size_b)
+    : Node(kernels, std::move(inputs), output, activation), geometry_(geometry), sizes_{size_a, size_b} {}
+
+void BinaryNode::forward(const Frame& values, int64_t images) const {
+  BinaryArgs args = geometry_;
+  args.activation = activation;
+  for (int64_t i = 0; i < images; ++i) {
+    args.a = values.at(inputs[0], i);
+    args.b = values.at(inputs[1], i);
+    args.out = values.at(output, i);
+    kernels.binary(args);
+  }
+}
+
+void BinaryNode::backward(const Frame& values, const Frame& grads, size_t input, bool first) const {
+  BinaryGradientArgs args = {};
+  args.grad_out = grads.at(output);
+  args.grad_a = grads.at(inputs[input]);
+  args.b = values.at(inputs[1 - input]);
+  args.kind = geometry_.kind;
+  args.rank = geometry_.rank;
+  std::copy_n(geometry_.size, kMaxRank, args.size);
+  std::copy_n(input == 0 ? geometry_.stride_a : geometry_.stride_b, kMaxRank, args.stride_a);
+  std::copy_n(input == 0 ? geometry_.stride_b : geometry_.stride_a, kMaxRank, args.stride_b);
+  if (first) std::memset(args.grad_a, 0, static_cast<size_t>(sizes_[input]) * sizeof(float));
+  kernels.binary_gradient(args);
+}
+
+AffineNode::AffineNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
+                       int64_t outer, std::vector<float> scale, std::vector<float> shift)
+    : Node(kernels, std::move(inputs), output, activation),
+      outer_(outer),
+      scale_(std::move(scale)),
+      shift_(std::move(shift)) {}
+
+void AffineNode::forward(const Frame& values, int64_t images) const {
+  for (int64_t i = 0; i < images; ++i) {
+    kernels.affine({values.at(inputs[0], i), values.at(output, i), scale_.data(), shift_.data(), outer_,
+                    static_cast<int64_t>(scale_.size()), false, activation});
+  }
+}
+
+void AffineNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
+  kernels.affine({grads.at(output), grads.at(inputs[0]), scale_.data(), nullptr, outer_,
+                  static_cast<int64_t>(scale_.size()), !first, {}});
+}
+
+ActivationNode::ActivationNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation own,
+                               int64_t size)
+    : Node(kernels, std::move(inputs), output, {}), own_(own), size_(size) {}
+
+void ActivationNode::forward(const Frame& values, int64_t images) const {
+  for (int64_t i = 0; i < images; ++i) {
+    kernels.activate(values.at(inputs[0], i), values.at(output, i), size_, own_);
+  }
+}
+
+void ActivationNode::backward(const Frame& values, const Frame& grads, size_t, bool first) const {
+  float* grad = grads.at(output);  // not read again after this
+  kernels.activate_gradient(values.at(inputs[0]), values.at(output), grad, size_, own_);
+  if (first) {
+    std::memcpy(grads.at(inputs[0]), grad, static_cast<size_t>(size_) * sizeof(float));
+  } else {
+    kernels.add(grad, grads.at(inputs[0]), size_);
+  }
+}
+
+}  // namespace fastinv

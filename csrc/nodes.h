@@ -1,0 +1,145 @@
+// The nodes a program is made of. Which kernel serves which op is said here and nowhere else.
+#pragma once
+
+#include <memory>
+
+#include "node.h"
+#include "program.h"
+
+namespace fastinv {
+
+class ConvolutionNode : public Node {
+ public:
+  ConvolutionNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
+                  const Geometry& geometry, const float* weight, const float* bias, bool keep_weight);
+  void forward(const Frame& values, int64_t images) const override;
+  void prepare_backward() override;
+  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  std::string describe() const override;
+
+ private:
+  WeightAt weight_at(const float* weight, bool adjoint) const;
+
+  const Geometry geometry_;
+  std::vector<float> weight_;  // until prepare_backward
+  const Correlation correlation_;
+  std::unique_ptr<Correlation> gradient_;
+};
+
+// Rows of `in` floats to rows of `out`: the rows of all images of a block go through one kernel.
+class LinearNode : public Node {
+ public:
+  LinearNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int64_t rows, int in,
+             int out, const float* weight, const float* bias, bool keep_weight);
+  void forward(const Frame& values, int64_t images) const override;
+  void prepare_backward() override;
+  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  std::string describe() const override;
+
+ private:
+  class Matrix;
+
+  const int64_t rows_;
+  const int in_, out_;
+  std::vector<float> weight_;  // until prepare_backward
+  std::shared_ptr<const Matrix> matrix_, gradient_;
+};
+
+class MaxPoolNode : public Node {
+ public:
+  MaxPoolNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
+              const PoolArgs& geometry, int64_t input_size);
+  void forward(const Frame& values, int64_t images) const override;
+  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  std::string describe() const override { return "max_pool"; }
+
+ private:
+  const PoolArgs geometry_;
+  const int64_t input_size_;
+};
+
+class ResampleNode : public Node {
+ public:
+  ResampleNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int channels,
+               SparseMatrix rows, SparseMatrix columns);
+  void forward(const Frame& values, int64_t images) const override;
+  void prepare_backward() override;
+  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  std::string describe() const override { return "resample"; }
+
+ private:
+  const int channels_;
+  const SparseMatrix rows_, columns_;
+  SparseMatrix rows_transposed_, columns_transposed_;
+};
+
+class GatherNode : public Node {
+ public:
+  GatherNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
+             std::vector<int32_t> index);
+  void forward(const Frame& values, int64_t images) const override;
+  void prepare_backward() override;
+  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  std::string describe() const override { return "gather"; }
+
+ private:
+  const std::vector<int32_t> index_;  // a permutation
+  std::vector<int32_t> inverse_;
+};
+
+class ConcatNode : public Node {
+ public:
+  // `outer` stretches, each made of one stretch of chunks[k] floats from every input k.
+  ConcatNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int64_t outer,
+             std::vector<int64_t> chunks);
+  void forward(const Frame& values, int64_t images) const override;
+  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  std::string describe() const override { return "concat"; }
+
+ private:
+  const int64_t outer_;
+  const std::vector<int64_t> chunks_;
+  int64_t total_;
+};
+
+class BinaryNode : public Node {
+ public:
+  // `geometry` holds kind, sizes and strides.
+  BinaryNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
+             const BinaryArgs& geometry, int64_t size_a, int64_t size_b);
+  void forward(const Frame& values, int64_t images) const override;
+  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  std::string describe() const override { return geometry_.kind == BinaryKind::kAdd ? "add" : "mul"; }
+
+ private:
+  const BinaryArgs geometry_;
+  const int64_t sizes_[2];
+};
+
+class AffineNode : public Node {
+ public:
+  AffineNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int64_t outer,
+             std::vector<float> scale, std::vector<float> shift);
+  void forward(const Frame& values, int64_t images) const override;
+  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  std::string describe() const override { return "affine"; }
+
+ private:
+  const int64_t outer_;
+  const std::vector<float> scale_, shift_;
+};
+
+// An activation by itself. Its own `activation` is the identity: backward needs the input, which only this node has.
+class ActivationNode : public Node {
+ public:
+  ActivationNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation own, int64_t size);
+  void forward(const Frame& values, int64_t images) const override;
+  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  std::string describe() const override { return "activation"; }
+
+ private:
+  const Activation own_;
+  const int64_t size_;
+};
+
+}  // namespace fastinv

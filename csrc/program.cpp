@@ -1,0 +1,188 @@
+#include "program.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "nodes.h"
+
+namespace fastinv {
+namespace {
+
+// [C, H, W] lies as [H, W, C]; other ranks as they are.
+Shape internal(const Shape& shape) { return shape.size() == 3 ? Shape{shape[1], shape[2], shape[0]} : shape; }
+
+int internal_axis(int axis, size_t rank) { return rank == 3 ? (axis + 2) % 3 : axis; }
+
+// Whether the derivative needs the activation's input: the result does not tell it.
+bool needs_input(Activation activation) {
+  switch (activation.kind) {
+    case ActivationKind::kIdentity:
+    case ActivationKind::kRelu:
+    case ActivationKind::kSigmoid:
+    case ActivationKind::kTanh:
+    case ActivationKind::kHardtanh: return false;
+    case ActivationKind::kLeakyRelu: return activation.a <= 0.0f;
+    default: return true;
+  }
+}
+
+// Sizes and strides of a broadcast a ∘ b in the internal layout, with axes merged where both run on through them.
+BinaryArgs broadcast(BinaryKind kind, const Shape& a, const Shape& b, const Shape& out) {
+  BinaryArgs args = {};
+  args.kind = kind;
+  int64_t step_a = 1, step_b = 1;
+  std::vector<int64_t> size, stride_a, stride_b;  // innermost first
+  for (size_t axis = out.size(); axis-- > 0;) {
+    const int64_t in_a = a[axis] == 1 ? 0 : step_a, in_b = b[axis] == 1 ? 0 : step_b;
+    step_a *= a[axis];
+    step_b *= b[axis];
+    if (out[axis] == 1) continue;
+    if (!size.empty() && in_a == stride_a.back() * size.back() && in_b == stride_b.back() * size.back()) {
+      size.back() *= out[axis];
+    } else {
+      size.push_back(out[axis]);
+      stride_a.push_back(in_a);
+      stride_b.push_back(in_b);
+    }
+  }
+  if (size.empty()) size = {1}, stride_a = {0}, stride_b = {0};
+  args.rank = static_cast<int32_t>(size.size());
+  std::reverse_copy(size.begin(), size.end(), args.size);
+  std::reverse_copy(stride_a.begin(), stride_a.end(), args.stride_a);
+  std::reverse_copy(stride_b.begin(), stride_b.end(), args.stride_b);
+  return args;
+}
+
+}  // namespace
+
+int64_t element_count(const Shape& shape) {
+  int64_t n = 1;
+  for (int64_t size : shape) n *= size;
+  return n;
+}
+
+Program::Program(const Kernels& kernels, Shape input, bool differentiable)
+    : kernels_(kernels), differentiable_(differentiable) {
+  shapes_.push_back(std::move(input));
+}
+
+const Shape& Program::shape(int value) const {
+  if (value < 0 || value >= static_cast<int>(shapes_.size())) throw std::invalid_argument("no such value");
+  return shapes_[static_cast<size_t>(value)];
+}
+
+template <class T, class... Args>
+int Program::append(Activation activation, std::vector<int> inputs, Shape output, Args&&... args) {
+  for (int input : inputs) shape(input);
+  const bool apart = differentiable_ && needs_input(activation);
+  shapes_.push_back(std::move(output));
+  nodes_.push_back(std::make_unique<T>(kernels_, std::move(inputs), this->output(), apart ? Activation{} : activation,
+                                       std::forward<Args>(args)...));
+  if (differentiable_) nodes_.back()->prepare_backward();
+  return apart ? activate(this->output(), activation) : this->output();
+}
+
+int Program::convolution(int input, const float* weight, const float* bias, int kernel_h, int kernel_w, Shape output,
+                         const ConvolutionSpec& spec, Activation activation) {
+  const Shape& in = shape(input);
+  Geometry g = {};
+  g.in_channels = static_cast<int>(in.at(0));
+  g.out_channels = static_cast<int>(output.at(0));
+  g.groups = spec.groups;
+  g.transposed = spec.transposed;
+  const int kernel[2] = {kernel_h, kernel_w};
+  for (size_t axis = 0; axis < 2; ++axis) {
+    g.axis[axis] = {static_cast<int>(in.at(axis + 1)),
+                    static_cast<int>(output.at(axis + 1)),
+                    kernel[axis],
+                    spec.stride[axis],
+                    spec.padding[axis],
+                    spec.dilation[axis]};
+  }
+  return append<ConvolutionNode>(activation, {input}, std::move(output), g, weight, bias, differentiable_);
+}
+
+int Program::linear(int input, const float* weight, const float* bias, Shape output, Activation activation) {
+  const Shape in = shape(input);
+  // The internal layout of rank 3 keeps the last axis of [C, H, W] apart from its end.
+  if (in.size() == 3) throw std::invalid_argument("linear: rank 3 is not supported; reshape to rank 1 or 2 first");
+  has_linear_ = true;
+  const int columns = static_cast<int>(in.back()), rows_out = static_cast<int>(output.back());
+  return append<LinearNode>(activation, {input}, std::move(output), element_count(in) / columns, columns, rows_out,
+                            weight, bias, differentiable_);
+}
+
+int Program::max_pool(int input, Shape output, const PoolSpec& spec, Activation activation) {
+  const Shape& in = shape(input);
+  PoolArgs args = {};
+  args.channels = static_cast<int32_t>(in.at(0));
+  args.in_h = static_cast<int32_t>(in.at(1));
+  args.in_w = static_cast<int32_t>(in.at(2));
+  args.out_h = static_cast<int32_t>(output.at(1));
+  args.out_w = static_cast<int32_t>(output.at(2));
+  std::copy_n(spec.kernel, 2, args.kernel);
+  std::copy_n(spec.stride, 2, args.stride);
+  std::copy_n(spec.padding, 2, args.padding);
+  std::copy_n(spec.dilation, 2, args.dilation);
+  const int64_t size = element_count(in);
+  // The gradient finds the owner of a maximum by comparing it with the result: no activation may come between.
+  if (differentiable_ && activation.kind != ActivationKind::kIdentity) {
+    const int pooled = append<MaxPoolNode>({}, {input}, std::move(output), args, size);
+    return activate(pooled, activation);
+  }
+  return append<MaxPoolNode>(activation, {input}, std::move(output), args, size);
+}
+
+int Program::resample(int input, SparseMatrix rows, SparseMatrix columns, Activation activation) {
+  const Shape& in = shape(input);
+  if (rows.columns != in.at(1) || columns.columns != in.at(2)) throw std::invalid_argument("resample: wrong matrices");
+  const Shape output = {in[0], rows.rows(), columns.rows()};
+  const int channels = static_cast<int>(in[0]);
+  return append<ResampleNode>(activation, {input}, output, channels, std::move(rows), std::move(columns));
+}
+
+int Program::gather(int input, std::vector<int32_t> index, Shape output, Activation activation) {
+  const auto size = element_count(shape(input));
+  if (size != element_count(output) || size != static_cast<int64_t>(index.size())) {
+    throw std::invalid_argument("gather: the index is not a permutation of the input");
+  }
+  for (int32_t i : index) {
+    if (i < 0 || i >= size) throw std::invalid_argument("gather: the index leaves the input");
+  }
+  return append<GatherNode>(activation, {input}, std::move(output), std::move(index));
+}
+
+int Program::concat(std::vector<int> inputs, int axis, Shape output, Activation activation) {
+  const int at = internal_axis(axis, output.size());
+  const Shape out = internal(output);
+  int64_t outer = 1;
+  for (int i = 0; i < at; ++i) outer *= out[static_cast<size_t>(i)];
+  std::vector<int64_t> chunks;
+  for (int input : inputs) chunks.push_back(element_count(shape(input)) / outer);
+  return append<ConcatNode>(activation, std::move(inputs), std::move(output), outer, std::move(chunks));
+}
+
+int Program::binary(BinaryKind kind, int a, int b, Shape output, Activation activation) {
+  const BinaryArgs geometry = broadcast(kind, internal(shape(a)), internal(shape(b)), internal(output));
+  const int64_t size_a = element_count(shape(a)), size_b = element_count(shape(b));
+  return append<BinaryNode>(activation, {a, b}, std::move(output), geometry, size_a, size_b);
+}
+
+int Program::affine(int input, std::vector<float> scale, std::vector<float> shift, Activation activation) {
+  const Shape in = shape(input);
+  const int64_t size = element_count(in), inner = static_cast<int64_t>(scale.size());
+  if (inner == 0 || size % inner != 0 || scale.size() != shift.size()) {
+    throw std::invalid_argument("affine: wrong number of scales");
+  }
+  return append<AffineNode>(activation, {input}, in, size / inner, std::move(scale), std::move(shift));
+}
+
+int Program::activate(int input, Activation activation) {
+  const Shape in = shape(input);
+  shapes_.push_back(in);
+  nodes_.push_back(
+      std::make_unique<ActivationNode>(kernels_, std::vector<int>{input}, output(), activation, element_count(in)));
+  return output();
+}
+
+}  // namespace fastinv

@@ -1,0 +1,75 @@
+// A program: a network lowered to kernel launches over values in the internal layout ([H, W, C] for rank 3).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "correlation.h"
+#include "node.h"
+
+namespace fastinv {
+
+using Shape = std::vector<int64_t>;  // without the batch axis; [C, H, W] for images
+
+int64_t element_count(const Shape& shape);
+
+struct ConvolutionSpec {
+  int stride[2], padding[2], dilation[2];  // padding: top, left; for transposed, what is cut there
+  int groups;
+  bool transposed;
+};
+
+struct PoolSpec {
+  int kernel[2], stride[2], padding[2], dilation[2];
+};
+
+// A sparse matrix in compressed rows, [rows, columns].
+struct SparseMatrix {
+  std::vector<int32_t> first, index;
+  std::vector<float> weight;
+  int columns = 0;
+
+  SparseMatrix transposed() const;
+  int rows() const { return static_cast<int>(first.size()) - 1; }
+  SparseAxis view() const { return {first.data(), index.data(), weight.data()}; }
+};
+
+class Program {
+ public:
+  // `differentiable`: prepare for backward passes too.
+  Program(const Kernels& kernels, Shape input, bool differentiable);
+
+  // Each appends a node and returns the number of its value. Arrays are row-major and copied.
+  int convolution(int input, const float* weight, const float* bias, int kernel_h, int kernel_w, Shape output,
+                  const ConvolutionSpec& spec, Activation activation);
+  int linear(int input, const float* weight, const float* bias, Shape output, Activation activation);
+  int max_pool(int input, Shape output, const PoolSpec& spec, Activation activation);
+  int resample(int input, SparseMatrix rows, SparseMatrix columns, Activation activation);
+  int gather(int input, std::vector<int32_t> index, Shape output, Activation activation);
+  int concat(std::vector<int> inputs, int axis, Shape output, Activation activation);
+  int binary(BinaryKind kind, int a, int b, Shape output, Activation activation);
+  int affine(int input, std::vector<float> scale, std::vector<float> shift, Activation activation);
+  int activate(int input, Activation activation);
+
+  const Kernels& kernels() const { return kernels_; }
+  bool differentiable() const { return differentiable_; }
+  const std::vector<Shape>& shapes() const { return shapes_; }
+  const std::vector<std::unique_ptr<Node>>& nodes() const { return nodes_; }
+  int output() const { return static_cast<int>(shapes_.size()) - 1; }
+  bool has_linear() const { return has_linear_; }
+
+ private:
+  const Shape& shape(int value) const;
+  int next_value(Shape shape);
+  template <class T, class... Args>
+  int append(Activation activation, std::vector<int> inputs, Shape output, Args&&... args);
+
+  const Kernels& kernels_;
+  const bool differentiable_;
+  bool has_linear_ = false;
+  std::vector<Shape> shapes_;
+  std::vector<std::unique_ptr<Node>> nodes_;
+};
+
+}  // namespace fastinv

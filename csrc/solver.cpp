@@ -1,0 +1,187 @@
+#include "solver.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <stdexcept>
+
+#include "layout.h"
+#include "threads.h"
+
+namespace fastinv {
+
+Solver::Solver(Program program, Recipe recipe, int threads)
+    : program_(std::move(program)), recipe_(std::move(recipe)), threads_(threads) {
+  const Shape& image = program_.shapes().front();
+  if (!program_.differentiable()) throw std::invalid_argument("the program was not built for gradients");
+  if (image.size() != 3) throw std::invalid_argument("the edge must take images [C, H, W]");
+  for (const Shape& shape : program_.shapes()) stride_.push_back(round_up(element_count(shape), kLineFloats));
+  const auto channels = static_cast<size_t>(image[0]);
+  if (!recipe_.low.empty()) {
+    if (recipe_.low.size() != channels || recipe_.high.size() != channels) {
+      throw std::invalid_argument("one bound for every channel expected");
+    }
+    for (int64_t p = 0; p < image[1] * image[2]; ++p) {
+      low_.insert(low_.end(), recipe_.low.begin(), recipe_.low.end());
+      high_.insert(high_.end(), recipe_.high.begin(), recipe_.high.end());
+    }
+  }
+  std::vector<bool> written(program_.shapes().size(), false);
+  written[static_cast<size_t>(program_.output())] = true;
+  const auto& nodes = program_.nodes();
+  first_.resize(nodes.size());
+  for (size_t k = nodes.size(); k-- > 0;) {
+    for (int input : nodes[k]->inputs) {
+      first_[k].push_back(!written[static_cast<size_t>(input)]);
+      written[static_cast<size_t>(input)] = true;
+    }
+  }
+}
+
+int64_t Solver::workspace_bytes() const {
+  int64_t floats = 0;
+  for (int64_t stride : stride_) floats += 2 * stride;
+  return (floats + stride_.back() + 4 * stride_.front()) * int64_t{sizeof(float)};
+}
+
+std::unique_ptr<Solver::Workspace> Solver::make_workspace() const {
+  const Shape& image = program_.shapes().front();
+  const int64_t scratch = 4 * (image[2] + 1) * image[0];
+  auto w = std::make_unique<Workspace>();
+  w->memory = Buffer(workspace_bytes() / int64_t{sizeof(float)} + scratch);
+  float* at = w->memory.data();
+  const auto next = [&at](int64_t size) { return std::exchange(at, at + size); };
+  for (int64_t stride : stride_) w->values.push_back(next(stride));
+  for (int64_t stride : stride_) w->grads.push_back(next(stride));
+  w->features = next(stride_.back());
+  w->first = next(stride_.front());
+  w->second = next(stride_.front());
+  w->largest = next(stride_.front());
+  w->best = next(stride_.front());
+  w->scratch = next(scratch);
+  return w;
+}
+
+double Solver::objective(Workspace& w) const {
+  const Frame values = {w.values.data(), stride_.data()};
+  for (const auto& node : program_.nodes()) node->forward(values, 1);
+  return program_.kernels().residual(w.values.back(), w.features, w.grads.back(),
+                                     element_count(program_.shapes().back()));
+}
+
+void Solver::backward(Workspace& w) const {
+  const Kernels& kernels = program_.kernels();
+  const Frame values = {w.values.data(), stride_.data()}, grads = {w.grads.data(), stride_.data()};
+  const auto& nodes = program_.nodes();
+  for (size_t k = nodes.size(); k-- > 0;) {
+    const Node& node = *nodes[k];
+    if (node.activation.kind != ActivationKind::kIdentity) {
+      const float* y = values.at(node.output);
+      kernels.activate_gradient(y, y, grads.at(node.output),
+                                element_count(program_.shapes()[static_cast<size_t>(node.output)]), node.activation);
+    }
+    for (size_t input = 0; input < node.inputs.size(); ++input) {
+      node.backward(values, grads, input, first_[k][input]);
+    }
+  }
+}
+
+void Solver::step(Workspace& w, int64_t t) const {
+  const bool adam = recipe_.optimizer != OptimizerKind::kSgd;
+  const double correction1 = adam ? 1.0 - std::pow(recipe_.beta1, static_cast<double>(t)) : 1.0;
+  const double correction2 = adam ? 1.0 - std::pow(recipe_.beta2, static_cast<double>(t)) : 1.0;
+  OptimizerArgs args = {};
+  args.z = w.values.front();
+  args.grad = w.grads.front();
+  args.first = w.first;
+  args.second = w.second;
+  args.largest = w.largest;
+  args.low = low_.empty() ? nullptr : low_.data();
+  args.high = high_.empty() ? nullptr : high_.data();
+  args.size = element_count(program_.shapes().front());
+  args.kind = recipe_.optimizer;
+  args.beta1 = static_cast<float>(recipe_.beta1);
+  args.beta2 = static_cast<float>(recipe_.beta2);
+  args.eps = static_cast<float>(recipe_.eps);
+  args.step_size = static_cast<float>(recipe_.lr / correction1);
+  args.root_correction2 = static_cast<float>(std::sqrt(correction2));
+  args.momentum = static_cast<float>(recipe_.momentum);
+  args.first_step = t == 1;
+  program_.kernels().optimizer(args);
+}
+
+template <class Poll>
+bool Solver::solve_image(Workspace& w, const float* features, const float* init, float* out, ImageReport& report,
+                         const Poll& poll) const {
+  const Shape &image = program_.shapes().front(), &result = program_.shapes().back();
+  const int64_t size = element_count(image), out_size = element_count(result);
+  const int64_t result_rows = result.size() == 3 ? result[0] : 1;
+  float* z = w.values.front();
+  transpose(init, z, image[0], size / image[0]);
+  transpose(features, w.features, result_rows, out_size / result_rows);
+  std::fill_n(w.first, size, 0.0f);
+  std::fill_n(w.second, size, 0.0f);
+  std::fill_n(w.largest, size, 0.0f);
+  const TotalVariationArgs tv = {z,
+                                 w.grads.front(),
+                                 w.scratch,
+                                 static_cast<int32_t>(image[1]),
+                                 static_cast<int32_t>(image[2]),
+                                 static_cast<int32_t>(image[0]),
+                                 static_cast<float>(recipe_.tv_weight),
+                                 static_cast<float>(recipe_.tv_beta)};
+  double before = 0.0, best = INFINITY;
+  int64_t calm = 0;  // evaluations in a row within the tolerance
+  report = {};
+  for (;;) {
+    if (poll()) return false;
+    double value = objective(w);
+    // The last iterate needs its objective, but no gradient of the network.
+    if (report.steps < recipe_.steps) backward(w);
+    if (recipe_.tv_weight > 0.0) value += program_.kernels().total_variation(tv);
+    if (recipe_.keep_best && value < best) {
+      best = value;
+      std::copy_n(z, size, w.best);
+    }
+    if (recipe_.tolerance > 0.0 && report.steps > 0) {
+      calm = std::fabs(value - before) <= recipe_.tolerance * std::fabs(before) ? calm + 1 : 0;
+      report.converged = calm >= recipe_.patience;
+    }
+    before = value;
+    report.objective = recipe_.keep_best && best < value ? best : value;
+    if (report.converged || report.steps == recipe_.steps) break;
+    step(w, ++report.steps);
+  }
+  const bool earlier = recipe_.keep_best && best < before;
+  transpose(earlier ? w.best : z, out, size / image[0], image[0]);
+  return true;
+}
+
+bool Solver::solve(const float* features, const float* init, int64_t init_stride, float* out, ImageReport* reports,
+                   int64_t n, const std::function<bool()>& interrupted) {
+  if (n == 0) return true;
+  const int64_t size = element_count(program_.shapes().front());
+  const int64_t feature_size = element_count(program_.shapes().back());
+  const int workers = static_cast<int>(std::min<int64_t>(threads_, n));
+  auto workspaces = workspaces_.take(workers, [this] { return make_workspace(); });
+  std::atomic<bool> stop{false};
+  using Clock = std::chrono::steady_clock;
+  auto asked = Clock::now();
+  parallel_for(workers, n, [&](int worker, int64_t i) {
+    // Worker 0 is the caller: it alone may ask, ten times a second.
+    const auto poll = [&] {
+      if (worker == 0 && Clock::now() - asked > std::chrono::milliseconds(100)) {
+        if (interrupted()) stop = true;
+        asked = Clock::now();
+      }
+      return stop.load(std::memory_order_relaxed);
+    };
+    solve_image(*workspaces[static_cast<size_t>(worker)], features + i * feature_size, init + i * init_stride,
+                out + i * size, reports[i], poll);
+  });
+  workspaces_.give_back(std::move(workspaces));
+  return !stop;
+}
+
+}  // namespace fastinv

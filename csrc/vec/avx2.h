@@ -1,0 +1,68 @@
+// The vector vocabulary for AVX2 with FMA: 8 floats.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#define FASTINV_INLINE static inline __attribute__((always_inline))
+
+namespace fastinv {
+namespace {
+
+using V = __m256;
+using Mask = __m256;
+
+constexpr int kWidth = 8;
+constexpr int kMaxVectors = 2;  // 6 × 2 accumulators + 2 weights + 1 broadcast: 15 of 16 registers
+constexpr int kDotPixels[] = {0, 6, 4, 3, 2};
+
+FASTINV_INLINE __m256i first_lanes(int n) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane);
+}
+
+FASTINV_INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
+FASTINV_INLINE V load_first(const float* p, int n) {
+  return n == kWidth ? load(p) : _mm256_maskload_ps(p, first_lanes(n));
+}
+FASTINV_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+FASTINV_INLINE void store_first(float* p, V v, int n) {
+  n == kWidth ? store(p, v) : _mm256_maskstore_ps(p, first_lanes(n), v);  // masked stores are slow on AMD
+}
+FASTINV_INLINE V set1(float x) { return _mm256_set1_ps(x); }
+FASTINV_INLINE V zero() { return _mm256_setzero_ps(); }
+
+FASTINV_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
+FASTINV_INLINE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+FASTINV_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+FASTINV_INLINE V div(V a, V b) { return _mm256_div_ps(a, b); }
+FASTINV_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+FASTINV_INLINE V min(V a, V b) { return _mm256_min_ps(a, b); }
+FASTINV_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }
+FASTINV_INLINE V sqrt(V a) { return _mm256_sqrt_ps(a); }
+FASTINV_INLINE V abs(V a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+FASTINV_INLINE V round(V a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FASTINV_INLINE float sum(V a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+// 2^n for a whole n from −126 to 127.
+FASTINV_INLINE V exp2_whole(V n) {
+  const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+}
+
+FASTINV_INLINE Mask less(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+FASTINV_INLINE Mask less_equal(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
+FASTINV_INLINE Mask equal(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+FASTINV_INLINE V select(Mask m, V a, V b) { return _mm256_blendv_ps(b, a, m); }
+
+FASTINV_INLINE V gather(const float* base, const int32_t* index) {
+  return _mm256_i32gather_ps(base, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), 4);
+}
+
+}  // namespace
+}  // namespace fastinv

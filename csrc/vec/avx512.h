@@ -1,0 +1,57 @@
+// The vector vocabulary for AVX-512 (F, BW, DQ, VL): 16 floats.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#define FASTINV_INLINE static inline __attribute__((always_inline))
+
+namespace fastinv {
+namespace {
+
+using V = __m512;
+using Mask = __mmask16;
+
+constexpr int kWidth = 16;
+constexpr int kMaxVectors = 4;  // 6 × 4 accumulators + 4 weights + 1 broadcast: 29 of 32 registers
+constexpr int kDotPixels[] = {0, 6, 6, 6, 6};
+
+FASTINV_INLINE Mask first_lanes(int n) { return static_cast<Mask>((1u << n) - 1u); }
+
+FASTINV_INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
+FASTINV_INLINE V load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+FASTINV_INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+FASTINV_INLINE void store_first(float* p, V v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+FASTINV_INLINE V set1(float x) { return _mm512_set1_ps(x); }
+FASTINV_INLINE V zero() { return _mm512_setzero_ps(); }
+
+FASTINV_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
+FASTINV_INLINE V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+FASTINV_INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+FASTINV_INLINE V div(V a, V b) { return _mm512_div_ps(a, b); }
+FASTINV_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+FASTINV_INLINE V min(V a, V b) { return _mm512_min_ps(a, b); }
+FASTINV_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }
+FASTINV_INLINE V sqrt(V a) { return _mm512_sqrt_ps(a); }
+FASTINV_INLINE V abs(V a) { return _mm512_abs_ps(a); }
+FASTINV_INLINE V round(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FASTINV_INLINE float sum(V a) { return _mm512_reduce_add_ps(a); }
+
+// 2^n for a whole n from −126 to 127.
+FASTINV_INLINE V exp2_whole(V n) {
+  const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
+}
+
+FASTINV_INLINE Mask less(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+FASTINV_INLINE Mask less_equal(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+FASTINV_INLINE Mask equal(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+FASTINV_INLINE V select(Mask m, V a, V b) { return _mm512_mask_blend_ps(m, b, a); }
+
+FASTINV_INLINE V gather(const float* base, const int32_t* index) {
+  return _mm512_i32gather_ps(_mm512_loadu_si512(index), base, 4);
+}
+
+}  // namespace
+}  // namespace fastinv

@@ -1,0 +1,75 @@
+// The vector vocabulary for any processor: 4 floats through the compiler's vector extension (GCC, Clang).
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include <cstdint>
+
+#define FASTINV_INLINE static inline __attribute__((always_inline))
+
+namespace fastinv {
+namespace {
+
+typedef float V __attribute__((vector_size(16)));
+typedef int32_t Mask __attribute__((vector_size(16)));
+
+constexpr int kWidth = 4;
+constexpr int kMaxVectors = 2;
+constexpr int kDotPixels[] = {0, 6, 4, 3, 2};
+
+FASTINV_INLINE V load(const float* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+FASTINV_INLINE V load_first(const float* p, int n) {
+  if (n == kWidth) return load(p);
+  V v = {};
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+FASTINV_INLINE void store(float* p, V v) { memcpy(p, &v, sizeof v); }
+FASTINV_INLINE void store_first(float* p, V v, int n) {
+  if (n == kWidth) return store(p, v);
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+}
+FASTINV_INLINE V set1(float x) { return V{x, x, x, x}; }
+FASTINV_INLINE V zero() { return V{}; }
+
+FASTINV_INLINE V add(V a, V b) { return a + b; }
+FASTINV_INLINE V sub(V a, V b) { return a - b; }
+FASTINV_INLINE V mul(V a, V b) { return a * b; }
+FASTINV_INLINE V div(V a, V b) { return a / b; }
+FASTINV_INLINE V fma(V a, V b, V c) { return a * b + c; }
+
+FASTINV_INLINE Mask less(V a, V b) { return a < b; }
+FASTINV_INLINE Mask less_equal(V a, V b) { return a <= b; }
+FASTINV_INLINE Mask equal(V a, V b) { return a == b; }
+FASTINV_INLINE V select(Mask m, V a, V b) { return m ? a : b; }
+
+FASTINV_INLINE V min(V a, V b) { return a < b ? a : b; }
+FASTINV_INLINE V max(V a, V b) { return a > b ? a : b; }
+FASTINV_INLINE V sqrt(V a) { return V{sqrtf(a[0]), sqrtf(a[1]), sqrtf(a[2]), sqrtf(a[3])}; }
+FASTINV_INLINE V abs(V a) { return a < zero() ? -a : a; }
+FASTINV_INLINE V round(V a) {
+  const V magic = set1(12582912.0f);  // 1.5 · 2^23: adding it rounds |a| < 2^22 to a whole number
+  return (a + magic) - magic;
+}
+FASTINV_INLINE float sum(V a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+
+// 2^n for a whole n from −126 to 127.
+FASTINV_INLINE V exp2_whole(V n) {
+  const Mask biased = __builtin_convertvector(n, Mask) + 127;
+  const Mask bits = biased << 23;
+  V v;
+  memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+FASTINV_INLINE V gather(const float* base, const int32_t* index) {
+  return V{base[index[0]], base[index[1]], base[index[2]], base[index[3]]};
+}
+
+}  // namespace
+}  // namespace fastinv

@@ -1,0 +1,80 @@
+"""What a backend is: a name, what it can do, and two compilers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fastinv.network import Network, Step
+
+if TYPE_CHECKING:
+    from fastinv.inverters import RMLE
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a recovery says of itself, one entry per image.
+
+    Attributes:
+        objective: the rMLE objective of the returned image, float64 [N]; None for an inverse network.
+        steps: optimizer steps taken, int64 [N]; one (a forward pass) for an inverse network.
+        converged: whether the tolerance was met, bool [N]; always true for an inverse network.
+        backend: the backend that ran.
+        isa: its instruction set.
+    """
+
+    objective: npt.NDArray[np.float64] | None
+    steps: npt.NDArray[np.int64]
+    converged: npt.NDArray[np.bool_]
+    backend: str
+    isa: str
+
+
+class CompiledNetwork(Protocol):
+    """A network ready to run: float32 [N, *input_shape] in, float32 [N, *output_shape] out."""
+
+    isa: str
+    precision: str
+
+    def run(self, x: Array, out: Array) -> None:
+        """Write the network's results for `x` (C-contiguous, any N >= 0) into `out` (C-contiguous)."""
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The plan: one entry per kernel launch (kernel, step, shapes, FLOPs, bytes)."""
+
+
+class CompiledSolver(Protocol):
+    """An rMLE loop ready to run."""
+
+    isa: str
+    precision: str
+
+    def solve(self, features: Array, init: Array) -> tuple[Array, Report]:
+        """Recover [N, *input_shape] normalised images z from float32 `features` [N, *output_shape].
+
+        `init` is the normalised start: [*input_shape], or one start for each image, [N, *input_shape].
+        """
+
+
+class Backend(Protocol):
+    """One way to run networks. `BACKENDS` lists them, best first."""
+
+    name: str
+    precisions: tuple[str, ...]
+
+    def available(self) -> str | None:
+        """None when it can run here, else the reason why not and what to do."""
+
+    def supports(self, step: Step) -> bool:
+        """Whether it has a kernel for this step."""
+
+    def compile(self, network: Network, precision: str, threads: int | None) -> CompiledNetwork:
+        """The network, ready to run."""
+
+    def compile_solver(self, recipe: RMLE, precision: str, threads: int | None) -> CompiledSolver:
+        """The rMLE loop for the recipe's edge, ready to run."""

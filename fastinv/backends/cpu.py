@@ -1,0 +1,319 @@
+"""The compiled CPU backend: lowers networks to kernel launches of `fastinv._core`.
+
+`LOWERINGS` is the one table that says how each op becomes launches. The core keeps images channels last, [H, W, C];
+everything it is given here is already in that order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastinv.backends.base import Array, Report
+from fastinv.errors import BackendError
+from fastinv.network import Network, Step
+from fastinv.ops.activation import IDENTITY, Activation
+from fastinv.ops.affine import Affine
+from fastinv.ops.base import Shape
+from fastinv.ops.concat import Concat
+from fastinv.ops.conv2d import Conv2d
+from fastinv.ops.conv_transpose2d import ConvTranspose2d
+from fastinv.ops.max_pool2d import MaxPool2d
+from fastinv.ops.rearrange import Rearrange
+from fastinv.ops.resample import Resample
+
+if TYPE_CHECKING:
+    from fastinv import _core
+    from fastinv.inverters import RMLE
+
+ACTIVATION_CODES = {  # the order of ActivationKind in csrc/kernels.h
+    kind: code
+    for code, kind in enumerate(
+        (
+            "identity",
+            "relu",
+            "leaky_relu",
+            "sigmoid",
+            "tanh",
+            "silu",
+            "gelu",
+            "gelu_tanh",
+            "softplus",
+            "hardtanh",
+            "clamp",
+        )
+    )
+}
+
+
+class CpuBackend:
+    """C++ kernels for AVX-512, AVX2 and any other processor; see `fastinv.backends.base.Backend`."""
+
+    name = "cpu"
+    precisions: tuple[str, ...] = ("float32",)
+
+    def available(self) -> str | None:
+        try:
+            from fastinv import _core  # noqa: F401 - whether it loads is the question
+        except ImportError as error:
+            return (
+                f"the compiled core is missing or broken ({error}); build it with `pip install .` in the source "
+                "tree, which needs a C++17 compiler such as g++ >= 9"
+            )
+        return None
+
+    def supports(self, step: Step) -> bool:
+        return step.op.name in LOWERINGS
+
+    def compile(self, network: Network, precision: str, threads: int | None) -> CpuNetwork:
+        return CpuNetwork(network, threads)
+
+    def compile_solver(self, recipe: RMLE, precision: str, threads: int | None) -> CpuSolver:
+        return CpuSolver(recipe, threads)
+
+
+class CpuNetwork:
+    """A network compiled for this machine's instruction set, or the one FASTINV_ISA names."""
+
+    precision = "float32"
+
+    def __init__(self, network: Network, threads: int | None) -> None:
+        from fastinv import _core
+
+        lowering = Lowering(network, differentiable=False)
+        self._engine = _core.Engine(lowering.program, _thread_count(threads))
+        self._network = network
+        self._launches = lowering.launches
+        self.isa = self._engine.isa
+
+    def run(self, x: Array, out: Array) -> None:
+        self._engine.run(x, out)
+
+    def describe(self) -> list[dict[str, Any]]:
+        return _describe(self._network, self._launches, self._engine.describe())
+
+
+class CpuSolver:
+    """The rMLE loop, compiled: it returns to Python only when all images are done."""
+
+    precision = "float32"
+
+    def __init__(self, recipe: RMLE, threads: int | None) -> None:
+        from fastinv import _core
+        from fastinv.inverters import channelwise
+
+        low: list[float] = []
+        high: list[float] = []
+        if recipe.clamp is not None:
+            mean = channelwise(recipe.mean, recipe.input_shape).ravel()
+            std = channelwise(recipe.std, recipe.input_shape).ravel()
+            low, high = (((np.float32(bound) - mean) / std).tolist() for bound in recipe.clamp)
+        self._solver = _core.Solver(
+            Lowering(recipe.edge, differentiable=True).program,
+            optimizer=recipe.optimizer,
+            steps=recipe.steps,
+            lr=recipe.lr,
+            beta1=recipe.betas[0],
+            beta2=recipe.betas[1],
+            eps=recipe.eps,
+            momentum=recipe.momentum,
+            tv_weight=recipe.tv_weight,
+            tv_beta=recipe.tv_beta,
+            tolerance=recipe.tolerance,
+            patience=recipe.patience,
+            keep_best=recipe.keep == "best",
+            low=low,
+            high=high,
+            threads=_thread_count(threads),
+        )
+        self.isa = self._solver.isa
+
+    def solve(self, features: Array, init: Array) -> tuple[Array, Report]:
+        z, objective, steps, converged = self._solver.solve(features, init)
+        return z, Report(objective, steps, converged, CpuBackend.name, self.isa)
+
+
+class Lowering:
+    """A network turned into a program of the core, step by step."""
+
+    def __init__(self, network: Network, *, differentiable: bool) -> None:
+        from fastinv import _core
+
+        self.network = network
+        self.program: _core.Program = _core.Program(_isa(), list(network.input_shape), differentiable)
+        self.values = [0]  # the program's value for every value of the network
+        self.launches: list[int] = []  # the step behind every launch
+        for index, step in enumerate(network.steps):
+            shapes = [network.shapes[i] for i in step.inputs]
+            values = [self.values[i] for i in step.inputs]
+            self.values.append(LOWERINGS[step.op.name](self, step, values, shapes, network.shapes[index + 1]))
+            self.launches += [index] * (self.values[-1] - max(self.values[:-1]))
+
+    def rearrange(self, value: int, index: npt.NDArray[np.int64], source: Shape, target: Shape, act: Activation) -> int:
+        """Elements in a new order; `index` holds positions in the row-major input, shaped as the output.
+
+        Nothing is launched where the order in memory stays the same.
+        """
+        position = np.empty(index.size, np.int64)  # where each element of the row-major input lies
+        position[_internal(np.arange(index.size).reshape(source)).ravel()] = np.arange(index.size)
+        order = position[_internal(index.reshape(target)).ravel()]
+        if np.array_equal(order, np.arange(order.size)):
+            if act is IDENTITY or act == IDENTITY:
+                # The value keeps its own shape in the program; a later step may need the new one.
+                return value if source == target else self._gather(value, order, target, act)
+            if source == target:
+                return self.program.activate(value, encode(act))
+        return self._gather(value, order, target, act)
+
+    def _gather(self, value: int, order: npt.NDArray[np.int64], target: Shape, act: Activation) -> int:
+        return self.program.gather(value, order.astype(np.int32), list(target), encode(act))
+
+
+def encode(activation: Activation) -> tuple[int, float, float]:
+    """An activation as the core takes it."""
+    return ACTIVATION_CODES[activation.kind], activation.a, activation.b
+
+
+def _internal(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """[C, H, W] as it lies in the core, [H, W, C]; other ranks as they are."""
+    return array.transpose(1, 2, 0) if array.ndim == 3 else array
+
+
+def _isa() -> str:
+    from fastinv import _core
+
+    try:
+        return _core.resolve_isa(os.environ.get("FASTINV_ISA", ""))
+    except ValueError as error:
+        raise BackendError(f"FASTINV_ISA: {error}; unset it to take the best") from None
+
+
+def _thread_count(threads: int | None) -> int:
+    from fastinv import _core
+
+    return _core.available_threads() if threads is None else threads
+
+
+def _describe(network: Network, launches: Sequence[int], kernels: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": step,
+            "op": network.steps[step].op.name,
+            "kernel": kernel,
+            "activation": network.steps[step].activation.kind,
+            "output": network.shapes[step + 1],
+            "flops": network.costs[step].flops,
+            "bytes": network.costs[step].bytes,
+            "source": network.steps[step].source,
+        }
+        for step, kernel in zip(launches, kernels, strict=True)
+    ]
+
+
+# ---- one function per op: (lowering, step, input values, input shapes, output shape) -> value --------------------------
+
+Lower = Callable[[Lowering, Step, list[int], list[Shape], Shape], int]
+
+
+def _convolution(to: Lowering, step: Step, values: list[int], shapes: list[Shape], output: Shape) -> int:
+    op = step.op
+    assert isinstance(op, (Conv2d, ConvTranspose2d))
+    transposed = isinstance(op, ConvTranspose2d)
+    return to.program.convolution(
+        values[0],
+        step.weights["weight"],
+        step.weights["bias"],
+        output=list(output),
+        stride=op.stride,
+        padding=op.padding if isinstance(op, ConvTranspose2d) else (op.padding[0], op.padding[2]),
+        dilation=op.dilation,
+        groups=op.groups,
+        transposed=transposed,
+        activation=encode(step.activation),
+    )
+
+
+def _linear(to: Lowering, step: Step, values: list[int], shapes: list[Shape], output: Shape) -> int:
+    (value,), (shape,) = values, shapes
+    weight, bias = step.weights["weight"], step.weights["bias"]
+    if len(shape) != 3:
+        return to.program.linear(value, weight, bias, list(output), encode(step.activation))
+    # The last axis of an image is not contiguous in the core: work on it as a matrix.
+    rows = shape[0] * shape[1]
+    flat_in, flat_out = (rows, shape[2]), (rows, output[2])
+    value = to.rearrange(value, np.arange(rows * shape[2]), shape, flat_in, IDENTITY)
+    value = to.program.linear(value, weight, bias, list(flat_out), encode(step.activation))
+    return to.rearrange(value, np.arange(rows * output[2]), flat_out, output, IDENTITY)
+
+
+def _max_pool(to: Lowering, step: Step, values: list[int], shapes: list[Shape], output: Shape) -> int:
+    op = step.op
+    assert isinstance(op, MaxPool2d)
+    return to.program.max_pool(
+        values[0], list(output), op.kernel, op.stride, op.padding, op.dilation, encode(step.activation)
+    )
+
+
+def _resample(to: Lowering, step: Step, values: list[int], shapes: list[Shape], output: Shape) -> int:
+    op = step.op
+    assert isinstance(op, Resample)
+    rows, columns = (op.weights_along(axis, shapes[0][1 + axis]).astype(np.float32) for axis in (0, 1))
+    return to.program.resample(values[0], rows, columns, encode(step.activation))
+
+
+def _rearrange(to: Lowering, step: Step, values: list[int], shapes: list[Shape], output: Shape) -> int:
+    assert isinstance(step.op, Rearrange)
+    return to.rearrange(values[0], step.op.source_index(shapes[0]), shapes[0], output, step.activation)
+
+
+def _concat(to: Lowering, step: Step, values: list[int], shapes: list[Shape], output: Shape) -> int:
+    assert isinstance(step.op, Concat)
+    return to.program.concat(values, step.op.axis, list(output), encode(step.activation))
+
+
+def _add(to: Lowering, step: Step, values: list[int], shapes: list[Shape], output: Shape) -> int:
+    return to.program.add(values[0], values[1], list(output), encode(step.activation))
+
+
+def _mul(to: Lowering, step: Step, values: list[int], shapes: list[Shape], output: Shape) -> int:
+    return to.program.mul(values[0], values[1], list(output), encode(step.activation))
+
+
+def _affine(to: Lowering, step: Step, values: list[int], shapes: list[Shape], output: Shape) -> int:
+    assert isinstance(step.op, Affine)
+    scale, shift = step.weights["scale"], step.weights["shift"]
+    (shape,) = shapes
+    per_channel = len(shape) == 3 and scale.shape[1:] == (1, 1)
+    target = shape[:1] if per_channel else shape  # channels are innermost: one entry for each is enough
+    arrays = (np.broadcast_to(w.reshape(-1) if per_channel else w, target) for w in (scale, shift))
+    scale, shift = (np.ascontiguousarray(_internal(w)).ravel() for w in arrays)
+    return to.program.affine(values[0], scale, shift, encode(step.activation))
+
+
+def _activation(to: Lowering, step: Step, values: list[int], shapes: list[Shape], output: Shape) -> int:
+    assert isinstance(step.op, Activation)
+    value = to.program.activate(values[0], encode(step.op))
+    return value if step.activation == IDENTITY else to.program.activate(value, encode(step.activation))
+
+
+LOWERINGS: dict[str, Lower] = {
+    "conv2d": _convolution,
+    "conv_transpose2d": _convolution,
+    "linear": _linear,
+    "max_pool2d": _max_pool,
+    "avg_pool2d": _resample,
+    "adaptive_avg_pool2d": _resample,
+    "upsample": _resample,
+    "pixel_shuffle": _rearrange,
+    "reshape": _rearrange,
+    "permute": _rearrange,
+    "add": _add,
+    "mul": _mul,
+    "affine": _affine,
+    "concat": _concat,
+    "activation": _activation,
+}
