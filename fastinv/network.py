@@ -17,12 +17,11 @@ import numpy.typing as npt
 from fastinv.errors import FastinvError, NetworkError
 from fastinv.ops import OPS, Op
 from fastinv.ops.activation import IDENTITY, Activation
-from fastinv.ops.base import MAX_ELEMENTS, Cost, Shape, expect
+from fastinv.ops.base import MAX_ELEMENTS, MAX_RANK, Cost, Shape, expect
 
 Weights = Mapping[str, npt.NDArray[np.float32]]
 
 MAX_STEPS = 4096
-MAX_RANK = 6
 MAX_SOURCE = 256  # characters of a step's source that are kept
 MAX_TOTAL = 2**30  # elements of all values of one image together (4 GiB of float32)
 MAX_FLOPS = 2**40  # per image

@@ -24,6 +24,7 @@ Shape = tuple[int, ...]
 Pair = tuple[int, int]
 
 MAX_ELEMENTS = 2**28  # of one value of one image (1 GiB of float32); a larger one is a mistake or an attack
+MAX_RANK = 6  # axes of a value, without the batch
 MAX_ATTRIBUTE = 2**16  # a kernel side, stride, padding or size beyond this is a mistake or an attack
 
 

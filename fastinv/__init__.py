@@ -1,0 +1,97 @@
+"""fastinv recovers inputs from the features that a split neural network sends, at the speed of the hardware.
+
+Everything a user needs is here. Importing it loads neither torch nor the compiled core: names that need them are loaded
+when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastinv.backends.base import Report
+from fastinv.engine import Engine, Solver, compile
+from fastinv.errors import (
+    BackendError,
+    DataError,
+    FastinvError,
+    FeatureError,
+    FormatError,
+    NetworkError,
+    SplitError,
+    TrainingError,
+    UnsupportedOp,
+)
+
+# The functions `export` and `invert` have the names of their modules: imported here, before anyone asks for the module,
+# the names stand for the functions.
+from fastinv.export import export
+from fastinv.inverters import RMLE, InverseNetwork, Inverter, load
+from fastinv.invert import invert, use
+from fastinv.network import Network, Step
+
+if TYPE_CHECKING:
+    from fastinv.attacks.inverse_network import train_inverse_network
+    from fastinv.attacks.shadow import fit_shadow, train_shadow
+    from fastinv.data import knowledge
+    from fastinv.metrics import psnr, ssim
+    from fastinv.models import make_decoder
+    from fastinv.split import Split
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Split": "fastinv.split",
+    "fit_shadow": "fastinv.attacks.shadow",
+    "knowledge": "fastinv.data",
+    "make_decoder": "fastinv.models",
+    "psnr": "fastinv.metrics",
+    "ssim": "fastinv.metrics",
+    "train_inverse_network": "fastinv.attacks.inverse_network",
+    "train_shadow": "fastinv.attacks.shadow",
+}
+
+__all__ = [
+    "RMLE",
+    "BackendError",
+    "DataError",
+    "Engine",
+    "FastinvError",
+    "FeatureError",
+    "FormatError",
+    "InverseNetwork",
+    "Inverter",
+    "Network",
+    "NetworkError",
+    "Report",
+    "Solver",
+    "Split",
+    "SplitError",
+    "Step",
+    "TrainingError",
+    "UnsupportedOp",
+    "compile",
+    "export",
+    "fit_shadow",
+    "invert",
+    "knowledge",
+    "load",
+    "make_decoder",
+    "psnr",
+    "ssim",
+    "train_inverse_network",
+    "train_shadow",
+    "use",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastinv' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,65 @@
+"""The ways to run a network. `BACKENDS` is the one list of them, best first.
+
+Listing a backend loads neither torch nor the compiled core: each loads what it needs when it is asked to.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from fastinv.backends.base import Backend
+from fastinv.backends.cpu import CpuBackend
+from fastinv.backends.torch import TorchBackend
+from fastinv.errors import BackendError
+from fastinv.network import Step
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16", "tf32")
+PLANNED = ("cuda",)  # names that later versions know
+
+
+BACKENDS: tuple[Backend, ...] = (CpuBackend(), TorchBackend())
+
+
+def select(name: str | None, precision: str, steps: Sequence[Step]) -> tuple[Backend, str]:
+    """The backend to run `steps` on, and the precision to run them in.
+
+    Args:
+        name: a backend, which then runs or is refused, or None or "auto": the one that the environment variable
+            FASTINV_BACKEND names, else the first that can run the steps.
+        precision: a name of `PRECISIONS`; "auto" is float32.
+        steps: what has to run.
+
+    Raises:
+        BackendError: nothing can run the steps so; the message says what lacks and what the alternatives are.
+    """
+    if precision not in PRECISIONS:
+        raise BackendError(f"precision {precision!r:.40}, expected one of {', '.join(PRECISIONS)}")
+    precision = "float32" if precision == "auto" else precision
+    if name is None or name == "auto":
+        name = os.environ.get("FASTINV_BACKEND") or "auto"
+    lacks = {backend.name: _lacks(backend, precision, steps) for backend in BACKENDS}
+    for backend in BACKENDS:
+        if name in ("auto", backend.name) and lacks[backend.name] is None:
+            return backend, precision
+    able = ", ".join(n for n, reason in lacks.items() if reason is None) or "none"
+    if name in lacks:
+        raise BackendError(f"backend {name!r}: {lacks[name]}. Backends that can run this here: {able}")
+    if name == "auto":
+        raise BackendError("no backend can run this: " + "; ".join(f"{n}: {reason}" for n, reason in lacks.items()))
+    what = "is not in this version of fastinv" if name in PLANNED else "is unknown"
+    raise BackendError(f"backend {name!r:.40} {what}. Backends that can run this here: {able}")
+
+
+def _lacks(backend: Backend, precision: str, steps: Sequence[Step]) -> str | None:
+    """Why `backend` cannot run `steps` in `precision`; None when it can."""
+    reason = backend.available()
+    if reason is not None:
+        return reason
+    if precision not in backend.precisions:
+        return f"it has no precision {precision}, only {', '.join(backend.precisions)}"
+    unsupported = [step for step in steps if not backend.supports(step)]
+    if unsupported:
+        names = ", ".join(dict.fromkeys(f"{s.op.name} ({s.source})" if s.source else s.op.name for s in unsupported))
+        return f"it has no kernel for {names:.300}"
+    return None

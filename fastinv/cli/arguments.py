@@ -1,0 +1,64 @@
+"""What the commands' options share."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from fastinv.inverters import Inverter
+
+UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
+
+
+def integer(text: str) -> int:
+    """A whole number >= 0: `60000`, `60_000`, `60k` or `1M`."""
+    match = re.fullmatch(r"(\d+(?:_\d+)*)([km]?)", text.lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number such as 64, 10k or 1M")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def positive(text: str) -> int:
+    """A whole number >= 1."""
+    number = integer(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least 1")
+    return number
+
+
+def numbers(text: str) -> float | list[float]:
+    """A number, or several separated by commas."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number or several, as in 0.1,0.2") from None
+    return values[0] if len(values) == 1 else values
+
+
+def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fastinv.compile`."""
+    parser.add_argument("--backend", default="auto", help="cpu or torch; auto takes the first that can run it")
+    parser.add_argument("--precision", default="float32", help="what to compute in")
+    parser.add_argument("--threads", type=positive, help="threads to use; all cores where left out")
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 image`, `1,000 images`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def shapes(inverter: Inverter) -> str:
+    """`features [16, 8, 8] -> images [1, 28, 28]`."""
+    return f"features {list(inverter.feature_shape)} -> images {list(inverter.image_shape)}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Rows under a header, as aligned text; the first column to the left, the rest to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+
+    def aligned(line: list[str]) -> str:
+        rest = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
+        return "  ".join([line[0].ljust(widths[0]), *rest]).rstrip()
+
+    return "\n".join(map(aligned, lines))

@@ -1,0 +1,80 @@
+"""Say what a .finv file holds: kind, shapes, ops, parameters, FLOPs, provenance and the kernel plan."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+import fastinv
+from fastinv.cli.arguments import shapes, table
+from fastinv.network import Network
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="the .finv file")
+    parser.add_argument("--backend", default="auto", help="whose kernel plan to show")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    found = describe(args.file, args.backend)
+    print(json.dumps(found, indent=2) if args.json else as_text(found))
+
+
+def describe(path: str, backend: str = "auto") -> dict[str, Any]:
+    """What `path` holds, as JSON values."""
+    inverter = fastinv.load(path)
+    network: Network = getattr(inverter, inverter.network_field)
+    engine = fastinv.compile(network, backend)
+    assert isinstance(engine, fastinv.Engine)
+    recipe = inverter.recipe()
+    return {
+        "kind": inverter.kind,
+        "shapes": shapes(inverter),
+        "feature_shape": list(inverter.feature_shape),
+        "image_shape": list(inverter.image_shape),
+        "recipe": {
+            name: f"array {list(value.shape)}" if isinstance(value, np.ndarray) else value
+            for name, value in recipe.items()
+        },
+        "ops": dict(Counter(step.op.name for step in network.steps)),
+        "parameters": network.parameters,
+        "flops": network.flops,
+        "fingerprint": inverter.fingerprint,
+        "provenance": dict(inverter.provenance),
+        "backend": engine.backend,
+        "isa": engine.isa,
+        "plan": engine.describe(),
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The description for people."""
+    per = "image" if found["kind"] == "inverse_network" else "image and forward pass of the edge"
+    lines = [
+        f"{found['kind']}: {found['shapes']}",
+        f"ops         {', '.join(f'{count} {name}' for name, count in found['ops'].items())}",
+        f"parameters  {found['parameters']:,}",
+        f"FLOPs       {found['flops']:,} an {per}",
+        f"recipe      {_pairs(found['recipe'])}",
+        f"provenance  {_pairs(found['provenance']) or 'none'}",
+        f"plan        {found['backend']}, {found['isa']}",
+    ]
+    rows = [
+        [str(entry["step"]), entry["op"], entry["kernel"], entry["activation"], _shape(entry["output"])]
+        + [f"{entry['flops']:,}"]
+        for entry in found["plan"]
+    ]
+    return "\n".join([*lines, table(["step", "op", "kernel", "activation", "output", "FLOPs"], rows)])
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {json.dumps(value)}" for name, value in values.items())
+
+
+def _shape(shape: list[int]) -> str:
+    return "×".join(map(str, shape))

@@ -1,0 +1,86 @@
+"""Recover images from a file of features, to a .npy file or a folder of PNGs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+import fastinv
+from fastinv import tensors
+from fastinv.backends.base import Report
+from fastinv.cli import files
+from fastinv.cli.arguments import add_compile_arguments, numbers, plural, positive
+from fastinv.errors import FormatError, NetworkError
+from fastinv.invert import DTYPES
+
+OPTIONS = ("backend", "precision", "threads", "batch_size", "scale", "zero_point")  # handed to `fastinv.invert`
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "features",
+        metavar="FEATURES",
+        type=Path,
+        help="the features [N, ...] in a .npy, .npz, .safetensors or .pt (tensors only) file",
+    )
+    parser.add_argument(
+        "-m", "--inverter", metavar="FILE", help="the .finv file; FASTINV_INVERTER names it where left out"
+    )
+    parser.add_argument(
+        "-o", "--out", metavar="OUT", type=Path, required=True, help="a .npy file, or a new folder for PNGs"
+    )
+    parser.add_argument("--key", help="which array of a file that holds several")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of a .npy output: pixels 0-1 or 0-255")
+    parser.add_argument("--batch-size", type=positive, help="images run at once; it does not change the result")
+    parser.add_argument("--scale", type=numbers, help="of quantised features: a number, or one a channel: 0.1,0.2")
+    parser.add_argument("--zero-point", type=numbers, help="of quantised features, as --scale")
+    add_compile_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    path = args.inverter or os.environ.get("FASTINV_INVERTER")
+    if not path:
+        raise NetworkError("no inverter: pass -m FILE or set FASTINV_INVERTER")
+    inverter = fastinv.load(path)
+    features = files.read_features(args.features, args.key)
+    options = {name: getattr(args, name) for name in OPTIONS}
+    if args.out.suffix == ".npy":
+        with files.replacing(args.out) as temporary:
+            images, report = _recover(features, inverter, temporary, options | {"dtype": args.dtype})
+    elif args.out.suffix:
+        raise FormatError(f"{args.out}: suffix {args.out.suffix!r}, expected .npy, or the name of a folder for PNGs")
+    else:
+        files.check_png(inverter.image_shape)
+        with files.replacing(args.out, folder=True) as temporary:
+            array = temporary / "images.npy"
+            images, report = _recover(features, inverter, array, options | {"dtype": "uint8"})
+            for index, image in enumerate(tqdm(images, unit="image", desc="write")):
+                files.write_png(temporary / f"{index:06}.png", image)
+            array.unlink()
+    print(f"{args.out}: {_summary(images, report)}")
+
+
+def _recover(
+    features: Any, inverter: fastinv.Inverter, path: Path, options: dict[str, Any]
+) -> tuple[npt.NDArray[Any], Report]:
+    """The images, in a mapped file at `path`, so that memory does not grow with their number."""
+    quantised = {name: options[name] for name in ("scale", "zero_point")}
+    count = len(tensors.source(features, inverter.feature_shape, **quantised))
+    images = np.lib.format.open_memmap(path, "w+", options["dtype"], (count, *inverter.image_shape))
+    _, report = fastinv.invert(features, inverter, out=images, return_report=True, progress=True, **options)
+    images.flush()
+    return images, report
+
+
+def _summary(images: npt.NDArray[Any], report: Report) -> str:
+    lines = [f"{plural(len(images), 'image')} [{', '.join(map(str, images.shape[1:]))}] {images.dtype}"]
+    lines.append(f"{report.backend}, {report.isa}")
+    if report.objective is not None and len(images):
+        lines.append(f"mean objective {report.objective.mean():.6g}, {report.converged.mean():.0%} converged")
+    return "; ".join(lines)

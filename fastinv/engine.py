@@ -1,0 +1,252 @@
+"""`compile`: a network becomes an `Engine`, an rMLE recipe a `Solver`, on one backend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastinv import tensors
+from fastinv.backends import select
+from fastinv.backends.base import CompiledNetwork, CompiledSolver, Report
+from fastinv.errors import BackendError, FeatureError, NetworkError
+from fastinv.inverters import RMLE, InverseNetwork, channelwise
+from fastinv.network import Network
+
+Array = npt.NDArray[np.float32]
+
+# A chunk is as much as is converted, checked and run at once: enough for every thread, little enough to stop soon.
+CHUNK_ELEMENTS = 2**23  # inputs and outputs together, 32 MiB of float32
+CHUNK_FLOPS = 2**36  # for each thread
+IMAGES_PER_THREAD = 4  # at least
+MAX_THREADS = 1024
+
+
+class Engine:
+    """A network compiled for one backend. Safe to call from several threads at once.
+
+    Attributes:
+        network: what it runs.
+        backend: the backend's name: "cpu", "torch".
+        isa: the backend's instruction set.
+        precision: what it computes in.
+        batch_size: how many inputs it takes at once.
+        empty_report: the report on no image.
+    """
+
+    def __init__(self, network: Network, backend: str, compiled: CompiledNetwork, threads: int | None = None) -> None:
+        self.network = network
+        self.backend = backend
+        self.isa = compiled.isa
+        self.precision = compiled.precision
+        self.batch_size = _batch_size(network, 1, threads)
+        self.empty_report = Report(None, np.empty(0, np.int64), np.empty(0, np.bool_), backend, compiled.isa)
+        self._compiled = compiled
+
+    def __call__(self, x: Any, *, scale: Any = None, zero_point: Any = None) -> Any:
+        """The network's outputs [N, *output_shape], float32, for inputs [N, *input_shape], any N >= 0.
+
+        Args:
+            x: a numpy array or a torch tensor on the CPU (the result is of the same kind): float32, float16, bfloat16,
+                float64, or uint8 or int8 with `scale`, in any layout.
+            scale, zero_point: a quantised q stands for (q - zero_point) * scale; numbers, or one for each channel.
+
+        Raises:
+            FeatureError: a wrong kind, shape, dtype or device, or NaN or Inf.
+        """
+        source = tensors.source(x, self.network.input_shape, scale=scale, zero_point=zero_point)
+        result, out = tensors.allocate((len(source), *self.network.output_shape), "float32", source.torch)
+        sweep(self.run, self.empty_report, source, out, self.batch_size)
+        return result
+
+    def run(self, x: Array, out: Array, start: int = 0) -> Report:
+        """Write the results for one chunk [n, *input_shape] into `out`, both C-contiguous."""
+        self._compiled.run(x, out)
+        return Report(None, np.ones(len(x), np.int64), np.ones(len(x), np.bool_), self.backend, self.isa)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The plan: one entry for each kernel launch (kernel, step, shapes, FLOPs, bytes)."""
+        return self._compiled.describe()
+
+    def __repr__(self) -> str:
+        shapes = f"{list(self.network.input_shape)} -> {list(self.network.output_shape)}"
+        return f"Engine({shapes}, {self.backend}, {self.isa}, {self.precision})"
+
+
+class Solver:
+    """An rMLE recipe compiled for one backend. Safe to call from several threads at once.
+
+    Attributes:
+        recipe: what it solves.
+        backend, isa, precision, empty_report: as of an `Engine`.
+        batch_size: how many images it solves at once.
+    """
+
+    def __init__(self, recipe: RMLE, backend: str, compiled: CompiledSolver, threads: int | None = None) -> None:
+        self.recipe = recipe
+        self.backend = backend
+        self.isa = compiled.isa
+        self.precision = compiled.precision
+        self.batch_size = _batch_size(recipe.edge, 3 * max(1, recipe.steps), threads)  # forward, backward by two
+        nothing = np.empty(0, np.float64), np.empty(0, np.int64), np.empty(0, np.bool_)
+        self.empty_report = Report(*nothing, backend, compiled.isa)
+        self._compiled = compiled
+        self._mean = channelwise(recipe.mean, recipe.image_shape)
+        self._std = channelwise(recipe.std, recipe.image_shape)
+        self._init = self._start(recipe.init, 1)
+
+    def solve(
+        self, features: Any, init: Any = None, *, scale: Any = None, zero_point: Any = None
+    ) -> tuple[Any, Report]:
+        """Images [N, C, H, W], pixels in [0, 1], of features [N, *feature_shape], and what the solver says of each.
+
+        Args:
+            features: as an `Engine` takes them; the images are of the same kind.
+            init: the start in pixels: a number, [C, H, W], or one for each image [N, C, H, W]; None: the recipe's.
+            scale, zero_point: of quantised features.
+
+        Raises:
+            FeatureError: features or a start of a wrong kind, shape, dtype or device, or with NaN or Inf.
+        """
+        source = tensors.source(features, self.recipe.feature_shape, scale=scale, zero_point=zero_point)
+        starts = self._init if init is None else self._start(init, len(source))
+
+        def run(chunk: Array, out: Array, start: int) -> Report:
+            single = starts.ndim == len(self.recipe.image_shape)
+            return self._solve(chunk, out, starts if single else starts[start : start + len(chunk)])
+
+        result, out = tensors.allocate((len(source), *self.recipe.image_shape), "float32", source.torch)
+        return result, sweep(run, self.empty_report, source, out, self.batch_size)
+
+    def run(self, x: Array, out: Array, start: int = 0) -> Report:
+        """Write the images for one chunk [n, *feature_shape] into `out`, both C-contiguous; the recipe's start."""
+        return self._solve(x, out, self._init)
+
+    def _solve(self, features: Array, out: Array, start: Array) -> Report:
+        z, report = self._compiled.solve(features, start)
+        np.multiply(z, self._std, out=out)
+        np.add(out, self._mean, out=out)
+        np.clip(out, 0.0, 1.0, out=out)
+        return report
+
+    def _start(self, init: Any, count: int) -> Array:
+        """A start in pixels as normalised float32 [C, H, W] or [count, C, H, W]."""
+        shape = self.recipe.image_shape
+        if isinstance(init, (int, float, np.integer, np.floating)) and not isinstance(init, bool):
+            pixels = np.full(shape, init, np.float64)
+        else:
+            data, dtype, _ = tensors.as_numpy(init, "init")
+            if dtype not in ("float32", "float64") or data.shape not in (shape, (count, *shape)):
+                raise FeatureError(
+                    f"init of shape {list(data.shape)} and dtype {dtype}, expected a number or float32 pixels "
+                    f"{list(shape)} or {[count, *shape]}"
+                )
+            pixels = data.astype(np.float64)
+        with np.errstate(over="ignore"):
+            start: Array = ((pixels - self._mean) / self._std).astype(np.float32, order="C")
+        if not np.isfinite(start).all():
+            raise FeatureError("init holds NaN, Inf or numbers too large; expected pixels")
+        return start
+
+    def __repr__(self) -> str:
+        recipe = self.recipe
+        shapes = f"{list(recipe.feature_shape)} -> {list(recipe.image_shape)}"
+        return f"Solver({shapes}, {recipe.optimizer}, {self.backend}, {self.isa}, {self.precision})"
+
+
+def compile(
+    what: Network | InverseNetwork | RMLE,
+    backend: str | None = "auto",
+    precision: str = "float32",
+    threads: int | None = None,
+) -> Engine | Solver:
+    """Compile a network or an inverse network into an `Engine`, an rMLE recipe into a `Solver`.
+
+    An inverse network's engine gives what the network gives, normalised images; `fastinv.invert` gives pixels.
+
+    Args:
+        what: the network or inverter.
+        backend: a name, which then runs or is refused; "auto": the first that can run it (FASTINV_BACKEND names one).
+        precision: "float32", "bfloat16" or another that the backend knows; "auto": the fastest exact enough.
+        threads: how many to use; None: one for each core this process may use.
+
+    Raises:
+        BackendError: the backend, precision or number of threads cannot be had here.
+        NetworkError: `what` is nothing that can be compiled.
+    """
+    if not isinstance(what, (Network, InverseNetwork, RMLE)):
+        raise NetworkError(
+            f"compile: a {type(what).__name__}, expected a Network, an InverseNetwork or an RMLE: export a module "
+            "first, with fastinv.export(module, example)"
+        )
+    if threads is not None and not (type(threads) is int and 1 <= threads <= MAX_THREADS):
+        raise BackendError(f"threads {threads!r:.40}, expected an integer from 1 to {MAX_THREADS}, or None for all cores")
+    if isinstance(what, RMLE):
+        chosen, precision = select(backend, precision, what.edge.steps)
+        return Solver(what, chosen.name, chosen.compile_solver(what, precision, threads), threads)
+    network = what.network if isinstance(what, InverseNetwork) else what
+    chosen, precision = select(backend, precision, network.steps)
+    return Engine(network, chosen.name, chosen.compile(network, precision, threads), threads)
+
+
+def sweep(
+    run: Callable[[Array, Array, int], Report],
+    empty_report: Report,
+    source: tensors.Source,
+    out: npt.NDArray[Any],
+    batch_size: int,
+    progress: bool = False,
+) -> Report:
+    """Run a batch chunk by chunk into `out` [N, ...].
+
+    Args:
+        run: takes a chunk, where its results go, and the place of its first image; an engine's or a solver's `run`.
+        empty_report: what the report is joined to.
+        source: the batch.
+        out: float32, or uint8 for 255 times the result, rounded (NaN becomes 0).
+        batch_size: images in a chunk.
+        progress: whether to show a progress bar.
+    """
+    direct = out.dtype == np.float32 and out.flags.c_contiguous and out.flags.aligned
+    reports = [empty_report]
+    with _bar(len(source), progress) as bar:
+        for start, stop in tensors.chunks(len(source), batch_size):
+            part = out[start:stop] if direct else np.empty((stop - start, *out.shape[1:]), np.float32)
+            reports.append(run(source.chunk(start, stop), part, start))
+            if not direct:
+                quantised = out.dtype == np.uint8
+                out[start:stop] = np.nan_to_num(np.rint(part * np.float32(255)), copy=False) if quantised else part
+            if bar is not None:
+                bar.update(stop - start)
+    return _join(reports)
+
+
+def _bar(total: int, progress: bool) -> Any:
+    if not progress:
+        return nullcontext()
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="image", desc="invert")
+
+
+def _batch_size(network: Network, passes: int, threads: int | None) -> int:
+    workers = threads or len(os.sched_getaffinity(0))
+    elements = sum(np.prod(shape, dtype=np.int64) for shape in (network.input_shape, network.output_shape))
+    by_work = CHUNK_FLOPS * workers // max(1, network.flops * passes)
+    return int(max(IMAGES_PER_THREAD * workers, min(CHUNK_ELEMENTS // elements, by_work)))
+
+
+def _join(reports: Sequence[Report]) -> Report:
+    first = reports[0]
+    objectives = [report.objective for report in reports if report.objective is not None]
+    return Report(
+        np.concatenate(objectives) if objectives else None,
+        np.concatenate([report.steps for report in reports]),
+        np.concatenate([report.converged for report in reports]),
+        first.backend,
+        first.isa,
+    )

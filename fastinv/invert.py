@@ -1,0 +1,177 @@
+"""`invert`, the main job: features in, images out, through an inverter that is compiled once and kept."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fastinv import tensors
+from fastinv.engine import Engine, Solver, compile, sweep
+from fastinv.errors import BackendError, FeatureError, NetworkError
+from fastinv.inverters import RMLE, InverseNetwork, Inverter, load
+from fastinv.ops.base import Shape
+from fastinv.simplify import with_denormalisation
+
+DTYPES = ("float32", "uint8")
+
+Value = TypeVar("Value")
+
+
+class Cache(Generic[Value]):
+    """The `size` values used last, by key. Safe from several threads and after a fork."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: OrderedDict[Hashable, Value] = OrderedDict()
+        self._lock = threading.Lock()
+        os.register_at_fork(after_in_child=self._renew)  # another thread may hold the lock while this one forks
+
+    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """The value kept for `key`, made by `make` the first time."""
+        with self._lock:
+            if key not in self._values:
+                self._values[key] = make()
+            self._values.move_to_end(key)
+            while len(self._values) > self._size:
+                self._values.popitem(last=False)
+            return self._values[key]
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
+
+
+_machines: Cache[Engine | Solver] = Cache(8)
+_files: Cache[Inverter] = Cache(8)
+_default: Inverter | None = None
+
+
+def use(inverter: str | Path | Inverter | None) -> None:
+    """Make an inverter (or the one in a `.finv` file) the default of `invert`; None forgets it.
+
+    Raises:
+        FormatError: the file is missing, damaged or hostile.
+        NetworkError: neither a path nor an inverter.
+    """
+    global _default
+    _default = None if inverter is None else _resolve(inverter)
+
+
+def invert(
+    features: Any,
+    inverter: str | Path | Inverter | None = None,
+    *,
+    return_report: bool = False,
+    backend: str | None = "auto",
+    precision: str = "float32",
+    threads: int | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+    out: Any = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    scale: Any = None,
+    zero_point: Any = None,
+) -> Any:
+    """Recover the images [N, C, H, W], pixels in [0, 1], from features [N, *feature_shape], any N >= 0.
+
+    The compiled inverter is kept: the next call with an inverter of the same content costs no compilation.
+
+    Args:
+        features: a numpy array or a torch tensor on the CPU (the images are of the same kind): float32, float16,
+            bfloat16, float64, or uint8 or int8 with `scale`, in any layout.
+        inverter: an inverter or the path of a `.finv` file; None: the one given to `use`, else the file that the
+            environment variable FASTINV_INVERTER names.
+        return_report: whether to return (images, report) with objective, steps and convergence of each image.
+        backend, precision, threads: as of `fastinv.compile`.
+        batch_size: images that are converted and run at once; None chooses. It does not change the result.
+        progress: whether to show a progress bar.
+        out: where to write the images, [N, C, H, W] of type `dtype`; it is returned. After an error its content is
+            undefined.
+        device: None or "cpu".
+        dtype: "float32", or "uint8" for round(255 · x).
+        scale, zero_point: a quantised q stands for (q - zero_point) * scale; numbers, or one for each channel.
+
+    Raises:
+        FeatureError: features, `out`, `dtype` or `batch_size` that do not fit, or NaN or Inf in the features.
+        FormatError: the inverter's file is missing, damaged or hostile.
+        NetworkError: there is no inverter, or it is none.
+        BackendError: the backend, precision, device or number of threads cannot be had here.
+    """
+    if device is not None and str(device) != "cpu":
+        raise BackendError(f"device {device!r:.40}: this version runs on the CPU only; pass None or 'cpu'")
+    if dtype not in DTYPES:
+        raise FeatureError(f"dtype {dtype!r:.40}, expected one of {', '.join(DTYPES)}")
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise FeatureError(f"batch_size {batch_size!r:.40}, expected an integer of at least 1, or None")
+    found = _resolve(inverter)
+    source = tensors.source(features, found.feature_shape, scale=scale, zero_point=zero_point)
+    shape = (len(source), *found.image_shape)
+    if out is None:
+        images, view = tensors.allocate(shape, dtype, source.torch)
+    else:
+        images, view = out, _writable(out, shape, dtype, source)
+    machine = _machine(found, backend, precision, threads)
+    report = sweep(
+        machine.run, machine.empty_report, source, view, batch_size or machine.batch_size, progress=progress
+    )
+    return (images, report) if return_report else images
+
+
+def _resolve(inverter: Any) -> Inverter:
+    inverter = _default if inverter is None else inverter
+    inverter = os.environ.get("FASTINV_INVERTER") or None if inverter is None else inverter
+    if isinstance(inverter, Inverter):
+        return inverter
+    if isinstance(inverter, (str, os.PathLike)):
+        return _load(Path(inverter))
+    if inverter is None:
+        raise NetworkError(
+            "no inverter: pass one (or the path of a .finv file), call fastinv.use(...), or set FASTINV_INVERTER"
+        )
+    raise NetworkError(
+        f"inverter: a {type(inverter).__name__}, expected an InverseNetwork, an RMLE or the path of a .finv file"
+    )
+
+
+def _load(path: Path) -> Inverter:
+    """The inverter in a file, read again only when the file has changed."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return load(path)  # says what is wrong
+    key = (os.path.realpath(path), found.st_mtime_ns, found.st_size)
+    return _files.get(key, lambda: load(path))
+
+
+def _machine(inverter: Inverter, backend: str | None, precision: str, threads: int | None) -> Engine | Solver:
+    """The inverter compiled, from features to pixels, kept by content and by all that decides what runs."""
+    chosen = os.environ.get("FASTINV_BACKEND") if backend in (None, "auto") else backend
+    key = (inverter.fingerprint, chosen, precision, threads, os.environ.get("FASTINV_ISA"))
+    return _machines.get(key, lambda: _compile(inverter, backend, precision, threads))
+
+
+def _compile(inverter: Inverter, backend: str | None, precision: str, threads: int | None) -> Engine | Solver:
+    assert isinstance(inverter, (InverseNetwork, RMLE))
+    if isinstance(inverter, RMLE):
+        return compile(inverter, backend, precision, threads)
+    network = with_denormalisation(inverter.network, inverter.mean, inverter.std)
+    return compile(network, backend, precision, threads)
+
+
+def _writable(out: Any, shape: Shape, dtype: str, source: tensors.Source) -> npt.NDArray[Any]:
+    """`out` as an array that images can be written to."""
+    view, found, _ = tensors.as_numpy(out, "out")
+    if view.shape != shape or found != dtype:
+        raise FeatureError(f"out of shape {list(view.shape)} and dtype {found}, expected {list(shape)} and {dtype}")
+    if not view.flags.writeable:
+        raise FeatureError("out is read-only: pass an array that can be written")
+    if np.may_share_memory(view, source.data):
+        raise FeatureError("out shares memory with the features: pass another array")
+    return view

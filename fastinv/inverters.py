@@ -1,0 +1,288 @@
+"""Inverters: what `invert` needs to recover inputs. A network plus its recipe, frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fastinv import strict_json
+from fastinv.errors import FormatError, NetworkError
+from fastinv.network import Network
+from fastinv.ops.base import Shape, expect
+
+OPTIMIZERS = ("adam", "amsgrad", "sgd")
+KEEP = ("last", "best")
+MAX_STEPS = 10_000_000
+MAX_FLOAT = float(np.finfo(np.float32).max)
+MAX_PROVENANCE = 2**20  # characters of JSON
+MAX_PROVENANCE_DEPTH = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Inverter:
+    """Base of all inverters: what they share. Inverters of the same content are equal, and hash alike.
+
+    `mean` and `std` are the target's input normalisation, z = (x − mean) / std, one entry for all channels or
+    one for each. `provenance` says where the inverter comes from (target, split point, training data, seed).
+    """
+
+    kind: ClassVar[str]
+    network_field: ClassVar[str]  # the field that holds the network
+
+    @property
+    def feature_shape(self) -> Shape:
+        """Shape of one feature tensor, without the batch axis."""
+        raise NotImplementedError
+
+    @property
+    def image_shape(self) -> Shape:
+        """Shape of one recovered image, [C, H, W]."""
+        raise NotImplementedError
+
+    def recipe(self) -> dict[str, Any]:
+        """The fields by name, without the network and the provenance."""
+        names = (f.name for f in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in names if name not in (self.network_field, "provenance")}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over kind, recipe, network and provenance: equal inverters, equal fingerprints."""
+        recipe = self.recipe()
+        arrays = {name: value for name, value in recipe.items() if isinstance(value, np.ndarray)}
+        network: Network = getattr(self, self.network_field)
+        plain = recipe | dict.fromkeys(arrays)
+        content = [self.kind, plain, network.fingerprint, dict(self.provenance)]
+        digest = hashlib.sha256(strict_json.dumps(content).encode())
+        for value in arrays.values():
+            digest.update(value.data)
+        return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return self.fingerprint == other.fingerprint if isinstance(other, Inverter) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def save(self, path: str | Path) -> None:
+        """Write the inverter to a `.finv` file, whole or not at all."""
+        from fastinv.finv import write
+
+        write(self, path)
+
+
+@dataclass(frozen=True, eq=False)
+class InverseNetwork(Inverter):
+    """Recover inputs with one forward pass of an inverse network g: features -> z (paper, Algorithm 2).
+
+    Args:
+        network: g, exported: [C, H, W] or [D] features to normalised images [C, H, W].
+        mean, std: the target's input normalisation.
+        provenance: free JSON values that say where the network comes from.
+
+    Raises:
+        NetworkError: an argument of a wrong type, shape or range.
+    """
+
+    kind: ClassVar[str] = "inverse_network"
+    network_field: ClassVar[str] = "network"
+    network: Network
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _freeze_common(self)
+
+    @property
+    def feature_shape(self) -> Shape:
+        return self.network.input_shape
+
+    @property
+    def image_shape(self) -> Shape:
+        return self.network.output_shape
+
+
+@dataclass(frozen=True, eq=False)
+class RMLE(Inverter):
+    """Recover inputs by optimisation through the edge (paper, Algorithm 1; query-free: through a shadow).
+
+    x* = argmin Σ(edge(z) − v)² + tv_weight · TV_β(z), over z = (x − mean) / std.
+
+    Args:
+        edge: the edge (or shadow), exported: normalised images [C, H, W] to features.
+        input_shape: shape of one image; must be the edge's input shape.
+        mean, std: the target's input normalisation.
+        steps: optimizer steps.
+        lr: step size, in normalised units.
+        tv_weight: λ, weight of the total variation; 0 switches it off.
+        tv_beta: β >= 1, exponent of the total variation.
+        optimizer: "adam", "amsgrad" or "sgd".
+        init: the start in pixels: a number, or an array [C, H, W].
+        clamp: pixel bounds kept after every step, or None for free iterates.
+        keep: "last" returns the last iterate, "best" the one of lowest objective.
+        tolerance: an image stops when its objective changes by no more than this, relatively; 0 runs all steps.
+        patience: consecutive steps for which that must hold.
+        betas, eps: of Adam and AMSGrad.
+        momentum: of SGD.
+        provenance: free JSON values that say where the edge comes from.
+
+    Raises:
+        NetworkError: an argument of a wrong type, shape or range.
+    """
+
+    kind: ClassVar[str] = "rmle"
+    network_field: ClassVar[str] = "edge"
+    edge: Network
+    input_shape: Shape
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    steps: int = 500
+    lr: float = 1e-2
+    tv_weight: float = 0.1
+    tv_beta: float = 2.0
+    optimizer: str = "adam"
+    init: float | npt.NDArray[np.float32] = 0.5
+    clamp: tuple[float, float] | None = (0.0, 1.0)
+    keep: str = "last"
+    tolerance: float = 0.0
+    patience: int = 1
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.0
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _freeze_common(self)
+        expected = self.edge.input_shape
+        given = self.input_shape if isinstance(self.input_shape, (tuple, list)) else ()
+        expect(
+            tuple(given) == expected and all(isinstance(n, int) for n in given),
+            f"input_shape {self.input_shape!r:.80}, but the edge takes {list(expected)}",
+        )
+        object.__setattr__(self, "input_shape", expected)
+        for name in ("steps", "patience"):
+            _freeze_number(self, name, int(name == "patience"), MAX_STEPS, integer=True)
+        for name, low, high in (
+            ("lr", 0.0, MAX_FLOAT),
+            ("tv_weight", 0.0, MAX_FLOAT),
+            ("tv_beta", 1.0, 10.0),
+            ("tolerance", 0.0, MAX_FLOAT),
+            ("eps", 0.0, 1.0),
+            ("momentum", 0.0, 1.0),
+        ):
+            _freeze_number(self, name, low, high)
+        for name, choices in (("optimizer", OPTIMIZERS), ("keep", KEEP)):
+            value = getattr(self, name)
+            known = isinstance(value, str) and value in choices
+            expect(known, f"{name} {value!r:.80}, expected one of {', '.join(choices)}")
+        object.__setattr__(self, "betas", _floats("betas", self.betas, (2,)))
+        expect(all(0 <= b < 1 for b in self.betas), f"betas {self.betas}, expected two numbers in [0, 1)")
+        if self.clamp is not None:
+            object.__setattr__(self, "clamp", _floats("clamp", self.clamp, (2,)))
+            expect(self.clamp[0] <= self.clamp[1], f"clamp {self.clamp}, expected (low, high) with low <= high")
+        object.__setattr__(self, "init", _start(self.init, self.input_shape))
+
+    @property
+    def feature_shape(self) -> Shape:
+        return self.edge.output_shape
+
+    @property
+    def image_shape(self) -> Shape:
+        return self.edge.input_shape
+
+
+INVERTERS: dict[str, type[Inverter]] = {cls.kind: cls for cls in (InverseNetwork, RMLE)}
+
+
+def load(path: str | Path) -> Inverter:
+    """Read an inverter from a `.finv` file.
+
+    Raises:
+        FormatError: the file is missing, damaged or hostile; the message names what is wrong.
+    """
+    from fastinv.finv import read
+
+    return read(path)
+
+
+def channelwise(values: tuple[float, ...], shape: Shape) -> npt.NDArray[np.float32]:
+    """`mean` or `std` as an array [C, 1, 1] that broadcasts over one image of this shape."""
+    return np.broadcast_to(np.asarray(values, np.float32), shape[:1]).reshape(-1, *[1] * (len(shape) - 1))
+
+
+def _freeze_common(inverter: Any) -> None:
+    network = getattr(inverter, inverter.network_field)
+    expect(
+        isinstance(network, Network),
+        f"{inverter.network_field} is a {type(network).__name__}, expected a Network: "
+        "export a module first, with fastinv.export(module, example)",
+    )
+    shape = inverter.image_shape
+    expect(len(shape) == 3, f"images of shape {list(shape)}, expected [C, H, W]")
+    for name in ("mean", "std"):
+        object.__setattr__(inverter, name, _floats(name, getattr(inverter, name), (1, shape[0])))
+    expect(all(np.float32(s) > 0 for s in inverter.std), f"std {inverter.std!r:.80}, expected numbers above 0")
+    object.__setattr__(inverter, "provenance", _provenance(inverter.provenance))
+
+
+def _provenance(value: Any) -> Mapping[str, Any]:
+    """A deep, read-only copy of JSON values."""
+    expect(isinstance(value, Mapping), f"provenance is a {type(value).__name__}, expected a mapping of JSON values")
+    try:
+        text = strict_json.dumps(dict(value))
+        expect(len(text) <= MAX_PROVENANCE, f"provenance: {len(text)} characters, at most {MAX_PROVENANCE} fit")
+        return MappingProxyType(strict_json.loads(text.encode(), "provenance", MAX_PROVENANCE_DEPTH))
+    except FormatError as error:
+        raise NetworkError(f"provenance: {error}; expected names with plain JSON values") from None
+
+
+def _start(value: Any, shape: Shape) -> float | npt.NDArray[np.float32]:
+    """rMLE's start in pixels: a number, or a read-only copy [C, H, W]."""
+    if isinstance(value, (int, float, np.integer, np.floating)):
+        return _floats("init", value, (1,))[0]
+    try:
+        with np.errstate(over="ignore"):
+            start: npt.NDArray[np.float32] = np.array(value, dtype=np.float32, order="C")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise NetworkError(f"init: {error}; expected a number or an array {list(shape)} of pixels") from None
+    expect(
+        start.shape == shape, f"init has shape {list(start.shape)}, expected a number or an array {list(shape)}"
+    )
+    expect(bool(np.isfinite(start).all()), "init holds NaN or Inf; expected pixels")
+    start.setflags(write=False)
+    return start
+
+
+def _floats(name: str, value: Any, lengths: tuple[int, ...]) -> tuple[float, ...]:
+    """`value` as a tuple of numbers that float32 can hold."""
+    try:
+        entries = tuple(value) if np.ndim(value) else (value,)
+        numbers = () if any(isinstance(v, (str, bool)) for v in entries) else tuple(map(float, entries))
+    except (TypeError, ValueError, OverflowError):
+        numbers = ()
+    wanted = " or ".join(map(str, sorted(set(lengths))))
+    expect(
+        len(numbers) in lengths and all(abs(n) <= MAX_FLOAT for n in numbers),
+        f"{name} {value!r:.80}, expected {wanted} finite number(s)",
+    )
+    return numbers
+
+
+def _freeze_number(inverter: Any, name: str, low: float, high: float, *, integer: bool = False) -> None:
+    value = getattr(inverter, name)
+    types = (int, np.integer) if integer else (int, float, np.integer, np.floating)
+    expect(
+        isinstance(value, types) and not isinstance(value, bool) and low <= value <= high,  # false for NaN
+        f"{name} {value!r:.80}, expected {'an integer' if integer else 'a number'} from {low:g} to {high:g}",
+    )
+    object.__setattr__(inverter, name, int(value) if integer else float(value))

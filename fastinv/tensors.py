@@ -1,0 +1,160 @@
+"""Features and images as users hold them: numpy arrays and torch tensors of many types, read as float32 chunks."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastinv.errors import FeatureError
+from fastinv.ops.base import Shape
+
+Array = npt.NDArray[np.float32]
+
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+QUANTISED = ("uint8", "int8")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A batch as the user gave it, checked but for its content, which `chunk` converts and checks.
+
+    Attributes:
+        data: [N, ...] on the CPU, in any layout; bfloat16 is held as its bits, uint16.
+        dtype: one of `FLOATS` and `QUANTISED`.
+        torch: whether it came as a torch tensor, and results go back as one.
+        scale, zero_point: of quantised data, broadcastable over one image.
+    """
+
+    data: npt.NDArray[Any]
+    dtype: str
+    torch: bool
+    scale: Array | None = None
+    zero_point: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def chunk(self, start: int, stop: int) -> Array:
+        """Rows start to stop as C-contiguous float32: in place where they are that already, else a copy.
+
+        Raises:
+            FeatureError: the rows hold NaN or Inf.
+        """
+        rows = self.data[start:stop]
+        with np.errstate(over="ignore"):  # what overflows is found as Inf below
+            if self.dtype == "bfloat16":
+                values: Array = (rows.astype(np.uint32, order="C") << 16).view(np.float32)
+            else:
+                values = np.require(rows, np.float32, ["C", "A"])
+            if self.scale is not None and self.zero_point is not None:
+                values = (values - self.zero_point) * self.scale
+        _expect_finite(values, start)
+        return values
+
+
+def source(x: Any, shape: Shape, *, scale: Any = None, zero_point: Any = None) -> Source:
+    """Check a batch of features [N, *shape].
+
+    Args:
+        x: a numpy array or a torch tensor on the CPU: float32, float16, bfloat16 or float64 (rounded to float32), or
+            uint8 or int8 with `scale`. Any layout, any N >= 0.
+        shape: of one feature tensor.
+        scale, zero_point: a quantised q stands for (q - zero_point) * scale; numbers, or one for each channel.
+
+    Raises:
+        FeatureError: a wrong kind, dtype, device or shape, or a scale that does not go with the dtype.
+    """
+    data, dtype, torch = as_numpy(x, "features")
+    if dtype not in FLOATS + QUANTISED:
+        raise FeatureError(
+            f"features of dtype {dtype}, expected {', '.join(FLOATS)}, or uint8 or int8 with scale= and zero_point="
+        )
+    if data.ndim != len(shape) + 1 or data.shape[1:] != shape:
+        raise FeatureError(_wrong_shape(data.shape, shape))
+    if dtype in FLOATS:
+        if scale is not None or zero_point is not None:
+            raise FeatureError(f"scale and zero_point are for uint8 and int8 features; these are {dtype}: leave them out")
+        return Source(data, dtype, torch)
+    if scale is None:
+        raise FeatureError(f"{dtype} features need the scale (and zero_point) they were quantised with: pass scale=")
+    scales = _per_channel("scale", scale, shape)
+    if not (scales > 0).all():
+        raise FeatureError(f"scale {scale!r:.80}, expected numbers above 0")
+    zeros = _per_channel("zero_point", 0 if zero_point is None else zero_point, shape)
+    return Source(data, dtype, torch, scales, zeros)
+
+
+def as_numpy(x: Any, what: str) -> tuple[npt.NDArray[Any], str, bool]:
+    """`x` as an array that shares its memory, its dtype's name (bfloat16 data comes as uint16), and whether it is torch.
+
+    Raises:
+        FeatureError: neither a numpy array nor a dense torch tensor on the CPU.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        if x.device.type != "cpu":
+            raise FeatureError(f"{what} on device {str(x.device)!r}, expected cpu: move them with .cpu()")
+        if x.layout is not torch.strided or x.is_quantized:
+            raise FeatureError(f"{what}: a sparse or quantised tensor type; expected a dense one: use .to_dense()")
+        x = x.detach().resolve_neg().resolve_conj()
+        bits = x.view(torch.uint16) if x.dtype is torch.bfloat16 else x
+        return bits.numpy(), str(x.dtype).removeprefix("torch."), True
+    if isinstance(x, np.ndarray):
+        dtype = x.dtype.name
+        return np.asarray(x.view(np.uint16) if dtype == "bfloat16" else x), dtype, False
+    raise FeatureError(f"{what}: a {type(x).__name__}, expected a numpy array or a torch tensor")
+
+
+def allocate(shape: Shape, dtype: str, torch: bool) -> tuple[Any, npt.NDArray[Any]]:
+    """A new array or tensor of this shape, and the same memory as an array."""
+    array: npt.NDArray[Any] = np.empty(shape, dtype)
+    if not torch:
+        return array, array
+    from torch import from_numpy
+
+    return from_numpy(array), array
+
+
+def chunks(count: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive chunks of `size` rows."""
+    for start in range(0, count, size):
+        yield start, min(start + size, count)
+
+
+def _expect_finite(values: Array, start: int) -> None:
+    finite = np.isfinite(values)
+    if not finite.all():
+        bad = ~finite.reshape(len(values), -1).all(axis=1)
+        raise FeatureError(
+            f"features hold {finite.size - np.count_nonzero(finite)} values that are NaN or Inf (as float32), first in "
+            f"image {start + int(bad.argmax())}: drop or mend these images"
+        )
+
+
+def _per_channel(name: str, value: Any, shape: Shape) -> Array:
+    """A number or one number a channel, broadcastable over one image."""
+    try:
+        numbers: Array = np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError, RuntimeError):
+        numbers = np.array(np.nan, np.float32)
+    if numbers.shape not in ((), shape[:1]) or not np.isfinite(numbers).all():
+        raise FeatureError(f"{name} {value!r:.80}, expected a finite number or {shape[0]} of them, one a channel")
+    return numbers.reshape(-1, *[1] * (len(shape) - 1)) if numbers.ndim else numbers
+
+
+def _wrong_shape(found: Shape, shape: Shape) -> str:
+    """What a user most likely did who passes `found` where [N, *shape] is expected."""
+    message = f"features of shape {list(found)}, expected [N, {', '.join(map(str, shape))}]"
+    if found == shape:
+        return f"{message}: this is one image without the batch axis; pass features[None]"
+    if len(shape) == 3 and found[1:] == (*shape[1:], shape[0]):
+        return f"{message}: the channels come last; pass numpy's features.transpose(0, 3, 1, 2) or torch's .permute"
+    if len(found) > 1 and math.prod(found[1:]) == math.prod(shape):
+        return f"{message}: the sizes agree; pass features.reshape(-1, {', '.join(map(str, shape))}) if the order does"
+    return f"{message}: are these the features of another split point or model?"

@@ -1,0 +1,337 @@
+"""The compiled CPU backend against the torch reference: every op, forward and gradient, on every instruction set."""
+
+from __future__ import annotations
+
+import _thread
+import dataclasses
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import fastinv
+from fastinv.attacks.rmle import rmle
+from fastinv.backends.cpu import ACTIVATION_CODES, LOWERINGS, CpuBackend
+from fastinv.backends.torch import as_module
+from fastinv.errors import BackendError
+from fastinv.export import export
+from fastinv.inverters import RMLE
+from fastinv.models import cifar_net, lenet5, shadow_edge
+from fastinv.network import Network, Step
+from fastinv.ops import OPS
+from fastinv.ops.activation import KINDS, Activation
+from fastinv.ops.reshape import Reshape
+from tests.networks import network_of
+
+reason = CpuBackend().available()
+if reason:
+    pytest.fail(f"the compiled core is part of the package: {reason}", pytrace=False)
+
+from fastinv import _core  # noqa: E402 - after the check
+
+ISAS = [name for name, runnable in _core.isas() if runnable]
+CASES = [
+    pytest.param(case, id=f"{op.name}-{case.name}") for op in OPS.values() for case in op.cases()
+]
+FORWARD_TOLERANCE = 1e-5  # relative; the promise is 1e-4
+ACTIVATIONS = [
+    Activation(kind, *parameters)
+    for kind, parameters in {
+        **{kind: (0.0, 0.0) for kind in KINDS},
+        "leaky_relu": (0.1, 0.0),
+        "softplus": (1.5, 3.0),
+        "hardtanh": (0.0, 6.0),
+        "clamp": (-0.3, 0.4),
+    }.items()
+]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("FASTINV_ISA", request.param)
+    return str(request.param)
+
+
+def randn(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+
+
+def reference(network: Network, x: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return as_module(network, torch.float64)(torch.from_numpy(x).double()).numpy()
+
+
+def run(network: Network, x: np.ndarray, threads: int = 1) -> np.ndarray:
+    return fastinv.compile(network, backend="cpu", threads=threads)(x)
+
+
+def gradient(network: Network, z: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """∇_z Σ(network(z) − v)² by one step of plain gradient descent with a step size of 1."""
+    recipe = RMLE(
+        network,
+        network.input_shape,
+        steps=1,
+        lr=1.0,
+        tv_weight=0.0,
+        optimizer="sgd",
+        clamp=None,
+    )
+    after, report = CpuBackend().compile_solver(recipe, "float32", 1).solve(features, z)
+    assert (report.steps == 1).all()
+    return z - after
+
+
+def reference_gradient(network: Network, z: np.ndarray, features: np.ndarray) -> np.ndarray:
+    start = torch.from_numpy(z).double().requires_grad_(True)
+    residual = as_module(network, torch.float64)(start) - torch.from_numpy(features).double()
+    (grad,) = torch.autograd.grad(residual.square().sum(), start)
+    return grad.numpy()
+
+
+def check_gradient(network: Network) -> None:
+    if len(network.input_shape) != 3:  # solvers work on images
+        size = int(np.prod(network.input_shape))
+        steps = tuple(dataclasses.replace(s, inputs=tuple(i + 1 for i in s.inputs)) for s in network.steps)
+        network = Network((1, 1, size), (Step(Reshape(network.input_shape), (0,)), *steps))
+    z = randn(2, *network.input_shape, seed=1)
+    features = (reference(network, z) + 0.5 * randn(2, *network.output_shape, seed=2)).astype(np.float32)
+    # Where the result barely matters the difference z − after would only show rounding: compare in units of z.
+    expected = reference_gradient(network, z, features)
+    error = np.linalg.norm(gradient(network, z, features) - expected)
+    assert error <= 1e-4 * np.linalg.norm(expected) + 1e-6 * np.linalg.norm(z)
+
+
+def test_tables_cover_every_op_and_activation() -> None:
+    assert set(LOWERINGS) == set(OPS)
+    assert list(ACTIVATION_CODES) == list(KINDS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward(case, isa: str) -> None:
+    network = network_of(case)
+    for batch in (0, 1, 3):
+        x = randn(batch, *network.input_shape)
+        y = run(network, x)
+        assert y.shape == (batch, *network.output_shape)
+        assert relative(y, reference(network, x)) < FORWARD_TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradient(case, isa: str) -> None:
+    check_gradient(network_of(case))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.kind)
+@pytest.mark.parametrize("op", sorted(set(OPS) - {"activation"}))
+def test_fused_activation(op: str, activation: Activation, isa: str) -> None:
+    network = network_of(OPS[op].cases()[0], activation=activation)
+    x = randn(2, *network.input_shape)
+    assert relative(run(network, x), reference(network, x)) < FORWARD_TOLERANCE
+    check_gradient(network)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.kind)
+def test_activation_over_its_whole_range(activation: Activation, isa: str) -> None:
+    x = np.concatenate([np.linspace(-100, 100, 4001), np.linspace(-1, 1, 4001), [0.0, -0.0, 1e-30, 1e30, -1e30]])
+    x = x.astype(np.float32)[None]
+    network = Network(x.shape[1:], (Step(activation, (0,)),))
+    y, expected = run(network, x), reference(network, x)
+    np.testing.assert_allclose(y, expected, rtol=2e-6, atol=3e-7)
+
+
+def test_forced_isa_runs(isa: str) -> None:
+    network = network_of(OPS["conv2d"].cases()[0])
+    engine = fastinv.compile(network, backend="cpu")
+    assert (engine.backend, engine.isa) == ("cpu", isa)
+
+
+def test_unknown_isa_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTINV_ISA", "avx9000")
+    with pytest.raises(BackendError, match=r"unknown instruction set 'avx9000'; this machine can run .*portable"):
+        fastinv.compile(network_of(OPS["conv2d"].cases()[0]), backend="cpu")
+
+
+def test_missing_isa_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = [name for name, runnable in _core.isas() if not runnable]
+    if not missing:
+        pytest.skip("this machine runs every instruction set of the build")
+    monkeypatch.setenv("FASTINV_ISA", missing[0])
+    with pytest.raises(BackendError, match="not available on this machine"):
+        fastinv.compile(network_of(OPS["conv2d"].cases()[0]), backend="cpu")
+
+
+@pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d", "linear"])
+def test_an_image_has_one_answer(name: str, isa: str) -> None:
+    """Bit for bit, whatever the batch, the place in it, its cut and the number of threads."""
+    for case in OPS[name].cases():
+        network = network_of(case)
+        x = randn(29, *network.input_shape)
+        whole = run(network, x, threads=2)
+        np.testing.assert_array_equal(whole, run(network, x, threads=1))
+        np.testing.assert_array_equal(whole[3:20], run(network, x[3:20], threads=2))
+        np.testing.assert_array_equal(whole[::-1], run(network, np.ascontiguousarray(x[::-1]), threads=1))
+        np.testing.assert_array_equal(whole[7:8], run(network, x[7:8], threads=2))
+
+
+# ---- the solver -------------------------------------------------------------------------------------------------------
+
+
+def edge_of(target: torch.nn.Module, at: str, shape: tuple[int, ...]) -> Network:
+    return export(fastinv.Split(target, at=at).edge, torch.zeros(2, *shape))
+
+
+def make_edge(name: str) -> Network:
+    torch.manual_seed(3)
+    if name in ("conv1", "ReLU2", "fc1act"):
+        return edge_of(lenet5(), name, (1, 28, 28))
+    if name.startswith("shadow-"):
+        split = name.removeprefix("shadow-")
+        shape = (1, 28, 28) if split in ("conv1", "ReLU2") else (3, 32, 32)
+        return export(shadow_edge(split).eval(), torch.zeros(2, *shape))
+    return edge_of(cifar_net(), name, (3, 32, 32))
+
+
+def recipe_for(edge: Network, **options) -> RMLE:
+    return RMLE(edge, edge.input_shape, mean=(0.5,), std=(0.5,), **options)
+
+
+def solve_both(recipe: RMLE, start: np.ndarray, images: int = 2):
+    """(z, report) of the compiled float32 solver and of the float64 definition, from the same start."""
+    x = np.random.default_rng(5).random((images, *recipe.input_shape)).astype(np.float32)
+    features = reference(recipe.edge, (x - 0.5) / 0.5).astype(np.float32)
+    compiled = CpuBackend().compile_solver(recipe, "float32", 2).solve(features, start)
+    options = {
+        f.name: getattr(recipe, f.name)
+        for f in dataclasses.fields(recipe)
+        if f.name not in ("edge", "input_shape", "provenance")
+    }
+    z, report = rmle(
+        as_module(recipe.edge, torch.float64),
+        torch.from_numpy(features).double(),
+        recipe.input_shape,
+        start=torch.from_numpy(start).double(),
+        **options,
+    )
+    return compiled, (z.detach().numpy(), report)
+
+
+@pytest.mark.parametrize("edge", ["conv1", "ReLU2", "fc1act", "conv11", "ReLU22", "shadow-ReLU32"])
+def test_trajectory_follows_the_definition(edge: str, isa: str) -> None:
+    """Adam, 50 steps, β 2, from a random start."""
+    recipe = recipe_for(make_edge(edge), steps=50)
+    (z, report), (expected, expected_report) = solve_both(recipe, randn(2, *recipe.input_shape))
+    assert relative(z, expected) < 1e-3
+    np.testing.assert_allclose(report.objective, expected_report.objective, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tv_beta": 1.0},
+        {"tv_beta": 1.5},
+        {"tv_beta": 3.0},
+        {"optimizer": "amsgrad"},
+        {"optimizer": "sgd", "lr": 1e-4},
+        {"optimizer": "sgd", "lr": 1e-4, "momentum": 0.9},
+        {"clamp": None},
+        {"clamp": (0.2, 0.7)},
+        {"betas": (0.5, 0.9), "eps": 1e-3},
+        {"tv_weight": 0.0},
+        {"steps": 0},
+        {"steps": 1},
+        {"keep": "best", "lr": 0.5},
+        {"tolerance": 1e-2, "steps": 300},
+        {"tolerance": 2e-2, "patience": 4, "steps": 300, "keep": "best"},
+    ],
+    ids=str,
+)
+def test_every_option_means_what_the_definition_says(options: dict, isa: str) -> None:
+    recipe = recipe_for(make_edge("conv1"), **{"steps": 30, **options})
+    (z, report), (expected, expected_report) = solve_both(recipe, randn(3, 1, 28, 28) * 0.3, images=3)
+    assert relative(z, expected) < 1e-3
+    np.testing.assert_array_equal(report.steps, expected_report.steps)
+    np.testing.assert_array_equal(report.converged, expected_report.converged)
+    np.testing.assert_allclose(report.objective, expected_report.objective, rtol=1e-3, atol=1e-6)
+
+
+def test_constant_start_reaches_the_objective_of_the_definition() -> None:
+    """From a constant start whole pool windows tie and trajectories part; the objective reached is the same."""
+    recipe = recipe_for(make_edge("ReLU2"), steps=500)
+    start = np.zeros((1, 28, 28), np.float32)
+    (_, report), (_, expected) = solve_both(recipe, start, images=8)
+    assert abs(report.objective.mean() / expected.objective.mean() - 1) < 0.01
+
+
+def test_solver_gives_an_image_one_answer() -> None:
+    recipe = recipe_for(make_edge("ReLU2"), steps=20)
+    features = randn(7, *recipe.feature_shape)
+    start = randn(7, 1, 28, 28, seed=1)
+    whole, report = CpuBackend().compile_solver(recipe, "float32", 2).solve(features, start)
+    alone = CpuBackend().compile_solver(recipe, "float32", 1)
+    for i in (0, 3, 6):
+        z, one = alone.solve(features[i : i + 1], start[i])
+        np.testing.assert_array_equal(z[0], whole[i])
+        assert one.objective[0] == report.objective[i]
+
+
+def test_solver_can_be_interrupted() -> None:
+    solver = CpuBackend().compile_solver(recipe_for(make_edge("ReLU2"), steps=10_000_000), "float32", 2)
+    timer = threading.Timer(0.3, _thread.interrupt_main)
+    begin = time.monotonic()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        solver.solve(randn(4, *make_edge("ReLU2").output_shape), np.zeros((1, 28, 28), np.float32))
+    assert time.monotonic() - begin < 1.3
+
+
+# ---- the engine as a resident of a process ----------------------------------------------------------------------------
+
+
+def test_several_threads_at_once() -> None:
+    network = make_edge("ReLU22")
+    engine = fastinv.compile(network, backend="cpu", threads=2)
+    inputs = [randn(9, *network.input_shape, seed=s) for s in range(6)]
+    alone = [engine(x) for x in inputs]
+    results: list[np.ndarray | None] = [None] * len(inputs)
+
+    def work(k: int) -> None:
+        for _ in range(5):
+            results[k] = engine(inputs[k])
+
+    workers = [threading.Thread(target=work, args=(k,)) for k in range(len(inputs))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for result, expected in zip(results, alone, strict=True):
+        np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # 3.12 warns of fork beside threads
+def test_works_after_fork() -> None:
+    network = make_edge("conv11")
+    engine = fastinv.compile(network, backend="cpu", threads=2)
+    x = randn(8, *network.input_shape)
+    expected = engine(x)  # the pool now has threads, which a fork does not take along
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if np.array_equal(engine(x), expected) else 1)
+    deadline = time.monotonic() + 20
+    while (done := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+        assert time.monotonic() < deadline, "the child hangs"
+        time.sleep(0.01)
+    assert os.waitstatus_to_exitcode(done[1]) == 0
+
+
+def test_describe_names_a_kernel_for_every_step() -> None:
+    plan = fastinv.compile(make_edge("ReLU22"), backend="cpu").describe()
+    assert [row["op"] for row in plan] == ["conv2d", "conv2d", "max_pool2d", "conv2d", "conv2d"]
+    assert all(row["kernel"] and row["bytes"] > 0 for row in plan)
+    assert plan[0]["flops"] == 2 * 27 * 64 * 32 * 32
