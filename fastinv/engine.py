@@ -38,7 +38,9 @@ class Engine:
         empty_report: the report on no image.
     """
 
-    def __init__(self, network: Network, backend: str, compiled: CompiledNetwork, threads: int | None = None) -> None:
+    def __init__(
+        self, network: Network, backend: str, compiled: CompiledNetwork, threads: int | None = None
+    ) -> None:
         self.network = network
         self.backend = backend
         self.isa = compiled.isa
@@ -86,12 +88,16 @@ class Solver:
         batch_size: how many images it solves at once.
     """
 
-    def __init__(self, recipe: RMLE, backend: str, compiled: CompiledSolver, threads: int | None = None) -> None:
+    def __init__(
+        self, recipe: RMLE, backend: str, compiled: CompiledSolver, threads: int | None = None
+    ) -> None:
         self.recipe = recipe
         self.backend = backend
         self.isa = compiled.isa
         self.precision = compiled.precision
-        self.batch_size = _batch_size(recipe.edge, 3 * max(1, recipe.steps), threads)  # forward, backward by two
+        self.batch_size = _batch_size(
+            recipe.edge, 3 * max(1, recipe.steps), threads
+        )  # forward, backward by two
         nothing = np.empty(0, np.float64), np.empty(0, np.int64), np.empty(0, np.bool_)
         self.empty_report = Report(*nothing, backend, compiled.isa)
         self._compiled = compiled
@@ -184,7 +190,9 @@ def compile(
             "first, with fastinv.export(module, example)"
         )
     if threads is not None and not (type(threads) is int and 1 <= threads <= MAX_THREADS):
-        raise BackendError(f"threads {threads!r:.40}, expected an integer from 1 to {MAX_THREADS}, or None for all cores")
+        raise BackendError(
+            f"threads {threads!r:.40}, expected an integer from 1 to {MAX_THREADS}, or None for all cores"
+        )
     if isinstance(what, RMLE):
         chosen, precision = select(backend, precision, what.edge.steps)
         return Solver(what, chosen.name, chosen.compile_solver(what, precision, threads), threads)
@@ -219,7 +227,9 @@ def sweep(
             reports.append(run(source.chunk(start, stop), part, start))
             if not direct:
                 quantised = out.dtype == np.uint8
-                out[start:stop] = np.nan_to_num(np.rint(part * np.float32(255)), copy=False) if quantised else part
+                out[start:stop] = (
+                    np.nan_to_num(np.rint(part * np.float32(255)), copy=False) if quantised else part
+                )
             if bar is not None:
                 bar.update(stop - start)
     return _join(reports)

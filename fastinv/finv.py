@@ -78,8 +78,12 @@ def encode(inverter: Inverter) -> bytes:
     document["sha256"] = checksum(document, tensors)
     data = save(tensors, {"fastinv": strict_json.dumps(document)})
     header = int.from_bytes(data[:8], "little")
-    _expect(header <= MAX_HEADER, f"a header of {header} bytes, at most {MAX_HEADER} fit: shorten the provenance")
-    _expect(len(data) - header - 8 <= MAX_DATA, f"more than {MAX_DATA} bytes of weights do not fit a .finv file")
+    _expect(
+        header <= MAX_HEADER, f"a header of {header} bytes, at most {MAX_HEADER} fit: shorten the provenance"
+    )
+    _expect(
+        len(data) - header - 8 <= MAX_DATA, f"more than {MAX_DATA} bytes of weights do not fit a .finv file"
+    )
     return data
 
 
@@ -125,7 +129,9 @@ def decode(file: BinaryIO, size: int) -> Inverter:
         name: np.frombuffer(data, "<f4", math.prod(shape), begin).reshape(shape)
         for name, (begin, shape) in ranges.items()
     }
-    _expect(checksum(document, tensors) == document["sha256"], "the checksum does not match: the file is damaged")
+    _expect(
+        checksum(document, tensors) == document["sha256"], "the checksum does not match: the file is damaged"
+    )
     return _inverter(document, tensors)
 
 
@@ -134,7 +140,9 @@ def _header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(_exactly(file, 8), "little")
     _expect(length <= MAX_HEADER, f"not a .finv file (header length {length}, expected at most {MAX_HEADER})")
     _expect(8 + length <= size, f"truncated: a header of {length} bytes in a file of {size}")
-    _expect(size - 8 - length <= MAX_DATA, f"{size - 8 - length} bytes of weights, expected at most {MAX_DATA}")
+    _expect(
+        size - 8 - length <= MAX_DATA, f"{size - 8 - length} bytes of weights, expected at most {MAX_DATA}"
+    )
     header = strict_json.loads(_exactly(file, length), "header")
     _expect(isinstance(header, dict), "header: not a JSON object")
     return header, 8 + length
@@ -142,7 +150,10 @@ def _header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
 
 def _exactly(file: BinaryIO, length: int) -> bytes:
     data = file.read(length)
-    _expect(len(data) == length, f"{len(data)} bytes where {length} were expected: the file changed while it was read")
+    _expect(
+        len(data) == length,
+        f"{len(data)} bytes where {length} were expected: the file changed while it was read",
+    )
     return data
 
 
@@ -159,7 +170,13 @@ def _document(metadata: Any) -> dict[str, Any]:
         f"format {version!r:.40}, but this fastinv reads format {FORMAT}: upgrade fastinv or export again",
     )
     _expect(set(document) == KEYS, f"document: keys {sorted(document)!r:.300}, expected {sorted(KEYS)}")
-    for key, kind in (("fastinv", str), ("kind", str), ("recipe", dict), ("provenance", dict), ("sha256", str)):
+    for key, kind in (
+        ("fastinv", str),
+        ("kind", str),
+        ("recipe", dict),
+        ("provenance", dict),
+        ("sha256", str),
+    ):
         _expect(isinstance(document[key], kind), f"document: {key} is not a {kind.__name__}")
     return document
 
@@ -218,7 +235,9 @@ def _weight(name: str) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def _recipe(cls: type[Inverter], raw: Mapping[str, Any], tensors: dict[str, npt.NDArray[np.float32]]) -> dict[str, Any]:
+def _recipe(
+    cls: type[Inverter], raw: Mapping[str, Any], tensors: dict[str, npt.NDArray[np.float32]]
+) -> dict[str, Any]:
     """The recipe's fields in their exact types; takes those kept as tensors out of `tensors`."""
     hints = typing.get_type_hints(cls)
     names = {field.name for field in dataclasses.fields(cls)} - {cls.network_field, "provenance"}

@@ -31,7 +31,9 @@ class Cache(Generic[Value]):
         self._size = size
         self._values: OrderedDict[Hashable, Value] = OrderedDict()
         self._lock = threading.Lock()
-        os.register_at_fork(after_in_child=self._renew)  # another thread may hold the lock while this one forks
+        os.register_at_fork(
+            after_in_child=self._renew
+        )  # another thread may hold the lock while this one forks
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value kept for `key`, made by `make` the first time."""
@@ -169,7 +171,9 @@ def _writable(out: Any, shape: Shape, dtype: str, source: tensors.Source) -> npt
     """`out` as an array that images can be written to."""
     view, found, _ = tensors.as_numpy(out, "out")
     if view.shape != shape or found != dtype:
-        raise FeatureError(f"out of shape {list(view.shape)} and dtype {found}, expected {list(shape)} and {dtype}")
+        raise FeatureError(
+            f"out of shape {list(view.shape)} and dtype {found}, expected {list(shape)} and {dtype}"
+        )
     if not view.flags.writeable:
         raise FeatureError("out is read-only: pass an array that can be written")
     if np.may_share_memory(view, source.data):

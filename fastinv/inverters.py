@@ -189,7 +189,9 @@ class RMLE(Inverter):
         expect(all(0 <= b < 1 for b in self.betas), f"betas {self.betas}, expected two numbers in [0, 1)")
         if self.clamp is not None:
             object.__setattr__(self, "clamp", _floats("clamp", self.clamp, (2,)))
-            expect(self.clamp[0] <= self.clamp[1], f"clamp {self.clamp}, expected (low, high) with low <= high")
+            expect(
+                self.clamp[0] <= self.clamp[1], f"clamp {self.clamp}, expected (low, high) with low <= high"
+            )
         object.__setattr__(self, "init", _start(self.init, self.input_shape))
 
     @property
@@ -231,16 +233,23 @@ def _freeze_common(inverter: Any) -> None:
     expect(len(shape) == 3, f"images of shape {list(shape)}, expected [C, H, W]")
     for name in ("mean", "std"):
         object.__setattr__(inverter, name, _floats(name, getattr(inverter, name), (1, shape[0])))
-    expect(all(np.float32(s) > 0 for s in inverter.std), f"std {inverter.std!r:.80}, expected numbers above 0")
+    expect(
+        all(np.float32(s) > 0 for s in inverter.std), f"std {inverter.std!r:.80}, expected numbers above 0"
+    )
     object.__setattr__(inverter, "provenance", _provenance(inverter.provenance))
 
 
 def _provenance(value: Any) -> Mapping[str, Any]:
     """A deep, read-only copy of JSON values."""
-    expect(isinstance(value, Mapping), f"provenance is a {type(value).__name__}, expected a mapping of JSON values")
+    expect(
+        isinstance(value, Mapping),
+        f"provenance is a {type(value).__name__}, expected a mapping of JSON values",
+    )
     try:
         text = strict_json.dumps(dict(value))
-        expect(len(text) <= MAX_PROVENANCE, f"provenance: {len(text)} characters, at most {MAX_PROVENANCE} fit")
+        expect(
+            len(text) <= MAX_PROVENANCE, f"provenance: {len(text)} characters, at most {MAX_PROVENANCE} fit"
+        )
         return MappingProxyType(strict_json.loads(text.encode(), "provenance", MAX_PROVENANCE_DEPTH))
     except FormatError as error:
         raise NetworkError(f"provenance: {error}; expected names with plain JSON values") from None
@@ -256,7 +265,8 @@ def _start(value: Any, shape: Shape) -> float | npt.NDArray[np.float32]:
     except (TypeError, ValueError, RuntimeError) as error:
         raise NetworkError(f"init: {error}; expected a number or an array {list(shape)} of pixels") from None
     expect(
-        start.shape == shape, f"init has shape {list(start.shape)}, expected a number or an array {list(shape)}"
+        start.shape == shape,
+        f"init has shape {list(start.shape)}, expected a number or an array {list(shape)}",
     )
     expect(bool(np.isfinite(start).all()), "init holds NaN or Inf; expected pixels")
     start.setflags(write=False)

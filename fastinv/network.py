@@ -80,7 +80,9 @@ class Network:
         object.__setattr__(self, "steps", tuple(self.steps))
         expect(len(self.steps) <= MAX_STEPS, f"{len(self.steps)} steps, expected at most {MAX_STEPS}")
         total = sum(map(math.prod, self.shapes))  # computing the shapes validates the graph
-        expect(total <= MAX_TOTAL, f"{total} elements in all values of one image, expected at most {MAX_TOTAL}")
+        expect(
+            total <= MAX_TOTAL, f"{total} elements in all values of one image, expected at most {MAX_TOTAL}"
+        )
         expect(self.flops <= MAX_FLOPS, f"{self.flops} FLOPs for one image, expected at most {MAX_FLOPS}")
 
     def __eq__(self, other: object) -> bool:
@@ -183,13 +185,23 @@ def _step_from_json(index: int, raw: Any, weights: Mapping[tuple[int, str], npt.
     keys = {"op", "attributes", "inputs", "weights", "activation", "source"}
     expect(isinstance(raw, dict) and set(raw) == keys, f"{where}: expected the keys {sorted(keys)}")
     expect(isinstance(raw["op"], str) and raw["op"] in OPS, f"{where}: unknown op {raw['op']!r:.80}")
-    for key, kind in (("attributes", dict), ("inputs", list), ("weights", dict), ("activation", dict), ("source", str)):
+    for key, kind in (
+        ("attributes", dict),
+        ("inputs", list),
+        ("weights", dict),
+        ("activation", dict),
+        ("source", str),
+    ):
         expect(isinstance(raw[key], kind), f"{where}: {key} is not a {kind.__name__}")
     arrays = {}
     for key, shape in raw["weights"].items():
         expect((index, key) in weights, f"{where}: weight {key!r:.80} is missing")
         arrays[key] = weights[index, key]
-        same = isinstance(shape, list) and all(type(n) is int for n in shape) and tuple(shape) == arrays[key].shape
+        same = (
+            isinstance(shape, list)
+            and all(type(n) is int for n in shape)
+            and tuple(shape) == arrays[key].shape
+        )
         expect(same, f"{where}: {key} has another shape than the graph says")
     try:
         op = OPS[raw["op"]].from_attributes(raw["attributes"])
@@ -201,8 +213,18 @@ def _step_from_json(index: int, raw: Any, weights: Mapping[tuple[int, str], npt.
 
 
 def _frozen(where: str, value: Any) -> npt.NDArray[np.float32]:
-    array: npt.NDArray[np.float32] = np.array(value, dtype=np.float32, order="C")
-    expect(bool(np.isfinite(array).all()), f"{where}: the weights hold NaN or Inf; export a trained, finite model")
+    array: npt.NDArray[np.float32] = np.asarray(value)
+    if (
+        array.dtype != np.float32
+        or array.flags.writeable
+        or not array.flags.c_contiguous
+        or not array.flags.owndata
+    ):
+        array = np.array(value, dtype=np.float32, order="C")  # frozen arrays of other steps are shared
+    expect(
+        bool(np.isfinite(array).all()),
+        f"{where}: the weights hold NaN or Inf; export a trained, finite model",
+    )
     array.setflags(write=False)
     return array
 

@@ -79,10 +79,14 @@ def source(x: Any, shape: Shape, *, scale: Any = None, zero_point: Any = None) -
         raise FeatureError(_wrong_shape(data.shape, shape))
     if dtype in FLOATS:
         if scale is not None or zero_point is not None:
-            raise FeatureError(f"scale and zero_point are for uint8 and int8 features; these are {dtype}: leave them out")
+            raise FeatureError(
+                f"scale and zero_point are for uint8 and int8 features; these are {dtype}: leave them out"
+            )
         return Source(data, dtype, torch)
     if scale is None:
-        raise FeatureError(f"{dtype} features need the scale (and zero_point) they were quantised with: pass scale=")
+        raise FeatureError(
+            f"{dtype} features need the scale (and zero_point) they were quantised with: pass scale="
+        )
     scales = _per_channel("scale", scale, shape)
     if not (scales > 0).all():
         raise FeatureError(f"scale {scale!r:.80}, expected numbers above 0")
@@ -101,7 +105,9 @@ def as_numpy(x: Any, what: str) -> tuple[npt.NDArray[Any], str, bool]:
         if x.device.type != "cpu":
             raise FeatureError(f"{what} on device {str(x.device)!r}, expected cpu: move them with .cpu()")
         if x.layout is not torch.strided or x.is_quantized:
-            raise FeatureError(f"{what}: a sparse or quantised tensor type; expected a dense one: use .to_dense()")
+            raise FeatureError(
+                f"{what}: a sparse or quantised tensor type; expected a dense one: use .to_dense()"
+            )
         x = x.detach().resolve_neg().resolve_conj()
         bits = x.view(torch.uint16) if x.dtype is torch.bfloat16 else x
         return bits.numpy(), str(x.dtype).removeprefix("torch."), True
@@ -144,7 +150,9 @@ def _per_channel(name: str, value: Any, shape: Shape) -> Array:
     except (TypeError, ValueError, RuntimeError):
         numbers = np.array(np.nan, np.float32)
     if numbers.shape not in ((), shape[:1]) or not np.isfinite(numbers).all():
-        raise FeatureError(f"{name} {value!r:.80}, expected a finite number or {shape[0]} of them, one a channel")
+        raise FeatureError(
+            f"{name} {value!r:.80}, expected a finite number or {shape[0]} of them, one a channel"
+        )
     return numbers.reshape(-1, *[1] * (len(shape) - 1)) if numbers.ndim else numbers
 
 

@@ -33,9 +33,7 @@ if reason:
 from fastinv import _core  # noqa: E402 - after the check
 
 ISAS = [name for name, runnable in _core.isas() if runnable]
-CASES = [
-    pytest.param(case, id=f"{op.name}-{case.name}") for op in OPS.values() for case in op.cases()
-]
+CASES = [pytest.param(case, id=f"{op.name}-{case.name}") for op in OPS.values() for case in op.cases()]
 FORWARD_TOLERANCE = 1e-5  # relative; the promise is 1e-4
 ACTIVATIONS = [
     Activation(kind, *parameters)
@@ -139,7 +137,9 @@ def test_fused_activation(op: str, activation: Activation, isa: str) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.kind)
 def test_activation_over_its_whole_range(activation: Activation, isa: str) -> None:
-    x = np.concatenate([np.linspace(-100, 100, 4001), np.linspace(-1, 1, 4001), [0.0, -0.0, 1e-30, 1e30, -1e30]])
+    x = np.concatenate(
+        [np.linspace(-100, 100, 4001), np.linspace(-1, 1, 4001), [0.0, -0.0, 1e-30, 1e30, -1e30]]
+    )
     x = x.astype(np.float32)[None]
     network = Network(x.shape[1:], (Step(activation, (0,)),))
     y, expected = run(network, x), reference(network, x)
@@ -154,7 +154,9 @@ def test_forced_isa_runs(isa: str) -> None:
 
 def test_unknown_isa_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTINV_ISA", "avx9000")
-    with pytest.raises(BackendError, match=r"unknown instruction set 'avx9000'; this machine can run .*portable"):
+    with pytest.raises(
+        BackendError, match=r"unknown instruction set 'avx9000'; this machine can run .*portable"
+    ):
         fastinv.compile(network_of(OPS["conv2d"].cases()[0]), backend="cpu")
 
 

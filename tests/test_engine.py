@@ -24,7 +24,9 @@ def reference(x: np.ndarray) -> np.ndarray:
     values = [torch.from_numpy(np.array(x, np.float64))]
     for step in NETWORK.steps:
         weights = {name: torch.from_numpy(np.array(w, np.float64)) for name, w in step.weights.items()}
-        values.append(step.activation.reference([step.op.reference([values[i] for i in step.inputs], weights)], {}))
+        values.append(
+            step.activation.reference([step.op.reference([values[i] for i in step.inputs], weights)], {})
+        )
     return np.asarray(values[-1].numpy())
 
 
@@ -135,7 +137,9 @@ def test_layouts(backend: str, layout: str) -> None:
 
 def test_broadcast_input(backend: str) -> None:
     x = np.broadcast_to(features(1), (4, *FEATURES))
-    np.testing.assert_allclose(engine(backend)(x), np.repeat(engine(backend)(features(1)), 4, axis=0), rtol=1e-5)
+    np.testing.assert_allclose(
+        engine(backend)(x), np.repeat(engine(backend)(features(1)), 4, axis=0), rtol=1e-5
+    )
 
 
 def test_contiguous_float32_is_not_copied() -> None:
@@ -166,7 +170,9 @@ def test_the_result_does_not_depend_on_the_chunks(backend: str) -> None:
     x = features(23)
     whole, cut = engine(backend), engine(backend)
     cut.batch_size = 5
-    np.testing.assert_allclose(whole(x), cut(x), rtol=0 if backend == "cpu" else 1e-5, atol=0 if backend == "cpu" else 1e-6)
+    np.testing.assert_allclose(
+        whole(x), cut(x), rtol=0 if backend == "cpu" else 1e-5, atol=0 if backend == "cpu" else 1e-6
+    )
 
 
 def test_threads_of_python(backend: str) -> None:
@@ -271,7 +277,11 @@ def test_wrong_scales(dtype: str, options: dict[str, Any], message: str) -> None
         ({"backend": 3}, BackendError, "3 is unknown"),
         ({"precision": "int4"}, BackendError, "precision 'int4', expected one of auto, float32"),
         ({"precision": None}, BackendError, "precision None"),
-        ({"precision": "tf32"}, BackendError, "no backend can run this: cpu: .*; torch: it has no precision tf32"),
+        (
+            {"precision": "tf32"},
+            BackendError,
+            "no backend can run this: cpu: .*; torch: it has no precision tf32",
+        ),
         ({"precision": "tf32", "backend": "torch"}, BackendError, "'torch': it has no precision tf32, only"),
         ({"threads": 0}, BackendError, "threads 0, expected an integer from 1"),
         ({"threads": 2.0}, BackendError, "threads 2.0"),

@@ -150,7 +150,11 @@ def test_a_file_written_by_safetensors_loads(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.finv"
     inverse_network().save(path)
-    for name, error in (("fsync", OSError("disk full")), ("replace", OSError("no")), ("fsync", KeyboardInterrupt())):
+    for name, error in (
+        ("fsync", OSError("disk full")),
+        ("replace", OSError("no")),
+        ("fsync", KeyboardInterrupt()),
+    ):
 
         def fail(*_: object, error: BaseException = error) -> None:
             raise error
@@ -194,7 +198,12 @@ def test_a_header_too_large_is_refused_when_written(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none.finv", "No such file"), (".", "not a regular file"), ("pipe", "not a regular file"), ("nul\0", "null byte")],
+    [
+        ("none.finv", "No such file"),
+        (".", "not a regular file"),
+        ("pipe", "not a regular file"),
+        ("nul\0", "null byte"),
+    ],
 )
 def test_paths_that_cannot_be_read(name: str, message: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
@@ -227,7 +236,12 @@ def test_a_device_is_not_read() -> None:
 def test_truncation_at_any_length() -> None:
     data = finv.encode(inverse_network())
     header = int.from_bytes(data[:8], "little")
-    lengths = {*range(40), *range(8 + header - 5, 8 + header + 5), *range(0, len(data), 61), *range(len(data) - 9, len(data))}
+    lengths = {
+        *range(40),
+        *range(8 + header - 5, 8 + header + 5),
+        *range(0, len(data), 61),
+        *range(len(data) - 9, len(data)),
+    }
     for length in sorted(lengths):
         with pytest.raises(FormatError):
             read_bytes(data[:length])
@@ -328,7 +342,14 @@ HUGE = {"kind": "relu", "a": 0.0, "b": 0.0}
 
 
 def activation_step(inputs: list[Any], **changes: Any) -> dict[str, Any]:
-    plain = {"op": "activation", "attributes": HUGE, "inputs": inputs, "weights": {}, "activation": HUGE, "source": ""}
+    plain = {
+        "op": "activation",
+        "attributes": HUGE,
+        "inputs": inputs,
+        "weights": {},
+        "activation": HUGE,
+        "source": "",
+    }
     return plain | changes
 
 
@@ -519,8 +540,8 @@ def test_many_steps_within_the_limit_load_fast() -> None:
 
 
 def test_a_million_steps_are_refused_by_the_header_alone() -> None:
-    document = {"graph": {"steps": [activation_step([0])] * 1_000_000}}
-    text = json.dumps({"__metadata__": {"fastinv": json.dumps(document)}}).encode()
+    steps = ",".join([json.dumps(activation_step([0]))] * 1_000_000)
+    text = b'{"__metadata__": {"fastinv": "' + steps.replace('"', '\\"').encode() + b'"}}'
     refused(len(text).to_bytes(8, "little") + text, "header length")
 
 
@@ -547,12 +568,16 @@ def test_any_value_replaced_by_any_other_with_the_right_checksum(data: st.DataOb
 
     def walk(value: Any, path: tuple[Any, ...]) -> None:
         paths.append(path)
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        items = (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        )
         for key, inner in items:
             walk(inner, (*path, key))
 
     walk(document, ())
-    numbers = st.sampled_from([0, -1, 1, 2, 3, 7, 255, 65536, 65537, 2**28, 2**31, 2**62, 0.0, -0.5, 1.5, 1e38, 1e300])
+    numbers = st.sampled_from(
+        [0, -1, 1, 2, 3, 7, 255, 65536, 65537, 2**28, 2**31, 2**62, 0.0, -0.5, 1.5, 1e38, 1e300]
+    )
     value = data.draw(numbers | st.lists(numbers, max_size=6) | st.sampled_from(sorted(OPS)) | JSON)
     set_in(*data.draw(st.sampled_from(paths[1:])), to=value)(document)
     try:

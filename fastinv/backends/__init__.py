@@ -46,7 +46,9 @@ def select(name: str | None, precision: str, steps: Sequence[Step]) -> tuple[Bac
     if name in lacks:
         raise BackendError(f"backend {name!r}: {lacks[name]}. Backends that can run this here: {able}")
     if name == "auto":
-        raise BackendError("no backend can run this: " + "; ".join(f"{n}: {reason}" for n, reason in lacks.items()))
+        raise BackendError(
+            "no backend can run this: " + "; ".join(f"{n}: {reason}" for n, reason in lacks.items())
+        )
     what = "is not in this version of fastinv" if name in PLANNED else "is unknown"
     raise BackendError(f"backend {name!r:.40} {what}. Backends that can run this here: {able}")
 
@@ -60,6 +62,8 @@ def _lacks(backend: Backend, precision: str, steps: Sequence[Step]) -> str | Non
         return f"it has no precision {precision}, only {', '.join(backend.precisions)}"
     unsupported = [step for step in steps if not backend.supports(step)]
     if unsupported:
-        names = ", ".join(dict.fromkeys(f"{s.op.name} ({s.source})" if s.source else s.op.name for s in unsupported))
+        names = ", ".join(
+            dict.fromkeys(f"{s.op.name} ({s.source})" if s.source else s.op.name for s in unsupported)
+        )
         return f"it has no kernel for {names:.300}"
     return None

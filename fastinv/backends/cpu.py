@@ -153,7 +153,9 @@ class Lowering:
             self.values.append(LOWERINGS[step.op.name](self, step, values, shapes, network.shapes[index + 1]))
             self.launches += [index] * (self.values[-1] - max(self.values[:-1]))
 
-    def rearrange(self, value: int, index: npt.NDArray[np.int64], source: Shape, target: Shape, act: Activation) -> int:
+    def rearrange(
+        self, value: int, index: npt.NDArray[np.int64], source: Shape, target: Shape, act: Activation
+    ) -> int:
         """Elements in a new order; `index` holds positions in the row-major input, shaped as the output.
 
         Nothing is launched where the order in memory stays the same.

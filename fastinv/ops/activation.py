@@ -38,7 +38,12 @@ class Activation(Op):
 
     @staticmethod
     def cases() -> tuple[Case, ...]:
-        examples = {"leaky_relu": (0.1, 0.0), "clamp": (-0.5, 0.7), "hardtanh": (0.0, 6.0), "softplus": (2.0, 20.0)}
+        examples = {
+            "leaky_relu": (0.1, 0.0),
+            "clamp": (-0.5, 0.7),
+            "hardtanh": (0.0, 6.0),
+            "softplus": (2.0, 20.0),
+        }
         image = tuple(
             Case(kind, Activation(kind, *examples.get(kind, (0.0, 0.0))), ((5, 7, 9),)) for kind in KINDS
         )

@@ -24,6 +24,7 @@ Shape = tuple[int, ...]
 Pair = tuple[int, int]
 
 MAX_ELEMENTS = 2**28  # of one value of one image (1 GiB of float32); a larger one is a mistake or an attack
+MAX_FLOAT = 3.4e38  # of an attribute; just inside float32
 MAX_RANK = 6  # axes of a value, without the batch
 MAX_ATTRIBUTE = 2**16  # a kernel side, stride, padding or size beyond this is a mistake or an attack
 
@@ -131,7 +132,9 @@ def _checked(where: str, value: Any, hint: Any) -> Any:
         (hint,) = (h for h in typing.get_args(hint) if h is not type(None))
     if typing.get_origin(hint) is tuple:
         args = typing.get_args(hint)
-        expect(isinstance(value, (tuple, list)), f"{where}: {value!r:.80}, expected a list of {args[0].__name__}")
+        expect(
+            isinstance(value, (tuple, list)), f"{where}: {value!r:.80}, expected a list of {args[0].__name__}"
+        )
         if args[-1] is Ellipsis:
             expect(len(value) <= 16, f"{where}: {len(value)} entries, expected at most 16")
             args = args[:1] * len(value)
@@ -139,7 +142,7 @@ def _checked(where: str, value: Any, hint: Any) -> Any:
         return tuple(_checked(where, v, a) for v, a in zip(value, args, strict=True))
     if hint is float:
         expect(type(value) in (int, float), f"{where}: {value!r:.80}, expected a number")
-        expect(abs(value) <= 3.4e38, f"{where}: {value!r}, expected a finite float32")  # false for NaN too
+        expect(abs(value) <= MAX_FLOAT, f"{where}: {value!r}, expected a finite float32")  # false for NaN too
         return float(value)
     expect(type(value) is hint, f"{where}: {value!r:.80}, expected {hint.__name__}")
     if hint is int:

@@ -60,9 +60,7 @@ class Conv2d(Op):
 
         top, bottom, left, right = self.padding
         x = F.pad(inputs[0], (left, right, top, bottom))
-        return F.conv2d(
-            x, weights["weight"], weights["bias"], self.stride, 0, self.dilation, self.groups
-        )
+        return F.conv2d(x, weights["weight"], weights["bias"], self.stride, 0, self.dilation, self.groups)
 
     def flops(self, inputs: Sequence[Shape], weights: Mapping[str, Shape]) -> int:
         _, oh, ow = self.shape(inputs, weights)

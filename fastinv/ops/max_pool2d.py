@@ -34,7 +34,9 @@ class MaxPool2d(Op):
         c, *sizes = inputs[0]
         h, w = (
             pooled_size(self, size, *window, ceil_mode=self.ceil_mode)
-            for size, *window in zip(sizes, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+            for size, *window in zip(
+                sizes, self.kernel, self.stride, self.padding, self.dilation, strict=True
+            )
         )
         return (c, h, w)
 

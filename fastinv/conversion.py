@@ -1,0 +1,156 @@
+"""From a torch.export graph to a network: walks the calls, computes constants, collects the steps of the rest."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch.fx import Node
+
+from fastinv.errors import NetworkError, UnsupportedOp
+from fastinv.network import Network, Step
+from fastinv.ops import OPS
+from fastinv.ops.activation import Activation
+from fastinv.ops.base import Op, Shape
+from fastinv.simplify import simplify
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value of the network being built: what depends on the input. Everything else is a constant."""
+
+    index: int
+    shape: Shape  # without the batch axis
+
+
+Converters = Mapping[
+    str, Callable[..., Any]
+]  # by aten call; each takes the Conversion and the call's arguments
+
+
+class Conversion:
+    """The state of one conversion: the steps so far and what every graph node stands for."""
+
+    def __init__(
+        self, program: torch.export.ExportedProgram, input_shape: Shape, converters: Converters
+    ) -> None:
+        self.program = program
+        self.converters = converters
+        self.input_shape = input_shape
+        self.steps: list[Step] = []
+        self.shapes: list[Shape] = [input_shape]
+        self.known: dict[Node, Any] = {}
+        self.node: Node | None = None  # the one being converted, for messages
+
+    def network(self) -> Network:
+        inputs = self._bind_placeholders()
+        if inputs != 1:
+            raise NetworkError(f"export: the module takes {inputs} inputs, expected one tensor")
+        for node in self.program.graph.nodes:
+            if node.op == "call_function":
+                self.node = node
+                self.known[node] = self._call(node)
+            elif node.op == "output":
+                return self._finish(self._resolve(node.args[0]))
+        raise NetworkError("export: the graph has no output")
+
+    def _bind_placeholders(self) -> int:
+        """Give every placeholder its parameter, buffer or constant, and the user's input value 0."""
+        signature = self.program.graph_signature
+        state = {**self.program.state_dict, **self.program.constants}
+        targets = {
+            **signature.inputs_to_parameters,
+            **signature.inputs_to_buffers,
+            **signature.inputs_to_lifted_tensor_constants,
+        }
+        inputs = 0
+        for node in self.program.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            if node.name in targets:
+                self.known[node] = state[targets[node.name]].detach()
+            else:
+                self.known[node] = Value(0, self.input_shape)
+                inputs += 1
+        return inputs
+
+    def _finish(self, outputs: Any) -> Network:
+        if not isinstance(outputs, (tuple, list)) or len(outputs) != 1:
+            raise NetworkError("export: the module gives several outputs, expected one tensor")
+        if not isinstance(outputs[0], Value):
+            raise NetworkError("export: the output does not depend on the input")
+        value = outputs[0]
+        if value.index != len(self.steps):  # the last step must be the output: end with a copy
+            self.emit(Activation(), [value])
+        return simplify(Network(self.input_shape, tuple(self.steps)))
+
+    def _call(self, node: Node) -> Any:
+        args = self._resolve(node.args)
+        kwargs = self._resolve(node.kwargs)
+        if not any_value((args, kwargs)):
+            with torch.no_grad():
+                assert callable(node.target)
+                return node.target(*args, **kwargs)
+        name = str(node.target)
+        if node.target is operator.getitem:
+            return args[0][args[1]]
+        if name not in self.converters:
+            self.unsupported(f"the operation {name}")
+        result = self.converters[name](self, *args, **kwargs)
+        if name.split(".")[1].endswith("_"):  # in place: who reads the argument from now on sees the result
+            self.known[node.args[0]] = result
+        return result
+
+    def _resolve(self, argument: Any) -> Any:
+        """`argument` with nodes replaced by what they stand for."""
+        if isinstance(argument, Node):
+            return self.known[argument]
+        if isinstance(argument, (tuple, list)):
+            return type(argument)(self._resolve(a) for a in argument)
+        if isinstance(argument, dict):
+            return {key: self._resolve(a) for key, a in argument.items()}
+        return argument
+
+    def emit(self, op: Op, inputs: Sequence[Value], **weights: torch.Tensor) -> Value:
+        """Append a step and return its value."""
+        arrays = {key: w.detach().to(torch.float32).contiguous().numpy() for key, w in weights.items()}
+        step = Step(op, tuple(v.index for v in inputs), arrays, source=self.place())
+        shape = op.shape([v.shape for v in inputs], step.weight_shapes)
+        self.steps.append(step)
+        self.shapes.append(shape)
+        return Value(len(self.steps), shape)
+
+    def place(self) -> str:
+        """The module path of the node being converted."""
+        stack = self.node.meta.get("nn_module_stack") if self.node is not None else None
+        return str(list(stack.values())[-1][0]) if stack else ""
+
+    def unsupported(self, what: str) -> NoReturn:
+        """Raise UnsupportedOp for the node being converted."""
+        raise UnsupportedOp(
+            f"export: {what}, in module {self.place() or '(top)'!r}, cannot be exported; supported ops are "
+            f"{', '.join(OPS)} and the usual activations. Replace it, or cut the model elsewhere"
+        )
+
+    def result_shape(self) -> Shape:
+        """The node's own result shape without the batch axis, as torch traced it."""
+        assert self.node is not None
+        sizes = self.node.meta["val"].shape
+        if len(sizes) == 0 or isinstance(sizes[0], int) or not all(isinstance(s, int) for s in sizes[1:]):
+            raise NetworkError(
+                f"export: module {self.place() or '(top)'!r} reshapes the batch axis away (to {tuple(sizes)}); every "
+                "image must be computed by itself, with the batch axis first"
+            )
+        return tuple(sizes[1:])
+
+
+def any_value(argument: Any) -> bool:
+    """Whether a value of the network is anywhere in the argument."""
+    if isinstance(argument, (tuple, list)):
+        return any(map(any_value, argument))
+    if isinstance(argument, dict):
+        return any(map(any_value, argument.values()))
+    return isinstance(argument, Value)

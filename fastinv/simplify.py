@@ -1,0 +1,181 @@
+"""Graph rewrites that leave what a network computes as it is: constants folded, activations fused, dead steps dropped."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fastinv.network import Network, Step
+from fastinv.ops.activation import IDENTITY, Activation
+from fastinv.ops.affine import Affine
+from fastinv.ops.base import Shape
+from fastinv.ops.conv2d import Conv2d
+from fastinv.ops.conv_transpose2d import ConvTranspose2d
+from fastinv.ops.linear import Linear
+from fastinv.ops.permute import Permute
+from fastinv.ops.reshape import Reshape
+
+Doubles = npt.NDArray[np.float64]
+
+
+def simplify(network: Network) -> Network:
+    """An equal network with no more steps. Weights are folded in float64 and rounded to float32."""
+    while (simpler := _drop(network) or _merge(network)) is not None:
+        network = simpler
+    return network
+
+
+def with_denormalisation(network: Network, mean: Sequence[float], std: Sequence[float]) -> Network:
+    """`network`, whose results are normalised images z, extended to give pixels: clamp(z·std + mean, 0, 1).
+
+    Args:
+        network: its output is [C, H, W].
+        mean, std: one number for all channels or one for each.
+    """
+    channels = network.output_shape[0]
+    scale, shift = (np.broadcast_to(np.float32(v), (channels,)).reshape(channels, 1, 1) for v in (std, mean))
+    weights = {"scale": scale, "shift": shift}
+    step = Step(Affine(), (len(network.steps),), weights, Activation("clamp", 0.0, 1.0), "denormalise")
+    return simplify(Network(network.input_shape, (*network.steps, step)))
+
+
+def _drop(network: Network) -> Network | None:
+    """`network` without one step that nothing reads or that does nothing; None where there is none."""
+    indices = range(len(network.steps))
+    # Dead steps go first: dropping an identity at the end must leave its input the last value.
+    for index in indices[:-1]:
+        if not network.consumers[index + 1]:
+            return _without(network.input_shape, network.steps, index)
+    for index in indices:
+        step = network.steps[index]
+        if _is_identity(step, network.shapes[step.inputs[0]]):
+            return _without(network.input_shape, network.steps, index)
+    return None
+
+
+def _merge(network: Network) -> Network | None:
+    """`network` with the first pair of steps merged that a rewrite fits; None where none does."""
+    for index, step in enumerate(network.steps):
+        value = step.inputs[0]
+        if len(step.inputs) != 1 or value == 0 or network.consumers[value] != (index,):
+            continue
+        producer = network.steps[value - 1]
+        for rewrite in REWRITES:
+            merged = rewrite(producer, step, network.shapes[producer.inputs[0]], network.shapes[value])
+            if merged is not None:
+                source = " + ".join(dict.fromkeys(s.source for s in (producer, step) if s.source))
+                steps = list(network.steps)
+                steps[value - 1] = dataclasses.replace(merged, inputs=producer.inputs, source=source)
+                return _without(network.input_shape, steps, index)
+    return None
+
+
+def _without(input_shape: Shape, steps: Sequence[Step], dropped: int) -> Network:
+    """The network without one step, whose readers read its first input instead."""
+    instead = steps[dropped].inputs[0]
+
+    def moved(value: int) -> int:
+        return instead if value == dropped + 1 else value - (value > dropped + 1)
+
+    kept = [step for index, step in enumerate(steps) if index != dropped]
+    return Network(
+        input_shape, tuple(dataclasses.replace(step, inputs=tuple(map(moved, step.inputs))) for step in kept)
+    )
+
+
+def _is_identity(step: Step, shape: Shape) -> bool:
+    op = step.op
+    nothing = (
+        op == IDENTITY
+        or (isinstance(op, Reshape) and op.target == shape)
+        or (isinstance(op, Permute) and op.axes == tuple(range(len(shape))))
+    )
+    return nothing and step.activation == IDENTITY
+
+
+# ---- the rewrites: (producer, step, producer's input shape, shape between) -> one step for both, or None ---------------
+#
+# `step` is the only reader of `producer`. The caller sets inputs and source of the result.
+
+
+def _fuse_activation(producer: Step, step: Step, before: Shape, between: Shape) -> Step | None:
+    if not isinstance(step.op, Activation) or step.activation != IDENTITY or producer.activation != IDENTITY:
+        return None
+    return dataclasses.replace(producer, activation=step.op)
+
+
+def _fold_affine(producer: Step, step: Step, before: Shape, between: Shape) -> Step | None:
+    """a·(W x + b) + c = (a·W) x + (a·b + c), where a and c are constant over each output channel."""
+    if not isinstance(step.op, Affine) or producer.activation != IDENTITY:
+        return None
+    scale, shift = (step.weights[key].astype(np.float64) for key in ("scale", "shift"))
+    if isinstance(producer.op, Affine):
+        first, offset = (producer.weights[key].astype(np.float64) for key in ("scale", "shift"))
+        a, b = np.broadcast_arrays(scale * first, scale * offset + shift)
+        return _with_weights(producer, step, scale=a, shift=b)
+    axis = _channel_axis(producer, between)
+    if axis is None or any(size != 1 for k, size in enumerate(scale.shape) if k != axis):
+        return None
+    channels = between[axis]
+    a, c = (np.broadcast_to(v.ravel(), (channels,)) for v in (scale, shift))
+    weight, bias = (producer.weights[key].astype(np.float64) for key in ("weight", "bias"))
+    if isinstance(
+        producer.op, ConvTranspose2d
+    ):  # [C, O / groups, kh, kw]: outputs follow the inputs of their group
+        groups = producer.op.groups
+        by_group = weight.reshape(groups, -1, *weight.shape[1:])
+        factors = a.reshape(groups, 1, -1, 1, 1)
+        return _with_weights(
+            producer, step, weight=(by_group * factors).reshape(weight.shape), bias=a * bias + c
+        )
+    factors = a.reshape(-1, *[1] * (weight.ndim - 1))
+    return _with_weights(producer, step, weight=weight * factors, bias=a * bias + c)
+
+
+def _fold_padding(producer: Step, step: Step, before: Shape, between: Shape) -> Step | None:
+    """Zero padding, which export writes as a depthwise 1×1 convolution that copies, followed by a convolution."""
+    op, pad = step.op, producer.op
+    if not isinstance(op, Conv2d) or not isinstance(pad, Conv2d) or producer.activation != IDENTITY:
+        return None
+    if pad != Conv2d(padding=pad.padding, groups=before[0]) or producer.weights["weight"].shape != (
+        before[0],
+        1,
+        1,
+        1,
+    ):
+        return None
+    if (producer.weights["weight"] != 1).any() or producer.weights["bias"].any():
+        return None
+    total = tuple(a + b for a, b in zip(op.padding, pad.padding, strict=True))
+    return dataclasses.replace(step, op=dataclasses.replace(op, padding=total))
+
+
+def _compose_rearrangements(producer: Step, step: Step, before: Shape, between: Shape) -> Step | None:
+    if producer.activation != IDENTITY:
+        return None
+    if isinstance(step.op, Reshape) and isinstance(producer.op, Reshape):
+        return step
+    if isinstance(step.op, Permute) and isinstance(producer.op, Permute):
+        return dataclasses.replace(step, op=Permute(tuple(producer.op.axes[axis] for axis in step.op.axes)))
+    return None
+
+
+Rewrite = Callable[[Step, Step, Shape, Shape], Step | None]
+REWRITES: tuple[Rewrite, ...] = (_fuse_activation, _fold_affine, _fold_padding, _compose_rearrangements)
+
+
+def _channel_axis(step: Step, shape: Shape) -> int | None:
+    """The axis of the step's result that its bias runs along; None for ops without one."""
+    if isinstance(step.op, (Conv2d, ConvTranspose2d)):
+        return 0
+    return len(shape) - 1 if isinstance(step.op, Linear) else None
+
+
+def _with_weights(producer: Step, step: Step, **weights: Doubles) -> Step | None:
+    """`producer` with other weights and `step`'s activation; None where they leave float32."""
+    if not all(np.abs(w).max(initial=0) < np.finfo(np.float32).max for w in weights.values()):
+        return None
+    return dataclasses.replace(producer, weights=weights, activation=step.activation)
