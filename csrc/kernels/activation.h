@@ -79,9 +79,9 @@ FASTINV_INLINE V activate(V x, Activation act) {
     case ActivationKind::kTanh: return tanh(x);
     case ActivationKind::kSilu: return mul(x, sigmoid(x));
     case ActivationKind::kGelu: return mul(x, normal_cdf(x));
-    case ActivationKind::kGeluTanh: {
-      const V half = mul(set1(0.5f), x);
-      return fma(half, tanh(gelu_tanh_inner(x)), half);
+    case ActivationKind::kGeluTanh: {  // (1 + tanh u) / 2 = sigmoid(2u), which does not cancel
+      const V u = gelu_tanh_inner(x);
+      return mul(x, sigmoid(add(u, u)));
     }
     case ActivationKind::kSoftplus: {
       const V u = mul(x, set1(act.a));

@@ -38,10 +38,10 @@ def select(name: str | None, precision: str, steps: Sequence[Step]) -> tuple[Bac
     precision = "float32" if precision == "auto" else precision
     if name is None or name == "auto":
         name = os.environ.get("FASTINV_BACKEND") or "auto"
-    lacks = {backend.name: _lacks(backend, precision, steps) for backend in BACKENDS}
-    for backend in BACKENDS:
-        if name in ("auto", backend.name) and lacks[backend.name] is None:
+    for backend in BACKENDS:  # the later ones are not asked: that would load torch
+        if name in ("auto", backend.name) and _lacks(backend, precision, steps) is None:
             return backend, precision
+    lacks = {backend.name: _lacks(backend, precision, steps) for backend in BACKENDS}
     able = ", ".join(n for n, reason in lacks.items() if reason is None) or "none"
     if name in lacks:
         raise BackendError(f"backend {name!r}: {lacks[name]}. Backends that can run this here: {able}")

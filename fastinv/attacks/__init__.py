@@ -1,0 +1,1 @@
+"""The three attacks of the paper, in plain PyTorch."""

@@ -1,0 +1,229 @@
+"""The paper's networks: targets with their layer names, decoders, shadow structures; and decoders made to measure."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fastinv.errors import NetworkError
+from fastinv.ops.base import Shape
+
+MNIST_NORMALISATION = ((0.5,), (0.5,))
+CIFAR_NORMALISATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def lenet5(classes: int = 10) -> nn.Sequential:
+    """The paper's MNIST target, [1, 28, 28] to logits; split points conv1 and ReLU2 in its tables."""
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(1, 8, 5),
+            ReLU1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(8, 16, 5),
+            ReLU2=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(256, 120),
+            fc1act=nn.ReLU(),
+            fc2=nn.Linear(120, 84),
+            fc2act=nn.ReLU(),
+            fc3=nn.Linear(84, classes),
+        )
+    )
+
+
+def cifar_net(classes: int = 10) -> nn.Sequential:
+    """The paper's CIFAR-10 target, [3, 32, 32] to logits; split points conv11, ReLU22 and ReLU32 in its tables."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    channels = 3
+    for block, width in ((1, 64), (2, 128), (3, 128)):
+        for index in (1, 2):
+            layers[f"conv{block}{index}"] = nn.Conv2d(channels, width, 3, padding=1)
+            layers[f"ReLU{block}{index}"] = nn.ReLU()
+            channels = width
+        layers[f"pool{block}"] = nn.MaxPool2d(2)
+    layers["flatten"] = nn.Flatten()
+    layers["fc1"] = nn.Linear(2048, 512)
+    layers["sigmoid"] = nn.Sigmoid()
+    layers["fc2"] = nn.Linear(512, classes)
+    return nn.Sequential(layers)
+
+
+# ---- shadow structures, where the target's is not known (paper, Table 5) -----------------------------------------------
+
+SHADOW_SPLITS = ("conv1", "ReLU2", "conv11", "ReLU22", "ReLU32")
+
+
+def shadow_edge(split: str) -> nn.Sequential:
+    """The other structure that the paper's query-free attack tries for the edge cut at `split` (Table 5).
+
+    It takes the same images and gives features of the same shape as the target's edge.
+    """
+    if split not in SHADOW_SPLITS:
+        raise NetworkError(f"shadow_edge: split {split!r:.40}, expected one of {', '.join(SHADOW_SPLITS)}")
+    if split == "conv1":  # two 3×3 instead of one 5×5
+        return nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3))
+    if split == "ReLU2":
+        return nn.Sequential(
+            *(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3), nn.ReLU()),
+        )
+    if split == "conv11":
+        return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 64, 3, padding=1))
+    # One 5×5 for every pair of 3×3, with the pools between.
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(64, 128, 5, padding=2), nn.ReLU()]
+    if split == "ReLU32":
+        layers += [nn.MaxPool2d(2), nn.Conv2d(128, 128, 5, padding=2), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+# ---- decoders ----------------------------------------------------------------------------------------------------------
+
+
+def make_decoder(
+    feature_shape: Sequence[int],
+    image_shape: Sequence[int],
+    kind: str = "paper",
+    *,
+    width: int = 64,
+    depth: int = 4,
+    final: str = "none",
+) -> nn.Sequential:
+    """A decoder g: features -> normalised images, Xavier initialised (paper, Algorithm 2).
+
+    Args:
+        feature_shape: [C, H, W] or [D].
+        image_shape: [C, H, W].
+        kind: "paper": the paper's own decoder where it has one for these shapes, and otherwise one of its style,
+            made to measure; "residual": residual blocks and nearest upsampling.
+        width: channels of a residual decoder, and the fewest of a made-to-measure one.
+        depth: residual blocks.
+        final: "none", or "sigmoid" for networks that give pixels themselves.
+
+    Raises:
+        NetworkError: shapes or options that no decoder is for.
+    """
+    features, image = tuple(map(int, feature_shape)), tuple(map(int, image_shape))
+    if len(features) not in (1, 3) or len(image) != 3 or min((*features, *image)) < 1:
+        raise NetworkError(
+            f"make_decoder: features {list(features)} and images {list(image)}, expected [C, H, W] or [D], and [C, H, W]"
+        )
+    if width < 1 or depth < 0:
+        raise NetworkError(f"make_decoder: width {width}, depth {depth}; expected width >= 1, depth >= 0")
+    if final not in ("none", "sigmoid"):
+        raise NetworkError(f"make_decoder: final {final!r:.40}, expected 'none' or 'sigmoid'")
+    if kind == "paper":
+        layers = _paper_decoder(features, image) or _measured_decoder(features, image, width)
+    elif kind == "residual":
+        layers = _residual_decoder(features, image, width, depth)
+    else:
+        raise NetworkError(f"make_decoder: kind {kind!r:.40}, expected 'paper' or 'residual'")
+    if final == "sigmoid":
+        layers.append(nn.Sigmoid())
+    decoder = nn.Sequential(*layers)
+    initialise(decoder)
+    return decoder
+
+
+def initialise(module: nn.Module) -> None:
+    """Xavier weights, zero biases (paper, Section 4.2)."""
+    for part in module.modules():
+        if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def _double(inputs: int, outputs: int) -> nn.ConvTranspose2d:
+    return nn.ConvTranspose2d(inputs, outputs, 3, stride=2, padding=1, output_padding=1)
+
+
+def _paper_decoder(features: Shape, image: Shape) -> list[nn.Module] | None:
+    """The five decoders of the paper; None for other shapes."""
+    to_rgb = nn.ConvTranspose2d(64, 3, 3, padding=1)
+    decoders: dict[tuple[Shape, Shape], list[nn.Module]] = {
+        ((8, 24, 24), (1, 28, 28)): [nn.Conv2d(8, 1, 5, padding=4)],
+        ((16, 8, 8), (1, 28, 28)): [
+            nn.ConvTranspose2d(16, 8, 5),
+            nn.ReLU(),
+            nn.ConvTranspose2d(8, 1, 5, stride=2, output_padding=1),
+        ],
+        ((64, 32, 32), (3, 32, 32)): [to_rgb],
+        ((128, 16, 16), (3, 32, 32)): [_double(128, 64), nn.ReLU(), to_rgb],
+        ((128, 8, 8), (3, 32, 32)): [_double(128, 128), nn.ReLU(), _double(128, 64), nn.ReLU(), to_rgb],
+    }
+    return decoders.get((features, image))
+
+
+def _head(features: Shape, image: Shape, width: int) -> tuple[list[nn.Module], int, tuple[int, int]]:
+    """Layers that bring flat features to a small image, the channels after them, and its size."""
+    if len(features) == 3:
+        return [], features[0], features[1:]
+    size = tuple(max(1, math.ceil(n / 8)) for n in image[1:])
+    channels = 2 * width
+    layers = [nn.Linear(features[0], channels * math.prod(size)), nn.ReLU(), nn.Unflatten(1, (channels, *size))]
+    return layers, channels, (size[0], size[1])
+
+
+def _doublings(size: tuple[int, int], target: Sequence[int]) -> int:
+    """How often `size` can double without passing the target."""
+    return max(0, min(int(math.log2(t / s)) if t >= s else 0 for s, t in zip(size, target, strict=True)))
+
+
+def _fit(size: tuple[int, int], target: Sequence[int]) -> list[nn.Module]:
+    """What brings an image of one size to exactly another."""
+    return [] if size == tuple(target) else [nn.Upsample(size=tuple(target), mode="bilinear")]
+
+
+def _measured_decoder(features: Shape, image: Shape, width: int) -> list[nn.Module]:
+    """As the paper's: stride-2 transposed convolutions while they fit, then a 3×3 to the image's channels."""
+    layers, channels, size = _head(features, image, width)
+    for _ in range(_doublings(size, image[1:])):
+        fewer = max(width, channels // 2)
+        layers += [_double(channels, fewer), nn.ReLU()]
+        channels, size = fewer, (2 * size[0], 2 * size[1])
+    layers += _fit(size, image[1:])
+    return [*layers, nn.Conv2d(channels, image[0], 3, padding=1)]
+
+
+class ResidualBlock(nn.Module):
+    """y = ReLU(x + conv(ReLU(conv x))), two 3×3 convolutions, each with batch norm where asked for."""
+
+    def __init__(self, channels: int, *, norm: bool = False) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=not norm)
+        self.norm1 = nn.BatchNorm2d(channels) if norm else nn.Identity()
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=not norm)
+        self.norm2 = nn.BatchNorm2d(channels) if norm else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm1(self.conv1(x)).relu()
+        return (x + self.norm2(self.conv2(y))).relu()
+
+
+def _residual_decoder(features: Shape, image: Shape, width: int, depth: int) -> list[nn.Module]:
+    layers, channels, size = _head(features, image, width)
+    layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+    layers += [ResidualBlock(width) for _ in range(depth)]
+    for _ in range(_doublings(size, image[1:])):
+        layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+        size = (2 * size[0], 2 * size[1])
+    layers += _fit(size, image[1:])
+    return [*layers, nn.Conv2d(width, image[0], 3, padding=1)]
+
+
+def resnet_decoder() -> nn.Sequential:
+    """A decoder in the style of ResNet-18, [64, 56, 56] features to pixels [3, 224, 224], for benchmarks."""
+    decoder = nn.Sequential(
+        *(ResidualBlock(64, norm=True), ResidualBlock(64, norm=True)),
+        *(nn.Upsample(scale_factor=2), nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()),
+        *(nn.Upsample(scale_factor=2), nn.Conv2d(64, 32, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(32, 3, 3, padding=1), nn.Sigmoid()),
+    )
+    initialise(decoder)
+    return decoder
