@@ -108,10 +108,11 @@ def _trace(model: nn.Module, at: str) -> fx.GraphModule:
             f"Split: torch.fx cannot trace {type(model).__name__} ({str(error):.200}); its forward must not branch on "
             "values. Rewrite that part, or build edge and cloud by hand: attacks take any nn.Module"
         ) from error
-    graph.eliminate_dead_code()
     if sum(node.op == "placeholder" for node in graph.nodes) != 1:
         raise SplitError("Split: the model takes several inputs, expected one tensor of images")
-    return fx.GraphModule(model, graph)
+    traced = fx.GraphModule(model, graph)
+    traced.graph.eliminate_dead_code()
+    return traced
 
 
 def _cut_node(traced: fx.GraphModule, at: str) -> fx.Node:
@@ -157,8 +158,8 @@ def _cloud(traced: fx.GraphModule, cut: fx.Node) -> fx.GraphModule:
 
 
 def _module(traced: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    graph.eliminate_dead_code()
-    graph.lint()
     module = fx.GraphModule(traced, graph)
+    module.graph.eliminate_dead_code()
+    module.recompile()
     module.delete_all_unused_submodules()
     return module.eval()

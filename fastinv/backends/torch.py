@@ -59,7 +59,7 @@ class TorchNetwork:
     def run(self, x: Array, out: Array) -> None:
         import torch
 
-        with torch.no_grad(), _threads(self._threads):
+        with torch.no_grad(), torch_threads(self._threads):
             for start in range(0, len(x), CHUNK):
                 part = np.array(x[start : start + CHUNK])  # torch refuses read-only memory
                 y = self._module(torch.from_numpy(part).to(self._dtype))
@@ -103,7 +103,7 @@ class TorchSolver:
         from fastinv.attacks.rmle import rmle
 
         recipe = self._recipe
-        with _threads(self._threads):
+        with torch_threads(self._threads):
             z, report = rmle(
                 self._edge,
                 torch.tensor(features, dtype=self._dtype),
@@ -151,7 +151,7 @@ def as_module(network: Network, dtype: torch.dtype) -> torch.nn.Module:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def torch_threads(count: int | None) -> Iterator[None]:
     """Run torch with `count` threads; its setting is the process's, so put it back."""
     import torch
 
