@@ -1,7 +1,7 @@
 """Check, then time: fastinv beside PyTorch eager, on the paper's decoders, on every op, and on rMLE.
 
-`fastinv bench` and the suites in `bench/` read their subjects from here. A timing is a ratio of two things measured in
-one run, in turns, with equal numbers of threads, each checked against PyTorch in float64 before.
+`fastinv bench` and the suites in `bench/` read their subjects from here. A timing is a ratio of two things
+measured in one run, in turns, with equal numbers of threads, each checked against PyTorch in float64 before.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def network_of(case: Case, activation: Activation = IDENTITY, seed: int = 0) -> 
     return Network(case.inputs[0], (*steps, Step(case.op, tuple(inputs), weights, activation)))
 
 
-def _draw(rng: np.random.Generator, shape: Shape) -> npt.NDArray[np.float64]:
-    return rng.standard_normal(shape) / math.sqrt(max(1, math.prod(shape[1:])))
+def _draw(rng: np.random.Generator, shape: Shape) -> npt.NDArray[np.float32]:
+    return rng.standard_normal(shape, np.float32) / np.float32(math.sqrt(max(1, math.prod(shape[1:]))))
 
 
 def _subject(name: str, module: torch.nn.Module, shape: Shape) -> Subject:
@@ -184,8 +184,8 @@ def compiled(subject: Subject, backend: str, threads: int) -> Engine | Solver:
     bound = TOLERANCE if subject.recipe is None else SOLVER_TOLERANCE
     if not error <= bound:
         raise BackendError(
-            f"{subject.name}: {machine.backend} ({machine.isa}) differs from PyTorch in float64 by {error:.2g} "
-            f"(relative), expected at most {bound:g}: a bug; please report it"
+            f"{subject.name}: {machine.backend} ({machine.isa}) differs from PyTorch in float64 by "
+            f"{error:.2g} (relative), expected at most {bound:g}: a bug; please report it"
         )
     return machine
 
@@ -204,7 +204,9 @@ def call(machine: Engine | Solver, x: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def measure(subject: Subject, *, backend: str = "auto", batch: int = 256, threads: int = 1, repeat: int = 7) -> Timing:
+def measure(
+    subject: Subject, *, backend: str = "auto", batch: int = 256, threads: int = 1, repeat: int = 7
+) -> Timing:
     """Check the subject, then time it beside PyTorch eager with as many threads."""
     with torch_threads(threads):
         machine = compiled(subject, backend, threads)

@@ -166,7 +166,11 @@ def _head(features: Shape, image: Shape, width: int) -> tuple[list[nn.Module], i
         return [], features[0], features[1:]
     size = tuple(max(1, math.ceil(n / 8)) for n in image[1:])
     channels = 2 * width
-    layers = [nn.Linear(features[0], channels * math.prod(size)), nn.ReLU(), nn.Unflatten(1, (channels, *size))]
+    layers = [
+        nn.Linear(features[0], channels * math.prod(size)),
+        nn.ReLU(),
+        nn.Unflatten(1, (channels, *size)),
+    ]
     return layers, channels, (size[0], size[1])
 
 

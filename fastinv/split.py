@@ -118,7 +118,9 @@ def _trace(model: nn.Module, at: str) -> fx.GraphModule:
 def _cut_node(traced: fx.GraphModule, at: str) -> fx.Node:
     calls = [node for node in traced.graph.nodes if node.op == "call_module" and node.target == at]
     if not calls:
-        raise SplitError(f"Split: layer {at!r} is never called, or only inside another layer; choose one that runs")
+        raise SplitError(
+            f"Split: layer {at!r} is never called, or only inside another layer; choose one that runs"
+        )
     return calls[-1]
 
 

@@ -39,8 +39,8 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     top = argparse.ArgumentParser(
         prog="fastinv",
-        description="Recover the inputs of a split neural network from its features. Use it only on systems that you "
-        "own or may test.",
+        description="Recover the inputs of a split neural network from its features. Use it only on systems "
+        "that you own or may test.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
     )
     top.add_argument("--version", action="version", version=f"fastinv {fastinv.__version__}")

@@ -37,7 +37,7 @@ def numbers(text: str) -> float | list[float]:
 
 def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fastinv.compile`."""
-    parser.add_argument("--backend", default="auto", help="cpu or torch; auto takes the first that can run it")
+    parser.add_argument("--backend", default="auto", help="cpu or torch; auto: the first that can run it")
     parser.add_argument("--precision", default="float32", help="what to compute in")
     parser.add_argument("--threads", type=positive, help="threads to use; all cores where left out")
 
@@ -53,12 +53,10 @@ def shapes(inverter: Inverter) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Rows under a header, as aligned text; the first column to the left, the rest to the right."""
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-
-    def aligned(line: list[str]) -> str:
-        rest = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
-        return "  ".join([line[0].ljust(widths[0]), *rest]).rstrip()
-
-    return "\n".join(map(aligned, lines))
+    """Rows under a header, as aligned text: columns of numbers to the right, the others to the left."""
+    columns = []
+    for cells in zip(header, *rows, strict=True):
+        width = max(map(len, cells))
+        numeric = all(cell[:1].isdigit() for cell in cells[1:])
+        columns.append([cell.rjust(width) if numeric else cell.ljust(width) for cell in cells])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))

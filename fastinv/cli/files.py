@@ -1,4 +1,4 @@
-"""Feature files in, image files out. A file is replaced whole or left as it was; nothing here reads a pickle."""
+"""Feature files in, image files out. A file is replaced whole or left as it was; no pickle is read."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ SUFFIXES = (".npy", ".npz", ".safetensors", ".pt")
 
 
 def read_features(path: Path, key: str | None = None) -> Any:
-    """The features in a file: a numpy array, or a torch tensor where the file holds bfloat16 or is a `.pt` file.
+    """The features in a file: a numpy array, or a torch tensor for bfloat16 and from a `.pt` file.
 
     Args:
         path: `.npy` (mapped, not read), `.npz`, `.safetensors`, or `.pt` with a tensor or a dict of tensors.
         key: which array of a file of several; not needed where there is only one.
 
     Raises:
-        FormatError: a missing or damaged file, another suffix, a pickle that is more than tensors, or no such key.
+        FormatError: a missing or damaged file, another suffix, a pickle of more than tensors, no such key.
     """
     readers = dict(zip(SUFFIXES, (_npy, _npz, _safetensors, _pt), strict=True))
     if path.suffix not in readers:
@@ -110,7 +110,8 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise FormatError(f"{path}: cannot write it ({error.strerror or error}); choose another place") from error
+        reason = error.strerror or error
+        raise FormatError(f"{path}: cannot write it ({reason}); choose another place") from error
     finally:
         with suppress(OSError):
             shutil.rmtree(temporary) if folder else temporary.unlink()
@@ -119,7 +120,7 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
 def check_png(shape: Shape) -> None:
     """Raise FormatError where images [C, H, W] do not fit a PNG file."""
     if shape[0] not in (1, 3):
-        raise FormatError(f"images of {shape[0]} channels do not fit PNG files, which take 1 or 3: write a .npy file")
+        raise FormatError(f"images of {shape[0]} channels, but PNG files take 1 or 3: write a .npy file")
 
 
 def write_png(path: Path, image: npt.NDArray[np.uint8]) -> None:

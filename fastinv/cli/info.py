@@ -65,9 +65,8 @@ def as_text(found: dict[str, Any]) -> str:
         f"plan        {found['backend']}, {found['isa']}",
     ]
     rows = [
-        [str(entry["step"]), entry["op"], entry["kernel"], entry["activation"], _shape(entry["output"])]
-        + [f"{entry['flops']:,}"]
-        for entry in found["plan"]
+        [str(e["step"]), e["op"], e["kernel"], e["activation"], _shape(e["output"]), f"{e['flops']:,}"]
+        for e in found["plan"]
     ]
     return "\n".join([*lines, table(["step", "op", "kernel", "activation", "output", "FLOPs"], rows)])
 

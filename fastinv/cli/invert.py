@@ -19,7 +19,7 @@ from fastinv.cli.arguments import add_compile_arguments, numbers, plural, positi
 from fastinv.errors import FormatError, NetworkError
 from fastinv.invert import DTYPES
 
-OPTIONS = ("backend", "precision", "threads", "batch_size", "scale", "zero_point")  # handed to `fastinv.invert`
+OPTIONS = ("backend", "precision", "threads", "batch_size", "scale", "zero_point")  # of `fastinv.invert`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--out", metavar="OUT", type=Path, required=True, help="a .npy file, or a new folder for PNGs"
     )
     parser.add_argument("--key", help="which array of a file that holds several")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of a .npy output: pixels 0-1 or 0-255")
-    parser.add_argument("--batch-size", type=positive, help="images run at once; it does not change the result")
-    parser.add_argument("--scale", type=numbers, help="of quantised features: a number, or one a channel: 0.1,0.2")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of a .npy file: pixels 0-1 or 0-255"
+    )
+    parser.add_argument("--batch-size", type=positive, help="images run at once; does not change the result")
+    parser.add_argument(
+        "--scale", type=numbers, help="of quantised features: a number or one a channel: 0.1,0.2"
+    )
     parser.add_argument("--zero-point", type=numbers, help="of quantised features, as --scale")
     add_compile_arguments(parser)
 
@@ -54,7 +58,9 @@ def run(args: argparse.Namespace) -> None:
         with files.replacing(args.out) as temporary:
             images, report = _recover(features, inverter, temporary, options | {"dtype": args.dtype})
     elif args.out.suffix:
-        raise FormatError(f"{args.out}: suffix {args.out.suffix!r}, expected .npy, or the name of a folder for PNGs")
+        raise FormatError(
+            f"{args.out}: suffix {args.out.suffix!r}, expected .npy, or a folder's name for PNGs"
+        )
     else:
         files.check_png(inverter.image_shape)
         with files.replacing(args.out, folder=True) as temporary:
@@ -82,5 +88,5 @@ def _summary(images: npt.NDArray[Any], report: Report) -> str:
     lines = [f"{plural(len(images), 'image')} [{', '.join(map(str, images.shape[1:]))}] {images.dtype}"]
     lines.append(f"{report.backend}, {report.isa}")
     if report.objective is not None and len(images):
-        lines.append(f"mean objective {report.objective.mean():.6g}, {report.converged.mean():.0%} converged")
+        lines.append(f"mean objective {report.objective.mean():.6g}")
     return "; ".join(lines)

@@ -1,0 +1,11 @@
+"""The paper's decoders, and one in the style of ResNet-18, on every backend and instruction set, beside PyTorch eager."""
+
+from __future__ import annotations
+
+from fastinv.benchmark import decoders as SUBJECTS
+
+BATCH = 32
+
+
+def test_decoder(subject, race) -> None:
+    race(subject, BATCH)

@@ -1,0 +1,11 @@
+"""rMLE through the paper's edges, on every backend and instruction set, beside PyTorch eager."""
+
+from __future__ import annotations
+
+from fastinv.benchmark import solvers as SUBJECTS
+
+BATCH = 8
+
+
+def test_solver(subject, race) -> None:
+    race(subject, BATCH)

@@ -1,0 +1,399 @@
+"""Data sets as files, and the attacker's knowledge of them.
+
+Readers take what users have: IDX files (MNIST), CIFAR-10's binary batches, Hugging Face Parquet, folders of images by
+class. Images are kept as uint8; `pixels` gives float32 in [0, 1].
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastinv.errors import DataError
+
+Bytes = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.int64]
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+KNOWLEDGE = ("same", "distribution", "noise")
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Labelled images.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N], indices into `classes`.
+        classes: the names of the classes.
+        name: where it comes from.
+    """
+
+    images: Bytes
+    labels: Indices
+    classes: tuple[str, ...]
+    name: str
+
+    def __post_init__(self) -> None:
+        if (
+            self.images.ndim != 4
+            or self.images.dtype != np.uint8
+            or self.labels.shape != self.images.shape[:1]
+        ):
+            raise DataError(
+                f"{self.name}: images {list(self.images.shape)} {self.images.dtype} and labels "
+                f"{list(self.labels.shape)}, expected uint8 [N, C, H, W] and [N]"
+            )
+        if len(self) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
+            raise DataError(f"{self.name}: labels beyond its {len(self.classes)} classes")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """[C, H, W]."""
+        return self.images.shape[1:]
+
+    def pixels(self, indices: Any = slice(None)) -> npt.NDArray[np.float32]:
+        """Images as float32 in [0, 1], [n, C, H, W]."""
+        scaled: npt.NDArray[np.float32] = self.images[indices].astype(np.float32) / np.float32(255)
+        return scaled
+
+    def subset(self, indices: Any) -> Dataset:
+        """The chosen images."""
+        return Dataset(self.images[indices], self.labels[indices], self.classes, self.name)
+
+
+def load(
+    source: str | Path, *, size: tuple[int, int] | None = None, seed: int = 0
+) -> tuple[Dataset, Dataset]:
+    """The training and the test set in a folder.
+
+    Args:
+        source: a folder with MNIST's IDX files (gzip or not), CIFAR-10's binary batches (`data_batch_1.bin` ...),
+            Hugging Face Parquet files (`train*.parquet`, `test*.parquet`), or images by class: `train/CLASS/*.png` and
+            `test/CLASS/*.png`, or `CLASS/*.png`, of which a fifth, chosen by `seed`, is the test set.
+        size: (H, W) to which images in folders are resized; None expects them to be of one size.
+
+    Raises:
+        DataError: nothing known is there, or a file is damaged; the message names it.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: not a folder; expected one with {_KNOWN}")
+    if found := _idx_files(folder):
+        return _load_idx(found)
+    if list(folder.glob("data_batch_*.bin")):
+        return _load_cifar_binary(folder)
+    if list(folder.glob("train*.parquet")):
+        return _load_parquet(folder)
+    if any(child.is_dir() for child in folder.iterdir()):
+        return _load_image_folder(folder, size, seed)
+    raise DataError(f"{folder}: no data set known; expected {_KNOWN}")
+
+
+_KNOWN = (
+    "IDX files, data_batch_*.bin, train*.parquet and test*.parquet, or one folder of images for each class"
+)
+
+
+def halves(count: int, seed: int = 0) -> tuple[Indices, Indices]:
+    """The indices of A, which the target trains on, and of B: a seeded permutation of the training set, halved."""
+    order = np.random.default_rng(seed).permutation(count)
+    return order[: count // 2], order[count // 2 :]
+
+
+def knowledge(
+    dataset: Dataset,
+    kind: str,
+    n: int | None = None,
+    *,
+    seed: int = 0,
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+) -> npt.NDArray[np.float32]:
+    """The images that an attacker queries with (paper, Section 4.2), as pixels [n, C, H, W].
+
+    Args:
+        dataset: the target's whole training set, of which it trained on the half A of `halves(len(dataset), seed)`.
+        kind: "same": A; "distribution": the other half, B; "noise": N(0, 1) in normalised units, that is
+            pixels mean + std · N(0, 1), which may leave [0, 1], as many as A.
+        n: how many; None takes all.
+        seed: of the halves and of the noise.
+        mean, std: the target's normalisation, for the noise.
+
+    Raises:
+        DataError: an unknown kind, or more images asked for than there are.
+    """
+    if kind not in KNOWLEDGE:
+        raise DataError(f"knowledge: kind {kind!r:.40}, expected one of {', '.join(KNOWLEDGE)}")
+    same, other = halves(len(dataset), seed)
+    available = len(other) if kind == "distribution" else len(same)
+    count = available if n is None else n
+    if not (type(count) is int and 0 <= count and (kind == "noise" or count <= available)):
+        raise DataError(f"knowledge: {n!r:.40} images asked for, of {available} of kind {kind!r}")
+    if kind == "noise":
+        z = np.random.default_rng((seed, 1)).standard_normal((count, *dataset.image_shape), dtype=np.float32)
+        shift, scale = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in (mean, std))
+        noise: npt.NDArray[np.float32] = z * scale + shift
+        return noise
+    return dataset.pixels((same if kind == "same" else other)[:count])
+
+
+# ---- IDX (MNIST) ---------------------------------------------------------------------------------------------------------
+
+_IDX_STEMS = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+
+def _idx_files(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """The IDX files of both parts; empty where there are none."""
+    found: dict[str, tuple[Path, Path]] = {}
+    for part, stems in _IDX_STEMS.items():
+        paths = [
+            next((p for s in ("", ".gz") if (p := folder / (stem + s)).exists()), None) for stem in stems
+        ]
+        if paths[0] is not None and paths[1] is not None:
+            found[part] = (paths[0], paths[1])
+    if len(found) == 1:
+        missing = ({*_IDX_STEMS} - {*found}).pop()
+        raise DataError(
+            f"{folder}: the {missing} files {', '.join(_IDX_STEMS[missing])} (or .gz) are missing"
+        )
+    return found
+
+
+def _load_idx(files: dict[str, tuple[Path, Path]]) -> tuple[Dataset, Dataset]:
+    parts = []
+    for part, (image_path, label_path) in files.items():
+        images, labels = read_idx(image_path), read_idx(label_path)
+        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+            raise DataError(f"{image_path}: shape {list(images.shape)}, but labels {list(labels.shape)}")
+        classes = tuple(str(digit) for digit in range(max(10, int(labels.max(initial=0)) + 1)))
+        parts.append(
+            Dataset(images[:, None], labels.astype(np.int64), classes, f"{image_path.parent.name} {part}")
+        )
+    return parts[0], parts[1]
+
+
+def read_idx(path: Path) -> Bytes:
+    """The array of bytes in an IDX file, gzipped or not.
+
+    Raises:
+        DataError: the file is missing, damaged or of another type.
+    """
+    data = _read(path)
+    if path.suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: damaged gzip ({error}); fetch it again") from None
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] != 8 or not 1 <= data[3] <= 4:
+        raise DataError(f"{path}: not an IDX file of bytes (it begins with {data[:4].hex()})")
+    rank = data[3]
+    header = 4 + 4 * rank
+    shape = tuple(int.from_bytes(data[k : k + 4], "big") for k in range(4, min(header, len(data)), 4))
+    if len(data) < header or len(data) - header != math.prod(shape):
+        raise DataError(f"{path}: {len(data)} bytes do not hold shape {list(shape)}: truncated or damaged")
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+# ---- CIFAR-10 ------------------------------------------------------------------------------------------------------------
+
+
+def _load_cifar_binary(folder: Path) -> tuple[Dataset, Dataset]:
+    test = folder / "test_batch.bin"
+    if not test.exists():
+        raise DataError(f"{folder}: test_batch.bin is missing")
+    batches = sorted(folder.glob("data_batch_*.bin"))
+    return _cifar_records(batches, "train", folder), _cifar_records([test], "test", folder)
+
+
+def _cifar_records(paths: Sequence[Path], part: str, folder: Path) -> Dataset:
+    record = 1 + 3 * 32 * 32
+    images, labels = [], []
+    for path in paths:
+        data = _read(path)
+        if len(data) % record or not data:
+            raise DataError(f"{path}: {len(data)} bytes, expected records of {record}: truncated or damaged")
+        rows = np.frombuffer(data, np.uint8).reshape(-1, record)
+        labels.append(rows[:, 0].astype(np.int64))
+        images.append(rows[:, 1:].reshape(-1, 3, 32, 32))
+    return Dataset(np.concatenate(images), np.concatenate(labels), CIFAR10_CLASSES, f"{folder.name} {part}")
+
+
+def _load_parquet(folder: Path) -> tuple[Dataset, Dataset]:
+    """Hugging Face's layout: a column of {bytes, path} and a column of class indices."""
+    parts = []
+    for part in ("train", "test"):
+        paths = sorted(folder.glob(f"{part}*.parquet"))
+        if not paths:
+            raise DataError(f"{folder}: {part}*.parquet is missing")
+        encoded, labels, names = [], [], None
+        for path in paths:
+            columns = _parquet_columns(path)
+            encoded += columns[0]
+            labels += columns[1]
+            names = columns[2]
+        images = np.stack(_decode_all(encoded, f"{folder} {part}"))
+        count = max(labels, default=-1) + 1
+        classes = names or (CIFAR10_CLASSES if count <= 10 else tuple(map(str, range(count))))
+        parts.append(Dataset(images, np.asarray(labels, np.int64), classes, f"{folder.name} {part}"))
+    return parts[0], parts[1]
+
+
+def _parquet_columns(path: Path) -> tuple[list[bytes], list[int], tuple[str, ...] | None]:
+    """(encoded images, labels, class names where the file tells them)."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(
+            f"{path}: reading Parquet needs pyarrow; install it with pip install 'fastinv[parquet]'"
+        ) from None
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({str(error):.120})") from None
+    image = next((name for name in ("img", "image") if name in table.column_names), None)
+    label = next((name for name in ("label", "labels", "fine_label") if name in table.column_names), None)
+    if image is None or label is None:
+        raise DataError(f"{path}: columns {table.column_names}, expected img (or image) and label")
+    cells = table[image].to_pylist()
+    encoded = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]
+    labels = table[label].to_pylist()
+    if not all(isinstance(e, bytes) for e in encoded) or not all(isinstance(v, int) for v in labels):
+        raise DataError(f"{path}: expected images as bytes and labels as integers")
+    return encoded, labels, None
+
+
+def _decode_all(encoded: Sequence[bytes], where: str) -> list[Bytes]:
+    images = [_decode(data, f"{where}, image {index}") for index, data in enumerate(encoded)]
+    shapes = {image.shape for image in images}
+    if len(shapes) != 1:
+        raise DataError(f"{where}: {'no images' if not shapes else f'images of shapes {sorted(shapes)[:4]}'}")
+    return images
+
+
+def _decode(data: bytes | Path, where: str, size: tuple[int, int] | None = None) -> Bytes:
+    """An encoded image as [C, H, W], C = 1 for grey and 3 for all others."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+            converted = image.convert("L" if image.mode in ("L", "1", "I;16") else "RGB")
+            if size is not None and converted.size != size[::-1]:
+                converted = converted.resize(size[::-1], Image.Resampling.LANCZOS)
+            pixels: Bytes = np.asarray(converted, np.uint8)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{where}: not a readable image ({str(error):.80})") from None
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+# ---- folders of images ---------------------------------------------------------------------------------------------------
+
+
+def _load_image_folder(folder: Path, size: tuple[int, int] | None, seed: int) -> tuple[Dataset, Dataset]:
+    if (folder / "train").is_dir() and (folder / "test").is_dir():
+        train = _image_classes(folder / "train", size, None)
+        return train, _image_classes(folder / "test", size, train.classes)
+    whole = _image_classes(folder, size, None)
+    order = np.random.default_rng(seed).permutation(len(whole))
+    held_out = max(1, len(whole) // 5)
+    if len(whole) < 2:
+        raise DataError(f"{folder}: {len(whole)} images, too few to hold any out; expected 2 or more")
+    return whole.subset(order[held_out:]), whole.subset(order[:held_out])
+
+
+def _image_classes(folder: Path, size: tuple[int, int] | None, classes: tuple[str, ...] | None) -> Dataset:
+    names = classes or tuple(sorted(child.name for child in folder.iterdir() if child.is_dir()))
+    images: list[Bytes] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        for path in sorted((folder / name).glob("*")):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                images.append(_decode(path, str(path), size))
+                labels.append(label)
+    shapes = sorted({image.shape for image in images})
+    if len(shapes) != 1:
+        found = f"images of shapes {shapes[:4]}" if shapes else f"no images ({', '.join(IMAGE_SUFFIXES)})"
+        raise DataError(
+            f"{folder}: {found}; expected images of one shape in a folder for each class, or pass size="
+        )
+    return Dataset(np.stack(images), np.asarray(labels, np.int64), names, folder.name)
+
+
+# ---- photographs ---------------------------------------------------------------------------------------------------------
+
+PHOTOGRAPHS = (
+    "astronaut",
+    "chelsea",
+    "coffee",
+    "rocket",
+    "hubble_deep_field",
+    "immunohistochemistry",
+    "retina",
+)
+
+
+def photographs(
+    seed: int = 0, *, train: int = 1000, test: int = 150, side: int = 32
+) -> tuple[Dataset, Dataset]:
+    """A training and a test set that need no download: crops of the photographs that scikit-image ships.
+
+    Each photograph, at half its size, is a class. Training crops come from its left three quarters, test crops from
+    the rest, so that no pixel is in both.
+
+    Args:
+        seed: of where the crops lie.
+        train, test: crops of each photograph.
+        side: of a crop, in pixels.
+    """
+    import skimage.data
+
+    rng = np.random.default_rng(seed)
+    parts: tuple[list[Bytes], list[Bytes]] = ([], [])
+    for name in PHOTOGRAPHS:
+        photograph = np.asarray(getattr(skimage.data, name)(), np.uint8).transpose(2, 0, 1)
+        smaller = _halved(photograph)
+        border = smaller.shape[2] * 3 // 4
+        for crops, region, count in zip(
+            parts, (smaller[..., :border], smaller[..., border:]), (train, test), strict=True
+        ):
+            rows = rng.integers(region.shape[1] - side + 1, size=count)
+            columns = rng.integers(region.shape[2] - side + 1, size=count)
+            crops += [region[:, y : y + side, x : x + side] for y, x in zip(rows, columns, strict=True)]
+    labels = [np.repeat(np.arange(len(PHOTOGRAPHS)), count) for count in (train, test)]
+    first, second = (
+        Dataset(np.stack(crops), label, PHOTOGRAPHS, f"photographs {part}")
+        for crops, label, part in zip(parts, labels, ("train", "test"), strict=True)
+    )
+    return first, second
+
+
+def _halved(image: Bytes) -> Bytes:
+    """[C, H, W] at half the size, each pixel the rounded mean of four."""
+    c, h, w = image.shape
+    blocks = image[:, : h // 2 * 2, : w // 2 * 2].reshape(c, h // 2, 2, w // 2, 2)
+    halved: Bytes = np.rint(blocks.mean(axis=(2, 4))).astype(np.uint8)
+    return halved

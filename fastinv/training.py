@@ -1,0 +1,271 @@
+"""One training loop for targets, inverse networks and shadows: seeds, progress, checkpoints, divergence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from fastinv.errors import TrainingError
+from fastinv.split import normalise
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+}
+
+# (indices of the batch) -> loss to descend
+BatchLoss = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train.
+
+    Args:
+        epochs: passes over the data.
+        batch_size: samples in a step; the last, smaller batch of an epoch counts too.
+        lr: peak step size; it falls along a half cosine to zero.
+        optimizer: "adam" or "sgd" (momentum 0.9).
+        seed: of the order of the samples; a seed makes a run repeat exactly, with the same number of threads.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    optimizer: str = "adam"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (type(self.epochs) is int and self.epochs >= 0):
+            raise TrainingError(f"epochs {self.epochs!r}, expected an integer >= 0")
+        if not (type(self.batch_size) is int and self.batch_size >= 1):
+            raise TrainingError(f"batch_size {self.batch_size!r}, expected an integer >= 1")
+        if not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr) and self.lr > 0):
+            raise TrainingError(f"lr {self.lr!r}, expected a number above 0")
+        if self.optimizer not in OPTIMIZERS:
+            raise TrainingError(f"optimizer {self.optimizer!r:.40}, expected one of {', '.join(OPTIMIZERS)}")
+        if type(self.seed) is not int:
+            raise TrainingError(f"seed {self.seed!r}, expected an integer")
+
+
+def fit(
+    module: nn.Module,
+    loss: BatchLoss,
+    count: int,
+    schedule: Schedule,
+    *,
+    progress: bool | str = False,
+    checkpoint: str | Path | None = None,
+    data: Sequence[torch.Tensor] = (),
+) -> nn.Module:
+    """Train `module` in place on batches of `count` samples and return it in eval mode.
+
+    Args:
+        loss: the loss of a batch, from the indices of its samples.
+        progress: whether to show a progress bar; a string names it.
+        checkpoint: a file written after every epoch; where it exists, training goes on from it.
+        data: what the samples are made of; a checkpoint of other data is refused.
+
+    Raises:
+        TrainingError: no samples, a loss that is NaN or Inf, or a checkpoint of another run.
+    """
+    if count == 0:
+        raise TrainingError("no samples to train on; pass at least one image")
+    module.train()
+    optimizer = OPTIMIZERS[schedule.optimizer](
+        [p for p in module.parameters() if p.requires_grad], lr=schedule.lr
+    )
+    batches = -(-count // schedule.batch_size)
+    total = schedule.epochs * batches
+    first = 0
+    identity = ""
+    if checkpoint is not None:
+        identity = _identity(module, schedule, count, data)
+        first = _resume(Path(checkpoint), identity, module, optimizer)
+    with _bar(total, first * batches, progress) as bar:
+        for epoch in range(first, schedule.epochs):
+            with seeded(
+                schedule.seed * 1_000_003 + epoch
+            ):  # each epoch by itself, so that a resumed run repeats
+                for batch, indices in enumerate(torch.randperm(count).split(schedule.batch_size)):
+                    rate = 0.5 * schedule.lr * (1 + math.cos(math.pi * (epoch * batches + batch) / total))
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
+                    value = _step(optimizer, loss, indices, epoch)
+                    if bar is not None:
+                        bar.update()
+                        bar.set_postfix(loss=f"{value:.4g}", refresh=False)
+            if checkpoint is not None:
+                state = {"identity": identity, "epoch": epoch + 1, "module": module.state_dict()}
+                save_tensors({**state, "optimizer": optimizer.state_dict()}, checkpoint)
+    return module.eval()
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: BatchLoss, indices: torch.Tensor, epoch: int) -> float:
+    optimizer.zero_grad()
+    value = loss(indices)
+    found = float(value.detach())
+    if not math.isfinite(found):
+        raise TrainingError(f"training diverged: the loss became {found} in epoch {epoch + 1}; lower lr")
+    value.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return found
+
+
+def train_target(
+    model: nn.Module,
+    images: npt.NDArray[np.float32],
+    labels: npt.NDArray[np.int64],
+    *,
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+    epochs: int = 10,
+    batch_size: int = 64,
+    lr: float = 1e-3,
+    seed: int = 0,
+    progress: bool = False,
+    checkpoint: str | Path | None = None,
+) -> nn.Module:
+    """Train a classifier on pixels [N, C, H, W] and labels [N] with cross-entropy (paper: Adam, lr 1e-3)."""
+    z, classes = normalised(images, mean, std), class_indices(labels, len(images))
+
+    def loss(indices: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(z[indices]), classes[indices])
+
+    schedule = Schedule(epochs, batch_size, lr, "adam", seed)
+    bar = "target" if progress else False
+    return fit(model, loss, len(z), schedule, progress=bar, checkpoint=checkpoint, data=(z, classes))
+
+
+def accuracy(
+    model: nn.Module,
+    images: npt.NDArray[np.float32],
+    labels: npt.NDArray[np.int64],
+    *,
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+) -> float:
+    """The fraction of pixels [N, C, H, W] that `model` puts into their class."""
+    z, classes = normalised(images, mean, std), class_indices(labels, len(images))
+    with torch.no_grad():
+        right = sum(
+            int((model(x).argmax(1) == y).sum())
+            for x, y in zip(z.split(500), classes.split(500), strict=True)
+        )
+    return right / max(1, len(z))
+
+
+def normalised(images: Any, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Pixels, numpy or torch, as z = (x − mean) / std, float32 [N, C, H, W].
+
+    Raises:
+        TrainingError: not a batch of finite float images.
+    """
+    pixels = torch.as_tensor(images).detach() if isinstance(images, (np.ndarray, torch.Tensor)) else None
+    if pixels is None or pixels.ndim != 4 or not pixels.is_floating_point():
+        found = type(images).__name__ if pixels is None else f"{list(pixels.shape)} {pixels.dtype}"
+        raise TrainingError(f"images: {found}, expected float pixels [N, C, H, W]")
+    if not bool(pixels.isfinite().all()):
+        raise TrainingError("images hold NaN or Inf; drop or mend them")
+    return normalise(pixels.float(), mean, std)
+
+
+def class_indices(labels: Any, count: int) -> torch.Tensor:
+    """Labels, numpy, torch or a sequence, as int64 [count].
+
+    Raises:
+        TrainingError: another number of labels, or no whole numbers >= 0.
+    """
+    classes = torch.as_tensor(np.asarray(labels))
+    if classes.shape != (count,) or classes.is_floating_point() or (count and int(classes.min()) < 0):
+        raise TrainingError(
+            f"labels of shape {list(classes.shape)} and dtype {classes.dtype}, expected {count} whole numbers >= 0"
+        )
+    return classes.long()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Make torch's random numbers inside repeat, and leave those outside as they are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def save_tensors(state: Mapping[str, Any], path: str | Path) -> None:
+    """`torch.save`, whole or not at all: a file already there survives a failed write."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_tensors(path: str | Path) -> Any:
+    """What `save_tensors` wrote; code in the file is never run.
+
+    Raises:
+        TrainingError: the file is missing or damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types
+        raise TrainingError(
+            f"{path}: cannot be read ({str(error):.120}); delete it or name another file"
+        ) from error
+
+
+def _identity(module: nn.Module, schedule: Schedule, count: int, data: Sequence[torch.Tensor]) -> str:
+    """What must agree for a checkpoint to be this run's: parameters' shapes, schedule, data."""
+    shapes = {name: list(value.shape) for name, value in module.state_dict().items()}
+    digest = hashlib.sha256(json.dumps([shapes, asdict(schedule), count], sort_keys=True).encode())
+    for tensor in data:
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(tensor.detach().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _resume(path: Path, identity: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """The epoch to go on from; 0 where there is no checkpoint yet."""
+    if not path.exists():
+        return 0
+    state = load_tensors(path)
+    keys = {"identity", "epoch", "module", "optimizer"}
+    if not isinstance(state, dict) or set(state) != keys or state["identity"] != identity:
+        raise TrainingError(
+            f"{path}: the checkpoint of another run (other network, data or options); delete it or name another file"
+        )
+    module.load_state_dict(state["module"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["epoch"])
+
+
+@contextmanager
+def _bar(total: int, done: int, progress: bool | str) -> Iterator[Any]:
+    if not progress:
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(
+        total=total, initial=done, unit="batch", desc=progress if isinstance(progress, str) else "train"
+    ) as bar:
+        yield bar
