@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fastinv.benchmark import decoders as SUBJECTS
-
 BATCH = 32
 
 

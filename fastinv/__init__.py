@@ -1,7 +1,7 @@
 """fastinv recovers inputs from the features that a split neural network sends, at the speed of the hardware.
 
-Everything a user needs is here. Importing it loads neither torch nor the compiled core: names that need them are loaded
-when they are first used.
+Everything a user needs is here. Importing it loads neither torch nor the compiled core: names that need them are
+loaded when they are first used.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from fastinv.errors import (
     UnsupportedOp,
 )
 
-# The functions `export` and `invert` have the names of their modules: imported here, before anyone asks for the module,
-# the names stand for the functions.
+# The functions `export` and `invert` have the names of their modules: imported here, before anyone can ask for the
+# modules, the names stand for the functions.
 from fastinv.export import export
-from fastinv.inverters import RMLE, InverseNetwork, Inverter, load
 from fastinv.invert import invert, use
+from fastinv.inverters import RMLE, InverseNetwork, Inverter, load
 from fastinv.network import Network, Step
 
 if TYPE_CHECKING:

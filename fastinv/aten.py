@@ -58,7 +58,7 @@ def _image(to: Conversion, x: Any, what: str) -> None:
         to.unsupported(f"{what} of anything but a batch of images [N, C, H, W]")
 
 
-# ---- layers with weights -----------------------------------------------------------------------------------------------
+# ---- layers with weights -------------------------------------------------------------------------------------------
 
 
 def _conv2d(
@@ -135,7 +135,7 @@ def _batch_norm(
     return to.emit(Affine(), [x], scale=scale.reshape(spread), shift=shift.reshape(spread))
 
 
-# ---- pools and resampling ----------------------------------------------------------------------------------------------
+# ---- pools and resampling ------------------------------------------------------------------------------------------
 
 
 def _max_pool2d(
@@ -170,15 +170,11 @@ def _avg_pool2d(
 def _adaptive_avg_pool2d(to: Conversion, x: Value, output_size: Any) -> Value:
     _image(to, x, "adaptive_avg_pool2d")
     sizes = [output_size] * 2 if isinstance(output_size, int) else output_size
-    target = tuple(
-        size if wanted is None else wanted for wanted, size in zip(sizes, x.shape[1:], strict=True)
-    )
+    target = tuple(size if wanted is None else wanted for wanted, size in zip(sizes, x.shape[1:], strict=True))
     return to.emit(AdaptiveAvgPool2d((target[0], target[1])), [x])
 
 
-def _mean(
-    to: Conversion, x: Value, axes: Sequence[int] | None, keepdim: bool = False, dtype: Any = None
-) -> Value:
+def _mean(to: Conversion, x: Value, axes: Sequence[int] | None, keepdim: bool = False, dtype: Any = None) -> Value:
     _image(to, x, "mean")
     if axes is None or sorted(_axis(to, x, axis) for axis in axes) != [1, 2]:
         to.unsupported("a mean over anything but rows and columns")
@@ -203,7 +199,7 @@ def _pixel_shuffle(to: Conversion, x: Value, factor: int) -> Value:
     return to.emit(PixelShuffle(factor), [x])
 
 
-# ---- arithmetic --------------------------------------------------------------------------------------------------------
+# ---- arithmetic ----------------------------------------------------------------------------------------------------
 
 
 def _linear_map(to: Conversion, x: Value, scale: Any, shift: Any) -> Value:
@@ -216,7 +212,7 @@ def _linear_map(to: Conversion, x: Value, scale: Any, shift: Any) -> Value:
                 to.unsupported("arithmetic with a constant that differs from image to image")
             constants[k] = constant[0]
         constants[k] = constants[k].reshape(*[1] * (rank - constants[k].ndim), *constants[k].shape)
-    scales, shifts = torch.broadcast_tensors(*constants)
+    scales, shifts = torch.broadcast_tensors(*constants)  # type: ignore[no-untyped-call]
     try:
         wide = np.broadcast_shapes(scales.shape, x.shape) != x.shape
     except ValueError:
@@ -261,7 +257,7 @@ def _neg(to: Conversion, x: Value) -> Value:
     return _linear_map(to, x, -1.0, 0.0)
 
 
-# ---- rearranging -------------------------------------------------------------------------------------------------------
+# ---- rearranging ---------------------------------------------------------------------------------------------------
 
 
 def _reshape(to: Conversion, x: Value, *_: Any, **__: Any) -> Value:
@@ -292,9 +288,7 @@ def _cat(to: Conversion, values: Sequence[Any], axis: int = 0) -> Value:
     return values[0] if len(values) == 1 else to.emit(Concat(_axis(to, values[0], axis)), values)
 
 
-def _pad(
-    to: Conversion, x: Value, padding: Sequence[int], mode: str = "constant", value: float | None = None
-) -> Value:
+def _pad(to: Conversion, x: Value, padding: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:
     """Zero padding: a depthwise 1×1 convolution that copies, which `simplify` folds into a convolution after it."""
     _image(to, x, "padding")
     left, right, top, bottom = (*padding, 0, 0, 0, 0)[:4]
@@ -305,7 +299,7 @@ def _pad(
     return to.emit(op, [x], weight=torch.ones(channels, 1, 1, 1), bias=torch.zeros(channels))
 
 
-# ---- activations -------------------------------------------------------------------------------------------------------
+# ---- activations ---------------------------------------------------------------------------------------------------
 
 
 def _activation(kind: str, *defaults: float) -> Callable[..., Value]:
@@ -360,7 +354,7 @@ def _table() -> dict[str, Callable[..., Value]]:
         "feature_dropout": _dropout,
     }
     tensors: dict[str, Callable[..., Value]] = {"add": _add, "sub": _sub, "mul": _mul, "div": _div}
-    table = {
+    table: dict[str, Callable[..., Value]] = {
         "aten.conv2d.default": _conv2d,
         "aten.conv2d.padding": _conv2d,
         "aten.conv_transpose2d.input": _conv_transpose2d,
@@ -397,9 +391,7 @@ def _table() -> dict[str, Callable[..., Value]]:
     for name, converter in inplace.items():
         table |= {f"aten.{name}.default": converter, f"aten.{name}_.default": converter}
     for name, converter in tensors.items():
-        table |= {
-            f"aten.{name}{suffix}.{kind}": converter for suffix in ("", "_") for kind in ("Tensor", "Scalar")
-        }
+        table |= {f"aten.{name}{suffix}.{kind}": converter for suffix in ("", "_") for kind in ("Tensor", "Scalar")}
     table["aten.rsub.Scalar"] = lambda to, x, other, alpha=1: _linear_map(to, x, -alpha, other)
     return table
 

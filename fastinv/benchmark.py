@@ -204,9 +204,7 @@ def call(machine: Engine | Solver, x: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def measure(
-    subject: Subject, *, backend: str = "auto", batch: int = 256, threads: int = 1, repeat: int = 7
-) -> Timing:
+def measure(subject: Subject, *, backend: str = "auto", batch: int = 256, threads: int = 1, repeat: int = 7) -> Timing:
     """Check the subject, then time it beside PyTorch eager with as many threads."""
     with torch_threads(threads):
         machine = compiled(subject, backend, threads)

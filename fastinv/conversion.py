@@ -26,17 +26,13 @@ class Value:
     shape: Shape  # without the batch axis
 
 
-Converters = Mapping[
-    str, Callable[..., Any]
-]  # by aten call; each takes the Conversion and the call's arguments
+Converters = Mapping[str, Callable[..., Any]]  # by aten call; each takes the Conversion and the call's arguments
 
 
 class Conversion:
     """The state of one conversion: the steps so far and what every graph node stands for."""
 
-    def __init__(
-        self, program: torch.export.ExportedProgram, input_shape: Shape, converters: Converters
-    ) -> None:
+    def __init__(self, program: torch.export.ExportedProgram, input_shape: Shape, converters: Converters) -> None:
         self.program = program
         self.converters = converters
         self.input_shape = input_shape
@@ -101,7 +97,9 @@ class Conversion:
             self.unsupported(f"the operation {name}")
         result = self.converters[name](self, *args, **kwargs)
         if name.split(".")[1].endswith("_"):  # in place: who reads the argument from now on sees the result
-            self.known[node.args[0]] = result
+            changed = node.args[0]
+            assert isinstance(changed, Node)
+            self.known[changed] = result
         return result
 
     def _resolve(self, argument: Any) -> Any:

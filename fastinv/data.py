@@ -45,11 +45,7 @@ class Dataset:
     name: str
 
     def __post_init__(self) -> None:
-        if (
-            self.images.ndim != 4
-            or self.images.dtype != np.uint8
-            or self.labels.shape != self.images.shape[:1]
-        ):
+        if self.images.ndim != 4 or self.images.dtype != np.uint8 or self.labels.shape != self.images.shape[:1]:
             raise DataError(
                 f"{self.name}: images {list(self.images.shape)} {self.images.dtype} and labels "
                 f"{list(self.labels.shape)}, expected uint8 [N, C, H, W] and [N]"
@@ -75,9 +71,7 @@ class Dataset:
         return Dataset(self.images[indices], self.labels[indices], self.classes, self.name)
 
 
-def load(
-    source: str | Path, *, size: tuple[int, int] | None = None, seed: int = 0
-) -> tuple[Dataset, Dataset]:
+def load(source: str | Path, *, size: tuple[int, int] | None = None, seed: int = 0) -> tuple[Dataset, Dataset]:
     """The training and the test set in a folder.
 
     Args:
@@ -103,9 +97,7 @@ def load(
     raise DataError(f"{folder}: no data set known; expected {_KNOWN}")
 
 
-_KNOWN = (
-    "IDX files, data_batch_*.bin, train*.parquet and test*.parquet, or one folder of images for each class"
-)
+_KNOWN = "IDX files, data_batch_*.bin, train*.parquet and test*.parquet, or one folder of images for each class"
 
 
 def halves(count: int, seed: int = 0) -> tuple[Indices, Indices]:
@@ -141,7 +133,7 @@ def knowledge(
     same, other = halves(len(dataset), seed)
     available = len(other) if kind == "distribution" else len(same)
     count = available if n is None else n
-    if not (type(count) is int and 0 <= count and (kind == "noise" or count <= available)):
+    if not (type(count) is int and count >= 0 and (kind == "noise" or count <= available)):
         raise DataError(f"knowledge: {n!r:.40} images asked for, of {available} of kind {kind!r}")
     if kind == "noise":
         z = np.random.default_rng((seed, 1)).standard_normal((count, *dataset.image_shape), dtype=np.float32)
@@ -151,7 +143,7 @@ def knowledge(
     return dataset.pixels((same if kind == "same" else other)[:count])
 
 
-# ---- IDX (MNIST) ---------------------------------------------------------------------------------------------------------
+# ---- IDX (MNIST) ---------------------------------------------------------------------------------------------------
 
 _IDX_STEMS = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -163,16 +155,12 @@ def _idx_files(folder: Path) -> dict[str, tuple[Path, Path]]:
     """The IDX files of both parts; empty where there are none."""
     found: dict[str, tuple[Path, Path]] = {}
     for part, stems in _IDX_STEMS.items():
-        paths = [
-            next((p for s in ("", ".gz") if (p := folder / (stem + s)).exists()), None) for stem in stems
-        ]
+        paths = [next((p for s in ("", ".gz") if (p := folder / (stem + s)).exists()), None) for stem in stems]
         if paths[0] is not None and paths[1] is not None:
             found[part] = (paths[0], paths[1])
     if len(found) == 1:
         missing = ({*_IDX_STEMS} - {*found}).pop()
-        raise DataError(
-            f"{folder}: the {missing} files {', '.join(_IDX_STEMS[missing])} (or .gz) are missing"
-        )
+        raise DataError(f"{folder}: the {missing} files {', '.join(_IDX_STEMS[missing])} (or .gz) are missing")
     return found
 
 
@@ -183,9 +171,7 @@ def _load_idx(files: dict[str, tuple[Path, Path]]) -> tuple[Dataset, Dataset]:
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
             raise DataError(f"{image_path}: shape {list(images.shape)}, but labels {list(labels.shape)}")
         classes = tuple(str(digit) for digit in range(max(10, int(labels.max(initial=0)) + 1)))
-        parts.append(
-            Dataset(images[:, None], labels.astype(np.int64), classes, f"{image_path.parent.name} {part}")
-        )
+        parts.append(Dataset(images[:, None], labels.astype(np.int64), classes, f"{image_path.parent.name} {part}"))
     return parts[0], parts[1]
 
 
@@ -218,7 +204,7 @@ def _read(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-# ---- CIFAR-10 ------------------------------------------------------------------------------------------------------------
+# ---- CIFAR-10 ------------------------------------------------------------------------------------------------------
 
 
 def _load_cifar_binary(folder: Path) -> tuple[Dataset, Dataset]:
@@ -249,21 +235,21 @@ def _load_parquet(folder: Path) -> tuple[Dataset, Dataset]:
         paths = sorted(folder.glob(f"{part}*.parquet"))
         if not paths:
             raise DataError(f"{folder}: {part}*.parquet is missing")
-        encoded, labels, names = [], [], None
+        encoded: list[bytes] = []
+        labels: list[int] = []
         for path in paths:
             columns = _parquet_columns(path)
             encoded += columns[0]
             labels += columns[1]
-            names = columns[2]
         images = np.stack(_decode_all(encoded, f"{folder} {part}"))
         count = max(labels, default=-1) + 1
-        classes = names or (CIFAR10_CLASSES if count <= 10 else tuple(map(str, range(count))))
+        classes = CIFAR10_CLASSES if count <= 10 else tuple(map(str, range(count)))
         parts.append(Dataset(images, np.asarray(labels, np.int64), classes, f"{folder.name} {part}"))
     return parts[0], parts[1]
 
 
-def _parquet_columns(path: Path) -> tuple[list[bytes], list[int], tuple[str, ...] | None]:
-    """(encoded images, labels, class names where the file tells them)."""
+def _parquet_columns(path: Path) -> tuple[list[bytes], list[int]]:
+    """Encoded images and labels."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -274,17 +260,17 @@ def _parquet_columns(path: Path) -> tuple[list[bytes], list[int], tuple[str, ...
     try:
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({str(error):.120})") from None
+        raise DataError(f"{path}: not a readable Parquet file ({error!s:.120})") from None
     image = next((name for name in ("img", "image") if name in table.column_names), None)
     label = next((name for name in ("label", "labels", "fine_label") if name in table.column_names), None)
     if image is None or label is None:
         raise DataError(f"{path}: columns {table.column_names}, expected img (or image) and label")
     cells = table[image].to_pylist()
-    encoded = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]
-    labels = table[label].to_pylist()
+    encoded: list[Any] = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]
+    labels: list[Any] = table[label].to_pylist()
     if not all(isinstance(e, bytes) for e in encoded) or not all(isinstance(v, int) for v in labels):
         raise DataError(f"{path}: expected images as bytes and labels as integers")
-    return encoded, labels, None
+    return encoded, labels
 
 
 def _decode_all(encoded: Sequence[bytes], where: str) -> list[Bytes]:
@@ -306,11 +292,11 @@ def _decode(data: bytes | Path, where: str, size: tuple[int, int] | None = None)
                 converted = converted.resize(size[::-1], Image.Resampling.LANCZOS)
             pixels: Bytes = np.asarray(converted, np.uint8)
     except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{where}: not a readable image ({str(error):.80})") from None
+        raise DataError(f"{where}: not a readable image ({error!s:.80})") from None
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-# ---- folders of images ---------------------------------------------------------------------------------------------------
+# ---- folders of images ---------------------------------------------------------------------------------------------
 
 
 def _load_image_folder(folder: Path, size: tuple[int, int] | None, seed: int) -> tuple[Dataset, Dataset]:
@@ -337,13 +323,11 @@ def _image_classes(folder: Path, size: tuple[int, int] | None, classes: tuple[st
     shapes = sorted({image.shape for image in images})
     if len(shapes) != 1:
         found = f"images of shapes {shapes[:4]}" if shapes else f"no images ({', '.join(IMAGE_SUFFIXES)})"
-        raise DataError(
-            f"{folder}: {found}; expected images of one shape in a folder for each class, or pass size="
-        )
+        raise DataError(f"{folder}: {found}; expected images of one shape in a folder for each class, or pass size=")
     return Dataset(np.stack(images), np.asarray(labels, np.int64), names, folder.name)
 
 
-# ---- photographs ---------------------------------------------------------------------------------------------------------
+# ---- photographs ---------------------------------------------------------------------------------------------------
 
 PHOTOGRAPHS = (
     "astronaut",
@@ -356,9 +340,7 @@ PHOTOGRAPHS = (
 )
 
 
-def photographs(
-    seed: int = 0, *, train: int = 1000, test: int = 150, side: int = 32
-) -> tuple[Dataset, Dataset]:
+def photographs(seed: int = 0, *, train: int = 1000, test: int = 150, side: int = 32) -> tuple[Dataset, Dataset]:
     """A training and a test set that need no download: crops of the photographs that scikit-image ships.
 
     Each photograph, at half its size, is a class. Training crops come from its left three quarters, test crops from

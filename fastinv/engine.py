@@ -19,7 +19,7 @@ from fastinv.network import Network
 
 Array = npt.NDArray[np.float32]
 
-# A chunk is as much as is converted, checked and run at once: enough for every thread, little enough to stop soon.
+# A chunk is what is converted, checked and run at once: enough for every thread, little enough to stop soon.
 CHUNK_ELEMENTS = 2**23  # inputs and outputs together, 32 MiB of float32
 CHUNK_FLOPS = 2**36  # for each thread
 IMAGES_PER_THREAD = 4  # at least
@@ -38,9 +38,7 @@ class Engine:
         empty_report: the report on no image.
     """
 
-    def __init__(
-        self, network: Network, backend: str, compiled: CompiledNetwork, threads: int | None = None
-    ) -> None:
+    def __init__(self, network: Network, backend: str, compiled: CompiledNetwork, threads: int | None = None) -> None:
         self.network = network
         self.backend = backend
         self.isa = compiled.isa
@@ -53,9 +51,9 @@ class Engine:
         """The network's outputs [N, *output_shape], float32, for inputs [N, *input_shape], any N >= 0.
 
         Args:
-            x: a numpy array or a torch tensor on the CPU (the result is of the same kind): float32, float16, bfloat16,
-                float64, or uint8 or int8 with `scale`, in any layout.
-            scale, zero_point: a quantised q stands for (q - zero_point) * scale; numbers, or one for each channel.
+            x: a numpy array or a torch tensor on the CPU (the result is of the same kind): float32, float16,
+                bfloat16, float64, or uint8 or int8 with `scale`, in any layout.
+            scale, zero_point: a quantised q stands for (q - zero_point) * scale; numbers, or one a channel.
 
         Raises:
             FeatureError: a wrong kind, shape, dtype or device, or NaN or Inf.
@@ -88,16 +86,12 @@ class Solver:
         batch_size: how many images it solves at once.
     """
 
-    def __init__(
-        self, recipe: RMLE, backend: str, compiled: CompiledSolver, threads: int | None = None
-    ) -> None:
+    def __init__(self, recipe: RMLE, backend: str, compiled: CompiledSolver, threads: int | None = None) -> None:
         self.recipe = recipe
         self.backend = backend
         self.isa = compiled.isa
         self.precision = compiled.precision
-        self.batch_size = _batch_size(
-            recipe.edge, 3 * max(1, recipe.steps), threads
-        )  # forward, backward by two
+        self.batch_size = _batch_size(recipe.edge, 3 * max(1, recipe.steps), threads)  # forward, backward by two
         nothing = np.empty(0, np.float64), np.empty(0, np.int64), np.empty(0, np.bool_)
         self.empty_report = Report(*nothing, backend, compiled.isa)
         self._compiled = compiled
@@ -108,11 +102,11 @@ class Solver:
     def solve(
         self, features: Any, init: Any = None, *, scale: Any = None, zero_point: Any = None
     ) -> tuple[Any, Report]:
-        """Images [N, C, H, W], pixels in [0, 1], of features [N, *feature_shape], and what the solver says of each.
+        """Images [N, C, H, W], pixels in [0, 1], of features [N, *feature_shape], with a report on each.
 
         Args:
             features: as an `Engine` takes them; the images are of the same kind.
-            init: the start in pixels: a number, [C, H, W], or one for each image [N, C, H, W]; None: the recipe's.
+            init: the start in pixels: a number, [C, H, W], or [N, C, H, W]; None: the recipe's.
             scale, zero_point: of quantised features.
 
         Raises:
@@ -129,7 +123,7 @@ class Solver:
         return result, sweep(run, self.empty_report, source, out, self.batch_size)
 
     def run(self, x: Array, out: Array, start: int = 0) -> Report:
-        """Write the images for one chunk [n, *feature_shape] into `out`, both C-contiguous; the recipe's start."""
+        """Write the images for one chunk [n, *feature_shape] into `out`, both C-contiguous."""
         return self._solve(x, out, self._init)
 
     def _solve(self, features: Array, out: Array, start: Array) -> Report:
@@ -148,8 +142,8 @@ class Solver:
             data, dtype, _ = tensors.as_numpy(init, "init")
             if dtype not in ("float32", "float64") or data.shape not in (shape, (count, *shape)):
                 raise FeatureError(
-                    f"init of shape {list(data.shape)} and dtype {dtype}, expected a number or float32 pixels "
-                    f"{list(shape)} or {[count, *shape]}"
+                    f"init of shape {list(data.shape)} and dtype {dtype}, expected a number or float32 "
+                    f"pixels {list(shape)} or {[count, *shape]}"
                 )
             pixels = data.astype(np.float64)
         with np.errstate(over="ignore"):
@@ -172,11 +166,12 @@ def compile(
 ) -> Engine | Solver:
     """Compile a network or an inverse network into an `Engine`, an rMLE recipe into a `Solver`.
 
-    An inverse network's engine gives what the network gives, normalised images; `fastinv.invert` gives pixels.
+    An inverse network's engine gives what the network gives, normalised images; `invert` gives pixels.
 
     Args:
         what: the network or inverter.
-        backend: a name, which then runs or is refused; "auto": the first that can run it (FASTINV_BACKEND names one).
+        backend: a name, which then runs or is refused; "auto": the one that the environment variable
+            FASTINV_BACKEND names, else the first that can run it.
         precision: "float32", "bfloat16" or another that the backend knows; "auto": the fastest exact enough.
         threads: how many to use; None: one for each core this process may use.
 
@@ -186,8 +181,8 @@ def compile(
     """
     if not isinstance(what, (Network, InverseNetwork, RMLE)):
         raise NetworkError(
-            f"compile: a {type(what).__name__}, expected a Network, an InverseNetwork or an RMLE: export a module "
-            "first, with fastinv.export(module, example)"
+            f"compile: a {type(what).__name__}, expected a Network, an InverseNetwork or an RMLE: "
+            "export a module first, with fastinv.export(module, example)"
         )
     if threads is not None and not (type(threads) is int and 1 <= threads <= MAX_THREADS):
         raise BackendError(
@@ -212,7 +207,7 @@ def sweep(
     """Run a batch chunk by chunk into `out` [N, ...].
 
     Args:
-        run: takes a chunk, where its results go, and the place of its first image; an engine's or a solver's `run`.
+        run: takes a chunk, where its results go, and the place of its first image in the batch.
         empty_report: what the report is joined to.
         source: the batch.
         out: float32, or uint8 for 255 times the result, rounded (NaN becomes 0).
@@ -227,9 +222,7 @@ def sweep(
             reports.append(run(source.chunk(start, stop), part, start))
             if not direct:
                 quantised = out.dtype == np.uint8
-                out[start:stop] = (
-                    np.nan_to_num(np.rint(part * np.float32(255)), copy=False) if quantised else part
-                )
+                out[start:stop] = np.nan_to_num(np.rint(part * np.float32(255)), copy=False) if quantised else part
             if bar is not None:
                 bar.update(stop - start)
     return _join(reports)

@@ -44,7 +44,7 @@ def export(module: torch.nn.Module, example: torch.Tensor) -> Network:
         raise
     except Exception as error:  # torch.export raises many types
         raise NetworkError(
-            f"torch.export cannot trace {type(module).__name__} for any batch size ({str(error):.300}); its forward "
+            f"torch.export cannot trace {type(module).__name__} for any batch size ({error!s:.300}); its forward "
             "must not branch on values or on the batch size, nor mix images"
         ) from error
     network = convert(program, tuple(example.shape[1:]))

@@ -4,9 +4,10 @@
     n bytes   JSON: {"__metadata__": {"fastinv": document}, tensor: {"dtype", "shape", "data_offsets"}, ...}
     the rest  little-endian float32, tensor after tensor without gaps
 
-The document is JSON in a string: format version, fastinv version, kind, recipe, graph (`Network.graph`), provenance
-and a SHA-256. Weight `name` of step k is the tensor "k.name"; an rMLE's start that is an array is the tensor "init".
-The checksum only catches accidents: a hostile file carries the right one, so nothing is believed for its sake.
+The document is JSON in a string: format version, fastinv version, kind, recipe, graph (`Network.graph`),
+provenance and a SHA-256. Weight `name` of step k is the tensor "k.name"; an rMLE's start that is an array is the
+tensor "init". The checksum only catches accidents: a hostile file carries the right one, so nothing is believed
+for its sake.
 """
 
 from __future__ import annotations
@@ -78,12 +79,8 @@ def encode(inverter: Inverter) -> bytes:
     document["sha256"] = checksum(document, tensors)
     data = save(tensors, {"fastinv": strict_json.dumps(document)})
     header = int.from_bytes(data[:8], "little")
-    _expect(
-        header <= MAX_HEADER, f"a header of {header} bytes, at most {MAX_HEADER} fit: shorten the provenance"
-    )
-    _expect(
-        len(data) - header - 8 <= MAX_DATA, f"more than {MAX_DATA} bytes of weights do not fit a .finv file"
-    )
+    _expect(header <= MAX_HEADER, f"a header of {header} bytes, at most {MAX_HEADER} fit: shorten the provenance")
+    _expect(len(data) - header - 8 <= MAX_DATA, f"more than {MAX_DATA} bytes of weights do not fit a .finv file")
     return data
 
 
@@ -129,9 +126,7 @@ def decode(file: BinaryIO, size: int) -> Inverter:
         name: np.frombuffer(data, "<f4", math.prod(shape), begin).reshape(shape)
         for name, (begin, shape) in ranges.items()
     }
-    _expect(
-        checksum(document, tensors) == document["sha256"], "the checksum does not match: the file is damaged"
-    )
+    _expect(checksum(document, tensors) == document["sha256"], "the checksum does not match: the file is damaged")
     return _inverter(document, tensors)
 
 
@@ -140,9 +135,7 @@ def _header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(_exactly(file, 8), "little")
     _expect(length <= MAX_HEADER, f"not a .finv file (header length {length}, expected at most {MAX_HEADER})")
     _expect(8 + length <= size, f"truncated: a header of {length} bytes in a file of {size}")
-    _expect(
-        size - 8 - length <= MAX_DATA, f"{size - 8 - length} bytes of weights, expected at most {MAX_DATA}"
-    )
+    _expect(size - 8 - length <= MAX_DATA, f"{size - 8 - length} bytes of weights, expected at most {MAX_DATA}")
     header = strict_json.loads(_exactly(file, length), "header")
     _expect(isinstance(header, dict), "header: not a JSON object")
     return header, 8 + length
@@ -162,7 +155,7 @@ def _document(metadata: Any) -> dict[str, Any]:
         isinstance(metadata, dict) and set(metadata) == {"fastinv"} and isinstance(metadata["fastinv"], str),
         "a safetensors file, but not a .finv file (it lacks the fastinv metadata)",
     )
-    document = strict_json.loads(metadata["fastinv"].encode(errors="surrogatepass"), "document")
+    document: dict[str, Any] = strict_json.loads(metadata["fastinv"].encode(errors="surrogatepass"), "document")
     _expect(isinstance(document, dict), "document: not a JSON object")
     version = document.get("format")
     _expect(
@@ -197,7 +190,7 @@ def _ranges(header: Mapping[str, Any], size: int) -> dict[str, tuple[int, tuple[
         begin, end = offsets
         _expect(
             begin <= end <= size and end - begin == 4 * math.prod(shape),
-            f"{where}: data_offsets {offsets} do not hold shape {shape} within {size} bytes of data (truncated?)",
+            f"{where}: data_offsets {offsets} do not hold shape {shape} in {size} bytes of data (truncated?)",
         )
         found.append((begin, end, name, tuple(shape)))
     position = 0
@@ -235,9 +228,7 @@ def _weight(name: str) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def _recipe(
-    cls: type[Inverter], raw: Mapping[str, Any], tensors: dict[str, npt.NDArray[np.float32]]
-) -> dict[str, Any]:
+def _recipe(cls: type[Inverter], raw: Mapping[str, Any], tensors: dict[str, npt.NDArray[np.float32]]) -> dict[str, Any]:
     """The recipe's fields in their exact types; takes those kept as tensors out of `tensors`."""
     hints = typing.get_type_hints(cls)
     names = {field.name for field in dataclasses.fields(cls)} - {cls.network_field, "provenance"}

@@ -31,9 +31,7 @@ class Cache(Generic[Value]):
         self._size = size
         self._values: OrderedDict[Hashable, Value] = OrderedDict()
         self._lock = threading.Lock()
-        os.register_at_fork(
-            after_in_child=self._renew
-        )  # another thread may hold the lock while this one forks
+        os.register_at_fork(after_in_child=self._renew)  # another thread may hold the lock while this one forks
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value kept for `key`, made by `make` the first time."""
@@ -86,19 +84,19 @@ def invert(
     The compiled inverter is kept: the next call with an inverter of the same content costs no compilation.
 
     Args:
-        features: a numpy array or a torch tensor on the CPU (the images are of the same kind): float32, float16,
-            bfloat16, float64, or uint8 or int8 with `scale`, in any layout.
-        inverter: an inverter or the path of a `.finv` file; None: the one given to `use`, else the file that the
-            environment variable FASTINV_INVERTER names.
+        features: a numpy array or a torch tensor on the CPU (the images are of the same kind): float32,
+            float16, bfloat16, float64, or uint8 or int8 with `scale`, in any layout.
+        inverter: an inverter or the path of a `.finv` file; None: the one given to `use`, else the file that
+            the environment variable FASTINV_INVERTER names.
         return_report: whether to return (images, report) with objective, steps and convergence of each image.
         backend, precision, threads: as of `fastinv.compile`.
         batch_size: images that are converted and run at once; None chooses. It does not change the result.
         progress: whether to show a progress bar.
-        out: where to write the images, [N, C, H, W] of type `dtype`; it is returned. After an error its content is
-            undefined.
+        out: where to write the images, [N, C, H, W] of type `dtype`; it is returned. After an error its
+            content is undefined.
         device: None or "cpu".
         dtype: "float32", or "uint8" for round(255 · x).
-        scale, zero_point: a quantised q stands for (q - zero_point) * scale; numbers, or one for each channel.
+        scale, zero_point: a quantised q stands for (q - zero_point) * scale; numbers, or one a channel.
 
     Raises:
         FeatureError: features, `out`, `dtype` or `batch_size` that do not fit, or NaN or Inf in the features.
@@ -120,9 +118,7 @@ def invert(
     else:
         images, view = out, _writable(out, shape, dtype, source)
     machine = _machine(found, backend, precision, threads)
-    report = sweep(
-        machine.run, machine.empty_report, source, view, batch_size or machine.batch_size, progress=progress
-    )
+    report = sweep(machine.run, machine.empty_report, source, view, batch_size or machine.batch_size, progress=progress)
     return (images, report) if return_report else images
 
 
@@ -135,10 +131,10 @@ def _resolve(inverter: Any) -> Inverter:
         return _load(Path(inverter))
     if inverter is None:
         raise NetworkError(
-            "no inverter: pass one (or the path of a .finv file), call fastinv.use(...), or set FASTINV_INVERTER"
+            "no inverter: pass one (or the path of a .finv file), call fastinv.use, or set FASTINV_INVERTER"
         )
     raise NetworkError(
-        f"inverter: a {type(inverter).__name__}, expected an InverseNetwork, an RMLE or the path of a .finv file"
+        f"inverter: a {type(inverter).__name__}, expected an InverseNetwork, an RMLE or a .finv file's path"
     )
 
 
@@ -171,9 +167,7 @@ def _writable(out: Any, shape: Shape, dtype: str, source: tensors.Source) -> npt
     """`out` as an array that images can be written to."""
     view, found, _ = tensors.as_numpy(out, "out")
     if view.shape != shape or found != dtype:
-        raise FeatureError(
-            f"out of shape {list(view.shape)} and dtype {found}, expected {list(shape)} and {dtype}"
-        )
+        raise FeatureError(f"out of shape {list(view.shape)} and dtype {found}, expected {list(shape)} and {dtype}")
     if not view.flags.writeable:
         raise FeatureError("out is read-only: pass an array that can be written")
     if np.may_share_memory(view, source.data):

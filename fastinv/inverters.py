@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from fastinv.ops.base import Shape, expect
 
 OPTIMIZERS = ("adam", "amsgrad", "sgd")
 KEEP = ("last", "best")
-MAX_STEPS = 10_000_000
+MAX_ITERATIONS = 10_000_000
 MAX_FLOAT = float(np.finfo(np.float32).max)
 MAX_PROVENANCE = 2**20  # characters of JSON
 MAX_PROVENANCE_DEPTH = 16
@@ -38,6 +37,7 @@ class Inverter:
 
     kind: ClassVar[str]
     network_field: ClassVar[str]  # the field that holds the network
+    provenance: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
     @property
     def feature_shape(self) -> Shape:
@@ -57,15 +57,8 @@ class Inverter:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over kind, recipe, network and provenance: equal inverters, equal fingerprints."""
-        recipe = self.recipe()
-        arrays = {name: value for name, value in recipe.items() if isinstance(value, np.ndarray)}
-        network: Network = getattr(self, self.network_field)
-        plain = recipe | dict.fromkeys(arrays)
-        content = [self.kind, plain, network.fingerprint, dict(self.provenance)]
-        digest = hashlib.sha256(strict_json.dumps(content).encode())
-        for value in arrays.values():
-            digest.update(value.data)
-        return digest.hexdigest()
+        content = {field.name: _hashable(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return hashlib.sha256(strict_json.dumps([self.kind, content]).encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
         return self.fingerprint == other.fingerprint if isinstance(other, Inverter) else NotImplemented
@@ -98,7 +91,6 @@ class InverseNetwork(Inverter):
     network: Network
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _freeze_common(self)
@@ -130,7 +122,7 @@ class RMLE(Inverter):
         init: the start in pixels: a number, or an array [C, H, W].
         clamp: pixel bounds kept after every step, or None for free iterates.
         keep: "last" returns the last iterate, "best" the one of lowest objective.
-        tolerance: an image stops when its objective changes by no more than this, relatively; 0 runs all steps.
+        tolerance: an image stops when its objective changes by no more than this, relatively; 0: never.
         patience: consecutive steps for which that must hold.
         betas, eps: of Adam and AMSGrad.
         momentum: of SGD.
@@ -159,7 +151,6 @@ class RMLE(Inverter):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 0.0
-    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _freeze_common(self)
@@ -171,7 +162,7 @@ class RMLE(Inverter):
         )
         object.__setattr__(self, "input_shape", expected)
         for name in ("steps", "patience"):
-            _freeze_number(self, name, int(name == "patience"), MAX_STEPS, integer=True)
+            _freeze_number(self, name, int(name == "patience"), MAX_ITERATIONS, integer=True)
         for name, low, high in (
             ("lr", 0.0, MAX_FLOAT),
             ("tv_weight", 0.0, MAX_FLOAT),
@@ -189,9 +180,7 @@ class RMLE(Inverter):
         expect(all(0 <= b < 1 for b in self.betas), f"betas {self.betas}, expected two numbers in [0, 1)")
         if self.clamp is not None:
             object.__setattr__(self, "clamp", _floats("clamp", self.clamp, (2,)))
-            expect(
-                self.clamp[0] <= self.clamp[1], f"clamp {self.clamp}, expected (low, high) with low <= high"
-            )
+            expect(self.clamp[0] <= self.clamp[1], f"clamp {self.clamp}, expected (low, high) with low <= high")
         object.__setattr__(self, "init", _start(self.init, self.input_shape))
 
     @property
@@ -233,10 +222,17 @@ def _freeze_common(inverter: Any) -> None:
     expect(len(shape) == 3, f"images of shape {list(shape)}, expected [C, H, W]")
     for name in ("mean", "std"):
         object.__setattr__(inverter, name, _floats(name, getattr(inverter, name), (1, shape[0])))
-    expect(
-        all(np.float32(s) > 0 for s in inverter.std), f"std {inverter.std!r:.80}, expected numbers above 0"
-    )
+    expect(bool((np.float32(inverter.std) > 0).all()), f"std {inverter.std!r:.80}, expected numbers above 0")
     object.__setattr__(inverter, "provenance", _provenance(inverter.provenance))
+
+
+def _hashable(value: Any) -> Any:
+    """A field as a JSON value; networks and arrays by their content."""
+    if isinstance(value, Network):
+        return value.fingerprint
+    if isinstance(value, np.ndarray):
+        return hashlib.sha256(value.data).hexdigest()
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _provenance(value: Any) -> Mapping[str, Any]:
@@ -247,9 +243,7 @@ def _provenance(value: Any) -> Mapping[str, Any]:
     )
     try:
         text = strict_json.dumps(dict(value))
-        expect(
-            len(text) <= MAX_PROVENANCE, f"provenance: {len(text)} characters, at most {MAX_PROVENANCE} fit"
-        )
+        expect(len(text) <= MAX_PROVENANCE, f"provenance: {len(text)} characters, at most {MAX_PROVENANCE} fit")
         return MappingProxyType(strict_json.loads(text.encode(), "provenance", MAX_PROVENANCE_DEPTH))
     except FormatError as error:
         raise NetworkError(f"provenance: {error}; expected names with plain JSON values") from None
@@ -292,7 +286,7 @@ def _freeze_number(inverter: Any, name: str, low: float, high: float, *, integer
     value = getattr(inverter, name)
     types = (int, np.integer) if integer else (int, float, np.integer, np.floating)
     expect(
-        isinstance(value, types) and not isinstance(value, bool) and low <= value <= high,  # false for NaN
+        isinstance(value, types) and not isinstance(value, bool) and bool(low <= value <= high),  # false for NaN
         f"{name} {value!r:.80}, expected {'an integer' if integer else 'a number'} from {low:g} to {high:g}",
     )
     object.__setattr__(inverter, name, int(value) if integer else float(value))

@@ -54,9 +54,7 @@ def ssim(a: Any, b: Any) -> Doubles:
     """
     x, y = _images(a, b)
     if min(x.shape[2:]) < WINDOW:
-        raise FeatureError(
-            f"ssim: images of {x.shape[2]}×{x.shape[3]} pixels, expected at least {WINDOW}×{WINDOW}"
-        )
+        raise FeatureError(f"ssim: images of {x.shape[2]}×{x.shape[3]} pixels, expected at least {WINDOW}×{WINDOW}")
     result = np.empty(len(x))
     for start, stop in chunks(len(x), CHUNK):
         result[start:stop] = _ssim(_pixels(x[start:stop]), _pixels(y[start:stop]))
@@ -85,9 +83,7 @@ def _ssim(x: Doubles, y: Doubles) -> Doubles:
 def _images(a: Any, b: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     x, y = (as_numpy(v, "images")[0] for v in (a, b))
     if x.shape != y.shape or x.ndim != 4:
-        raise FeatureError(
-            f"images of shapes {list(x.shape)} and {list(y.shape)}, expected two equal [N, C, H, W]"
-        )
+        raise FeatureError(f"images of shapes {list(x.shape)} and {list(y.shape)}, expected two equal [N, C, H, W]")
     for v in (x, y):
         if v.dtype.kind != "f" or v.dtype.itemsize < 4:
             raise FeatureError(f"images of dtype {v.dtype}, expected float32 or float64 pixels in [0, 1]")

@@ -53,7 +53,7 @@ def cifar_net(classes: int = 10) -> nn.Sequential:
     return nn.Sequential(layers)
 
 
-# ---- shadow structures, where the target's is not known (paper, Table 5) -----------------------------------------------
+# ---- shadow structures, where the target's is not known (paper, Table 5) -------------------------------------------
 
 SHADOW_SPLITS = ("conv1", "ReLU2", "conv11", "ReLU22", "ReLU32")
 
@@ -82,7 +82,7 @@ def shadow_edge(split: str) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-# ---- decoders ----------------------------------------------------------------------------------------------------------
+# ---- decoders ------------------------------------------------------------------------------------------------------
 
 
 def make_decoder(
@@ -111,7 +111,8 @@ def make_decoder(
     features, image = tuple(map(int, feature_shape)), tuple(map(int, image_shape))
     if len(features) not in (1, 3) or len(image) != 3 or min((*features, *image)) < 1:
         raise NetworkError(
-            f"make_decoder: features {list(features)} and images {list(image)}, expected [C, H, W] or [D], and [C, H, W]"
+            f"make_decoder: features {list(features)} and images {list(image)}, expected [C, H, W] or [D], "
+            "and [C, H, W]"
         )
     if width < 1 or depth < 0:
         raise NetworkError(f"make_decoder: width {width}, depth {depth}; expected width >= 1, depth >= 0")
@@ -207,7 +208,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm1(self.conv1(x)).relu()
-        return (x + self.norm2(self.conv2(y))).relu()
+        result: torch.Tensor = (x + self.norm2(self.conv2(y))).relu()
+        return result
 
 
 def _residual_decoder(features: Shape, image: Shape, width: int, depth: int) -> list[nn.Module]:

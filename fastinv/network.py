@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastinv.errors import FastinvError, NetworkError
-from fastinv.ops import OPS, Op
+from fastinv.ops import OPS
 from fastinv.ops.activation import IDENTITY, Activation
-from fastinv.ops.base import MAX_ELEMENTS, MAX_RANK, Cost, Shape, expect
+from fastinv.ops.base import MAX_ELEMENTS, MAX_RANK, Cost, Op, Shape, expect
 
 Weights = Mapping[str, npt.NDArray[np.float32]]
 
@@ -36,7 +36,8 @@ class Step:
         inputs: the values it reads. Value 0 is the network's input, value k + 1 the result of step k.
         weights: float32 arrays by the op's own names; copied and frozen here.
         activation: applied to the op's result.
-        source: where the step comes from (module names), for messages and `fastinv info`; kept short and printable.
+        source: where the step comes from (module names), for messages and `fastinv info`; kept short and
+            printable.
     """
 
     op: Op
@@ -80,9 +81,7 @@ class Network:
         object.__setattr__(self, "steps", tuple(self.steps))
         expect(len(self.steps) <= MAX_STEPS, f"{len(self.steps)} steps, expected at most {MAX_STEPS}")
         total = sum(map(math.prod, self.shapes))  # computing the shapes validates the graph
-        expect(
-            total <= MAX_TOTAL, f"{total} elements in all values of one image, expected at most {MAX_TOTAL}"
-        )
+        expect(total <= MAX_TOTAL, f"{total} elements in all values of one image, expected at most {MAX_TOTAL}")
         expect(self.flops <= MAX_FLOPS, f"{self.flops} FLOPs for one image, expected at most {MAX_FLOPS}")
 
     def __eq__(self, other: object) -> bool:
@@ -116,9 +115,7 @@ class Network:
     @functools.cached_property
     def costs(self) -> tuple[Cost, ...]:
         """Cost of each step for one image."""
-        return tuple(
-            step.op.cost([self.shapes[i] for i in step.inputs], step.weight_shapes) for step in self.steps
-        )
+        return tuple(step.op.cost([self.shapes[i] for i in step.inputs], step.weight_shapes) for step in self.steps)
 
     @property
     def flops(self) -> int:
@@ -197,11 +194,7 @@ def _step_from_json(index: int, raw: Any, weights: Mapping[tuple[int, str], npt.
     for key, shape in raw["weights"].items():
         expect((index, key) in weights, f"{where}: weight {key!r:.80} is missing")
         arrays[key] = weights[index, key]
-        same = (
-            isinstance(shape, list)
-            and all(type(n) is int for n in shape)
-            and tuple(shape) == arrays[key].shape
-        )
+        same = isinstance(shape, list) and all(type(n) is int for n in shape) and tuple(shape) == arrays[key].shape
         expect(same, f"{where}: {key} has another shape than the graph says")
     try:
         op = OPS[raw["op"]].from_attributes(raw["attributes"])
@@ -214,12 +207,7 @@ def _step_from_json(index: int, raw: Any, weights: Mapping[tuple[int, str], npt.
 
 def _frozen(where: str, value: Any) -> npt.NDArray[np.float32]:
     array: npt.NDArray[np.float32] = np.asarray(value)
-    if (
-        array.dtype != np.float32
-        or array.flags.writeable
-        or not array.flags.c_contiguous
-        or not array.flags.owndata
-    ):
+    if array.dtype != np.float32 or array.flags.writeable or not array.flags.c_contiguous or not array.flags.owndata:
         array = np.array(value, dtype=np.float32, order="C")  # frozen arrays of other steps are shared
     expect(
         bool(np.isfinite(array).all()),

@@ -45,15 +45,11 @@ def picture(rows: Sequence[Row]) -> Image.Image:
 
     shapes = {row.images.shape for row in rows}
     if len(shapes) != 1 or len(next(iter(shapes))) != 4 or next(iter(shapes))[1] not in (1, 3):
-        raise FeatureError(
-            f"images of shapes {sorted(shapes)}, expected one shape [N, C, H, W] with 1 or 3 channels"
-        )
+        raise FeatureError(f"images of shapes {sorted(shapes)}, expected one shape [N, C, H, W] with 1 or 3 channels")
     count, _, height, width = rows[0].images.shape
     factor = max(1, -(-TILE // max(height, width)))
     step = width * factor + GAP
-    heights = [
-        2 * LINE + height * factor + GAP if row.captions else LINE + height * factor + GAP for row in rows
-    ]
+    heights = [2 * LINE + height * factor + GAP if row.captions else LINE + height * factor + GAP for row in rows]
     canvas = Image.new("RGB", (GAP + count * step, GAP + sum(heights)), "white")
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(TEXT)

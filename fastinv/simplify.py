@@ -1,4 +1,4 @@
-"""Graph rewrites that leave what a network computes as it is: constants folded, activations fused, dead steps dropped."""
+"""Graph rewrites that leave what a network computes as it is: constants fold, activations fuse, dead steps go."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def with_denormalisation(network: Network, mean: Sequence[float], std: Sequence[
         mean, std: one number for all channels or one for each.
     """
     channels = network.output_shape[0]
-    scale, shift = (np.broadcast_to(np.float32(v), (channels,)).reshape(channels, 1, 1) for v in (std, mean))
+    scale, shift = (
+        np.broadcast_to(np.asarray(v, np.float32), (channels,)).reshape(channels, 1, 1) for v in (std, mean)
+    )
     weights = {"scale": scale, "shift": shift}
     step = Step(Affine(), (len(network.steps),), weights, Activation("clamp", 0.0, 1.0), "denormalise")
     return simplify(Network(network.input_shape, (*network.steps, step)))
@@ -96,7 +98,7 @@ def _is_identity(step: Step, shape: Shape) -> bool:
     return nothing and step.activation == IDENTITY
 
 
-# ---- the rewrites: (producer, step, producer's input shape, shape between) -> one step for both, or None ---------------
+# ---- the rewrites: (producer, step, producer's input shape, shape between) -> one step for both, or None -----------
 #
 # `step` is the only reader of `producer`. The caller sets inputs and source of the result.
 
@@ -122,15 +124,11 @@ def _fold_affine(producer: Step, step: Step, before: Shape, between: Shape) -> S
     channels = between[axis]
     a, c = (np.broadcast_to(v.ravel(), (channels,)) for v in (scale, shift))
     weight, bias = (producer.weights[key].astype(np.float64) for key in ("weight", "bias"))
-    if isinstance(
-        producer.op, ConvTranspose2d
-    ):  # [C, O / groups, kh, kw]: outputs follow the inputs of their group
+    if isinstance(producer.op, ConvTranspose2d):  # [C, O / groups, kh, kw]: outputs follow the inputs of their group
         groups = producer.op.groups
         by_group = weight.reshape(groups, -1, *weight.shape[1:])
         factors = a.reshape(groups, 1, -1, 1, 1)
-        return _with_weights(
-            producer, step, weight=(by_group * factors).reshape(weight.shape), bias=a * bias + c
-        )
+        return _with_weights(producer, step, weight=(by_group * factors).reshape(weight.shape), bias=a * bias + c)
     factors = a.reshape(-1, *[1] * (weight.ndim - 1))
     return _with_weights(producer, step, weight=weight * factors, bias=a * bias + c)
 
@@ -149,8 +147,8 @@ def _fold_padding(producer: Step, step: Step, before: Shape, between: Shape) -> 
         return None
     if (producer.weights["weight"] != 1).any() or producer.weights["bias"].any():
         return None
-    total = tuple(a + b for a, b in zip(op.padding, pad.padding, strict=True))
-    return dataclasses.replace(step, op=dataclasses.replace(op, padding=total))
+    top, bottom, left, right = (a + b for a, b in zip(op.padding, pad.padding, strict=True))
+    return dataclasses.replace(step, op=dataclasses.replace(op, padding=(top, bottom, left, right)))
 
 
 def _compose_rearrangements(producer: Step, step: Step, before: Shape, between: Shape) -> Step | None:
@@ -178,4 +176,5 @@ def _with_weights(producer: Step, step: Step, **weights: Doubles) -> Step | None
     """`producer` with other weights and `step`'s activation; None where they leave float32."""
     if not all(np.abs(w).max(initial=0) < np.finfo(np.float32).max for w in weights.values()):
         return None
-    return dataclasses.replace(producer, weights=weights, activation=step.activation)
+    rounded = {key: w.astype(np.float32) for key, w in weights.items()}
+    return dataclasses.replace(producer, weights=rounded, activation=step.activation)

@@ -105,7 +105,7 @@ def _trace(model: nn.Module, at: str) -> fx.GraphModule:
         graph = _Tracer(at).trace(model)
     except Exception as error:  # torch.fx raises many types
         raise SplitError(
-            f"Split: torch.fx cannot trace {type(model).__name__} ({str(error):.200}); its forward must not branch on "
+            f"Split: torch.fx cannot trace {type(model).__name__} ({error!s:.200}); its forward must not branch on "
             "values. Rewrite that part, or build edge and cloud by hand: attacks take any nn.Module"
         ) from error
     if sum(node.op == "placeholder" for node in graph.nodes) != 1:
@@ -118,10 +118,9 @@ def _trace(model: nn.Module, at: str) -> fx.GraphModule:
 def _cut_node(traced: fx.GraphModule, at: str) -> fx.Node:
     calls = [node for node in traced.graph.nodes if node.op == "call_module" and node.target == at]
     if not calls:
-        raise SplitError(
-            f"Split: layer {at!r} is never called, or only inside another layer; choose one that runs"
-        )
-    return calls[-1]
+        raise SplitError(f"Split: layer {at!r} is never called, or only inside another layer; choose one that runs")
+    last: fx.Node = calls[-1]
+    return last
 
 
 def _expect_clean(traced: fx.GraphModule, cut: fx.Node, at: str) -> None:

@@ -43,8 +43,8 @@ def loads(text: bytes, where: str, depth: int = MAX_DEPTH) -> Any:
         depth: how deep arrays and objects may nest.
 
     Raises:
-        FormatError: text that is not JSON, nests too deeply, repeats a key, holds NaN, an infinite number or an
-            integer of more than 20 digits.
+        FormatError: text that is not JSON, nests too deeply, repeats a key, holds NaN, an infinite number or
+            an integer of more than 20 digits.
     """
     nesting = np.cumsum(_NESTING[np.frombuffer(_STRING.sub(b"", text), np.uint8)], dtype=np.int32)
     if nesting.max(initial=0) > depth:
@@ -60,7 +60,7 @@ def loads(text: bytes, where: str, depth: int = MAX_DEPTH) -> Any:
     except FormatError as error:
         raise FormatError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: not valid JSON ({str(error):.120})") from None
+        raise FormatError(f"{where}: not valid JSON ({error!s:.120})") from None
 
 
 def _integer(digits: str) -> int:

@@ -1,4 +1,4 @@
-"""Features and images as users hold them: numpy arrays and torch tensors of many types, read as float32 chunks."""
+"""Features as users hold them: numpy arrays and torch tensors of many types, read as float32 chunks."""
 
 from __future__ import annotations
 
@@ -62,19 +62,17 @@ def source(x: Any, shape: Shape, *, scale: Any = None, zero_point: Any = None) -
     """Check a batch of features [N, *shape].
 
     Args:
-        x: a numpy array or a torch tensor on the CPU: float32, float16, bfloat16 or float64 (rounded to float32), or
-            uint8 or int8 with `scale`. Any layout, any N >= 0.
+        x: a numpy array or a torch tensor on the CPU: float32, float16, bfloat16 or float64 (rounded to
+            float32), or uint8 or int8 with `scale`. Any layout, any N >= 0.
         shape: of one feature tensor.
-        scale, zero_point: a quantised q stands for (q - zero_point) * scale; numbers, or one for each channel.
+        scale, zero_point: a quantised q stands for (q - zero_point) * scale; numbers, or one a channel.
 
     Raises:
         FeatureError: a wrong kind, dtype, device or shape, or a scale that does not go with the dtype.
     """
     data, dtype, torch = as_numpy(x, "features")
     if dtype not in FLOATS + QUANTISED:
-        raise FeatureError(
-            f"features of dtype {dtype}, expected {', '.join(FLOATS)}, or uint8 or int8 with scale= and zero_point="
-        )
+        raise FeatureError(f"features of dtype {dtype}, expected {', '.join(FLOATS)}, or uint8 or int8 with scale=")
     if data.ndim != len(shape) + 1 or data.shape[1:] != shape:
         raise FeatureError(_wrong_shape(data.shape, shape))
     if dtype in FLOATS:
@@ -84,9 +82,7 @@ def source(x: Any, shape: Shape, *, scale: Any = None, zero_point: Any = None) -
             )
         return Source(data, dtype, torch)
     if scale is None:
-        raise FeatureError(
-            f"{dtype} features need the scale (and zero_point) they were quantised with: pass scale="
-        )
+        raise FeatureError(f"{dtype} features need the scale (and zero_point) they were quantised with: pass scale=")
     scales = _per_channel("scale", scale, shape)
     if not (scales > 0).all():
         raise FeatureError(f"scale {scale!r:.80}, expected numbers above 0")
@@ -95,7 +91,7 @@ def source(x: Any, shape: Shape, *, scale: Any = None, zero_point: Any = None) -
 
 
 def as_numpy(x: Any, what: str) -> tuple[npt.NDArray[Any], str, bool]:
-    """`x` as an array that shares its memory, its dtype's name (bfloat16 data comes as uint16), and whether it is torch.
+    """`x` as an array of the same memory (bfloat16 as uint16), its dtype's name, and whether it is a torch tensor.
 
     Raises:
         FeatureError: neither a numpy array nor a dense torch tensor on the CPU.
@@ -105,9 +101,7 @@ def as_numpy(x: Any, what: str) -> tuple[npt.NDArray[Any], str, bool]:
         if x.device.type != "cpu":
             raise FeatureError(f"{what} on device {str(x.device)!r}, expected cpu: move them with .cpu()")
         if x.layout is not torch.strided or x.is_quantized:
-            raise FeatureError(
-                f"{what}: a sparse or quantised tensor type; expected a dense one: use .to_dense()"
-            )
+            raise FeatureError(f"{what}: a sparse or quantised tensor type; expected a dense one: use .to_dense()")
         x = x.detach().resolve_neg().resolve_conj()
         bits = x.view(torch.uint16) if x.dtype is torch.bfloat16 else x
         return bits.numpy(), str(x.dtype).removeprefix("torch."), True
@@ -138,8 +132,8 @@ def _expect_finite(values: Array, start: int) -> None:
     if not finite.all():
         bad = ~finite.reshape(len(values), -1).all(axis=1)
         raise FeatureError(
-            f"features hold {finite.size - np.count_nonzero(finite)} values that are NaN or Inf (as float32), first in "
-            f"image {start + int(bad.argmax())}: drop or mend these images"
+            f"features hold {finite.size - np.count_nonzero(finite)} values that are NaN or Inf (as float32), "
+            f"first in image {start + int(bad.argmax())}: drop or mend these images"
         )
 
 
@@ -150,9 +144,7 @@ def _per_channel(name: str, value: Any, shape: Shape) -> Array:
     except (TypeError, ValueError, RuntimeError):
         numbers = np.array(np.nan, np.float32)
     if numbers.shape not in ((), shape[:1]) or not np.isfinite(numbers).all():
-        raise FeatureError(
-            f"{name} {value!r:.80}, expected a finite number or {shape[0]} of them, one a channel"
-        )
+        raise FeatureError(f"{name} {value!r:.80}, expected a finite number or {shape[0]} of them, one a channel")
     return numbers.reshape(-1, *[1] * (len(shape) - 1)) if numbers.ndim else numbers
 
 
@@ -162,7 +154,8 @@ def _wrong_shape(found: Shape, shape: Shape) -> str:
     if found == shape:
         return f"{message}: this is one image without the batch axis; pass features[None]"
     if len(shape) == 3 and found[1:] == (*shape[1:], shape[0]):
-        return f"{message}: the channels come last; pass numpy's features.transpose(0, 3, 1, 2) or torch's .permute"
+        return f"{message}: the channels come last; pass np.transpose(features, (0, 3, 1, 2)), or .permute in torch"
     if len(found) > 1 and math.prod(found[1:]) == math.prod(shape):
-        return f"{message}: the sizes agree; pass features.reshape(-1, {', '.join(map(str, shape))}) if the order does"
+        sizes = ", ".join(map(str, shape))
+        return f"{message}: the sizes agree; pass features.reshape(-1, {sizes}) if the order does too"
     return f"{message}: are these the features of another split point or model?"

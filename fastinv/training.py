@@ -20,6 +20,7 @@ from torch import nn
 
 from fastinv.errors import TrainingError
 from fastinv.split import normalise
+from fastinv.tensors import chunks
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -85,9 +86,7 @@ def fit(
     if count == 0:
         raise TrainingError("no samples to train on; pass at least one image")
     module.train()
-    optimizer = OPTIMIZERS[schedule.optimizer](
-        [p for p in module.parameters() if p.requires_grad], lr=schedule.lr
-    )
+    optimizer = OPTIMIZERS[schedule.optimizer]([p for p in module.parameters() if p.requires_grad], lr=schedule.lr)
     batches = -(-count // schedule.batch_size)
     total = schedule.epochs * batches
     first = 0
@@ -97,10 +96,8 @@ def fit(
         first = _resume(Path(checkpoint), identity, module, optimizer)
     with _bar(total, first * batches, progress) as bar:
         for epoch in range(first, schedule.epochs):
-            with seeded(
-                schedule.seed * 1_000_003 + epoch
-            ):  # each epoch by itself, so that a resumed run repeats
-                for batch, indices in enumerate(torch.randperm(count).split(schedule.batch_size)):
+            with seeded(schedule.seed * 1_000_003 + epoch):  # each epoch by itself, so that a resumed run repeats
+                for batch, indices in enumerate(torch.split(torch.randperm(count), schedule.batch_size)):
                     rate = 0.5 * schedule.lr * (1 + math.cos(math.pi * (epoch * batches + batch) / total))
                     for group in optimizer.param_groups:
                         group["lr"] = rate
@@ -161,10 +158,9 @@ def accuracy(
     """The fraction of pixels [N, C, H, W] that `model` puts into their class."""
     z, classes = normalised(images, mean, std), class_indices(labels, len(images))
     with torch.no_grad():
-        right = sum(
-            int((model(x).argmax(1) == y).sum())
-            for x, y in zip(z.split(500), classes.split(500), strict=True)
-        )
+        right = 0
+        for start, stop in chunks(len(z), 500):
+            right += int((model(z[start:stop]).argmax(1) == classes[start:stop]).sum())
     return right / max(1, len(z))
 
 
@@ -228,9 +224,7 @@ def load_tensors(path: str | Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types
-        raise TrainingError(
-            f"{path}: cannot be read ({str(error):.120}); delete it or name another file"
-        ) from error
+        raise TrainingError(f"{path}: cannot be read ({error!s:.120}); delete it or name another file") from error
 
 
 def _identity(module: nn.Module, schedule: Schedule, count: int, data: Sequence[torch.Tensor]) -> str:
@@ -265,7 +259,5 @@ def _bar(total: int, done: int, progress: bool | str) -> Iterator[Any]:
         return
     from tqdm import tqdm
 
-    with tqdm(
-        total=total, initial=done, unit="batch", desc=progress if isinstance(progress, str) else "train"
-    ) as bar:
+    with tqdm(total=total, initial=done, unit="batch", desc=progress if isinstance(progress, str) else "train") as bar:
         yield bar

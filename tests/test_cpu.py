@@ -38,7 +38,7 @@ FORWARD_TOLERANCE = 1e-5  # relative; the promise is 1e-4
 ACTIVATIONS = [
     Activation(kind, *parameters)
     for kind, parameters in {
-        **{kind: (0.0, 0.0) for kind in KINDS},
+        **dict.fromkeys(KINDS, (0.0, 0.0)),
         "leaky_relu": (0.1, 0.0),
         "softplus": (1.5, 3.0),
         "hardtanh": (0.0, 6.0),
@@ -137,9 +137,7 @@ def test_fused_activation(op: str, activation: Activation, isa: str) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.kind)
 def test_activation_over_its_whole_range(activation: Activation, isa: str) -> None:
-    x = np.concatenate(
-        [np.linspace(-100, 100, 4001), np.linspace(-1, 1, 4001), [0.0, -0.0, 1e-30, 1e30, -1e30]]
-    )
+    x = np.concatenate([np.linspace(-100, 100, 4001), np.linspace(-1, 1, 4001), [0.0, -0.0, 1e-30, 1e30, -1e30]])
     x = x.astype(np.float32)[None]
     network = Network(x.shape[1:], (Step(activation, (0,)),))
     y, expected = run(network, x), reference(network, x)
@@ -154,9 +152,7 @@ def test_forced_isa_runs(isa: str) -> None:
 
 def test_unknown_isa_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTINV_ISA", "avx9000")
-    with pytest.raises(
-        BackendError, match=r"unknown instruction set 'avx9000'; this machine can run .*portable"
-    ):
+    with pytest.raises(BackendError, match=r"unknown instruction set 'avx9000'; this machine can run .*portable"):
         fastinv.compile(network_of(OPS["conv2d"].cases()[0]), backend="cpu")
 
 
@@ -182,7 +178,7 @@ def test_an_image_has_one_answer(name: str, isa: str) -> None:
         np.testing.assert_array_equal(whole[7:8], run(network, x[7:8], threads=2))
 
 
-# ---- the solver -------------------------------------------------------------------------------------------------------
+# ---- the solver ----------------------------------------------------------------------------------------------------
 
 
 def edge_of(target: torch.nn.Module, at: str, shape: tuple[int, ...]) -> Network:
@@ -293,7 +289,7 @@ def test_solver_can_be_interrupted() -> None:
     assert time.monotonic() - begin < 1.3
 
 
-# ---- the engine as a resident of a process ----------------------------------------------------------------------------
+# ---- the engine as a resident of a process -------------------------------------------------------------------------
 
 
 def test_several_threads_at_once() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from samples import FEATURES, IMAGE, features, inverse_network, rmle
 
 import fastinv
 from fastinv import BackendError, Engine, FeatureError, Network, NetworkError, Solver, Step
 from fastinv.backends import BACKENDS, select
 from fastinv.ops.activation import Activation
+from tests.samples import FEATURES, IMAGE, features, inverse_network, rmle
 
 NETWORK = inverse_network().network
 
@@ -24,9 +24,7 @@ def reference(x: np.ndarray) -> np.ndarray:
     values = [torch.from_numpy(np.array(x, np.float64))]
     for step in NETWORK.steps:
         weights = {name: torch.from_numpy(np.array(w, np.float64)) for name, w in step.weights.items()}
-        values.append(
-            step.activation.reference([step.op.reference([values[i] for i in step.inputs], weights)], {})
-        )
+        values.append(step.activation.reference([step.op.reference([values[i] for i in step.inputs], weights)], {}))
     return np.asarray(values[-1].numpy())
 
 
@@ -137,9 +135,7 @@ def test_layouts(backend: str, layout: str) -> None:
 
 def test_broadcast_input(backend: str) -> None:
     x = np.broadcast_to(features(1), (4, *FEATURES))
-    np.testing.assert_allclose(
-        engine(backend)(x), np.repeat(engine(backend)(features(1)), 4, axis=0), rtol=1e-5
-    )
+    np.testing.assert_allclose(engine(backend)(x), np.repeat(engine(backend)(features(1)), 4, axis=0), rtol=1e-5)
 
 
 def test_contiguous_float32_is_not_copied() -> None:
@@ -235,7 +231,7 @@ def test_features_must_be_finite(value: float, dtype: str) -> None:
     x[29, 1, 2, 3] = x[31, 0, 0, 0] = value
     made = engine("auto")
     made.batch_size = 8
-    with pytest.raises(FeatureError, match="hold 2 values that are NaN or Inf .* image 29"):
+    with pytest.raises(FeatureError, match=r"hold 2 values that are NaN or Inf .* image 29"):
         made(x)
     with pytest.raises(FeatureError, match="image 29"):
         engine("auto")(torch.from_numpy(x).bfloat16())

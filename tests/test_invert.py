@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from samples import FEATURES, IMAGE, features, inverse_network, rmle
 
 import fastinv
 from fastinv import BackendError, FeatureError, FormatError, Network, NetworkError, Report
+from tests.samples import FEATURES, IMAGE, features, inverse_network, rmle
 
 module = importlib.import_module("fastinv.invert")
 
@@ -80,9 +80,7 @@ def test_rmle_gives_what_its_solver_gives(backend: str) -> None:
 @pytest.mark.parametrize("inverter", [inverse_network(), rmle()], ids=["inverse_network", "rmle"])
 def test_the_report_covers_every_image(backend: str, inverter: fastinv.Inverter) -> None:
     for count in (0, 1, 7):
-        images, report = fastinv.invert(
-            features(count), inverter, backend=backend, return_report=True, batch_size=3
-        )
+        images, report = fastinv.invert(features(count), inverter, backend=backend, return_report=True, batch_size=3)
         assert images.shape == (count, *IMAGE)
         assert isinstance(report, Report)
         assert (report.backend, bool(report.isa)) == (backend, True)
@@ -116,9 +114,7 @@ def test_quantised_features(backend: str) -> None:
     np.testing.assert_allclose(images, expected_images(x), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "inverter", [inverse_network(), rmle(steps=100, lr=0.1)], ids=["inverse_network", "rmle"]
-)
+@pytest.mark.parametrize("inverter", [inverse_network(), rmle(steps=100, lr=0.1)], ids=["inverse_network", "rmle"])
 def test_uint8_rounds(backend: str, inverter: fastinv.Inverter) -> None:
     x = features(6) * np.float32(8)
     images = fastinv.invert(x, inverter, backend=backend)
@@ -264,9 +260,7 @@ def test_use_refuses_at_once(tmp_path: Path) -> None:
         fastinv.use(0.5)  # type: ignore[arg-type]
 
 
-def test_a_file_is_read_once_and_again_when_it_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_read_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[Any] = []
     monkeypatch.setattr(module, "load", lambda path: reads.append(path) or fastinv.load(path))
     path = tmp_path / "a.finv"
@@ -327,9 +321,7 @@ def test_threads_of_python(backend: str, compilations: list[Any]) -> None:
     def work(index: int) -> None:
         for again in range(5):
             for which, inverter in enumerate(inverters):
-                found[index, again, which] = fastinv.invert(
-                    inputs[index], inverter, backend=backend, threads=1
-                )
+                found[index, again, which] = fastinv.invert(inputs[index], inverter, backend=backend, threads=1)
 
     workers = [threading.Thread(target=work, args=(index,)) for index in range(len(inputs))]
     for worker in workers:
@@ -344,12 +336,12 @@ def test_threads_of_python(backend: str, compilations: list[Any]) -> None:
 
 
 def _child(queue: Any, x: np.ndarray, inverters: list[fastinv.Inverter], options: dict[str, Any]) -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork; those of the compiled core are made again
     queue.put([fastinv.invert(x, inverter, **options) for inverter in inverters])
 
 
 def test_a_forked_process_inverts_too(backend: str) -> None:
-    # After a fork, torch has neither its OpenMP threads nor autograd.
-    inverters = [inverse_network()] if backend == "torch" else [inverse_network(), rmle()]
+    inverters = [inverse_network()] if backend == "torch" else [inverse_network(), rmle()]  # no autograd after a fork
     options = {"backend": backend, "threads": 1 if backend == "torch" else 2}
     x = features(40)
     expected = [fastinv.invert(x, inverter, **options) for inverter in inverters]
@@ -394,8 +386,8 @@ def test_a_fork_while_another_thread_compiles() -> None:
 def test_importing_fastinv_is_light() -> None:
     code = (
         "import sys, fastinv; dir(fastinv); fastinv.InverseNetwork(fastinv.Network((3, 2, 2)));"
-        "heavy = {'torch', 'triton', 'skimage', 'scipy', 'safetensors', 'tqdm', 'PIL', 'fastinv._core'} & set(sys.modules);"
-        "assert not heavy, heavy"
+        "heavy = {'torch', 'triton', 'skimage', 'scipy', 'safetensors', 'tqdm', 'PIL', 'fastinv._core'};"
+        "loaded = heavy & set(sys.modules); assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

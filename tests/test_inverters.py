@@ -29,9 +29,16 @@ def test_shapes() -> None:
 def test_arguments_become_plain_and_frozen() -> None:
     start = np.zeros(SHAPE)
     inverter = rmle(
-        mean=[0.5, np.float32(0.25), 1], std=2, steps=np.int64(3), lr=1, betas=np.array([0.5, 0.5]), init=start,
-        input_shape=list(SHAPE), clamp=[0, 1], provenance={"a": (1, 2)},
-    )  # fmt: skip
+        mean=[0.5, np.float32(0.25), 1],
+        std=2,
+        steps=np.int64(3),
+        lr=1,
+        betas=np.array([0.5, 0.5]),
+        init=start,
+        input_shape=list(SHAPE),
+        clamp=[0, 1],
+        provenance={"a": (1, 2)},
+    )
     assert inverter.mean == (0.5, 0.25, 1.0)
     assert inverter.std == (2.0,)
     assert type(inverter.steps) is int
@@ -62,16 +69,29 @@ def test_equal_content_is_equal() -> None:
     assert EDGE != "a"
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"edge": Network(SHAPE, (Step(Activation("tanh"), (0,)),))}, {"mean": 0.5}, {"std": 0.5}, {"steps": 1}, {"lr": 1.0},
-        {"tv_weight": 1.0}, {"tv_beta": 1.0}, {"optimizer": "sgd"}, {"init": 0.25}, {"init": np.zeros(SHAPE)},
-        {"clamp": None}, {"keep": "best"}, {"tolerance": 0.1}, {"patience": 2}, {"betas": (0.5, 0.5)}, {"eps": 1e-3},
-        {"momentum": 0.5}, {"provenance": {"seed": 1}},
-    ],
-    ids=lambda change: next(iter(change)),
-)  # fmt: skip
+CHANGES: list[dict[str, Any]] = [
+    {"edge": Network(SHAPE, (Step(Activation("tanh"), (0,)),))},
+    {"mean": 0.5},
+    {"std": 0.5},
+    {"steps": 1},
+    {"lr": 1.0},
+    {"tv_weight": 1.0},
+    {"tv_beta": 1.0},
+    {"optimizer": "sgd"},
+    {"init": 0.25},
+    {"init": np.zeros(SHAPE)},
+    {"clamp": None},
+    {"keep": "best"},
+    {"tolerance": 0.1},
+    {"patience": 2},
+    {"betas": (0.5, 0.5)},
+    {"eps": 1e-3},
+    {"momentum": 0.5},
+    {"provenance": {"seed": 1}},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
 def test_every_field_counts(change: dict[str, Any]) -> None:
     assert rmle(**change) != rmle()
     assert rmle(**change).fingerprint == rmle(**change).fingerprint

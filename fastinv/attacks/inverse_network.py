@@ -58,9 +58,7 @@ def train_inverse_network(
             checkpoint of another run.
     """
     if (pairs is None) == (query is None or images is None):
-        raise TrainingError(
-            "train_inverse_network: pass a query and images, or pairs=(images, features), not both"
-        )
+        raise TrainingError("train_inverse_network: pass a query and images, or pairs=(images, features), not both")
     mean = getattr(query, "mean", (0.0,)) if mean is None else mean
     std = getattr(query, "std", (1.0,)) if std is None else std
     schedule = Schedule(epochs, batch_size, lr, optimizer, seed)
@@ -85,17 +83,13 @@ def train_inverse_network(
         return nn.functional.mse_loss(found, z[indices])
 
     bar = "inverse network" if progress else False
-    return fit(
-        module, loss, len(z), schedule, progress=bar, checkpoint=checkpoint, data=(z, source[slice(0, 8)])
-    )
+    return fit(module, loss, len(z), schedule, progress=bar, checkpoint=checkpoint, data=(z, source[slice(0, 8)]))
 
 
 class Features:
     """The features of all training images: kept in memory, or queried again for every batch when too large."""
 
-    def __init__(
-        self, kept: torch.Tensor | None, query: Callable[[torch.Tensor], torch.Tensor] | None = None
-    ) -> None:
+    def __init__(self, kept: torch.Tensor | None, query: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
         self._kept = kept
         self._query = query
         self.shape = tuple(self[slice(0, 1)].shape[1:])
@@ -146,7 +140,5 @@ def _module(
         return make_decoder(features, image, kind, width=width, depth=depth)
     module = decoder if isinstance(decoder, nn.Module) else decoder()
     if not isinstance(module, nn.Module) or not any(p.requires_grad for p in module.parameters()):
-        raise TrainingError(
-            f"decoder: {type(module).__name__}, expected a torch.nn.Module that can be trained"
-        )
+        raise TrainingError(f"decoder: {type(module).__name__}, expected a torch.nn.Module that can be trained")
     return module

@@ -120,7 +120,7 @@ def rmle(
         before = torch.where(active | (taken == step), found, before)
         if step == steps or not active.any():
             break
-        value.sum().backward()  # images are independent: each gets its own gradient
+        value.sum().backward()  # type: ignore[no-untyped-call]  # images are independent: each gets its own gradient
         frozen = z.detach()[~active].clone()
         optim.step()
         with torch.no_grad():

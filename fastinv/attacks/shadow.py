@@ -127,9 +127,7 @@ def fit_shadow(
 def _shadow(architecture: Architecture) -> nn.Module:
     shadow = architecture if isinstance(architecture, nn.Module) else architecture()
     if not isinstance(shadow, nn.Module) or not any(p.requires_grad for p in shadow.parameters()):
-        raise TrainingError(
-            f"architecture: {type(shadow).__name__}, expected a torch.nn.Module that can be trained"
-        )
+        raise TrainingError(f"architecture: {type(shadow).__name__}, expected a torch.nn.Module that can be trained")
     return shadow
 
 
@@ -138,6 +136,4 @@ def _criterion(loss: str | Loss) -> Loss:
         return nn.functional.cross_entropy
     if callable(loss):
         return loss
-    raise TrainingError(
-        f"loss {loss!r:.40}, expected 'cross_entropy' or a callable (logits, labels) -> scalar"
-    )
+    raise TrainingError(f"loss {loss!r:.40}, expected 'cross_entropy' or a callable (logits, labels) -> scalar")

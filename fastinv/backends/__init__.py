@@ -14,9 +14,8 @@ from fastinv.backends.torch import TorchBackend
 from fastinv.errors import BackendError
 from fastinv.network import Step
 
-PRECISIONS = ("auto", "float32", "bfloat16", "float16", "tf32")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16", "tf32", "float64")
 PLANNED = ("cuda",)  # names that later versions know
-
 
 BACKENDS: tuple[Backend, ...] = (CpuBackend(), TorchBackend())
 
@@ -25,7 +24,7 @@ def select(name: str | None, precision: str, steps: Sequence[Step]) -> tuple[Bac
     """The backend to run `steps` on, and the precision to run them in.
 
     Args:
-        name: a backend, which then runs or is refused, or None or "auto": the one that the environment variable
+        name: a backend, which then runs or is refused; None or "auto": the one that the environment variable
             FASTINV_BACKEND names, else the first that can run the steps.
         precision: a name of `PRECISIONS`; "auto" is float32.
         steps: what has to run.
@@ -46,9 +45,7 @@ def select(name: str | None, precision: str, steps: Sequence[Step]) -> tuple[Bac
     if name in lacks:
         raise BackendError(f"backend {name!r}: {lacks[name]}. Backends that can run this here: {able}")
     if name == "auto":
-        raise BackendError(
-            "no backend can run this: " + "; ".join(f"{n}: {reason}" for n, reason in lacks.items())
-        )
+        raise BackendError("no backend can run this: " + "; ".join(f"{n}: {reason}" for n, reason in lacks.items()))
     what = "is not in this version of fastinv" if name in PLANNED else "is unknown"
     raise BackendError(f"backend {name!r:.40} {what}. Backends that can run this here: {able}")
 
@@ -62,8 +59,6 @@ def _lacks(backend: Backend, precision: str, steps: Sequence[Step]) -> str | Non
         return f"it has no precision {precision}, only {', '.join(backend.precisions)}"
     unsupported = [step for step in steps if not backend.supports(step)]
     if unsupported:
-        names = ", ".join(
-            dict.fromkeys(f"{s.op.name} ({s.source})" if s.source else s.op.name for s in unsupported)
-        )
+        names = ", ".join(dict.fromkeys(f"{s.op.name} ({s.source})" if s.source else s.op.name for s in unsupported))
         return f"it has no kernel for {names:.300}"
     return None

@@ -153,9 +153,7 @@ class Lowering:
             self.values.append(LOWERINGS[step.op.name](self, step, values, shapes, network.shapes[index + 1]))
             self.launches += [index] * (self.values[-1] - max(self.values[:-1]))
 
-    def rearrange(
-        self, value: int, index: npt.NDArray[np.int64], source: Shape, target: Shape, act: Activation
-    ) -> int:
+    def rearrange(self, value: int, index: npt.NDArray[np.int64], source: Shape, target: Shape, act: Activation) -> int:
         """Elements in a new order; `index` holds positions in the row-major input, shaped as the output.
 
         Nothing is launched where the order in memory stays the same.
@@ -216,7 +214,7 @@ def _describe(network: Network, launches: Sequence[int], kernels: Sequence[str])
     ]
 
 
-# ---- one function per op: (lowering, step, input values, input shapes, output shape) -> value --------------------------
+# ---- one function per op: (lowering, step, input values, input shapes, output shape) -> value ----------------------
 
 Lower = Callable[[Lowering, Step, list[int], list[Shape], Shape], int]
 

@@ -136,8 +136,7 @@ def as_module(network: Network, dtype: torch.dtype) -> torch.nn.Module:
         def __init__(self) -> None:
             super().__init__()
             self.weights: list[dict[str, torch.Tensor]] = [
-                {key: torch.tensor(value, dtype=dtype) for key, value in step.weights.items()}
-                for step in network.steps
+                {key: torch.tensor(value, dtype=dtype) for key, value in step.weights.items()} for step in network.steps
             ]
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -36,13 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--out", metavar="OUT", type=Path, required=True, help="a .npy file, or a new folder for PNGs"
     )
     parser.add_argument("--key", help="which array of a file that holds several")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of a .npy file: pixels 0-1 or 0-255"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of a .npy file: pixels 0-1 or 0-255")
     parser.add_argument("--batch-size", type=positive, help="images run at once; does not change the result")
-    parser.add_argument(
-        "--scale", type=numbers, help="of quantised features: a number or one a channel: 0.1,0.2"
-    )
+    parser.add_argument("--scale", type=numbers, help="of quantised features: a number or one a channel: 0.1,0.2")
     parser.add_argument("--zero-point", type=numbers, help="of quantised features, as --scale")
     add_compile_arguments(parser)
 
@@ -58,9 +54,7 @@ def run(args: argparse.Namespace) -> None:
         with files.replacing(args.out) as temporary:
             images, report = _recover(features, inverter, temporary, options | {"dtype": args.dtype})
     elif args.out.suffix:
-        raise FormatError(
-            f"{args.out}: suffix {args.out.suffix!r}, expected .npy, or a folder's name for PNGs"
-        )
+        raise FormatError(f"{args.out}: suffix {args.out.suffix!r}, expected .npy, or a folder's name for PNGs")
     else:
         files.check_png(inverter.image_shape)
         with files.replacing(args.out, folder=True) as temporary:

@@ -44,9 +44,7 @@ class Activation(Op):
             "hardtanh": (0.0, 6.0),
             "softplus": (2.0, 20.0),
         }
-        image = tuple(
-            Case(kind, Activation(kind, *examples.get(kind, (0.0, 0.0))), ((5, 7, 9),)) for kind in KINDS
-        )
+        image = tuple(Case(kind, Activation(kind, *examples.get(kind, (0.0, 0.0))), ((5, 7, 9),)) for kind in KINDS)
         return (*image, Case("flat", Activation("relu"), ((37,),)))
 
 

@@ -33,9 +33,7 @@ class AvgPool2d(Resample):
 
     def validate(self) -> None:
         expect_window(self, self.kernel, self.stride, self.padding)
-        expect(
-            self.divisor is None or self.divisor >= 1, f"avg_pool2d: divisor {self.divisor}, expected >= 1"
-        )
+        expect(self.divisor is None or self.divisor >= 1, f"avg_pool2d: divisor {self.divisor}, expected >= 1")
 
     def output_length(self, axis: int, size: int) -> int:
         window = self.kernel[axis], self.stride[axis], self.padding[axis]
@@ -75,9 +73,7 @@ class AvgPool2d(Resample):
         return (
             Case("2x2", AvgPool2d(), ((16, 8, 8),)),
             Case("padded", AvgPool2d((3, 3), (2, 1), (1, 1)), ((5, 9, 7),)),
-            Case(
-                "without-padding", AvgPool2d((3, 4), (2, 2), (1, 2), count_include_pad=False), ((19, 8, 9),)
-            ),
+            Case("without-padding", AvgPool2d((3, 4), (2, 2), (1, 2), count_include_pad=False), ((19, 8, 9),)),
             Case("ceil-mode", AvgPool2d((3, 2), (2, 2), (1, 1), ceil_mode=True), ((4, 8, 7),)),
             Case("divisor", AvgPool2d((2, 3), (2, 3), divisor=5), ((3, 6, 9),)),
         )

@@ -114,9 +114,7 @@ def expect_inputs(op: Op, inputs: Sequence[Shape], count: int, rank: int | None 
 
 def expect_weights(op: Op, weights: Mapping[str, Shape], **expected: Shape) -> None:
     """Check that exactly these weights are there, in these shapes."""
-    expect(
-        set(weights) == set(expected), f"{op.name}: weights {sorted(weights)}, expected {sorted(expected)}"
-    )
+    expect(set(weights) == set(expected), f"{op.name}: weights {sorted(weights)}, expected {sorted(expected)}")
     for key, shape in expected.items():
         expect(
             tuple(weights[key]) == tuple(shape),
@@ -132,9 +130,7 @@ def _checked(where: str, value: Any, hint: Any) -> Any:
         (hint,) = (h for h in typing.get_args(hint) if h is not type(None))
     if typing.get_origin(hint) is tuple:
         args = typing.get_args(hint)
-        expect(
-            isinstance(value, (tuple, list)), f"{where}: {value!r:.80}, expected a list of {args[0].__name__}"
-        )
+        expect(isinstance(value, (tuple, list)), f"{where}: {value!r:.80}, expected a list of {args[0].__name__}")
         if args[-1] is Ellipsis:
             expect(len(value) <= 16, f"{where}: {len(value)} entries, expected at most 16")
             args = args[:1] * len(value)

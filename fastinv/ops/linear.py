@@ -23,9 +23,7 @@ class Linear(Op):
         expect_inputs(self, inputs, 1)
         expect(len(inputs[0]) >= 1, "linear: a scalar input, expected rank 1 or more")
         weight = weights.get("weight", ())
-        expect(
-            len(weight) == 2 and min(weight) >= 1, f"linear: weight has shape {list(weight)}, expected [O, I]"
-        )
+        expect(len(weight) == 2 and min(weight) >= 1, f"linear: weight has shape {list(weight)}, expected [O, I]")
         expect_weights(self, weights, weight=(weight[0], inputs[0][-1]), bias=(weight[0],))
         return (*inputs[0][:-1], weight[0])
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fastinv.ops.base import Case, Op, Pair, Shape, expect, expect_inputs, expect_weights
+from fastinv.ops.base import Case, Op, Pair, Shape, expect_inputs, expect_weights
 from fastinv.ops.window import expect_window, pooled_size
 
 if TYPE_CHECKING:
@@ -34,9 +34,7 @@ class MaxPool2d(Op):
         c, *sizes = inputs[0]
         h, w = (
             pooled_size(self, size, *window, ceil_mode=self.ceil_mode)
-            for size, *window in zip(
-                sizes, self.kernel, self.stride, self.padding, self.dilation, strict=True
-            )
+            for size, *window in zip(sizes, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         )
         return (c, h, w)
 

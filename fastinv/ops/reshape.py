@@ -25,9 +25,7 @@ class Reshape(Rearrange):
     target: tuple[int, ...] = ()
 
     def validate(self) -> None:
-        expect(
-            all(v >= 1 for v in self.target), f"reshape: target {list(self.target)}, expected positive sizes"
-        )
+        expect(all(v >= 1 for v in self.target), f"reshape: target {list(self.target)}, expected positive sizes")
 
     def shape(self, inputs: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
         expect_inputs(self, inputs, 1)

@@ -37,9 +37,7 @@ class Upsample(Resample):
             f"upsample: output_size {self.output_size}, expected >= 1",
         )
         expect(self.mode in MODES, f"upsample: mode {self.mode!r:.40}, expected one of {', '.join(MODES)}")
-        expect(
-            not self.align_corners or self.mode == "bilinear", "upsample: align_corners belongs to bilinear"
-        )
+        expect(not self.align_corners or self.mode == "bilinear", "upsample: align_corners belongs to bilinear")
         expect(
             self.scales is None or all(1e-6 < s < 1e6 for s in self.scales),
             f"upsample: scales {self.scales}, expected positive factors",

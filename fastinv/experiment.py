@@ -1,0 +1,184 @@
+"""What `fastinv demo` and `fastinv train` have in common: data, a trained target, exported attacks, scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from fastinv.attacks.rmle import PAPER_PRESETS
+from fastinv.data import Dataset, Indices, halves, load, photographs
+from fastinv.errors import DataError, TrainingError
+from fastinv.export import export
+from fastinv.inverters import RMLE, InverseNetwork
+from fastinv.metrics import psnr, ssim
+from fastinv.models import CIFAR_NORMALISATION, MNIST_NORMALISATION, cifar_net, lenet5
+from fastinv.ops.base import Shape
+from fastinv.split import Split
+from fastinv.training import accuracy, load_tensors, save_tensors, seeded, train_target
+
+PHOTOGRAPHS = "photographs"
+Pixels = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Model:
+    """One of the paper's targets, its normalisation and the split point to take where none is named."""
+
+    name: str
+    make: Callable[[int], nn.Module]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    split: str
+
+
+MODELS: dict[Shape, Model] = {
+    (1, 28, 28): Model("lenet5", lenet5, *MNIST_NORMALISATION, "ReLU2"),
+    (3, 32, 32): Model("cifar_net", cifar_net, *CIFAR_NORMALISATION, "ReLU22"),
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A data set, the target that fits its images, and the halves of the training set.
+
+    Attributes:
+        train, test: the whole sets.
+        model: the target's structure.
+        seed: of the halves, the training and everything else.
+    """
+
+    train: Dataset
+    test: Dataset
+    model: Model
+    seed: int
+
+    @classmethod
+    def on(cls, source: str | Path, seed: int) -> Experiment:
+        """Read the data in a folder, or cut "photographs" into crops.
+
+        Raises:
+            DataError: no data set, or images of a shape that no target of the paper takes.
+        """
+        if str(source) == PHOTOGRAPHS:
+            train, test = photographs(seed)
+        else:
+            train, test = load(source, size=(32, 32), seed=seed)
+            if train.image_shape == (1, 32, 32):  # a folder of grey images
+                train, test = load(source, size=(28, 28), seed=seed)
+        if train.image_shape not in MODELS:
+            known = " or ".join(str(list(shape)) for shape in MODELS)
+            raise DataError(
+                f"{source}: images {list(train.image_shape)}; the targets at hand take {known}. For others use the "
+                "Python interface: fastinv.Split takes any nn.Module"
+            )
+        return cls(train, test, MODELS[train.image_shape], seed)
+
+    def half(self, knowledge: str) -> Indices:
+        """Indices of the training images that an attacker of this knowledge has; "same" are the target's own."""
+        same, other = halves(len(self.train), self.seed)
+        return same if knowledge == "same" else other
+
+    def target(
+        self,
+        epochs: int,
+        *,
+        file: Path | None = None,
+        checkpoint: Path | None = None,
+        progress: bool = True,
+    ) -> nn.Module:
+        """The target, trained on the half "same"; read from `file` where that exists, and written there otherwise.
+
+        Raises:
+            TrainingError: the file holds no weights of this target, or of another run.
+        """
+        chosen = self.half("same")
+        with seeded(self.seed):
+            module = self.model.make(len(self.train.classes))
+        if file is not None and file.exists():
+            return _load_target(module, file, self._identity())
+        options = {"mean": self.model.mean, "std": self.model.std, "seed": self.seed}
+        train_target(
+            module,
+            self.train.pixels(chosen),
+            self.train.labels[chosen],
+            epochs=epochs,
+            checkpoint=checkpoint,
+            progress=progress,
+            **options,
+        )
+        if file is not None:
+            save_tensors({"identity": self._identity(), "weights": module.state_dict()}, file)
+        return module
+
+    def accuracy(self, target: nn.Module) -> float:
+        """The fraction of test images that the target puts into their class."""
+        options = {"mean": self.model.mean, "std": self.model.std}
+        return accuracy(target, self.test.pixels(), self.test.labels, **options)
+
+    def inverse_network(self, split: Split, module: nn.Module, **provenance: Any) -> InverseNetwork:
+        """A trained inverse network, exported."""
+        features = split.features(self.test.pixels(slice(0, 2)))
+        network = export(module, torch.zeros(features.shape))
+        return InverseNetwork(network, split.mean, split.std, self._provenance(split, provenance))
+
+    def rmle(self, split: Split, edge: nn.Module, options: dict[str, Any], **provenance: Any) -> RMLE:
+        """rMLE through the edge or a shadow of it: the paper's recipe for the split point, changed by `options`."""
+        shape = self.test.image_shape
+        chosen = PAPER_PRESETS.get(split.at, PAPER_PRESETS["conv1"]) | options
+        network = export(edge, torch.zeros(2, *shape))
+        chosen |= {"mean": split.mean, "std": split.std, "provenance": self._provenance(split, provenance)}
+        return RMLE(network, shape, **chosen)
+
+    def _provenance(self, split: Split, more: dict[str, Any]) -> dict[str, Any]:
+        known = {"target": self.model.name, "split": split.at, "data": self.train.name, "seed": self.seed}
+        return {**known, **more, "torch": torch.__version__}
+
+    def held_out(self, count: int) -> Pixels:
+        """Test images, chosen by the seed, pixels [min(count, all), C, H, W]."""
+        order = np.random.default_rng((self.seed, 2)).permutation(len(self.test))
+        return self.test.pixels(order[:count])
+
+    def _identity(self) -> dict[str, Any]:
+        """What has to agree for a target's weights to be of this experiment."""
+        return {"model": self.model.name, "data": self.train.name, "images": len(self.train), "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How close recovered images are to the truth, for each image."""
+
+    psnr: npt.NDArray[np.float64]
+    ssim: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, truth: Pixels, recovered: Pixels) -> Scores:
+        """Scores of images [N, C, H, W]."""
+        return cls(psnr(truth, recovered), ssim(truth, recovered))
+
+    def captions(self) -> list[str]:
+        """One text an image."""
+        return [f"{p:.1f} dB / {s:.2f}" for p, s in zip(self.psnr, self.ssim, strict=True)]
+
+    def __str__(self) -> str:
+        return f"PSNR {self.psnr.mean():.2f} dB, SSIM {self.ssim.mean():.3f}"
+
+
+def _load_target(module: nn.Module, file: Path, identity: dict[str, Any]) -> nn.Module:
+    """Read weights as `Experiment.target` saves them, or a bare state dict."""
+    state = load_tensors(file)
+    if isinstance(state, dict) and state.keys() == {"identity", "weights"}:
+        if state["identity"] != identity:
+            raise TrainingError(f"{file}: of the run {state['identity']}, expected {identity}; name another file")
+        state = state["weights"]
+    try:
+        module.load_state_dict(state)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise TrainingError(f"{file}: no weights of this target ({str(error):.200}); name another file") from None
+    return module.eval()

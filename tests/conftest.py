@@ -1,0 +1,28 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fastinv.backends import BACKENDS
+
+AVAILABLE = [backend.name for backend in BACKENDS if backend.available() is None]
+
+
+@pytest.fixture(params=AVAILABLE)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that runs here, by name."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with `mnist/` and `cifar10/`: $FASTINV_TEST_DATA, or `shared/data` beside the checkout."""
+    named = os.environ.get("FASTINV_TEST_DATA")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared/data"
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder}; set FASTINV_TEST_DATA to a folder with mnist/ and cifar10/")
+    return folder
