@@ -1,13 +1,22 @@
 """fastinv recovers inputs from the features that a split neural network sends, at the speed of the hardware.
 
-Everything a user needs is here. Importing it loads neither torch nor the compiled core: names that need them are
-loaded when they are first used.
+Everything a user needs is here. Importing it does not load torch: names that need it are loaded when they are first
+used.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+try:
+    from fastinv import _core as _core
+except ImportError as error:
+    raise ImportError(
+        f"fastinv's compiled core is missing or broken ({error}). Build it with `pip install .` in the source tree, "
+        "which needs a C++17 compiler such as g++; and run Python outside the source tree, whose folder fastinv/ has "
+        "no core, or install with `pip install -e .` to work inside it"
+    ) from error
 
 from fastinv.backends.base import Report
 from fastinv.engine import Engine, Solver, compile

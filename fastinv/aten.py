@@ -330,6 +330,12 @@ def _same(to: Conversion, x: Value, *_: Any, **__: Any) -> Value:
     return x
 
 
+def _size(to: Conversion, x: Value, axis: int) -> Any:
+    """A symbolic size, for what reshapes by it; reshapes themselves go by the shape torch traced."""
+    assert to.node is not None
+    return to.node.meta["val"]
+
+
 def _dropout(to: Conversion, x: Value, p: float, train: bool) -> Value:
     if train and p > 0:
         to.unsupported("dropout in training mode")
@@ -372,6 +378,7 @@ def _table() -> dict[str, Callable[..., Value]]:
         "aten.cat.default": _cat,
         "aten.pad.default": _pad,
         "aten.constant_pad_nd.default": lambda to, x, padding, value=0: _pad(to, x, padding, value=value),
+        "aten.sym_size.int": _size,
         "aten.softplus.default": _activation("softplus", 1.0, 20.0),
     }
     for name in (

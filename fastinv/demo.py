@@ -136,9 +136,7 @@ def _train(demo: Demo, experiment: Experiment, split: Split) -> torch.nn.Module:
     )
 
 
-def _expect_same(
-    images: Pixels, decoder: torch.nn.Module, features: Pixels, inverter: fastinv.InverseNetwork
-) -> float:
+def _expect_same(images: Pixels, decoder: torch.nn.Module, features: Pixels, inverter: fastinv.InverseNetwork) -> float:
     """The relative difference of the engine's pixels from those of PyTorch in float64."""
     exact = copy.deepcopy(decoder).double()
     mean, std = (torch.tensor(v, dtype=torch.float64).reshape(-1, 1, 1) for v in (inverter.mean, inverter.std))
@@ -156,9 +154,7 @@ def _expect_same(
     return error
 
 
-def _race(
-    demo: Demo, inverter: fastinv.InverseNetwork, decoder: torch.nn.Module, features: Pixels
-) -> float:
+def _race(demo: Demo, inverter: fastinv.InverseNetwork, decoder: torch.nn.Module, features: Pixels) -> float:
     """How many times as fast as PyTorch eager the compiled inverse network is, with as many threads."""
     threads = len(os.sched_getaffinity(0))
     engine = fastinv.compile(inverter, threads=threads)
@@ -179,5 +175,6 @@ def _solve(demo: Demo, experiment: Experiment, split: Split, features: Pixels) -
     solver = experiment.rmle(split, split.edge, options, attack="rmle")
     path = demo.out / "rmle.finv"
     solver.save(path)
-    images: Pixels = fastinv.invert(features, path, batch_size=1, progress=demo.progress)
+    workers = len(os.sched_getaffinity(0))
+    images: Pixels = fastinv.invert(features, path, batch_size=workers, progress=demo.progress)
     return images

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -128,9 +128,10 @@ class Solver:
 
     def _solve(self, features: Array, out: Array, start: Array) -> Report:
         z, report = self._compiled.solve(features, start)
-        np.multiply(z, self._std, out=out)
-        np.add(out, self._mean, out=out)
-        np.clip(out, 0.0, 1.0, out=out)
+        with np.errstate(over="ignore", invalid="ignore"):  # the objective tells of an image that diverged
+            np.multiply(z, self._std, out=out)
+            np.add(out, self._mean, out=out)
+            np.clip(out, 0.0, 1.0, out=out)
         return report
 
     def _start(self, init: Any, count: int) -> Array:
@@ -158,6 +159,12 @@ class Solver:
         return f"Solver({shapes}, {recipe.optimizer}, {self.backend}, {self.isa}, {self.precision})"
 
 
+@overload
+def compile(
+    what: Network | InverseNetwork, backend: str | None = ..., precision: str = ..., threads: int | None = ...
+) -> Engine: ...
+@overload
+def compile(what: RMLE, backend: str | None = ..., precision: str = ..., threads: int | None = ...) -> Solver: ...
 def compile(
     what: Network | InverseNetwork | RMLE,
     backend: str | None = "auto",

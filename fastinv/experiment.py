@@ -126,7 +126,7 @@ class Experiment:
         """A trained inverse network, exported."""
         features = split.features(self.test.pixels(slice(0, 2)))
         network = export(module, torch.zeros(features.shape))
-        return InverseNetwork(network, split.mean, split.std, self._provenance(split, provenance))
+        return InverseNetwork(network, split.mean, split.std, provenance=self._provenance(split, provenance))
 
     def rmle(self, split: Split, edge: nn.Module, options: dict[str, Any], **provenance: Any) -> RMLE:
         """rMLE through the edge or a shadow of it: the paper's recipe for the split point, changed by `options`."""
@@ -180,5 +180,5 @@ def _load_target(module: nn.Module, file: Path, identity: dict[str, Any]) -> nn.
     try:
         module.load_state_dict(state)
     except (AttributeError, RuntimeError, TypeError) as error:
-        raise TrainingError(f"{file}: no weights of this target ({str(error):.200}); name another file") from None
+        raise TrainingError(f"{file}: no weights of this target ({error!s:.200}); name another file") from None
     return module.eval()

@@ -164,7 +164,7 @@ class RMLE(Inverter):
         for name in ("steps", "patience"):
             _freeze_number(self, name, int(name == "patience"), MAX_ITERATIONS, integer=True)
         for name, low, high in (
-            ("lr", 0.0, MAX_FLOAT),
+            ("lr", 0.0, 1e6),
             ("tv_weight", 0.0, MAX_FLOAT),
             ("tv_beta", 1.0, 10.0),
             ("tolerance", 0.0, MAX_FLOAT),

@@ -81,12 +81,12 @@ def _ssim(x: Doubles, y: Doubles) -> Doubles:
 
 
 def _images(a: Any, b: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    x, y = (as_numpy(v, "images")[0] for v in (a, b))
-    if x.shape != y.shape or x.ndim != 4:
+    (x, x_type, _), (y, y_type, _) = as_numpy(a, "images"), as_numpy(b, "images")
+    if x.shape != y.shape or x.ndim != 4 or 0 in x.shape[1:]:
         raise FeatureError(f"images of shapes {list(x.shape)} and {list(y.shape)}, expected two equal [N, C, H, W]")
-    for v in (x, y):
-        if v.dtype.kind != "f" or v.dtype.itemsize < 4:
-            raise FeatureError(f"images of dtype {v.dtype}, expected float32 or float64 pixels in [0, 1]")
+    for v, dtype in ((x, x_type), (y, y_type)):
+        if dtype not in ("float32", "float64"):
+            raise FeatureError(f"images of dtype {dtype}, expected float32 or float64 pixels in [0, 1]")
         if np.isnan(v).any():
             raise FeatureError("images hold NaN; drop or mend these images")
     return x, y

@@ -23,9 +23,17 @@ Doubles = npt.NDArray[np.float64]
 
 def simplify(network: Network) -> Network:
     """An equal network with no more steps. Weights are folded in float64 and rounded to float32."""
-    while (simpler := _drop(network) or _merge(network)) is not None:
-        network = simpler
-    return network
+    graph = _Graph(network.input_shape)
+    live = _live(network)
+    values = [0]  # in the graph, for each of the network's
+    for index, step in enumerate(network.steps):
+        if index not in live:
+            values.append(-1)  # read by nobody
+            continue
+        readers = sum(reader in live for reader in network.consumers[index + 1])
+        inputs = [values[i] for i in step.inputs]
+        values.append(graph.add(step, inputs, network.shapes[index + 1], readers))
+    return graph.network()
 
 
 def with_denormalisation(network: Network, mean: Sequence[float], std: Sequence[float]) -> Network:
@@ -44,48 +52,67 @@ def with_denormalisation(network: Network, mean: Sequence[float], std: Sequence[
     return simplify(Network(network.input_shape, (*network.steps, step)))
 
 
-def _drop(network: Network) -> Network | None:
-    """`network` without one step that nothing reads or that does nothing; None where there is none."""
-    indices = range(len(network.steps))
-    # Dead steps go first: dropping an identity at the end must leave its input the last value.
-    for index in indices[:-1]:
-        if not network.consumers[index + 1]:
-            return _without(network.input_shape, network.steps, index)
-    for index in indices:
-        step = network.steps[index]
-        if _is_identity(step, network.shapes[step.inputs[0]]):
-            return _without(network.input_shape, network.steps, index)
-    return None
+def _live(network: Network) -> set[int]:
+    """The steps that the output depends on."""
+    live: set[int] = set()
+    for index in reversed(range(len(network.steps))):
+        if index == len(network.steps) - 1 or not live.isdisjoint(network.consumers[index + 1]):
+            live.add(index)
+    return live
 
 
-def _merge(network: Network) -> Network | None:
-    """`network` with the first pair of steps merged that a rewrite fits; None where none does."""
-    for index, step in enumerate(network.steps):
-        value = step.inputs[0]
-        if len(step.inputs) != 1 or value == 0 or network.consumers[value] != (index,):
-            continue
-        producer = network.steps[value - 1]
+class _Graph:
+    """The simplified network, built step by step: each new step is merged with those before it as far as it goes."""
+
+    def __init__(self, input_shape: Shape) -> None:
+        self.shapes = [input_shape]  # of every value; value k + 1 is the result of step k
+        self.readers = [0]
+        self.steps: list[Step | None] = []  # None where the step went into a later one
+        self.inputs: list[list[int]] = []
+
+    def add(self, step: Step, inputs: list[int], shape: Shape, readers: int) -> int:
+        """Append `step`, whose result `readers` steps will read; the value that stands for the result."""
+        while True:
+            if _is_identity(step, self.shapes[inputs[0]]):
+                self.readers[inputs[0]] += readers - 1
+                return inputs[0]
+            merged = self._merged(step, inputs)
+            if merged is None:
+                break
+            producer = inputs[0] - 1
+            step, inputs = merged, self.inputs[producer]
+            self.steps[producer] = None
+        self.steps.append(step)
+        self.inputs.append(inputs)
+        self.shapes.append(shape)
+        self.readers.append(readers)
+        return len(self.steps)
+
+    def _merged(self, step: Step, inputs: list[int]) -> Step | None:
+        """One step for `step` and the producer of its input, by the first rewrite that fits; None where none does."""
+        value = inputs[0]
+        if len(inputs) != 1 or value == 0 or self.readers[value] != 1:
+            return None
+        producer = self.steps[value - 1]
+        assert producer is not None, "a step that went into a later one has no reader left"
+        before = self.shapes[self.inputs[value - 1][0]]
         for rewrite in REWRITES:
-            merged = rewrite(producer, step, network.shapes[producer.inputs[0]], network.shapes[value])
+            merged = rewrite(producer, step, before, self.shapes[value])
             if merged is not None:
                 source = " + ".join(dict.fromkeys(s.source for s in (producer, step) if s.source))
-                steps = list(network.steps)
-                steps[value - 1] = dataclasses.replace(merged, inputs=producer.inputs, source=source)
-                return _without(network.input_shape, steps, index)
-    return None
+                return dataclasses.replace(merged, source=source)
+        return None
 
-
-def _without(input_shape: Shape, steps: Sequence[Step], dropped: int) -> Network:
-    """The network without one step, whose readers read its first input instead."""
-    instead = steps[dropped].inputs[0]
-
-    def moved(value: int) -> int:
-        return instead if value == dropped + 1 else value - (value > dropped + 1)
-
-    kept = [step for index, step in enumerate(steps) if index != dropped]
-    return Network(
-        input_shape, tuple(dataclasses.replace(step, inputs=tuple(map(moved, step.inputs))) for step in kept)
-    )
+    def network(self) -> Network:
+        """The steps that are left, with their values numbered anew."""
+        numbers = {0: 0}
+        steps: list[Step] = []
+        for value, step in enumerate(self.steps, start=1):
+            if step is not None:
+                inputs = tuple(numbers[i] for i in self.inputs[value - 1])
+                steps.append(dataclasses.replace(step, inputs=inputs))
+                numbers[value] = len(steps)
+        return Network(self.shapes[0], tuple(steps))
 
 
 def _is_identity(step: Step, shape: Shape) -> bool:

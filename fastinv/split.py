@@ -45,7 +45,8 @@ class Split:
             raise SplitError(f"Split: a {type(model).__name__}, expected a torch.nn.Module")
         names = [name for name, _ in model.named_modules() if name]
         if at not in names:
-            close = difflib.get_close_matches(str(at), names, n=3)
+            folded = {name.casefold(): name for name in names}
+            close = [folded[c] for c in difflib.get_close_matches(str(at).casefold(), folded, n=3)]
             hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(names[:20])}"
             raise SplitError(f"Split: the model has no layer {at!r:.60}; {hint}")
         self.at = at

@@ -6,8 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from fastinv.backends import BACKENDS
+
+# The first example of a test may load torch, and tests run on machines that do other work, too: no deadlines.
+settings.register_profile("fastinv", deadline=None)
+settings.load_profile("fastinv")
 
 AVAILABLE = [backend.name for backend in BACKENDS if backend.available() is None]
 

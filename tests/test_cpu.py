@@ -11,8 +11,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from checks import ISAS, check_gradient, network_of, randn, reference, relative, run
 
 import fastinv
+from fastinv import _core
 from fastinv.attacks.rmle import rmle
 from fastinv.backends.cpu import ACTIVATION_CODES, LOWERINGS, CpuBackend
 from fastinv.backends.torch import as_module
@@ -23,16 +25,7 @@ from fastinv.models import cifar_net, lenet5, shadow_edge
 from fastinv.network import Network, Step
 from fastinv.ops import OPS
 from fastinv.ops.activation import KINDS, Activation
-from fastinv.ops.reshape import Reshape
-from tests.networks import network_of
 
-reason = CpuBackend().available()
-if reason:
-    pytest.fail(f"the compiled core is part of the package: {reason}", pytrace=False)
-
-from fastinv import _core  # noqa: E402 - after the check
-
-ISAS = [name for name, runnable in _core.isas() if runnable]
 CASES = [pytest.param(case, id=f"{op.name}-{case.name}") for op in OPS.values() for case in op.cases()]
 FORWARD_TOLERANCE = 1e-5  # relative; the promise is 1e-4
 ACTIVATIONS = [
@@ -51,59 +44,6 @@ ACTIVATIONS = [
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("FASTINV_ISA", request.param)
     return str(request.param)
-
-
-def randn(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
-
-
-def reference(network: Network, x: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return as_module(network, torch.float64)(torch.from_numpy(x).double()).numpy()
-
-
-def run(network: Network, x: np.ndarray, threads: int = 1) -> np.ndarray:
-    return fastinv.compile(network, backend="cpu", threads=threads)(x)
-
-
-def gradient(network: Network, z: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """∇_z Σ(network(z) − v)² by one step of plain gradient descent with a step size of 1."""
-    recipe = RMLE(
-        network,
-        network.input_shape,
-        steps=1,
-        lr=1.0,
-        tv_weight=0.0,
-        optimizer="sgd",
-        clamp=None,
-    )
-    after, report = CpuBackend().compile_solver(recipe, "float32", 1).solve(features, z)
-    assert (report.steps == 1).all()
-    return z - after
-
-
-def reference_gradient(network: Network, z: np.ndarray, features: np.ndarray) -> np.ndarray:
-    start = torch.from_numpy(z).double().requires_grad_(True)
-    residual = as_module(network, torch.float64)(start) - torch.from_numpy(features).double()
-    (grad,) = torch.autograd.grad(residual.square().sum(), start)
-    return grad.numpy()
-
-
-def check_gradient(network: Network) -> None:
-    if len(network.input_shape) != 3:  # solvers work on images
-        size = int(np.prod(network.input_shape))
-        steps = tuple(dataclasses.replace(s, inputs=tuple(i + 1 for i in s.inputs)) for s in network.steps)
-        network = Network((1, 1, size), (Step(Reshape(network.input_shape), (0,)), *steps))
-    z = randn(2, *network.input_shape, seed=1)
-    features = (reference(network, z) + 0.5 * randn(2, *network.output_shape, seed=2)).astype(np.float32)
-    # Where the result barely matters the difference z − after would only show rounding: compare in units of z.
-    expected = reference_gradient(network, z, features)
-    error = np.linalg.norm(gradient(network, z, features) - expected)
-    assert error <= 1e-4 * np.linalg.norm(expected) + 1e-6 * np.linalg.norm(z)
 
 
 def test_tables_cover_every_op_and_activation() -> None:

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from samples import conv, inverse_network, rmle
 
 import fastinv
 from fastinv import RMLE, FormatError, InverseNetwork, Network, Step, finv
 from fastinv.ops import OPS
 from fastinv.ops.activation import KINDS, Activation
 from fastinv.ops.add import Add
-from tests.samples import conv, inverse_network, rmle
 
 
 def read_bytes(data: bytes) -> fastinv.Inverter:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import tomllib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from samples import FEATURES, IMAGE, features, inverse_network, rmle
 
 import fastinv
 from fastinv import BackendError, FeatureError, FormatError, Network, NetworkError, Report
-from tests.samples import FEATURES, IMAGE, features, inverse_network, rmle
 
 module = importlib.import_module("fastinv.invert")
 
@@ -51,7 +52,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def expected_images(x: np.ndarray, **changes: Any) -> np.ndarray:
     """What `inverse_network()` gives, from its parts."""
     inverter = inverse_network(**changes)
-    z = fastinv.compile(inverter.network, "torch")(x)  # type: ignore[operator]
+    z = fastinv.compile(inverter.network, "torch")(x)
     mean, std = (np.reshape(v, (-1, 1, 1)) for v in (inverter.mean, inverter.std))
     return np.asarray(np.clip(z * std + mean, 0, 1))
 
@@ -71,7 +72,7 @@ def test_an_inverse_network_gives_pixels(backend: str) -> None:
 def test_rmle_gives_what_its_solver_gives(backend: str) -> None:
     x = features(5)
     images, report = fastinv.invert(x, rmle(), backend=backend, return_report=True)
-    again, solved = fastinv.compile(rmle(), backend).solve(x)  # type: ignore[union-attr]
+    again, solved = fastinv.compile(rmle(), backend).solve(x)
     np.testing.assert_array_equal(images, again)
     np.testing.assert_array_equal(report.objective, solved.objective)
     assert report.steps.tolist() == [7] * 5
@@ -386,7 +387,7 @@ def test_a_fork_while_another_thread_compiles() -> None:
 def test_importing_fastinv_is_light() -> None:
     code = (
         "import sys, fastinv; dir(fastinv); fastinv.InverseNetwork(fastinv.Network((3, 2, 2)));"
-        "heavy = {'torch', 'triton', 'skimage', 'scipy', 'safetensors', 'tqdm', 'PIL', 'fastinv._core'};"
+        "heavy = {'torch', 'triton', 'skimage', 'scipy', 'safetensors', 'tqdm', 'PIL'};"
         "loaded = heavy & set(sys.modules); assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -402,6 +403,11 @@ def test_public_names() -> None:
         assert callable(getattr(fastinv, name))
     with pytest.raises(AttributeError, match="no attribute 'inverse'"):
         _ = fastinv.inverse  # type: ignore[attr-defined]
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert project.get("version", fastinv.__version__) == fastinv.__version__
 
 
 def test_the_network_of_a_large_batch_is_not_copied_whole() -> None:

@@ -1,6 +1,6 @@
 """The ways to run a network. `BACKENDS` is the one list of them, best first.
 
-Listing a backend loads neither torch nor the compiled core: each loads what it needs when it is asked to.
+Listing a backend does not load torch: that one loads it when it is asked to.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fastinv import _core
 from fastinv.backends.base import Array, Report
 from fastinv.errors import BackendError
 from fastinv.network import Network, Step
@@ -27,7 +28,6 @@ from fastinv.ops.rearrange import Rearrange
 from fastinv.ops.resample import Resample
 
 if TYPE_CHECKING:
-    from fastinv import _core
     from fastinv.inverters import RMLE
 
 ACTIVATION_CODES = {  # the order of ActivationKind in csrc/kernels.h
@@ -57,14 +57,7 @@ class CpuBackend:
     precisions: tuple[str, ...] = ("float32",)
 
     def available(self) -> str | None:
-        try:
-            from fastinv import _core  # noqa: F401 - whether it loads is the question
-        except ImportError as error:
-            return (
-                f"the compiled core is missing or broken ({error}); build it with `pip install .` in the source "
-                "tree, which needs a C++17 compiler such as g++ >= 9"
-            )
-        return None
+        return None  # without the core the package itself does not load
 
     def supports(self, step: Step) -> bool:
         return step.op.name in LOWERINGS
@@ -82,8 +75,6 @@ class CpuNetwork:
     precision = "float32"
 
     def __init__(self, network: Network, threads: int | None) -> None:
-        from fastinv import _core
-
         lowering = Lowering(network, differentiable=False)
         self._engine = _core.Engine(lowering.program, _thread_count(threads))
         self._network = network
@@ -103,7 +94,6 @@ class CpuSolver:
     precision = "float32"
 
     def __init__(self, recipe: RMLE, threads: int | None) -> None:
-        from fastinv import _core
         from fastinv.inverters import channelwise
 
         low: list[float] = []
@@ -141,8 +131,6 @@ class Lowering:
     """A network turned into a program of the core, step by step."""
 
     def __init__(self, network: Network, *, differentiable: bool) -> None:
-        from fastinv import _core
-
         self.network = network
         self.program: _core.Program = _core.Program(_isa(), list(network.input_shape), differentiable)
         self.values = [0]  # the program's value for every value of the network
@@ -184,8 +172,6 @@ def _internal(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _isa() -> str:
-    from fastinv import _core
-
     try:
         return _core.resolve_isa(os.environ.get("FASTINV_ISA", ""))
     except ValueError as error:
@@ -193,8 +179,6 @@ def _isa() -> str:
 
 
 def _thread_count(threads: int | None) -> int:
-    from fastinv import _core
-
     return _core.available_threads() if threads is None else threads
 
 

@@ -75,5 +75,6 @@ class AvgPool2d(Resample):
             Case("padded", AvgPool2d((3, 3), (2, 1), (1, 1)), ((5, 9, 7),)),
             Case("without-padding", AvgPool2d((3, 4), (2, 2), (1, 2), count_include_pad=False), ((19, 8, 9),)),
             Case("ceil-mode", AvgPool2d((3, 2), (2, 2), (1, 1), ceil_mode=True), ((4, 8, 7),)),
+            Case("ceil-mode-larger-than-input", AvgPool2d((3, 3), (2, 2), ceil_mode=True), ((5, 2, 7),)),
             Case("divisor", AvgPool2d((2, 3), (2, 3), divisor=5), ((3, 6, 9),)),
         )

@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fastinv.ops.base import MAX_ATTRIBUTE, Case, Op, Pair, Shape, expect, expect_inputs, expect_weights
+from fastinv.ops.base import (
+    MAX_ATTRIBUTE,
+    MAX_ELEMENTS,
+    Case,
+    Op,
+    Pair,
+    Shape,
+    expect,
+    expect_inputs,
+    expect_weights,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +60,10 @@ class Conv2d(Op):
         )
         expect_weights(self, weights, weight=(o, c // self.groups, kh, kw), bias=(o,))
         top, bottom, left, right = self.padding
-        oh = (h + top + bottom - self.dilation[0] * (kh - 1) - 1) // self.stride[0] + 1
-        ow = (w + left + right - self.dilation[1] * (kw - 1) - 1) // self.stride[1] + 1
+        rows, columns = h + top + bottom, w + left + right
+        expect(c * rows * columns <= MAX_ELEMENTS, f"conv2d: padding {self.padding} makes {h}×{w} too large")
+        oh = (rows - self.dilation[0] * (kh - 1) - 1) // self.stride[0] + 1
+        ow = (columns - self.dilation[1] * (kw - 1) - 1) // self.stride[1] + 1
         expect(oh >= 1 and ow >= 1, f"conv2d: kernel {kh}×{kw} does not fit input {h}×{w} with {self}")
         return (o, oh, ow)
 

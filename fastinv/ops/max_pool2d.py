@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fastinv.ops.base import Case, Op, Pair, Shape, expect_inputs, expect_weights
+from fastinv.ops.base import Case, Op, Pair, Shape, expect, expect_inputs, expect_weights
 from fastinv.ops.window import expect_window, pooled_size
 
 if TYPE_CHECKING:
@@ -32,6 +32,11 @@ class MaxPool2d(Op):
         expect_inputs(self, inputs, 1, rank=3)
         expect_weights(self, weights)
         c, *sizes = inputs[0]
+        for size, padding, dilation in zip(sizes, self.padding, self.dilation, strict=True):
+            expect(
+                padding == 0 or dilation <= size,
+                f"max_pool2d: dilation {dilation} on input size {size} makes windows of nothing but padding",
+            )
         h, w = (
             pooled_size(self, size, *window, ceil_mode=self.ceil_mode)
             for size, *window in zip(sizes, self.kernel, self.stride, self.padding, self.dilation, strict=True)
@@ -53,5 +58,6 @@ class MaxPool2d(Op):
             Case("3x3-overlapping", MaxPool2d((3, 3), (2, 2), (1, 1)), ((21, 11, 9),)),
             Case("odd-everything", MaxPool2d((2, 3), (1, 2), (1, 0), (2, 1)), ((5, 9, 10),)),
             Case("ceil-mode", MaxPool2d((2, 2), (2, 2), ceil_mode=True), ((6, 7, 5),)),
+            Case("ceil-mode-larger-than-input", MaxPool2d((3, 3), (2, 2), ceil_mode=True), ((5, 2, 7),)),
             Case("global", MaxPool2d((6, 5), (1, 1)), ((18, 6, 5),)),
         )

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fastinv.ops.base import MAX_ELEMENTS, Op, Shape, expect, expect_inputs, expect_weights
+from fastinv.ops.base import Op, Shape, expect, expect_inputs, expect_weights
 
 Matrix = npt.NDArray[np.float64]
+
+MAX_MATRIX = 2**25  # entries of one matrix (256 MiB): from 4096 to 8192 pixels
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Resample(Op):
         c, *sizes = inputs[0]
         lengths = [self.output_length(axis, size) for axis, size in enumerate(sizes)]
         for length, size in zip(lengths, sizes, strict=True):
-            expect(length * size <= MAX_ELEMENTS, f"{self.name}: from {size} to {length} is too large")
+            expect(length * size <= MAX_MATRIX, f"{self.name}: from {size} to {length} is too large")
         return (c, *lengths)
 
 

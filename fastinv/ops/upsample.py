@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from fastinv.ops.base import MAX_ATTRIBUTE, Case, Pair, Shape, expect
 from fastinv.ops.resample import Matrix, Resample
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 MODES = ("nearest", "bilinear")
+SMALL = 128  # rows + columns: up to here PyTorch's nearest copies or doubles whatever the scales, beyond it does not
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,15 @@ class Upsample(Resample):
         count = self.output_size[axis]
         matrix = np.zeros((count, size))
         rows = np.arange(count)
-        step = size / count if self.scales is None else 1 / self.scales[axis]
         if self.mode == "nearest":
-            matrix[rows, np.minimum(np.floor(rows * np.float32(step)).astype(np.int64), size - 1)] = 1
+            matrix[rows, self._nearest(axis, size)] = 1
             return matrix
+        if count == size:  # PyTorch copies, whatever the scales
+            return np.eye(size)
         if self.align_corners:
             position = rows * ((size - 1) / (count - 1) if count > 1 else 0.0)
         else:
+            step = size / count if self.scales is None else 1 / self.scales[axis]
             position = np.maximum((rows + 0.5) * step - 0.5, 0)
         low = np.minimum(np.floor(position).astype(np.int64), size - 1)
         part = np.minimum(position - low, 1.0)
@@ -64,16 +68,29 @@ class Upsample(Resample):
         matrix[rows, np.minimum(low + 1, size - 1)] += part
         return matrix
 
+    def _nearest(self, axis: int, size: int) -> npt.NDArray[np.int64]:
+        """The input row or column that each output one copies.
+
+        PyTorch rounds positions in the dtype of the data; here they are its float32 ones whatever the dtype.
+        """
+        count = self.output_size[axis]
+        if sum(self.output_size) <= SMALL and count in (size, 2 * size):
+            return np.arange(count, dtype=np.int64) // (count // size)
+        step = size / count if self.scales is None else 1 / self.scales[axis]
+        position = np.arange(count, dtype=np.float32) * np.float32(step)
+        index: npt.NDArray[np.int64] = np.minimum(np.floor(position), size - 1).astype(np.int64)
+        return index
+
     def reference(self, inputs: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         import torch
 
-        aten = torch.ops.aten
-        factors = self.scales or (None, None)
-        result: torch.Tensor
+        (x,) = inputs
         if self.mode == "nearest":
-            result = aten.upsample_nearest2d(inputs[0], self.output_size, *factors)
-        else:
-            result = aten.upsample_bilinear2d(inputs[0], self.output_size, self.align_corners, *factors)
+            rows, columns = (torch.from_numpy(self._nearest(axis, x.shape[2 + axis])) for axis in (0, 1))
+            return x.index_select(2, rows).index_select(3, columns)
+        factors = self.scales or (None, None)
+        upsample = torch.ops.aten.upsample_bilinear2d
+        result: torch.Tensor = upsample(x, self.output_size, self.align_corners, *factors)
         return result
 
     def flops(self, inputs: Sequence[Shape], weights: Mapping[str, Shape]) -> int:
@@ -86,9 +103,11 @@ class Upsample(Resample):
             Case("nearest-2", Upsample((16, 16)), ((16, 8, 8),)),
             Case("nearest-odd", Upsample((7, 11)), ((5, 3, 4),)),
             Case("nearest-scales", Upsample((7, 7), scales=(2.5, 2.4)), ((19, 3, 3),)),
+            Case("nearest-rounding", Upsample((63, 40)), ((2, 35, 14),)),
             Case("nearest-down", Upsample((3, 2)), ((4, 7, 5),)),
             Case("bilinear-2", Upsample((16, 16), "bilinear"), ((17, 8, 8),)),
             Case("bilinear-corners", Upsample((9, 5), "bilinear", True), ((3, 4, 2),)),
             Case("bilinear-scales", Upsample((7, 9), "bilinear", False, (2.4, 3.1)), ((6, 3, 3),)),
+            Case("bilinear-same-size", Upsample((5, 7), "bilinear", False, (1.1, 2.4)), ((4, 5, 3),)),
             Case("bilinear-down", Upsample((3, 4), "bilinear"), ((5, 8, 9),)),
         )

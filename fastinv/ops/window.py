@@ -22,8 +22,8 @@ def pooled_size(
 ) -> int:
     """Output size of a pool along one axis."""
     room = size + 2 * padding - dilation * (kernel - 1) - 1
-    expect(room >= 0, f"{op.name}: kernel {kernel} does not fit input size {size} with padding {padding}")
     count = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
     if ceil_mode and (count - 1) * stride >= size + padding:
         count -= 1  # the last window must begin inside the input or its left padding
+    expect(count >= 1, f"{op.name}: kernel {kernel} does not fit input size {size} with padding {padding}")
     return count

@@ -1,0 +1,188 @@
+"""Exported networks compute what their modules do, forward and backward; what cannot be exported says so."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import ARCHITECTURES, make
+from checks import ISAS, check_gradient, relative
+from torch import nn
+
+import fastinv
+from fastinv.backends.torch import as_module
+from fastinv.errors import NetworkError, UnsupportedOp
+from fastinv.models import make_decoder, resnet_decoder
+from fastinv.network import Network
+
+
+def ops(network: Network) -> list[str]:
+    return [f"{s.op.name}+{s.activation.kind}" if s.activation.kind != "identity" else s.op.name for s in network.steps]
+
+
+@pytest.fixture(scope="module")
+def exported() -> dict[str, Network]:
+    networks = {}
+    for name in ARCHITECTURES:
+        model, shape = make(name)
+        networks[name] = fastinv.export(model, torch.randn(2, *shape))
+    return networks
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_reference_equals_module(name: str, exported: dict[str, Network]) -> None:
+    model, shape = make(name)
+    x = torch.randn(3, *shape, dtype=torch.float64, requires_grad=True)
+    expected = copy.deepcopy(model).double()(x)
+    found = as_module(exported[name], torch.float64)(x)
+    # Weights were folded in float64 and rounded once to float32.
+    assert relative(found.detach().numpy(), expected.detach().numpy()) < 1e-5
+    direction = torch.randn_like(expected)
+    (expected_grad,) = torch.autograd.grad(expected, x, direction)
+    (grad,) = torch.autograd.grad(found, x, direction)
+    assert relative(grad.numpy(), expected_grad.numpy()) < 1e-4
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_compiled_equals_module(name: str, isa: str, exported: dict[str, Network], monkeypatch) -> None:
+    monkeypatch.setenv("FASTINV_ISA", isa)
+    model, shape = make(name)
+    engine = fastinv.compile(exported[name], backend="cpu", threads=2)
+    assert engine.isa == isa
+    x = torch.randn(3, *shape)
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(x.double()).numpy()
+    assert relative(engine(x).numpy(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["resnet18-prefix", "mobilenet-v2-prefix", "u-net", "squeeze-excite", "mlp-decoder"])
+def test_compiled_gradient(name: str, exported: dict[str, Network]) -> None:
+    check_gradient(exported[name])
+
+
+def test_norms_fold_and_activations_fuse(exported: dict[str, Network]) -> None:
+    assert ops(exported["vgg16-bn-prefix"]).count("conv2d+relu") == 6
+    assert len(exported["vgg16-bn-prefix"].steps) == 8
+    assert "affine" not in "".join(ops(exported["resnet18"]))
+    assert ops(exported["mobilenet-v2-prefix"])[:3] == ["conv2d+hardtanh", "conv2d+hardtanh", "conv2d"]
+    assert ops(exported["mlp-decoder"]) == ["linear+hardtanh", "reshape", "conv_transpose2d+tanh", "upsample"]
+    assert ops(exported["pixel-shuffle-decoder"])[:2] == ["conv2d+relu", "pixel_shuffle"]
+    assert ops(exported["pre-activation"])[0] == "affine+relu"
+
+
+def test_steps_know_their_modules(exported: dict[str, Network]) -> None:
+    assert exported["resnet18"].steps[0].source == "conv1 + bn1 + relu"
+
+
+@pytest.mark.parametrize(
+    ("decoder", "shape"),
+    [(resnet_decoder(), (64, 20, 24)), (make_decoder((128, 16, 16), (3, 32, 32), "residual"), (128, 16, 16))],
+    ids=["resnet", "residual"],
+)
+def test_decoders(decoder: nn.Module, shape: tuple[int, ...]) -> None:
+    decoder = decoder.eval()
+    network = fastinv.export(decoder, torch.randn(2, *shape))
+    assert {s.op.name for s in network.steps} == {"conv2d", "add", "upsample"}
+    x = torch.randn(2, *shape)
+    with torch.no_grad():
+        expected = decoder(x).numpy()
+    assert relative(fastinv.compile(network)(x.numpy()), expected) < 1e-5
+
+
+def test_batch_size_stays_free() -> None:
+    engine = fastinv.compile(fastinv.export(nn.Conv2d(2, 3, 3).eval(), torch.randn(2, 2, 5, 5)))
+    for n in (0, 1, 2, 17):
+        assert engine(np.zeros((n, 2, 5, 5), np.float32)).shape == (n, 3, 3, 3)
+
+
+class Function(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: 2 - x,
+        lambda x: (x * torch.arange(3.0).reshape(3, 1, 1)).add(x, alpha=0.5),
+        lambda x: -x.sub(1.5) / 4 + torch.full((1, 1, 4, 4), 0.1),
+        lambda x: torch.cat([x, x.clamp(min=0), x.clamp(max=0.3), x.clamp(-1, 1)], 1),
+        lambda x: x.transpose(2, 3).contiguous().view(x.shape[0], -1),
+        lambda x: x.flatten(2).unsqueeze(1).squeeze(1),
+        lambda x: F.interpolate(x, size=(7, 3), mode="nearest") * F.interpolate(x, size=(7, 3), mode="bilinear"),
+        lambda x: F.interpolate(x, scale_factor=1.7, mode="nearest"),
+        lambda x: F.gelu(x, approximate="tanh") + F.softplus(x, beta=2.0) + F.relu6(x * 8),
+        lambda x: x.relu_() + x,  # x itself was changed
+        lambda x: x,
+        lambda x: x.mean((2, 3)),
+        lambda x: F.max_pool2d(F.pad(x, (1, 0, 0, 2)), 3, stride=1, padding=1, dilation=1),
+        lambda x: x + x * x,
+    ],
+)
+def test_functions(function) -> None:
+    x = torch.randn(3, 3, 4, 4)
+    network = fastinv.export(Function(function).eval(), torch.randn(2, 3, 4, 4))
+    expected = function(x.clone()).numpy()
+    np.testing.assert_allclose(fastinv.compile(network, backend="cpu")(x.numpy()), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("module", "named"),
+    [
+        (nn.PReLU(), "aten.prelu.default"),
+        (nn.Softmax(1), "aten.softmax.int"),
+        (nn.LayerNorm([4]), "aten.layer_norm.default"),
+        (nn.Upsample(size=(3, 3), mode="nearest-exact"), "nearest_exact"),
+        (nn.ReflectionPad2d(1), "padding with anything but zeros"),
+        (nn.ZeroPad2d(-1), "padding"),
+        (Function(lambda x: x - x.mean(0)), "batch axis"),
+        (Function(lambda x: 1 / x), "reciprocal"),
+        (Function(lambda x: torch.ones(3, 1, 1) / x), "division by a computed value"),
+    ],
+    ids=str,
+)
+def test_unsupported_operations_are_named(module: nn.Module, named: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(module)).eval()
+    with pytest.raises(UnsupportedOp, match=named) as caught:
+        fastinv.export(model, torch.randn(2, 3, 4, 4))
+    assert "in module '1.0" in str(caught.value)
+
+
+def broken() -> nn.Module:
+    model = nn.Conv2d(3, 3, 1).eval()
+    model.bias.data[1] = torch.nan
+    return model
+
+
+@pytest.mark.parametrize(
+    ("module", "example", "message"),
+    [
+        ("conv", torch.randn(2, 3, 4, 4), "a str, expected a torch.nn.Module"),
+        (nn.Conv2d(3, 3, 1).eval(), np.zeros((2, 3, 4, 4)), "ndarray, expected a float tensor"),
+        (nn.Conv2d(3, 3, 1).eval(), torch.zeros(2, 3, 4, 4, dtype=torch.int64), "int64, expected a float tensor"),
+        (nn.Conv2d(3, 3, 1).eval(), torch.randn(1, 3, 4, 4), "N >= 2"),
+        (nn.Conv2d(3, 3, 1), torch.randn(2, 3, 4, 4), r"training mode; call module.eval\(\)"),
+        (broken(), torch.randn(2, 3, 4, 4), "bias holds NaN or Inf"),
+        (Function(lambda x: x.reshape(1, -1)).eval(), torch.randn(2, 3, 4, 4), "reshapes the batch axis away"),
+        (Function(lambda x: x if x.sum() > 0 else -x).eval(), torch.randn(2, 3, 4, 4), "cannot trace"),
+        (Function(lambda x: (x, x)).eval(), torch.randn(2, 3, 4, 4), "several outputs"),
+        (Function(lambda x: torch.zeros(3)).eval(), torch.randn(2, 3, 4, 4), "does not depend on the input"),
+        (nn.Conv2d(3, 3, 1).eval(), torch.randn(2, 4, 4, 4), "cannot trace"),
+    ],
+)
+def test_wrong_arguments(module, example, message: str) -> None:
+    with pytest.raises(NetworkError, match=message):
+        fastinv.export(module, example)
+
+
+def test_randomness_is_found_out() -> None:
+    with pytest.raises((NetworkError, UnsupportedOp)):
+        fastinv.export(Function(lambda x: x + torch.rand(3, 4, 4)).eval(), torch.randn(2, 3, 4, 4))

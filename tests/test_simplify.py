@@ -1,0 +1,159 @@
+"""Simplified networks compute the same with fewer steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastinv.backends.torch import as_module
+from fastinv.errors import NetworkError
+from fastinv.network import Network, Step
+from fastinv.ops.activation import IDENTITY, Activation
+from fastinv.ops.add import Add
+from fastinv.ops.affine import Affine
+from fastinv.ops.conv2d import Conv2d
+from fastinv.ops.conv_transpose2d import ConvTranspose2d
+from fastinv.ops.linear import Linear
+from fastinv.ops.permute import Permute
+from fastinv.ops.reshape import Reshape
+from fastinv.simplify import simplify, with_denormalisation
+
+RNG = np.random.default_rng(0)
+
+
+def affine(*shape: int) -> tuple[Affine, dict[str, np.ndarray]]:
+    return Affine(), {"scale": RNG.standard_normal(shape), "shift": RNG.standard_normal(shape)}
+
+
+def conv(out: int, inputs: int, k: int, **options) -> tuple[Conv2d, dict[str, np.ndarray]]:
+    op = Conv2d(**options)
+    weight = RNG.standard_normal((out, inputs // op.groups, k, k))
+    return op, {"weight": weight, "bias": RNG.standard_normal(out)}
+
+
+def chain(input_shape: tuple[int, ...], *layers) -> Network:
+    steps = [
+        Step(*((layer, (k,)) if not isinstance(layer, tuple) else (layer[0], (k,), layer[1])), source=f"s{k}")
+        for k, layer in enumerate(layers)
+    ]
+    return Network(input_shape, tuple(steps))
+
+
+def check(network: Network, *ops: str) -> Network:
+    simpler = simplify(network)
+    assert [step.op.name for step in simpler.steps] == list(ops)
+    assert simpler.output_shape == network.output_shape
+    x = torch.from_numpy(RNG.standard_normal((3, *network.input_shape)))
+    before, after = (as_module(n, torch.float64)(x) for n in (network, simpler))
+    assert float((before - after).norm() / before.norm()) < 1e-6
+    return simpler
+
+
+def test_affine_folds_into_convolution() -> None:
+    network = check(chain((4, 6, 6), conv(5, 4, 3), affine(5, 1, 1), Activation("relu")), "conv2d")
+    assert network.steps[0].activation == Activation("relu")
+    assert network.steps[0].source == "s0 + s1 + s2"
+
+
+def test_affine_folds_into_grouped_transposed_convolution() -> None:
+    weights = {"weight": RNG.standard_normal((6, 2, 3, 3)), "bias": RNG.standard_normal(6)}
+    layer = (ConvTranspose2d((2, 2), groups=3), weights)
+    check(chain((6, 4, 4), layer, affine(6, 1, 1)), "conv_transpose2d")
+
+
+def test_affine_folds_into_linear() -> None:
+    layer = (Linear(), {"weight": RNG.standard_normal((7, 5)), "bias": RNG.standard_normal(7)})
+    check(chain((5,), layer, affine(7)), "linear")
+    check(chain((2, 5), layer, affine(1, 7)), "linear")
+
+
+def test_affine_that_differs_over_pixels_stays() -> None:
+    check(chain((4, 6, 6), conv(5, 4, 3), affine(1, 4, 4)), "conv2d", "affine")
+
+
+def test_affines_merge() -> None:
+    check(chain((4, 6, 6), affine(4, 1, 1), affine(1, 6, 6), affine(1, 1, 1)), "affine")
+
+
+def test_padding_folds() -> None:
+    ones = {"weight": np.ones((4, 1, 1, 1)), "bias": np.zeros(4)}
+    pad = (Conv2d(padding=(1, 2, 0, 3), groups=4), ones)
+    network = check(chain((4, 6, 6), pad, conv(5, 4, 3, padding=(1, 0, 0, 0))), "conv2d")
+    assert network.steps[0].op == Conv2d(padding=(2, 2, 0, 3))
+    scaled = (pad[0], {**ones, "bias": np.full(4, 0.5)})
+    check(chain((4, 6, 6), scaled, conv(5, 4, 3)), "conv2d", "conv2d")
+
+
+def test_rearrangements_compose_and_vanish() -> None:
+    check(chain((4, 6, 5), Permute((1, 2, 0)), Permute((2, 0, 1)), Activation("tanh")), "activation")
+    check(chain((4, 6, 5), Reshape((24, 5)), Reshape((120,)), Reshape((4, 30))), "reshape")
+    check(chain((4, 6, 5), Reshape((120,)), Reshape((4, 6, 5))))
+
+
+def test_activations_do_not_fuse_twice() -> None:
+    network = check(chain((4, 6, 6), conv(5, 4, 3), Activation("relu"), Activation("tanh")), "conv2d", "activation")
+    assert network.steps[0].activation == Activation("relu")
+
+
+def test_nothing_fuses_into_a_value_that_others_read() -> None:
+    op, weights = conv(4, 4, 1)
+    steps = (
+        Step(op, (0,), weights),
+        Step(Activation("relu"), (1,)),
+        Step(Add(), (1, 2)),
+    )
+    network = check(Network((4, 5, 5), steps), "conv2d", "activation", "add")
+    assert network.steps[0].activation == IDENTITY
+
+
+def test_dead_steps_go() -> None:
+    op, weights = conv(4, 4, 1)
+    steps = (Step(op, (0,), weights), Step(op, (0,), weights), Step(Activation("relu"), (1,)))
+    check(Network((4, 5, 5), steps), "conv2d")
+
+
+def test_an_identity_at_the_end_after_dead_steps() -> None:
+    op, weights = conv(4, 4, 1)
+    steps = (Step(op, (0,), weights), Step(Activation("tanh"), (0,)), Step(Activation(), (1,)))
+    check(Network((4, 5, 5), steps), "conv2d")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from(["conv", "affine", "relu", "tanh", "permute", "reshape"]), max_size=7))
+def test_any_chain_keeps_its_meaning(kinds: list[str]) -> None:
+    layers = {
+        "conv": conv(4, 4, 1),
+        "affine": affine(4, 1, 1),
+        "relu": Activation("relu"),
+        "tanh": Activation("tanh"),
+        "permute": Permute((0, 2, 1)),
+        "reshape": Reshape((4, 3, 3)),
+    }
+    network = chain((4, 3, 3), *(layers[kind] for kind in kinds))
+    simpler = simplify(network)
+    assert len(simpler.steps) <= len(network.steps)
+    x = torch.from_numpy(np.random.default_rng(1).standard_normal((2, 4, 3, 3)))
+    before, after = (as_module(n, torch.float64)(x) for n in (network, simpler))
+    torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-5)
+
+
+def test_denormalisation_ends_a_network_in_pixels() -> None:
+    network = with_denormalisation(chain((4, 6, 6), conv(3, 4, 3)), (0.4, 0.5, 0.6), (0.2,))
+    assert [step.op.name for step in network.steps] == ["conv2d"]
+    x = torch.from_numpy(RNG.standard_normal((2, 4, 6, 6)))
+    y = as_module(network, torch.float64)(x)
+    assert 0 <= float(y.min()) < float(y.max()) <= 1
+
+
+def test_networks_refuse_what_does_not_fit() -> None:
+    with pytest.raises(NetworkError, match=r"step 1 \(conv2d, s1\): .*expected"):
+        chain((4, 6, 6), conv(5, 4, 3), conv(5, 4, 3))
+    with pytest.raises(NetworkError, match=r"inputs \[2\], expected values 0 to 0"):
+        Network((3,), (Step(Activation("relu"), (2,)),))
+    with pytest.raises(NetworkError, match="NaN or Inf"):
+        chain((3,), (Affine(), {"scale": [np.nan] * 3, "shift": [0.0] * 3}))
+    with pytest.raises(NetworkError, match="positive sizes"):
+        Network((0, 3))
