@@ -1,4 +1,4 @@
-"""The paper's decoders, and one in the style of ResNet-18, on every backend and instruction set, beside PyTorch eager."""
+"""The paper's decoders and a larger one, on every backend and instruction set, beside PyTorch eager."""
 
 from __future__ import annotations
 

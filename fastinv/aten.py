@@ -9,25 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastinv.conversion import Conversion, Value, any_value
+from fastinv import aten_layers as layers
+from fastinv.aten_layers import axis_of, expect_image
+from fastinv.conversion import Conversion, Value
 from fastinv.errors import NetworkError
 from fastinv.network import Network
 from fastinv.ops.activation import Activation
-from fastinv.ops.adaptive_avg_pool2d import AdaptiveAvgPool2d
 from fastinv.ops.add import Add
 from fastinv.ops.affine import Affine
-from fastinv.ops.avg_pool2d import AvgPool2d
 from fastinv.ops.base import MAX_FLOAT, Shape
 from fastinv.ops.concat import Concat
 from fastinv.ops.conv2d import Conv2d
-from fastinv.ops.conv_transpose2d import ConvTranspose2d
-from fastinv.ops.linear import Linear
-from fastinv.ops.max_pool2d import MaxPool2d
 from fastinv.ops.mul import Mul
 from fastinv.ops.permute import Permute
-from fastinv.ops.pixel_shuffle import PixelShuffle
 from fastinv.ops.reshape import Reshape
-from fastinv.ops.upsample import Upsample
 
 
 def convert(program: torch.export.ExportedProgram, input_shape: Shape) -> Network:
@@ -38,165 +33,6 @@ def convert(program: torch.export.ExportedProgram, input_shape: Shape) -> Networ
         NetworkError: several inputs or outputs, or a step that mixes images of a batch.
     """
     return Conversion(program, input_shape, CONVERTERS).network()
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return (int(values[0]), int(values[-1]))
-
-
-def _axis(to: Conversion, x: Value, axis: int) -> int:
-    """An axis as torch counts it (with the batch) as fastinv counts it (without)."""
-    axis = axis % (len(x.shape) + 1)
-    if axis == 0:
-        to.unsupported("an operation along the batch axis")
-    return axis - 1
-
-
-def _image(to: Conversion, x: Any, what: str) -> None:
-    if not isinstance(x, Value) or len(x.shape) != 3:
-        to.unsupported(f"{what} of anything but a batch of images [N, C, H, W]")
-
-
-# ---- layers with weights -------------------------------------------------------------------------------------------
-
-
-def _conv2d(
-    to: Conversion,
-    x: Value,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Value:
-    _image(to, x, "conv2d")
-    if any_value((weight, bias)):
-        to.unsupported("conv2d with computed weights")
-    dilation = _pair(dilation)
-    if padding == "valid":
-        padding = 0
-    if padding == "same":  # the odd one of an uneven total goes to the end
-        totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        (top, bottom), (left, right) = ((t // 2, t - t // 2) for t in totals)
-    else:
-        top, left = _pair(padding)
-        bottom, right = top, left
-    bias = torch.zeros(len(weight)) if bias is None else bias
-    op = Conv2d(_pair(stride), (top, bottom, left, right), dilation, groups)
-    return to.emit(op, [x], weight=weight, bias=bias)
-
-
-def _conv_transpose2d(
-    to: Conversion,
-    x: Value,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> Value:
-    _image(to, x, "conv_transpose2d")
-    if any_value((weight, bias)):
-        to.unsupported("conv_transpose2d with computed weights")
-    bias = torch.zeros(weight.shape[1] * groups) if bias is None else bias
-    op = ConvTranspose2d(_pair(stride), _pair(padding), _pair(output_padding), _pair(dilation), groups)
-    return to.emit(op, [x], weight=weight, bias=bias)
-
-
-def _linear(to: Conversion, x: Value, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Value:
-    if any_value((weight, bias)):
-        to.unsupported("linear with computed weights")
-    return to.emit(Linear(), [x], weight=weight, bias=torch.zeros(len(weight)) if bias is None else bias)
-
-
-def _batch_norm(
-    to: Conversion,
-    x: Value,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    variance: torch.Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn: bool = False,
-) -> Value:
-    if training or mean is None or variance is None:
-        to.unsupported("batch norm on the statistics of the batch")
-    scale = 1 / (variance.double() + eps).sqrt()
-    if weight is not None:
-        scale = scale * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    spread = (-1, *[1] * (len(x.shape) - 1))
-    return to.emit(Affine(), [x], scale=scale.reshape(spread), shift=shift.reshape(spread))
-
-
-# ---- pools and resampling ------------------------------------------------------------------------------------------
-
-
-def _max_pool2d(
-    to: Conversion,
-    x: Value,
-    kernel: Any,
-    stride: Any = (),
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-) -> Value:
-    _image(to, x, "max_pool2d")
-    op = MaxPool2d(_pair(kernel), _pair(stride or kernel), _pair(padding), _pair(dilation), ceil_mode)
-    return to.emit(op, [x])
-
-
-def _avg_pool2d(
-    to: Conversion,
-    x: Value,
-    kernel: Any,
-    stride: Any = (),
-    padding: Any = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor: int | None = None,
-) -> Value:
-    _image(to, x, "avg_pool2d")
-    window = _pair(kernel), _pair(stride or kernel), _pair(padding)
-    return to.emit(AvgPool2d(*window, ceil_mode, count_include_pad, divisor), [x])
-
-
-def _adaptive_avg_pool2d(to: Conversion, x: Value, output_size: Any) -> Value:
-    _image(to, x, "adaptive_avg_pool2d")
-    sizes = [output_size] * 2 if isinstance(output_size, int) else output_size
-    target = tuple(size if wanted is None else wanted for wanted, size in zip(sizes, x.shape[1:], strict=True))
-    return to.emit(AdaptiveAvgPool2d((target[0], target[1])), [x])
-
-
-def _mean(to: Conversion, x: Value, axes: Sequence[int] | None, keepdim: bool = False, dtype: Any = None) -> Value:
-    _image(to, x, "mean")
-    if axes is None or sorted(_axis(to, x, axis) for axis in axes) != [1, 2]:
-        to.unsupported("a mean over anything but rows and columns")
-    pooled = to.emit(AdaptiveAvgPool2d((1, 1)), [x])
-    return pooled if keepdim else to.emit(Reshape(x.shape[:1]), [pooled])
-
-
-def _upsample(mode: str) -> Callable[..., Value]:
-    def vector(to: Conversion, x: Value, output_size: Any, *rest: Any) -> Value:
-        """(x, output_size, [align_corners,] scale_factors)"""
-        *corners, scales = rest
-        _image(to, x, "upsample")
-        height, width = to.result_shape()[1:]
-        factors = None if scales is None or output_size is not None else (float(scales[0]), float(scales[1]))
-        return to.emit(Upsample((height, width), mode, bool(corners and corners[0]), factors), [x])
-
-    return vector
-
-
-def _pixel_shuffle(to: Conversion, x: Value, factor: int) -> Value:
-    _image(to, x, "pixel_shuffle")
-    return to.emit(PixelShuffle(factor), [x])
 
 
 # ---- arithmetic ----------------------------------------------------------------------------------------------------
@@ -264,7 +100,9 @@ def _reshape(to: Conversion, x: Value, *_: Any, **__: Any) -> Value:
     """flatten, view, reshape, unflatten, squeeze, unsqueeze: torch has worked out the shape."""
     target = to.result_shape()
     if math.prod(target) != math.prod(x.shape):
-        raise NetworkError(f"export: module {to.place()!r} moves elements between images (to {list(target)})")
+        raise NetworkError(
+            f"export: module {to.place() or '(top)'!r} moves elements between images (to {list(target)})"
+        )
     return to.emit(Reshape(target), [x])
 
 
@@ -277,7 +115,7 @@ def _permute(to: Conversion, x: Value, axes: Sequence[int]) -> Value:
 
 def _transpose(to: Conversion, x: Value, first: int, second: int) -> Value:
     axes = list(range(len(x.shape)))
-    i, j = _axis(to, x, first), _axis(to, x, second)
+    i, j = axis_of(to, x, first), axis_of(to, x, second)
     axes[i], axes[j] = axes[j], axes[i]
     return to.emit(Permute(tuple(axes)), [x])
 
@@ -285,12 +123,12 @@ def _transpose(to: Conversion, x: Value, first: int, second: int) -> Value:
 def _cat(to: Conversion, values: Sequence[Any], axis: int = 0) -> Value:
     if not all(isinstance(v, Value) for v in values):
         to.unsupported("joining computed values with constants")
-    return values[0] if len(values) == 1 else to.emit(Concat(_axis(to, values[0], axis)), values)
+    return values[0] if len(values) == 1 else to.emit(Concat(axis_of(to, values[0], axis)), values)
 
 
 def _pad(to: Conversion, x: Value, padding: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:
     """Zero padding: a depthwise 1×1 convolution that copies, which `simplify` folds into a convolution after it."""
-    _image(to, x, "padding")
+    expect_image(to, x, "padding")
     left, right, top, bottom = (*padding, 0, 0, 0, 0)[:4]
     if mode != "constant" or value or len(padding) > 4 or min(padding) < 0:
         to.unsupported("padding with anything but zeros around rows and columns")
@@ -326,14 +164,15 @@ def _clamp_max(to: Conversion, x: Value, high: Any) -> Value:
 
 
 def _same(to: Conversion, x: Value, *_: Any, **__: Any) -> Value:
-    """What changes nothing: dropout in eval mode, contiguous, clone, detach, a cast that is checked at the end."""
+    """What changes nothing: contiguous, clone, detach."""
     return x
 
 
-def _size(to: Conversion, x: Value, axis: int) -> Any:
-    """A symbolic size, for what reshapes by it; reshapes themselves go by the shape torch traced."""
-    assert to.node is not None
-    return to.node.meta["val"]
+def _cast(to: Conversion, x: Value, *args: Any, **kwargs: Any) -> Value:
+    for dtype in (*args, *kwargs.values()):
+        if isinstance(dtype, torch.dtype) and dtype not in (torch.float32, torch.float64):
+            to.unsupported(f"a cast to {dtype}, which rounds")
+    return x
 
 
 def _dropout(to: Conversion, x: Value, p: float, train: bool) -> Value:
@@ -358,27 +197,32 @@ def _table() -> dict[str, Callable[..., Value]]:
         "neg": _neg,
         "dropout": _dropout,
         "feature_dropout": _dropout,
+        "alpha_dropout": _dropout,
+        "feature_alpha_dropout": _dropout,
     }
     tensors: dict[str, Callable[..., Value]] = {"add": _add, "sub": _sub, "mul": _mul, "div": _div}
     table: dict[str, Callable[..., Value]] = {
-        "aten.conv2d.default": _conv2d,
-        "aten.conv2d.padding": _conv2d,
-        "aten.conv_transpose2d.input": _conv_transpose2d,
-        "aten.linear.default": _linear,
-        "aten.batch_norm.default": _batch_norm,
-        "aten.max_pool2d.default": _max_pool2d,
-        "aten.avg_pool2d.default": _avg_pool2d,
-        "aten.adaptive_avg_pool2d.default": _adaptive_avg_pool2d,
-        "aten.mean.dim": _mean,
-        "aten.upsample_nearest2d.vec": _upsample("nearest"),
-        "aten.upsample_bilinear2d.vec": _upsample("bilinear"),
-        "aten.pixel_shuffle.default": _pixel_shuffle,
+        "aten.conv2d.default": layers.conv2d,
+        "aten.conv2d.padding": layers.conv2d,
+        "aten.conv_transpose2d.input": layers.conv_transpose2d,
+        "aten.linear.default": layers.linear,
+        "aten.batch_norm.default": layers.batch_norm,
+        "aten.max_pool2d.default": layers.max_pool2d,
+        "aten.avg_pool2d.default": layers.avg_pool2d,
+        "aten.adaptive_avg_pool2d.default": layers.adaptive_avg_pool2d,
+        "aten.mean.dim": layers.mean,
+        "aten.upsample_nearest2d.vec": layers.upsample("nearest"),
+        "aten.upsample_bilinear2d.vec": layers.upsample("bilinear"),
+        "aten.upsample_nearest2d.default": layers.upsample_plain("nearest"),
+        "aten.upsample_bilinear2d.default": layers.upsample_plain("bilinear"),
+        "aten.expand.default": layers.expand,
+        "aten.expand_as.default": layers.expand,
+        "aten.pixel_shuffle.default": layers.pixel_shuffle,
         "aten.permute.default": _permute,
         "aten.transpose.int": _transpose,
         "aten.cat.default": _cat,
         "aten.pad.default": _pad,
         "aten.constant_pad_nd.default": lambda to, x, padding, value=0: _pad(to, x, padding, value=value),
-        "aten.sym_size.int": _size,
         "aten.softplus.default": _activation("softplus", 1.0, 20.0),
     }
     for name in (
@@ -393,8 +237,9 @@ def _table() -> dict[str, Callable[..., Value]]:
         table[f"aten.{name}"] = _reshape
     for name in ("contiguous", "clone", "detach", "detach_", "alias", "lift_fresh_copy"):
         table[f"aten.{name}.default"] = _same
-    for name in ("to.dtype", "_to_copy.default", "to.dtype_layout", "_assert_tensor_metadata.default"):
-        table[f"aten.{name}"] = _same
+    table["aten._assert_tensor_metadata.default"] = _same
+    for name in ("to.dtype", "to.dtype_layout", "to.device", "_to_copy.default"):
+        table[f"aten.{name}"] = _cast
     for name, converter in inplace.items():
         table |= {f"aten.{name}.default": converter, f"aten.{name}_.default": converter}
     for name, converter in tensors.items():

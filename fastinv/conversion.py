@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -27,6 +26,13 @@ class Value:
 
 
 Converters = Mapping[str, Callable[..., Any]]  # by aten call; each takes the Conversion and the call's arguments
+
+SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)  # numbers that depend on the batch size
+# What may be told sizes: the converters go by the shape that torch traced.
+RESHAPES = (
+    *("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.unflatten.int"),
+    "aten.expand.default",
+)
 
 
 class Conversion:
@@ -84,15 +90,17 @@ class Conversion:
         return simplify(Network(self.input_shape, tuple(self.steps)))
 
     def _call(self, node: Node) -> Any:
+        if isinstance(node.meta.get("val"), SYMBOLS):
+            return node.meta["val"]
         args = self._resolve(node.args)
         kwargs = self._resolve(node.kwargs)
-        if not any_value((args, kwargs)):
+        name = str(node.target)
+        if holds((args, kwargs), SYMBOLS) and name not in RESHAPES:
+            self.unsupported(f"the operation {name} on the batch size, which must not change what one image gives")
+        if not holds((args, kwargs), Value):
             with torch.no_grad():
                 assert callable(node.target)
                 return node.target(*args, **kwargs)
-        name = str(node.target)
-        if node.target is operator.getitem:
-            return args[0][args[1]]
         if name not in self.converters:
             self.unsupported(f"the operation {name}")
         result = self.converters[name](self, *args, **kwargs)
@@ -145,10 +153,10 @@ class Conversion:
         return tuple(sizes[1:])
 
 
-def any_value(argument: Any) -> bool:
-    """Whether a value of the network is anywhere in the argument."""
-    if isinstance(argument, (tuple, list)):
-        return any(map(any_value, argument))
+def holds(argument: Any, kinds: type | tuple[type, ...]) -> bool:
+    """Whether something of these types is anywhere in the argument."""
     if isinstance(argument, dict):
-        return any(map(any_value, argument.values()))
-    return isinstance(argument, Value)
+        argument = tuple(argument.values())
+    if isinstance(argument, (tuple, list)):
+        return any(holds(a, kinds) for a in argument)
+    return isinstance(argument, kinds)

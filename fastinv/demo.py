@@ -15,7 +15,8 @@ import torch
 import fastinv
 from fastinv.backends.torch import torch_threads
 from fastinv.benchmark import TOLERANCE, interleaved
-from fastinv.errors import BackendError, FormatError
+from fastinv.cli.files import make_folder
+from fastinv.errors import BackendError
 from fastinv.experiment import PHOTOGRAPHS, Experiment, Scores
 from fastinv.picture import Row, picture
 from fastinv.split import Split
@@ -25,16 +26,27 @@ Pixels = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
+class Effort:
+    """How long the demo trains: images of the target and of the attacker, epochs of the target and of the attack."""
+
+    images: int
+    target_epochs: int
+    epochs: int
+
+
+EFFORTS = {"lenet5": Effort(20_000, 2, 4), "cifar_net": Effort(2_500, 2, 4)}  # by target: about a minute each
+
+
+@dataclass(frozen=True)
 class Demo:
-    """What the demo does, and for how long.
+    """What the demo does.
 
     Args:
         data: a data set's folder, or "photographs".
         split: the split point; None takes the target's usual one.
         seed: of everything.
         out: the folder for the picture and the `.finv` files.
-        images: how many images the attacker queries with, at most.
-        target_epochs, epochs: of the target and of the inverse network.
+        effort: how long to train; None takes what suits the target.
         held_out: test images to recover.
         batch: images at once, for the timing.
         drawn: how many rMLE recovers, too, and the picture shows.
@@ -46,9 +58,7 @@ class Demo:
     split: str | None = None
     seed: int = 0
     out: Path = Path("fastinv-demo")
-    images: int = 3500
-    target_epochs: int = 2
-    epochs: int = 10
+    effort: Effort | None = None
     held_out: int = 1000
     batch: int = 256
     drawn: int = 8
@@ -82,16 +92,17 @@ def run(demo: Demo) -> Outcome:
         DataError, SplitError, TrainingError, FormatError: the data, the split point or the folder do not fit.
     """
     begin = time.perf_counter()
-    _make(demo.out)
+    make_folder(demo.out)
     experiment = Experiment.on(demo.data, demo.seed)
     train, test = experiment.train, experiment.test
     print(f"data       {demo.data}: {len(train):,} training and {len(test):,} test images {list(test.image_shape)}")
-    target = experiment.target(demo.target_epochs, progress=demo.progress)
     model = experiment.model
+    effort = demo.effort or EFFORTS[model.name]
+    target = experiment.target(effort.target_epochs, images=effort.images, progress=demo.progress)
     print(f"target     {model.name}: {experiment.accuracy(target):.1%} of the test images classified right")
     split = Split(target, demo.split or model.split, model.mean, model.std)
 
-    decoder = _train(demo, experiment, split)
+    decoder = _train(demo, experiment, split, effort)
     inverter = experiment.inverse_network(split, decoder, attack="inverse_network", knowledge="distribution")
     path = demo.out / "inverse_network.finv"
     inverter.save(path)
@@ -121,18 +132,11 @@ def run(demo: Demo) -> Outcome:
     return Outcome(scores, rmle_scores, error, ratio, drawing)
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FormatError(f"{folder}: cannot make the folder ({error.strerror}); choose another with --out") from None
-
-
-def _train(demo: Demo, experiment: Experiment, split: Split) -> torch.nn.Module:
-    """An inverse network trained on the other half of the training set: images like the target's, but not its own."""
-    chosen = experiment.half("distribution")[: demo.images]
+def _train(demo: Demo, experiment: Experiment, split: Split, effort: Effort) -> torch.nn.Module:
+    """An inverse network, trained on images like the target's, but not its own: the other half of the training set."""
+    pixels = experiment.train.pixels(experiment.half("distribution")[: effort.images])
     return fastinv.train_inverse_network(
-        split, experiment.train.pixels(chosen), epochs=demo.epochs, seed=demo.seed, progress=demo.progress
+        split, pixels, epochs=effort.epochs, batch_size=32, seed=demo.seed, progress=demo.progress
     )
 
 
@@ -141,7 +145,7 @@ def _expect_same(images: Pixels, decoder: torch.nn.Module, features: Pixels, inv
     exact = copy.deepcopy(decoder).double()
     mean, std = (torch.tensor(v, dtype=torch.float64).reshape(-1, 1, 1) for v in (inverter.mean, inverter.std))
     with torch.no_grad():
-        z = torch.cat([exact(part.double()) for part in torch.from_numpy(features).split(256)])
+        z = torch.cat([exact(part.double()) for part in torch.from_numpy(features).tensor_split(8)])
     expected = (z * std + mean).clamp(0, 1).numpy()
     error = float(np.linalg.norm(images - expected) / np.linalg.norm(expected))
     largest = float(np.abs(images - expected).max())
@@ -164,7 +168,7 @@ def _race(demo: Demo, inverter: fastinv.InverseNetwork, decoder: torch.nn.Module
         compiled, eager = interleaved([lambda: engine(x), lambda: decoder(x)], REPEAT)
     print(
         f"speed      {demo.batch / compiled:,.0f} images/s ({engine.backend}, {engine.isa}); PyTorch eager "
-        f"{demo.batch / eager:,.0f}: {eager / compiled:.2f} times as fast, {threads} threads and batches of {demo.batch}"
+        f"{demo.batch / eager:,.0f}: {eager / compiled:.2f} times as fast, {threads} threads, batches of {demo.batch}"
     )
     return eager / compiled
 

@@ -89,29 +89,38 @@ class Experiment:
         self,
         epochs: int,
         *,
+        images: int | None = None,
         file: Path | None = None,
         checkpoint: Path | None = None,
         progress: bool = True,
     ) -> nn.Module:
         """The target, trained on the half "same"; read from `file` where that exists, and written there otherwise.
 
+        Args:
+            epochs: passes over the half.
+            images: how many of the half it trains on, at most; None takes all.
+            file: its weights.
+            checkpoint: a file to write after every epoch, and to go on from where it exists.
+            progress: whether to show a progress bar.
+
         Raises:
             TrainingError: the file holds no weights of this target, or of another run.
         """
-        chosen = self.half("same")
+        chosen = self.half("same")[:images]
         with seeded(self.seed):
             module = self.model.make(len(self.train.classes))
         if file is not None and file.exists():
             return _load_target(module, file, self._identity())
-        options = {"mean": self.model.mean, "std": self.model.std, "seed": self.seed}
         train_target(
             module,
             self.train.pixels(chosen),
             self.train.labels[chosen],
+            mean=self.model.mean,
+            std=self.model.std,
             epochs=epochs,
+            seed=self.seed,
             checkpoint=checkpoint,
             progress=progress,
-            **options,
         )
         if file is not None:
             save_tensors({"identity": self._identity(), "weights": module.state_dict()}, file)
@@ -119,8 +128,8 @@ class Experiment:
 
     def accuracy(self, target: nn.Module) -> float:
         """The fraction of test images that the target puts into their class."""
-        options = {"mean": self.model.mean, "std": self.model.std}
-        return accuracy(target, self.test.pixels(), self.test.labels, **options)
+        model = self.model
+        return accuracy(target, self.test.pixels(), self.test.labels, mean=model.mean, std=model.std)
 
     def inverse_network(self, split: Split, module: nn.Module, **provenance: Any) -> InverseNetwork:
         """A trained inverse network, exported."""

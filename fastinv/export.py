@@ -6,9 +6,9 @@ is turned into steps by its converter in `fastinv.aten.CONVERTERS`; then `simpli
 
 from __future__ import annotations
 
+import inspect
+import math
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from fastinv.errors import FastinvError, NetworkError, UnsupportedOp
 from fastinv.network import Network
@@ -65,9 +65,18 @@ def _check(module: Any, example: Any) -> None:
             f"export: the example has shape {list(example.shape)}, expected [N, ...] with N >= 2, so that the batch "
             "size stays free: repeat it, as in torch.zeros(2, ...)"
         )
+    parameters = inspect.signature(module.forward).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(needed) > 1:
+        raise NetworkError(
+            f"export: the module takes {', '.join(needed)}, expected one tensor; wrap it in one that does"
+        )
     training = [name or type(module).__name__ for name, part in module.named_modules() if part.training]
     if training:
         raise NetworkError(f"export: {training[0]} is in training mode; call module.eval() first")
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype is not torch.float32:
+            raise NetworkError(f"export: {name} is {parameter.dtype}, expected float32; call module.float() first")
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
         if value.device.type != "cpu":
             raise NetworkError(f"export: {name} is on {value.device}; move the module with .cpu() first")
@@ -76,20 +85,28 @@ def _check(module: Any, example: Any) -> None:
 
 
 def _verify(network: Network, module: torch.nn.Module, example: torch.Tensor) -> None:
-    """Compare network and module on random inputs like the example's: a wrong conversion must not go unseen."""
+    """Compare network and module: a wrong conversion must not go unseen.
+
+    On the example and on random inputs, in a batch of another size than it was traced with.
+    """
     import torch
 
     from fastinv.backends.torch import as_module
 
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(example.shape, generator=generator)
+    x = torch.cat([example[:2], torch.randn(len(example), *example.shape[1:], generator=generator)[:3]])
+    x = torch.cat([x, x[:1]]) if len(x) == len(example) else x
     with torch.no_grad():
-        expected = module(x)
+        expected = module(x.clone())  # which may work in place
         found = as_module(network, torch.float32)(x)
+    if not isinstance(expected, torch.Tensor):
+        raise NetworkError(
+            f"export: the module gives a {type(expected).__name__}, expected one tensor; wrap it in one that does"
+        )
     if found.shape != expected.shape:
         raise NetworkError(f"export: gives shape {list(found.shape)}, but the module {list(expected.shape)}")
     error = float((found - expected).double().norm() / expected.double().norm().clamp_min(1e-12))
-    if not error <= TOLERANCE or not np.isfinite(error):
+    if not error <= TOLERANCE or not math.isfinite(error):
         raise UnsupportedOp(
             f"export: the network differs from the module by {error:.2g} (relative); some operation of the module "
             "is not what it seems, such as randomness or state in its forward"

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
@@ -29,6 +30,8 @@ class Split:
         at: dotted name of the last edge layer: "conv1", "layer1.0", any module. Where the model calls a module
             several times (a shared ReLU), the last call counts.
         mean, std: the model's input normalisation, one number for all channels or one for each.
+        example: an input [N >= 2, C, H, W] of the model. With one, torch.export traces the model, which can follow
+            branches on shapes; without, torch.fx does.
 
     Raises:
         SplitError: there is no such layer, the model cannot be traced, or more than the layer's result crosses.
@@ -40,40 +43,44 @@ class Split:
         at: str,
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
+        *,
+        example: torch.Tensor | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise SplitError(f"Split: a {type(model).__name__}, expected a torch.nn.Module")
-        names = [name for name, _ in model.named_modules() if name]
-        if at not in names:
-            folded = {name.casefold(): name for name in names}
-            close = [folded[c] for c in difflib.get_close_matches(str(at).casefold(), folded, n=3)]
-            hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(names[:20])}"
-            raise SplitError(f"Split: the model has no layer {at!r:.60}; {hint}")
+        _expect_layer(model, at)
         self.at = at
-        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
-        if not all(s > 0 for s in self.std):
+        self.mean, self.std = _numbers("mean", mean), _numbers("std", std)
+        if min(self.std) <= 0:
             raise SplitError(f"Split: std {self.std}, expected numbers above 0")
-        traced = _trace(copy.deepcopy(model).eval(), at)
-        cut = _cut_node(traced, at)
-        _expect_clean(traced, cut, at)
-        self.edge = _edge(traced, cut)
-        self.cloud = _cloud(traced, cut)
+        own = copy.deepcopy(model).eval()
+        if example is None:
+            traced = _trace(own, at)
+            calls = [node for node in traced.graph.nodes if node.op == "call_module" and node.target == at]
+        else:
+            traced = _export(own, example)
+            calls = [node for node in traced.graph.nodes if at in _modules_of(node)]
+        if not calls:
+            raise SplitError(
+                f"Split: layer {at!r} is never called, only inside another layer, or does nothing; choose another"
+            )
+        batch = _batch_size(traced)
+        self.edge = _edge(traced, calls[-1])
+        self.cloud = _cloud(traced, calls[-1], batch, at)
 
     def features(self, images: Any) -> Any:
-        """Features [N, ...], float32, of images [N, C, H, W], pixels; numpy gives numpy, torch gives torch."""
+        """Features [N, ...], float32, of images [N, C, H, W], pixels; numpy gives numpy, torch gives torch.
+
+        Raises:
+            FeatureError: images of a wrong shape or dtype, with NaN or Inf, or not what the model takes.
+        """
         data, dtype, is_torch = tensors.as_numpy(images, "images")
         if data.ndim != 4 or dtype not in ("float32", "float64"):
             raise FeatureError(
                 f"images of shape {list(data.shape)} and dtype {dtype}, expected float pixels [N, C, H, W] in [0, 1]"
             )
-        parts = []
-        with torch.no_grad():
-            for start, stop in tensors.chunks(len(data), BATCH):
-                pixels = torch.tensor(data[start:stop], dtype=torch.float32)
-                parts.append(self.edge(normalise(pixels, self.mean, self.std)))
-            if not parts:
-                parts.append(self.edge(torch.zeros(1, *data.shape[1:]))[:0])
-        result = torch.cat(parts)
+        parts = [self._ask(data[start:stop]) for start, stop in tensors.chunks(len(data), BATCH)]
+        result = torch.cat(parts) if parts else self._ask(np.zeros((1, *data.shape[1:])))[:0]
         return result if is_torch else result.numpy()
 
     def __call__(self, images: Any) -> Any:
@@ -83,11 +90,59 @@ class Split:
     def __repr__(self) -> str:
         return f"Split(at={self.at!r}, mean={self.mean}, std={self.std})"
 
+    def _ask(self, pixels: Any) -> torch.Tensor:
+        """Features of a few images."""
+        x = torch.tensor(pixels, dtype=torch.float32)
+        if not bool(x.isfinite().all()):
+            raise FeatureError("images hold NaN or Inf; drop or mend them")
+        z = normalise(x, self.mean, self.std)
+        try:
+            with torch.no_grad():
+                found = self.edge(z)
+        except RuntimeError as error:
+            raise FeatureError(f"the model does not take images {list(x.shape[1:])} ({error!s:.200})") from error
+        if not isinstance(found, torch.Tensor) or found.ndim < 2 or len(found) != len(x):
+            what = list(found.shape) if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
+            raise FeatureError(f"layer {self.at!r} gives {what} for {len(x)} images, expected [{len(x)}, ...]")
+        return found
+
 
 def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """z = (x − mean) / std for images [N, C, H, W]."""
+    """z = (x − mean) / std for images [N, C, H, W].
+
+    Raises:
+        FeatureError: as many entries of mean or std as would not fit the channels.
+    """
     shift, scale = (torch.as_tensor(v, dtype=pixels.dtype).reshape(-1, 1, 1) for v in (mean, std))
+    channels = pixels.shape[1]
+    if not {len(shift), len(scale)} <= {1, channels}:
+        raise FeatureError(
+            f"images of {channels} channels, but {len(shift)} means and {len(scale)} stds; expected one or {channels}"
+        )
     return (pixels - shift) / scale
+
+
+def _expect_layer(model: nn.Module, at: str) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    if at in names:
+        return
+    folded = {name.casefold(): name for name in names}
+    close = [folded[c] for c in difflib.get_close_matches(str(at).casefold(), folded, n=3)]
+    hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(names[:20])}"
+    raise SplitError(f"Split: the model has no layer {at!r:.60}; {hint}")
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    try:
+        numbers = np.atleast_1d(np.asarray(values, np.float64))
+    except (TypeError, ValueError):
+        numbers = np.empty(0)
+    if numbers.ndim != 1 or not len(numbers) or not np.isfinite(numbers).all():
+        raise SplitError(f"Split: {name} {values!r:.80}, expected finite numbers, one for all channels or one for each")
+    return tuple(numbers.tolist())
+
+
+# ---- tracing -------------------------------------------------------------------------------------------------------
 
 
 class _Tracer(fx.Tracer):
@@ -106,35 +161,67 @@ def _trace(model: nn.Module, at: str) -> fx.GraphModule:
         graph = _Tracer(at).trace(model)
     except Exception as error:  # torch.fx raises many types
         raise SplitError(
-            f"Split: torch.fx cannot trace {type(model).__name__} ({error!s:.200}); its forward must not branch on "
-            "values. Rewrite that part, or build edge and cloud by hand: attacks take any nn.Module"
+            f"Split: torch.fx cannot trace {type(model).__name__} ({error!s:.200}). Pass example=, an input [N >= 2, "
+            "C, H, W]: torch.export follows branches on shapes. Its forward must not branch on values"
         ) from error
     if sum(node.op == "placeholder" for node in graph.nodes) != 1:
         raise SplitError("Split: the model takes several inputs, expected one tensor of images")
-    traced = fx.GraphModule(model, graph)
-    traced.graph.eliminate_dead_code()
-    return traced
+    return _tidy(fx.GraphModule(model, graph))
 
 
-def _cut_node(traced: fx.GraphModule, at: str) -> fx.Node:
-    calls = [node for node in traced.graph.nodes if node.op == "call_module" and node.target == at]
-    if not calls:
-        raise SplitError(f"Split: layer {at!r} is never called, or only inside another layer; choose one that runs")
-    last: fx.Node = calls[-1]
-    return last
+def _export(model: nn.Module, example: torch.Tensor) -> fx.GraphModule:
+    if not isinstance(example, torch.Tensor) or example.ndim != 4 or len(example) < 2:
+        found = list(example.shape) if isinstance(example, torch.Tensor) else f"a {type(example).__name__}"
+        raise SplitError(f"Split: the example is {found}, expected a tensor [N >= 2, C, H, W]")
+    batch = torch.export.Dim("batch", min=2)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},), strict=False)
+    except Exception as error:  # torch.export raises many types
+        raise SplitError(
+            f"Split: torch.export cannot trace {type(model).__name__} ({error!s:.300}); its forward must not branch "
+            "on values or on the batch size. Build edge and cloud by hand: attacks take any nn.Module"
+        ) from error
+    traced = program.module(check_guards=False)
+    assert isinstance(traced, fx.GraphModule)
+    (output,) = (node for node in traced.graph.nodes if node.op == "output")
+    results = output.args[0]
+    if not isinstance(results, Sequence) or len(results) != 1:
+        raise SplitError("Split: the model gives several results, expected one tensor")
+    output.args = (results[0],)
+    return _tidy(traced)
 
 
-def _expect_clean(traced: fx.GraphModule, cut: fx.Node, at: str) -> None:
-    """The cloud must need nothing but the cut's result."""
-    nodes = list(traced.graph.nodes)
-    before = set(nodes[: nodes.index(cut)])
-    for node in nodes[nodes.index(cut) + 1 :]:
-        for needed in node.all_input_nodes:
-            if needed in before and needed.op != "get_attr":
-                raise SplitError(
-                    f"Split: at {at!r} not only its result crosses: {node.name} also needs {needed.name}, computed "
-                    "before. Cut where the two have joined, such as after the whole block"
-                )
+def _modules_of(node: fx.Node) -> set[str]:
+    """Names of the modules in whose forward an exported call lies."""
+    return {name for name, _ in node.meta.get("nn_module_stack", {}).values()}
+
+
+def _batch_size(traced: fx.GraphModule) -> fx.Node:
+    """One node for the first size of the images, which all that read it are made to use."""
+    (images,) = (node for node in traced.graph.nodes if node.op == "placeholder")
+    readers = [node for node in traced.graph.nodes if _reads_batch_size(node, images)]
+    with traced.graph.inserting_after(images):
+        size = traced.graph.call_method("size", (images, 0))
+    for node in readers:
+        node.replace_all_uses_with(size)
+    _tidy(traced)
+    return size
+
+
+def _reads_batch_size(node: fx.Node, images: fx.Node) -> bool:
+    """Whether it is `x.size(0)`, `x.shape[0]`, `x.size()[0]` or what torch.export makes of them."""
+    if str(node.target) in ("size", "aten.sym_size.int"):
+        return node.args == (images, 0)
+    if getattr(node.target, "__name__", "") != "getitem" or node.args[1] != 0:
+        return False
+    sizes = node.args[0]
+    if not isinstance(sizes, fx.Node):
+        return False
+    return sizes.args == (images, "shape") or (sizes.target == "size" and sizes.args == (images,))
+
+
+# ---- cutting -------------------------------------------------------------------------------------------------------
 
 
 def _edge(traced: fx.GraphModule, cut: fx.Node) -> fx.GraphModule:
@@ -145,23 +232,54 @@ def _edge(traced: fx.GraphModule, cut: fx.Node) -> fx.GraphModule:
         if node is cut:
             break
     graph.output(known[cut])
-    return _module(traced, graph)
+    return _tidy(fx.GraphModule(traced, graph)).eval()
 
 
-def _cloud(traced: fx.GraphModule, cut: fx.Node) -> fx.GraphModule:
+def _cloud(traced: fx.GraphModule, cut: fx.Node, batch: fx.Node, at: str) -> fx.GraphModule:
+    """What follows the cut. It may need the cut's result, constants and the batch size, and nothing else."""
+    nodes = list(traced.graph.nodes)
+    after = nodes[nodes.index(cut) + 1 :]
+    varying = _varying(nodes)
     graph = fx.Graph()
-    known = {cut: graph.placeholder("features")}
-    passed = False
-    for node in traced.graph.nodes:
-        if (passed and node is not cut) or node.op == "get_attr":
-            known[node] = graph.node_copy(node, known.__getitem__)
-        passed = passed or node is cut
-    return _module(traced, graph)
+    features = graph.placeholder("features")
+    if any(_in_place(node, traced) for node in after):
+        features = graph.call_method("clone", (features,))  # the caller's tensor stays as it is
+    known = {cut: features, batch: graph.call_method("size", (features, 0))}
+
+    def fetch(needed: fx.Node) -> fx.Node:
+        if needed not in known:
+            if needed in varying:
+                raise SplitError(
+                    f"Split: at {at!r} not only its result crosses: the cloud also needs {needed.name}, computed "
+                    "before. Cut where the two have joined, such as after the whole block"
+                )
+            known[needed] = graph.node_copy(needed, fetch)
+        return known[needed]
+
+    for node in after:
+        known[node] = graph.node_copy(node, fetch)
+    return _tidy(fx.GraphModule(traced, graph)).eval()
 
 
-def _module(traced: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    module = fx.GraphModule(traced, graph)
-    module.graph.eliminate_dead_code()
+def _varying(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes that depend on the images."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _in_place(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a call writes into its argument, so that it counts even where nobody reads its result."""
+    if node.op == "call_module":
+        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
+    name = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+    return bool(node.kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__")) or name == "iadd"
+
+
+def _tidy(module: fx.GraphModule) -> fx.GraphModule:
+    module.graph.eliminate_dead_code(lambda node: node.is_impure() or _in_place(node, module))
     module.recompile()
     module.delete_all_unused_submodules()
-    return module.eval()
+    return module

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from fastinv.backends import BACKENDS
@@ -13,6 +14,9 @@ from fastinv.backends import BACKENDS
 # The first example of a test may load torch, and tests run on machines that do other work, too: no deadlines.
 settings.register_profile("fastinv", deadline=None)
 settings.load_profile("fastinv")
+
+# The tests' tensors are small: on a busy machine OpenMP's barriers would cost far more than a second thread gains.
+torch.set_num_threads(1)
 
 AVAILABLE = [backend.name for backend in BACKENDS if backend.available() is None]
 

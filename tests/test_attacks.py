@@ -254,8 +254,12 @@ def test_wrong_queries(arguments, options, error, message: str) -> None:
 
 
 def test_a_shadow_lowers_the_loss_through_a_frozen_cloud(split: fastinv.Split) -> None:
-    cloud = copy.deepcopy(split.cloud)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        cloud = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))
     before = states(cloud)
+    labels = LABELS % 2
+    images = (IMAGES + labels[:, None, None, None]).astype(np.float32) / 2  # one class is bright
     seen: list[float] = []
 
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -264,10 +268,10 @@ def test_a_shadow_lowers_the_loss_through_a_frozen_cloud(split: fastinv.Split) -
         return value
 
     def architecture() -> nn.Module:
-        return copy.deepcopy(nn.Sequential(*list(lenet5())[:5]))
+        return nn.Sequential(*list(lenet5())[:5])
 
     shadow = fastinv.train_shadow(
-        cloud, IMAGES, LABELS, architecture, loss=loss, epochs=150, batch_size=24, lr=3e-3, **NORM
+        cloud, images, labels, architecture, loss=loss, epochs=60, batch_size=24, lr=3e-3, **NORM
     )
     assert seen[-1] < 0.5 * seen[0]
     for x, y in zip(before[0], states(cloud)[0], strict=True):

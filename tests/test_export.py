@@ -186,3 +186,59 @@ def test_wrong_arguments(module, example, message: str) -> None:
 def test_randomness_is_found_out() -> None:
     with pytest.raises((NetworkError, UnsupportedOp)):
         fastinv.export(Function(lambda x: x + torch.rand(3, 4, 4)).eval(), torch.randn(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x * x.shape[0], lambda x: x / x.shape[0], lambda x: x + torch.zeros(x.shape[0], 3, 1, 1)],
+    ids=["scaled", "divided", "filled"],
+)
+def test_the_batch_size_must_not_enter_the_result(function) -> None:
+    with pytest.raises(UnsupportedOp, match="on the batch size"):
+        fastinv.export(Function(function).eval(), torch.randn(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.view(x.size(0), -1),
+        lambda x: x * x.mean((2, 3), keepdim=True).expand_as(x),
+        lambda x: x * x.mean((2, 3), keepdim=True).expand(-1, -1, 4, 4),
+        lambda x: x.mean(-1) + x.mean(2),
+        lambda x: torch.ops.aten.upsample_bilinear2d(x, [7, 5], False) + torch.ops.aten.upsample_nearest2d(x, [7, 5]),
+        lambda x: F.max_pool2d(x, 5, 2, ceil_mode=True) + F.avg_pool2d(x, 5, 2, ceil_mode=True),
+        lambda x: F.interpolate(x, size=(63, 49)),
+        lambda x: F.alpha_dropout(x, 0.5).double().float(),
+    ],
+    ids=["flat", "expand-as", "expand", "one-axis-means", "plain-upsamples", "ceil-mode", "nearest-rounding", "same"],
+)
+def test_functions_of_other_people(function) -> None:
+    x = torch.randn(3, 3, 4, 4)
+    network = fastinv.export(Function(function).eval(), torch.randn(2, 3, 4, 4))
+    np.testing.assert_allclose(fastinv.compile(network, backend="cpu")(x.numpy()), function(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int32])
+def test_casts_that_round_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(UnsupportedOp, match=f"a cast to {dtype}"):
+        fastinv.export(Function(lambda x: x.to(dtype).float()).eval(), torch.randn(2, 3, 4, 4))
+
+
+class Sum(nn.Module):
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a + b
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Function(lambda x: {"y": 2 * x}), "gives a dict, expected one tensor"),
+        (Function(lambda x: (2 * x,)), "gives a tuple, expected one tensor"),
+        (Sum(), "takes a, b, expected one tensor"),
+        (nn.Conv2d(3, 3, 1).double(), r"float64, expected float32; call module.float\(\)"),
+    ],
+    ids=["dict", "tuple", "two-inputs", "double"],
+)
+def test_wrong_modules(module: nn.Module, message: str) -> None:
+    with pytest.raises(NetworkError, match=message):
+        fastinv.export(module.eval(), torch.randn(2, 3, 4, 4))

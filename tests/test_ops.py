@@ -8,6 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastinv.errors import NetworkError
 from fastinv.ops import OPS
@@ -151,3 +153,69 @@ def test_unknown_attributes_are_refused() -> None:
 def test_ops_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Conv2d().groups = 3  # type: ignore[misc]
+
+
+# ---- PyTorch's rules, over sizes that the cases do not have ----------------------------------------------------------
+
+SIDES = st.integers(1, 40)
+SCALES = st.floats(0.3, 4).map(lambda s: round(s, 2))
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIDES, SIDES, st.tuples(SCALES, SCALES), st.tuples(st.integers(1, 90), st.integers(1, 90)), st.booleans())
+def test_nearest_copies_what_torch_copies(h: int, w: int, scales, size, scaled: bool) -> None:
+    if scaled:
+        size = (max(1, int(h * scales[0])), max(1, int(w * scales[1])))
+    op = Upsample(size, scales=scales if scaled else None)
+    x = torch.arange(2.0 * h * w).reshape(1, 2, h, w)
+    expected = torch.ops.aten.upsample_nearest2d(x, size, *(scales if scaled else (None, None)))
+    assert torch.equal(op.reference([x], {}), expected)
+    rows, columns = (torch.from_numpy(op.weights_along(axis, n)).float() for axis, n in ((0, h), (1, w)))
+    assert torch.equal(rows @ x @ columns.T, expected)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.tuples(SIDES, SIDES),
+    *(st.tuples(st.integers(1, 5), st.integers(1, 5)) for _ in range(2)),
+    st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    st.booleans(),
+    st.booleans(),
+)
+def test_pools_have_torch_s_windows(size, kernel, stride, padding, ceil_mode: bool, count_include_pad: bool) -> None:
+    padding = tuple(min(p, k // 2) for p, k in zip(padding, kernel, strict=True))
+    x = torch.randn(1, 2, *size, dtype=torch.float64)
+    for op in (
+        AvgPool2d(kernel, stride, padding, ceil_mode, count_include_pad),
+        MaxPool2d(kernel, stride, padding, (1, 1), ceil_mode),
+    ):
+        try:
+            expected = op.reference([x], {})
+        except RuntimeError:  # torch finds no room for a window
+            with pytest.raises(NetworkError, match="does not fit"):
+                op.shape([(2, *size)], {})
+            continue
+        assert op.shape([(2, *size)], {}) == tuple(expected.shape[1:])
+        if isinstance(op, AvgPool2d):
+            rows, columns = (torch.from_numpy(op.weights_along(axis, n)) for axis, n in enumerate(size))
+            torch.testing.assert_close(rows @ x @ columns.T, expected)
+
+
+@pytest.mark.parametrize("case", [p for p in CASES if math.prod(p.values[0].inputs[0]) <= 128])
+def test_gradients_are_derivatives(case: Case) -> None:
+    inputs, weights = tensors(case, 1)
+    inputs = [x.requires_grad_(True) for x in inputs]
+    assert torch.autograd.gradcheck(lambda *xs: case.op.reference(xs, weights), inputs)
+
+
+def test_huge_attributes_allocate_nothing() -> None:
+    with pytest.raises(NetworkError, match="too large"):
+        Upsample((2**16, 1)).shape([(1, 2**16, 1)], {})
+    with pytest.raises(NetworkError, match="too large"):
+        Conv2d((2**16, 2**16), (2**16,) * 4).shape([(1, 1, 1)], {"weight": (1, 1, 1, 1), "bias": (1,)})
+
+
+def test_windows_of_nothing_but_padding_are_refused() -> None:
+    assert torch.isinf(torch.nn.functional.max_pool2d(torch.ones(1, 1, 2, 2), 2, 1, 1, 3)).all()
+    with pytest.raises(NetworkError, match="nothing but padding"):
+        MaxPool2d((2, 2), (1, 1), (1, 1), (3, 3)).shape([(1, 2, 2)], {})

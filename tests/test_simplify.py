@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastinv.backends.torch import as_module
 from fastinv.errors import NetworkError
-from fastinv.network import Network, Step
+from fastinv.network import MAX_STEPS, Network, Step
 from fastinv.ops.activation import IDENTITY, Activation
 from fastinv.ops.add import Add
 from fastinv.ops.affine import Affine
@@ -157,3 +159,13 @@ def test_networks_refuse_what_does_not_fit() -> None:
         chain((3,), (Affine(), {"scale": [np.nan] * 3, "shift": [0.0] * 3}))
     with pytest.raises(NetworkError, match="positive sizes"):
         Network((0, 3))
+
+
+def test_the_longest_chain_takes_no_time() -> None:
+    ones = {"scale": np.ones((1, 1, 1)), "shift": np.full((1, 1, 1), 0.5)}
+    network = chain((1, 2, 2), *[(Affine(), ones)] * MAX_STEPS)
+    begin = time.monotonic()
+    simpler = simplify(network)
+    assert time.monotonic() - begin < 10  # a quadratic pass takes minutes
+    assert len(simpler.steps) == 1
+    assert simpler.steps[0].weights["shift"].item() == MAX_STEPS / 2

@@ -60,6 +60,62 @@ def test_functional_code_and_the_last_call_of_a_shared_module() -> None:
     check(Functional().eval(), "conv", (3, 8, 8))
 
 
+class Sized(nn.Module):
+    """Uses the batch size, a constant and an in-place activation across the cut, and branches on a shape."""
+
+    def __init__(self, checks: bool) -> None:
+        super().__init__()
+        self.checks = checks
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.act = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(4 * 36, 5)
+        self.scale = nn.Parameter(torch.rand(4, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.checks and x.shape[1] != 3:
+            raise ValueError("three channels, please")
+        count, size, gain = x.size(0), x.shape, self.scale * 2
+        y = self.norm(self.conv(x)) * gain
+        self.act(y)  # changes y
+        return self.fc(y.view(count, -1)) + self.fc(y.reshape(size[0], 144))
+
+
+@pytest.mark.parametrize("at", ["conv", "norm"])
+def test_batch_sizes_constants_and_writes_in_place_cross_a_cut(at: str) -> None:
+    split = check(Sized(checks=False).eval(), at, (3, 8, 8))
+    z = torch.randn(5, 3, 8, 8)
+    features = split.edge(z)
+    before = features.clone()
+    split.cloud(features)
+    assert torch.equal(features, before)
+
+
+@pytest.mark.parametrize("at", ["conv", "norm"])
+def test_with_an_example_shapes_may_be_branched_on(at: str) -> None:
+    model = Sized(checks=True).eval()
+    with pytest.raises(SplitError, match="Pass example="):
+        fastinv.Split(model, at=at)
+    split = fastinv.Split(model, at=at, example=torch.zeros(2, 3, 8, 8))
+    for count in (1, 2, 7):
+        z = torch.randn(count, 3, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(split.cloud(split.edge(z)), model(z))
+    assert split.features(torch.rand(3, 3, 8, 8)).shape == (3, 4, 6, 6)
+
+
+@pytest.mark.parametrize("at", ["conv1", "layer.0", "layer.1.1.relu"])
+def test_a_resnet_through_torch_export(at: str) -> None:
+    model, shape = make("resnet18")
+    split = fastinv.Split(model, at=at, example=torch.zeros(2, *shape))
+    z = torch.randn(3, *shape)
+    with torch.no_grad():
+        torch.testing.assert_close(split.edge(z), fastinv.Split(model, at=at).edge(z))
+        torch.testing.assert_close(split.cloud(split.edge(z)), model(z))
+    with pytest.raises(SplitError, match="not only its result crosses"):
+        fastinv.Split(model, at="layer.0.0.bn1", example=torch.zeros(2, *shape))
+
+
 def test_the_model_is_left_alone() -> None:
     model = lenet5()
     model.train()
@@ -99,6 +155,31 @@ class Branching(nn.Module):
         return self.conv(x) if x.sum() > 0 else x
 
 
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3)
+        self.spare = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.spare(x)
+        return self.conv(x)
+
+
+class TwoInputs(Unused):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return self.conv(x) + y
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.conv1(x), x
+
+
 @pytest.mark.parametrize(
     ("model", "at", "message"),
     [
@@ -107,11 +188,29 @@ class Branching(nn.Module):
         (make("resnet18")[0], "layer.0.0.bn1", "not only its result crosses: .* also needs"),
         (Branching(), "conv", "cannot trace Branching"),
         ("model", "conv1", "a str, expected"),
+        (nn.Sequential(nn.Conv2d(3, 3, 1)), 0, "has no layer 0"),
+        (nn.Bilinear(2, 2, 2), "weight", "has no layer"),
+        (Unused(), "spare", "never called"),
+        (TwoInputs(), "conv", "several inputs"),
     ],
 )
 def test_impossible_cuts(model, at: str, message: str) -> None:
     with pytest.raises(SplitError, match=message):
         fastinv.Split(model, at=at)
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "message"),
+    [
+        (lenet5(), torch.zeros(1, 1, 28, 28), r"expected a tensor \[N >= 2"),
+        (lenet5(), np.zeros((2, 1, 28, 28)), "a ndarray, expected"),
+        (lenet5(), torch.zeros(2, 3, 28, 28), "torch.export cannot trace Sequential"),
+        (Pair(), torch.zeros(2, 3, 8, 8), "several results"),
+    ],
+)
+def test_wrong_examples(model, example, message: str) -> None:
+    with pytest.raises(SplitError, match=message):
+        fastinv.Split(model, at="conv1", example=example)
 
 
 def test_wrong_images() -> None:
@@ -120,5 +219,21 @@ def test_wrong_images() -> None:
         split.features(np.zeros((3, 28, 28), np.float32))
     with pytest.raises(FeatureError, match="expected float pixels"):
         split.features(np.zeros((3, 1, 28, 28), np.uint8))
-    with pytest.raises(SplitError, match="std"):
-        fastinv.Split(lenet5(), at="conv1", std=(0.0,))
+    with pytest.raises(FeatureError, match="NaN or Inf"):
+        split.features(np.full((3, 1, 28, 28), np.nan, np.float32))
+    with pytest.raises(FeatureError, match="does not take images"):
+        split.features(np.zeros((3, 3, 28, 28), np.float32))
+    rgb = fastinv.Split(lenet5(), at="conv1", mean=(0.1, 0.2, 0.3))
+    with pytest.raises(FeatureError, match="images of 1 channels, but 3 means"):
+        rgb.features(np.zeros((3, 1, 28, 28), np.float32))
+    with pytest.raises(FeatureError, match=r"gives a tuple for 2 images"):
+        fastinv.Split(nn.Sequential(nn.Flatten(2), nn.LSTM(64, 3)), at="1").features(np.zeros((2, 3, 8, 8), np.float32))
+
+
+@pytest.mark.parametrize(
+    "change", [{"std": (0.0,)}, {"mean": ()}, {"mean": (np.nan,)}, {"std": "one"}, {"mean": [[0.5]]}]
+)
+def test_wrong_normalisations(change: dict) -> None:
+    with pytest.raises(SplitError, match="std|mean"):
+        fastinv.Split(lenet5(), at="conv1", **change)
+    assert fastinv.Split(lenet5(), at="conv1", mean=0.5, std=0.25).std == (0.25,)

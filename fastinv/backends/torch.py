@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
     from fastinv.inverters import RMLE
 
-CHUNK = 256  # images run at once: bounds the memory of the activations
+CHUNK = 256  # images run at once at most
+MAX_VALUES = 2**26  # elements of all values of a chunk: bounds the memory of the activations
 
 
 class TorchBackend:
@@ -55,15 +57,16 @@ class TorchNetwork:
         self._module = as_module(network, self._dtype)
         self._network = network
         self._threads = threads
+        self._chunk = max(1, min(CHUNK, MAX_VALUES // sum(map(math.prod, network.shapes))))
 
     def run(self, x: Array, out: Array) -> None:
         import torch
 
         with torch.no_grad(), torch_threads(self._threads):
-            for start in range(0, len(x), CHUNK):
-                part = np.array(x[start : start + CHUNK])  # torch refuses read-only memory
+            for start in range(0, len(x), self._chunk):
+                part = np.array(x[start : start + self._chunk])  # torch refuses read-only memory
                 y = self._module(torch.from_numpy(part).to(self._dtype))
-                out[start : start + CHUNK] = y.float().numpy()
+                out[start : start + self._chunk] = y.float().numpy()
 
     def describe(self) -> list[dict[str, Any]]:
         network = self._network
@@ -135,13 +138,14 @@ def as_module(network: Network, dtype: torch.dtype) -> torch.nn.Module:
     class Module(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weights: list[dict[str, torch.Tensor]] = [
-                {key: torch.tensor(value, dtype=dtype) for key, value in step.weights.items()} for step in network.steps
-            ]
+            for index, step in enumerate(network.steps):
+                for key, value in step.weights.items():
+                    self.register_buffer(f"{key}_{index}", torch.tensor(value, dtype=dtype))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             values = [x]
-            for step, weights in zip(network.steps, self.weights, strict=True):
+            for index, step in enumerate(network.steps):
+                weights = {key: getattr(self, f"{key}_{index}") for key in step.weights}
                 y = step.op.reference([values[i] for i in step.inputs], weights)
                 values.append(step.activation.reference([y], {}))
             return values[-1]

@@ -23,14 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
         sys.stdout.flush()
-    except FastinvError as error:
-        print(f"fastinv {args.command}: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print(f"fastinv {args.command}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (FastinvError, OSError) as error:
+        print(f"fastinv {args.command}: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -19,8 +19,8 @@ def add_data_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         default="photographs",
-        help="a folder with MNIST (IDX), CIFAR-10 (binary batches or Parquet) or images by class; photographs: crops of "
-        "those that scikit-image ships",
+        help="a folder with MNIST (IDX), CIFAR-10 (binary batches or Parquet) or images by class; photographs: crops "
+        "of those that scikit-image ships",
     )
 
 

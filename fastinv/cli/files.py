@@ -117,6 +117,25 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
             shutil.rmtree(temporary) if folder else temporary.unlink()
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, where there is none.
+
+    Raises:
+        FormatError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot make the folder ({error.strerror}); choose another") from None
+
+
+def expect_place(path: Path) -> None:
+    """Raise FormatError where no file can be written to `path`."""
+    if path.is_dir() or not path.parent.is_dir():
+        reason = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise FormatError(f"{path}: {reason}; choose another place")
+
+
 def check_png(shape: Shape) -> None:
     """Raise FormatError where images [C, H, W] do not fit a PNG file."""
     if shape[0] not in (1, 3):

@@ -1,5 +1,176 @@
-"""x."""
+"""Train a target and an attack on it; write the attack to a .finv file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastinv.cli.arguments import integer, plural, positive
+from fastinv.cli.demo import add_data_argument
+from fastinv.cli.files import expect_place, make_folder
+from fastinv.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import nn
+
+    from fastinv.experiment import Experiment
+    from fastinv.inverters import Inverter
+    from fastinv.split import Split
+
+ATTACKS = {
+    "inverse_network": "black-box: learn features -> images from queries",
+    "rmle": "white-box: optimise through the edge itself",
+    "shadow": "query-free: learn a stand-in for the edge through the cloud, then rmle",
+    "fit_shadow": "black-box: learn a stand-in for the edge from queries, then rmle",
+}
+TRAINING = ("epochs", "batch_size", "lr", "optimizer")  # options of the attacks' training
+SOLVER = ("steps", "lr", "tv_weight", "tv_beta", "optimizer")  # options of rMLE
+SCORED = {"inverse_network": 1000}  # test images that are recovered and scored
+SCORED_RMLE = 8
 
 
-def add_arguments(p): ...
-def run(a): ...
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--out", metavar="FILE", type=Path, required=True, help="the .finv file to write")
+    add_data_argument(parser)
+    parser.add_argument("--seed", type=integer, default=0, help="the same seed, the same result")
+    parser.add_argument("--threads", type=positive, help="threads to use; all cores where left out")
+    parser.add_argument(
+        "--checkpoint", metavar="FOLDER", type=Path, help="keep the state there after every epoch; go on from it"
+    )
+    parser.add_argument(
+        "--score", type=integer, help="test images to recover and score; left out: 1000, or 8 with rMLE"
+    )
+
+    target = parser.add_argument_group("target")
+    target.add_argument("--target", metavar="FILE", type=Path, help="its weights: read, or trained and written there")
+    target.add_argument("--target-epochs", type=integer, default=5, help="passes over its half of the training set")
+    target.add_argument("--split", help="the split point; left out: ReLU22 of cifar_net, ReLU2 of lenet5")
+
+    attack = parser.add_argument_group("attack", "; ".join(f"{name}: {text}" for name, text in ATTACKS.items()))
+    attack.add_argument("--attack", choices=ATTACKS, default="inverse_network", help="which of these")
+    attack.add_argument(
+        "--knowledge",
+        choices=("same", "distribution", "noise"),
+        default="distribution",
+        help="the attacker's images: the target's own, others like them, or Gaussian noise",
+    )
+    attack.add_argument("--images", type=positive, help="how many of them; all where left out")
+    attack.add_argument("--kind", choices=("paper", "residual"), default="paper", help="of inverse network")
+    attack.add_argument("--width", type=positive, default=64, help="channels of a residual inverse network")
+    attack.add_argument("--depth", type=positive, default=4, help="blocks of a residual inverse network")
+    attack.add_argument(
+        "--architecture", choices=("same", "different"), default="same", help="of a shadow: the edge's or another"
+    )
+    attack.add_argument("--epochs", type=integer, help="of the inverse network or shadow; left out: its own default")
+    attack.add_argument("--batch-size", type=positive, help="likewise")
+    attack.add_argument("--lr", type=float, help="likewise")
+    attack.add_argument("--optimizer", choices=("adam", "sgd"), help="likewise")
+
+    rmle = parser.add_argument_group("rMLE", "left out, each is the paper's for the split point")
+    rmle.add_argument("--rmle-steps", type=integer)
+    rmle.add_argument("--rmle-lr", type=float)
+    rmle.add_argument("--rmle-tv-weight", type=float)
+    rmle.add_argument("--rmle-tv-beta", type=float)
+    rmle.add_argument("--rmle-optimizer", choices=("adam", "amsgrad", "sgd"))
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    import fastinv
+    from fastinv.experiment import Experiment, Scores
+
+    _check(args)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    experiment = Experiment.on(args.data, args.seed)
+    target = experiment.target(args.target_epochs, file=args.target, checkpoint=_checkpoint(args, "target"))
+    print(f"{experiment.model.name}: {experiment.accuracy(target):.2%} of the test images classified right")
+    model = experiment.model
+    split = fastinv.Split(target, args.split or model.split, model.mean, model.std)
+    inverter = _attack(args, experiment, split)
+    inverter.save(args.out)
+    count = args.score if args.score is not None else SCORED.get(args.attack, SCORED_RMLE)
+    print(f"{args.out}: {inverter.kind} at {split.at}")
+    if count:
+        truth = experiment.held_out(count)
+        recovered = fastinv.invert(split.features(truth), inverter, threads=args.threads, progress=True)
+        print(f"{plural(len(truth), 'test image')} recovered: {Scores.of(truth, recovered)}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Find out before the training, not after it, what cannot work."""
+    if args.attack == "shadow" and args.knowledge == "noise":
+        raise DataError("noise has no labels, which a shadow needs: pass --knowledge same or distribution")
+    if args.checkpoint is not None:
+        make_folder(args.checkpoint)
+    for path in filter(None, (args.out, args.target)):
+        expect_place(path)
+
+
+def _attack(args: argparse.Namespace, experiment: Experiment, split: Split) -> Inverter:
+    solver = _given(args, SOLVER, "rmle_")
+    if args.attack == "rmle":
+        return experiment.rmle(split, split.edge, solver, attack="rmle")
+    training = _given(args, TRAINING) | {"seed": args.seed, "checkpoint": _checkpoint(args, args.attack)}
+    known = {"attack": args.attack, "knowledge": args.knowledge, "images": args.images or "all"}
+    known |= _given(args, TRAINING)
+    if args.attack == "inverse_network":
+        decoder = _inverse_network(args, experiment, split, training)
+        return experiment.inverse_network(split, decoder, **known, decoder=args.kind)
+    shadow = _shadow(args, experiment, split, training)
+    return experiment.rmle(split, shadow, solver, **known, architecture=args.architecture)
+
+
+def _inverse_network(
+    args: argparse.Namespace, experiment: Experiment, split: Split, training: dict[str, Any]
+) -> nn.Module:
+    import fastinv
+
+    shape = {"kind": args.kind, "width": args.width, "depth": args.depth}
+    return fastinv.train_inverse_network(split, _images(args, experiment), progress=True, **shape, **training)
+
+
+def _shadow(args: argparse.Namespace, experiment: Experiment, split: Split, training: dict[str, Any]) -> nn.Module:
+    import fastinv
+
+    images = _images(args, experiment)
+    architecture = _architecture(args, experiment, split)
+    if args.attack == "fit_shadow":
+        return fastinv.fit_shadow(split, images, architecture, progress=True, **training)
+    labels = experiment.train.labels[experiment.half(args.knowledge)[: len(images)]]
+    options = {"mean": split.mean, "std": split.std, "progress": True, **training}
+    return fastinv.train_shadow(split.cloud, images, labels, architecture, **options)
+
+
+def _images(args: argparse.Namespace, experiment: Experiment) -> npt.NDArray[np.float32]:
+    import fastinv
+
+    mean, std = experiment.model.mean, experiment.model.std
+    return fastinv.knowledge(experiment.train, args.knowledge, args.images, seed=args.seed, mean=mean, std=std)
+
+
+def _architecture(args: argparse.Namespace, experiment: Experiment, split: Split) -> nn.Module:
+    """An untrained shadow, whose weights follow from the seed and not from the target."""
+    from fastinv.models import shadow_edge
+    from fastinv.split import Split
+    from fastinv.training import seeded
+
+    with seeded(args.seed + 1):
+        if args.architecture == "different":
+            return shadow_edge(split.at)
+        fresh = experiment.model.make(len(experiment.train.classes))
+        return Split(fresh, split.at).edge
+
+
+def _given(args: argparse.Namespace, names: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
+    """The options that were given; what was not is left to the functions' own defaults."""
+    values = {name: getattr(args, prefix + name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _checkpoint(args: argparse.Namespace, name: str) -> Path | None:
+    return None if args.checkpoint is None else Path(args.checkpoint, f"{name}.checkpoint")

@@ -1,0 +1,209 @@
+"""From aten calls to steps: layers with weights, pools and resampling. `fastinv.aten` lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fastinv.conversion import Conversion, Value, holds
+from fastinv.ops.adaptive_avg_pool2d import AdaptiveAvgPool2d
+from fastinv.ops.affine import Affine
+from fastinv.ops.avg_pool2d import AvgPool2d
+from fastinv.ops.conv2d import Conv2d
+from fastinv.ops.conv_transpose2d import ConvTranspose2d
+from fastinv.ops.linear import Linear
+from fastinv.ops.max_pool2d import MaxPool2d
+from fastinv.ops.pixel_shuffle import PixelShuffle
+from fastinv.ops.reshape import Reshape
+from fastinv.ops.upsample import Upsample
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return (int(values[0]), int(values[-1]))
+
+
+def axis_of(to: Conversion, x: Value, axis: int) -> int:
+    """An axis as torch counts it (with the batch) as fastinv counts it (without)."""
+    axis = axis % (len(x.shape) + 1)
+    if axis == 0:
+        to.unsupported("an operation along the batch axis")
+    return axis - 1
+
+
+def expect_image(to: Conversion, x: Any, what: str) -> None:
+    if not isinstance(x, Value) or len(x.shape) != 3:
+        to.unsupported(f"{what} of anything but a batch of images [N, C, H, W]")
+
+
+# ---- layers with weights -------------------------------------------------------------------------------------------
+
+
+def conv2d(
+    to: Conversion,
+    x: Value,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Value:
+    expect_image(to, x, "conv2d")
+    if holds((weight, bias), Value):
+        to.unsupported("conv2d with computed weights")
+    dilation = _pair(dilation)
+    if padding == "valid":
+        padding = 0
+    if padding == "same":  # the odd one of an uneven total goes to the end
+        totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        (top, bottom), (left, right) = ((t // 2, t - t // 2) for t in totals)
+    else:
+        top, left = _pair(padding)
+        bottom, right = top, left
+    bias = torch.zeros(len(weight)) if bias is None else bias
+    op = Conv2d(_pair(stride), (top, bottom, left, right), dilation, groups)
+    return to.emit(op, [x], weight=weight, bias=bias)
+
+
+def conv_transpose2d(
+    to: Conversion,
+    x: Value,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Value:
+    expect_image(to, x, "conv_transpose2d")
+    if holds((weight, bias), Value):
+        to.unsupported("conv_transpose2d with computed weights")
+    bias = torch.zeros(weight.shape[1] * groups) if bias is None else bias
+    op = ConvTranspose2d(_pair(stride), _pair(padding), _pair(output_padding), _pair(dilation), groups)
+    return to.emit(op, [x], weight=weight, bias=bias)
+
+
+def linear(to: Conversion, x: Value, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Value:
+    if holds((weight, bias), Value):
+        to.unsupported("linear with computed weights")
+    return to.emit(Linear(), [x], weight=weight, bias=torch.zeros(len(weight)) if bias is None else bias)
+
+
+def batch_norm(
+    to: Conversion,
+    x: Value,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    variance: torch.Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn: bool = False,
+) -> Value:
+    if training or mean is None or variance is None:
+        to.unsupported("batch norm on the statistics of the batch")
+    scale = 1 / (variance.double() + eps).sqrt()
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    spread = (-1, *[1] * (len(x.shape) - 1))
+    return to.emit(Affine(), [x], scale=scale.reshape(spread), shift=shift.reshape(spread))
+
+
+# ---- pools and resampling ------------------------------------------------------------------------------------------
+
+
+def max_pool2d(
+    to: Conversion,
+    x: Value,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> Value:
+    expect_image(to, x, "max_pool2d")
+    op = MaxPool2d(_pair(kernel), _pair(stride or kernel), _pair(padding), _pair(dilation), ceil_mode)
+    return to.emit(op, [x])
+
+
+def avg_pool2d(
+    to: Conversion,
+    x: Value,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor: int | None = None,
+) -> Value:
+    expect_image(to, x, "avg_pool2d")
+    window = _pair(kernel), _pair(stride or kernel), _pair(padding)
+    return to.emit(AvgPool2d(*window, ceil_mode, count_include_pad, divisor), [x])
+
+
+def adaptive_avg_pool2d(to: Conversion, x: Value, output_size: Any) -> Value:
+    expect_image(to, x, "adaptive_avg_pool2d")
+    sizes = [output_size] * 2 if isinstance(output_size, int) else output_size
+    target = tuple(size if wanted is None else wanted for wanted, size in zip(sizes, x.shape[1:], strict=True))
+    return to.emit(AdaptiveAvgPool2d((target[0], target[1])), [x])
+
+
+def mean(to: Conversion, x: Value, axes: Sequence[int] | None, keepdim: bool = False, dtype: Any = None) -> Value:
+    expect_image(to, x, "mean")
+    reduced = [axis_of(to, x, axis) for axis in axes or range(4)]
+    if 0 in reduced:
+        to.unsupported("a mean over channels")
+    height, width = (1 if axis in reduced else x.shape[axis] for axis in (1, 2))
+    pooled = to.emit(AdaptiveAvgPool2d((height, width)), [x])
+    return pooled if keepdim else to.emit(Reshape(to.result_shape()), [pooled])
+
+
+def upsample(mode: str) -> Callable[..., Value]:
+    """(x, output_size, [align_corners,] scale_factors), of which one of the two is given."""
+
+    def converter(to: Conversion, x: Value, output_size: Any, *rest: Any) -> Value:
+        *corners, scales = rest
+        factors = None if scales is None or output_size is not None else (float(scales[0]), float(scales[1]))
+        return _upsampled(to, x, mode, corners, factors)
+
+    return converter
+
+
+def upsample_plain(mode: str) -> Callable[..., Value]:
+    """(x, output_size, [align_corners,] scale of rows, scale of columns)"""
+
+    def converter(to: Conversion, x: Value, output_size: Any, *rest: Any) -> Value:
+        corners, scales = (rest[:1], rest[1:]) if mode == "bilinear" else ((), rest)
+        given = len(scales) == 2 and None not in scales
+        return _upsampled(to, x, mode, corners, (float(scales[0]), float(scales[1])) if given else None)
+
+    return converter
+
+
+def _upsampled(
+    to: Conversion, x: Value, mode: str, corners: Sequence[bool], factors: tuple[float, float] | None
+) -> Value:
+    expect_image(to, x, "upsample")
+    height, width = to.result_shape()[1:]
+    return to.emit(Upsample((height, width), mode, any(corners), factors), [x])
+
+
+def expand(to: Conversion, x: Value, *_: Any, **__: Any) -> Value:
+    """A view of one row or column as many: the nearest upsampling of it."""
+    target = to.result_shape()
+    if target == x.shape:
+        return x
+    if len(x.shape) != 3 or len(target) != 3 or target[0] != x.shape[0]:
+        to.unsupported("an expansion of anything but rows and columns")
+    return to.emit(Upsample((target[1], target[2])), [x])
+
+
+def pixel_shuffle(to: Conversion, x: Value, factor: int) -> Value:
+    expect_image(to, x, "pixel_shuffle")
+    return to.emit(PixelShuffle(factor), [x])
