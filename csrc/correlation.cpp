@@ -180,8 +180,8 @@ void Correlation::add_runs(const std::vector<Tap>& taps, const Pixel* pixels, in
       source(g.axis[1], g.transposed, pixels[p].x, tap.x, &x);
       const bool outside = y < 0 || y >= g.axis[0].in || x < 0 || x >= g.axis[1].in;
       inside |= !outside;
-      run.offset[p] = outside ? kOutside
-                              : static_cast<int32_t>((int64_t{y - first_y} * g.axis[1].in + x) * g.in_channels);
+      run.offset[p] =
+          outside ? kOutside : static_cast<int32_t>((int64_t{y - first_y} * g.axis[1].in + x) * g.in_channels);
     }
     if (!inside) continue;
     // Taps side by side read one contiguous stretch; one long run costs less than several short ones.
@@ -215,8 +215,8 @@ void Correlation::pack(const WeightAt& weight, const float* bias) {
     for (const std::vector<Tap>& taps : phases_) {
       for (const Tap& tap : taps) {
         for (int o = 0; o < out; ++o) {
-          const int first = o / block * block;                      // channels in the blocks before
-          const int span = std::min(block, padded - first);         // channels in this block
+          const int first = o / block * block;               // channels in the blocks before
+          const int span = std::min(block, padded - first);  // channels in this block
           for (int i = 0; i < in; ++i) {
             const int64_t row = tap.row + i;
             const int64_t at = depthwise ? row * g.groups + group
@@ -241,8 +241,8 @@ void Correlation::run(const float* in, float* out, bool accumulate, Activation a
   for (int group = 0; group < g.groups; ++group) {
     const float* bias = bias_.data() ? bias_.data() + group * group_bias_ : nullptr;
     kernel({in + group * in_step, out + group * out_step, zeros_.data(), rows_.data(),
-            static_cast<int64_t>(rows_.size()), tiles_.data(), runs_.data(),
-            weights_.data() + group * group_weights_, weight_rows_, bias, out_step, accumulate, activation});
+            static_cast<int64_t>(rows_.size()), tiles_.data(), runs_.data(), weights_.data() + group * group_weights_,
+            weight_rows_, bias, out_step, accumulate, activation});
   }
 }
 

@@ -181,9 +181,9 @@ enum class OptimizerKind : int { kAdam, kAmsgrad, kSgd };
 struct OptimizerArgs {
   float* z;
   const float* grad;
-  float* first;   // m of Adam, the momentum buffer of SGD
-  float* second;  // v of Adam
-  float* largest;  // running maximum of v, for AMSGrad
+  float* first;      // m of Adam, the momentum buffer of SGD
+  float* second;     // v of Adam
+  float* largest;    // running maximum of v, for AMSGrad
   const float* low;  // bounds for every element, or null
   const float* high;
   int64_t size;
@@ -199,8 +199,8 @@ struct OptimizerArgs {
 
 struct Kernels {
   const char* isa;
-  int width;         // floats in a vector
-  int max_vectors;   // vectors of output channels in a correlate tile
+  int width;                           // floats in a vector
+  int max_vectors;                     // vectors of output channels in a correlate tile
   int dot_pixels[kMaxDotOutputs + 1];  // tile pixels of the dot form, by number of outputs
 
   void (*correlate)(const CorrelateArgs&);

@@ -217,8 +217,9 @@ PYBIND11_MODULE(_core, m) {
           py::arg("input"), py::arg("activation"));
 
   py::class_<Engine>(m, "Engine", "Forward runs of a program, which it takes over.")
-      .def(py::init([](Program& program, int threads) { return std::make_unique<Engine>(std::move(program), threads); }),
-           py::arg("program"), py::arg("threads"))
+      .def(
+          py::init([](Program& program, int threads) { return std::make_unique<Engine>(std::move(program), threads); }),
+          py::arg("program"), py::arg("threads"))
       .def("run", &run_engine, py::arg("x").noconvert(), py::arg("out").noconvert())
       .def("describe", [](const Engine& e) { return describe(e.program()); })
       .def_property_readonly("isa", [](const Engine& e) { return std::string(e.program().kernels().isa); })
@@ -228,13 +229,13 @@ PYBIND11_MODULE(_core, m) {
   py::class_<Solver>(m, "Solver", "The rMLE loop over a differentiable program, which it takes over.")
       .def(py::init([](Program& program, const std::string& optimizer, int64_t steps, double lr, double beta1,
                        double beta2, double eps, double momentum, double tv_weight, double tv_beta, double tolerance,
-                       int64_t patience, bool keep_best, std::vector<float> low, std::vector<float> high,
-                       int threads) {
+                       int64_t patience, bool keep_best, std::vector<float> low, std::vector<float> high, int threads) {
              const OptimizerKind kind = optimizer == "sgd"       ? OptimizerKind::kSgd
                                         : optimizer == "amsgrad" ? OptimizerKind::kAmsgrad
                                                                  : OptimizerKind::kAdam;
-             Recipe recipe = {kind,    steps,     lr,        beta1,    beta2,     eps,  momentum, tv_weight,
-                              tv_beta, tolerance, patience,  keep_best, std::move(low), std::move(high)};
+             Recipe recipe = {kind,           steps,          lr,      beta1,     beta2,    eps,
+                              momentum,       tv_weight,      tv_beta, tolerance, patience, keep_best,
+                              std::move(low), std::move(high)};
              return std::make_unique<Solver>(std::move(program), std::move(recipe), threads);
            }),
            py::arg("program"), py::kw_only(), py::arg("optimizer"), py::arg("steps"), py::arg("lr"), py::arg("beta1"),

@@ -5,7 +5,8 @@
 
 namespace fastinv {
 
-// ---- convolution ------------------------------------------------------------------------------------------------------
+// ---- convolution
+// ------------------------------------------------------------------------------------------------------
 
 ConvolutionNode::ConvolutionNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
                                  const Geometry& geometry, const float* weight, const float* bias, bool keep_weight)
@@ -39,8 +40,7 @@ void ConvolutionNode::forward(const Frame& values, int64_t images) const {
 }
 
 void ConvolutionNode::prepare_backward() {
-  gradient_ =
-      std::make_unique<Correlation>(kernels, geometry_.adjoint(), weight_at(weight_.data(), true), nullptr);
+  gradient_ = std::make_unique<Correlation>(kernels, geometry_.adjoint(), weight_at(weight_.data(), true), nullptr);
   weight_ = {};
 }
 
@@ -50,7 +50,8 @@ void ConvolutionNode::backward(const Frame&, const Frame& grads, size_t, bool fi
 
 std::string ConvolutionNode::describe() const { return "correlate " + correlation_.algorithm(); }
 
-// ---- linear -------------------------------------------------------------------------------------------------------------
+// ---- linear
+// -------------------------------------------------------------------------------------------------------------
 
 // y = W·x + b for rows of x, as a correlation with one run: pixels of a tile are rows.
 class LinearNode::Matrix {
@@ -88,8 +89,8 @@ class LinearNode::Matrix {
       }
       const TileRow row = {0, 1, begin * in_step, begin * out_step};
       const auto kernel = dot_ ? kernels_.correlate_dot : kernels_.correlate;
-      kernel({in, out, nullptr, &row, 1, &tile, &run, weights_.data(), in_, bias_.data(), out_, accumulate,
-              activation});
+      kernel(
+          {in, out, nullptr, &row, 1, &tile, &run, weights_.data(), in_, bias_.data(), out_, accumulate, activation});
     }
   }
 
@@ -102,8 +103,8 @@ class LinearNode::Matrix {
   Buffer weights_, bias_;
 };
 
-LinearNode::LinearNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
-                       int64_t rows, int in, int out, const float* weight, const float* bias, bool keep_weight)
+LinearNode::LinearNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int64_t rows,
+                       int in, int out, const float* weight, const float* bias, bool keep_weight)
     : Node(kernels, std::move(inputs), output, activation), rows_(rows), in_(in), out_(out) {
   const auto at = [weight, in](int, int o, int i, int, int) { return weight[int64_t{o} * in + i]; };
   matrix_ = std::make_shared<Matrix>(kernels, in, out, at, bias);
@@ -197,12 +198,20 @@ void ResampleNode::prepare_backward() {
 }
 
 void ResampleNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
-  kernels.resample({grads.at(output), grads.at(inputs[0]), columns_transposed_.columns, rows_transposed_.rows(),
-                    columns_transposed_.rows(), channels_, rows_transposed_.view(), columns_transposed_.view(), !first,
+  kernels.resample({grads.at(output),
+                    grads.at(inputs[0]),
+                    columns_transposed_.columns,
+                    rows_transposed_.rows(),
+                    columns_transposed_.rows(),
+                    channels_,
+                    rows_transposed_.view(),
+                    columns_transposed_.view(),
+                    !first,
                     {}});
 }
 
-// ---- rearranging ------------------------------------------------------------------------------------------------------
+// ---- rearranging
+// ------------------------------------------------------------------------------------------------------
 
 GatherNode::GatherNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
                        std::vector<int32_t> index)
@@ -223,8 +232,7 @@ void GatherNode::prepare_backward() {
 }
 
 void GatherNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
-  kernels.gather(grads.at(output), inverse_.data(), grads.at(inputs[0]), static_cast<int64_t>(inverse_.size()),
-                 !first);
+  kernels.gather(grads.at(output), inverse_.data(), grads.at(inputs[0]), static_cast<int64_t>(inverse_.size()), !first);
 }
 
 ConcatNode::ConcatNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
@@ -262,7 +270,8 @@ void ConcatNode::backward(const Frame&, const Frame& grads, size_t input, bool f
   }
 }
 
-// ---- elementwise ------------------------------------------------------------------------------------------------------
+// ---- elementwise
+// ------------------------------------------------------------------------------------------------------
 
 BinaryNode::BinaryNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
                        const BinaryArgs& geometry, int64_t size_a, int64_t size_b)
@@ -308,8 +317,14 @@ void AffineNode::forward(const Frame& values, int64_t images) const {
 }
 
 void AffineNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
-  kernels.affine({grads.at(output), grads.at(inputs[0]), scale_.data(), nullptr, outer_,
-                  static_cast<int64_t>(scale_.size()), !first, {}});
+  kernels.affine({grads.at(output),
+                  grads.at(inputs[0]),
+                  scale_.data(),
+                  nullptr,
+                  outer_,
+                  static_cast<int64_t>(scale_.size()),
+                  !first,
+                  {}});
 }
 
 ActivationNode::ActivationNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation own,

@@ -36,8 +36,8 @@ class Solver {
   // features: [n, *output shape]; init: [C, H, W], or [n, C, H, W] with init_stride = C·H·W; out: [n, C, H, W].
   // `interrupted` is asked now and then, by the calling thread alone; once it says yes, solve returns early with
   // false and the images unfinished.
-  bool solve(const float* features, const float* init, int64_t init_stride, float* out, ImageReport* reports,
-             int64_t n, const std::function<bool()>& interrupted);
+  bool solve(const float* features, const float* init, int64_t init_stride, float* out, ImageReport* reports, int64_t n,
+             const std::function<bool()>& interrupted);
 
   const Program& program() const { return program_; }
   int64_t workspace_bytes() const;
@@ -60,8 +60,8 @@ class Solver {
   const Program program_;
   const Recipe recipe_;
   const int threads_;
-  std::vector<float> low_, high_;           // bounds of every element, in the internal layout, or empty
-  std::vector<std::vector<bool>> first_;    // by node and input: whether backward writes first to that gradient
+  std::vector<float> low_, high_;         // bounds of every element, in the internal layout, or empty
+  std::vector<std::vector<bool>> first_;  // by node and input: whether backward writes first to that gradient
   std::vector<int64_t> stride_;
   WorkspacePool<Workspace> workspaces_;
 };

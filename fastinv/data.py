@@ -1,15 +1,11 @@
 """Data sets as files, and the attacker's knowledge of them.
 
-Readers take what users have: IDX files (MNIST), CIFAR-10's binary batches, Hugging Face Parquet, folders of images by
+`load` takes what users have: IDX files (MNIST), CIFAR-10's binary batches, Hugging Face Parquet, folders of images by
 class. Images are kept as uint8; `pixels` gives float32 in [0, 1].
 """
 
 from __future__ import annotations
 
-import gzip
-import io
-import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastinv.data_files import Bytes, Indices, read_cifar, read_idx, read_image, read_parquet
 from fastinv.errors import DataError
-
-Bytes = npt.NDArray[np.uint8]
-Indices = npt.NDArray[np.int64]
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -78,7 +72,7 @@ def load(source: str | Path, *, size: tuple[int, int] | None = None, seed: int =
         source: a folder with MNIST's IDX files (gzip or not), CIFAR-10's binary batches (`data_batch_1.bin` ...),
             Hugging Face Parquet files (`train*.parquet`, `test*.parquet`), or images by class: `train/CLASS/*.png` and
             `test/CLASS/*.png`, or `CLASS/*.png`, of which a fifth, chosen by `seed`, is the test set.
-        size: (H, W) to which images in folders are resized; None expects them to be of one size.
+        size: (H, W) to which images in folders by class are resized; None expects them to be of one size.
 
     Raises:
         DataError: nothing known is there, or a file is damaged; the message names it.
@@ -86,6 +80,18 @@ def load(source: str | Path, *, size: tuple[int, int] | None = None, seed: int =
     folder = Path(source)
     if not folder.is_dir():
         raise DataError(f"{folder}: not a folder; expected one with {_KNOWN}")
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise DataError(f"load: size {size!r:.40}, expected (height, width) in pixels")
+    train, test = _read_parts(folder, size, seed)
+    if train.image_shape != test.image_shape:
+        raise DataError(
+            f"{folder}: training images {list(train.image_shape)}, but test images {list(test.image_shape)}; "
+            "expected one shape"
+        )
+    return train, test
+
+
+def _read_parts(folder: Path, size: tuple[int, int] | None, seed: int) -> tuple[Dataset, Dataset]:
     if found := _idx_files(folder):
         return _load_idx(found)
     if list(folder.glob("data_batch_*.bin")):
@@ -100,9 +106,15 @@ def load(source: str | Path, *, size: tuple[int, int] | None = None, seed: int =
 _KNOWN = "IDX files, data_batch_*.bin, train*.parquet and test*.parquet, or one folder of images for each class"
 
 
+def _generator(seed: int, *stream: int) -> np.random.Generator:
+    if type(seed) is not int or seed < 0:
+        raise DataError(f"seed {seed!r:.40}, expected an integer >= 0")
+    return np.random.default_rng((seed, *stream))
+
+
 def halves(count: int, seed: int = 0) -> tuple[Indices, Indices]:
     """The indices of A, which the target trains on, and of B: a seeded permutation of the training set, halved."""
-    order = np.random.default_rng(seed).permutation(count)
+    order = _generator(seed).permutation(count)
     return order[: count // 2], order[count // 2 :]
 
 
@@ -135,15 +147,17 @@ def knowledge(
     count = available if n is None else n
     if not (type(count) is int and count >= 0 and (kind == "noise" or count <= available)):
         raise DataError(f"knowledge: {n!r:.40} images asked for, of {available} of kind {kind!r}")
+    if not {np.size(mean), np.size(std)} <= {1, dataset.image_shape[0]}:
+        raise DataError(f"knowledge: mean {mean!r:.60} and std {std!r:.60}, expected one number or one a channel")
     if kind == "noise":
-        z = np.random.default_rng((seed, 1)).standard_normal((count, *dataset.image_shape), dtype=np.float32)
+        z = _generator(seed, 1).standard_normal((count, *dataset.image_shape), dtype=np.float32)
         shift, scale = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in (mean, std))
         noise: npt.NDArray[np.float32] = z * scale + shift
         return noise
     return dataset.pixels((same if kind == "same" else other)[:count])
 
 
-# ---- IDX (MNIST) ---------------------------------------------------------------------------------------------------
+# ---- MNIST, CIFAR-10, Hugging Face ---------------------------------------------------------------------------------
 
 _IDX_STEMS = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -175,156 +189,82 @@ def _load_idx(files: dict[str, tuple[Path, Path]]) -> tuple[Dataset, Dataset]:
     return parts[0], parts[1]
 
 
-def read_idx(path: Path) -> Bytes:
-    """The array of bytes in an IDX file, gzipped or not.
-
-    Raises:
-        DataError: the file is missing, damaged or of another type.
-    """
-    data = _read(path)
-    if path.suffix == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: damaged gzip ({error}); fetch it again") from None
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] != 8 or not 1 <= data[3] <= 4:
-        raise DataError(f"{path}: not an IDX file of bytes (it begins with {data[:4].hex()})")
-    rank = data[3]
-    header = 4 + 4 * rank
-    shape = tuple(int.from_bytes(data[k : k + 4], "big") for k in range(4, min(header, len(data)), 4))
-    if len(data) < header or len(data) - header != math.prod(shape):
-        raise DataError(f"{path}: {len(data)} bytes do not hold shape {list(shape)}: truncated or damaged")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-# ---- CIFAR-10 ------------------------------------------------------------------------------------------------------
-
-
 def _load_cifar_binary(folder: Path) -> tuple[Dataset, Dataset]:
     test = folder / "test_batch.bin"
     if not test.exists():
         raise DataError(f"{folder}: test_batch.bin is missing")
-    batches = sorted(folder.glob("data_batch_*.bin"))
-    return _cifar_records(batches, "train", folder), _cifar_records([test], "test", folder)
-
-
-def _cifar_records(paths: Sequence[Path], part: str, folder: Path) -> Dataset:
-    record = 1 + 3 * 32 * 32
-    images, labels = [], []
-    for path in paths:
-        data = _read(path)
-        if len(data) % record or not data:
-            raise DataError(f"{path}: {len(data)} bytes, expected records of {record}: truncated or damaged")
-        rows = np.frombuffer(data, np.uint8).reshape(-1, record)
-        labels.append(rows[:, 0].astype(np.int64))
-        images.append(rows[:, 1:].reshape(-1, 3, 32, 32))
-    return Dataset(np.concatenate(images), np.concatenate(labels), CIFAR10_CLASSES, f"{folder.name} {part}")
+    parts = []
+    for part, paths in (("train", sorted(folder.glob("data_batch_*.bin"))), ("test", [test])):
+        images, labels = zip(*map(read_cifar, paths), strict=True)
+        parts.append(Dataset(np.concatenate(images), np.concatenate(labels), CIFAR10_CLASSES, f"{folder.name} {part}"))
+    return parts[0], parts[1]
 
 
 def _load_parquet(folder: Path) -> tuple[Dataset, Dataset]:
     """Hugging Face's layout: a column of {bytes, path} and a column of class indices."""
     parts = []
+    names: tuple[str, ...] = ()
     for part in ("train", "test"):
         paths = sorted(folder.glob(f"{part}*.parquet"))
         if not paths:
             raise DataError(f"{folder}: {part}*.parquet is missing")
-        encoded: list[bytes] = []
+        images: list[Bytes] = []
         labels: list[int] = []
         for path in paths:
-            columns = _parquet_columns(path)
-            encoded += columns[0]
-            labels += columns[1]
-        images = np.stack(_decode_all(encoded, f"{folder} {part}"))
-        count = max(labels, default=-1) + 1
-        classes = CIFAR10_CLASSES if count <= 10 else tuple(map(str, range(count)))
-        parts.append(Dataset(images, np.asarray(labels, np.int64), classes, f"{folder.name} {part}"))
-    return parts[0], parts[1]
+            table = read_parquet(path)
+            images += table.images
+            labels += table.labels
+            names = names or table.classes
+        parts.append((_stack(images, f"{folder} {part}"), np.asarray(labels, np.int64), f"{folder.name} {part}"))
+    if not names:
+        count = 1 + max(int(labels.max()) for _, labels, _ in parts)
+        cifar = count <= 10 and parts[0][0].shape[1:] == (3, 32, 32)
+        names = CIFAR10_CLASSES if cifar else tuple(map(str, range(count)))
+    train, test = (Dataset(images, labels, names, name) for images, labels, name in parts)
+    return train, test
 
 
-def _parquet_columns(path: Path) -> tuple[list[bytes], list[int]]:
-    """Encoded images and labels."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(
-            f"{path}: reading Parquet needs pyarrow; install it with pip install 'fastinv[parquet]'"
-        ) from None
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error!s:.120})") from None
-    image = next((name for name in ("img", "image") if name in table.column_names), None)
-    label = next((name for name in ("label", "labels", "fine_label") if name in table.column_names), None)
-    if image is None or label is None:
-        raise DataError(f"{path}: columns {table.column_names}, expected img (or image) and label")
-    cells = table[image].to_pylist()
-    encoded: list[Any] = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]
-    labels: list[Any] = table[label].to_pylist()
-    if not all(isinstance(e, bytes) for e in encoded) or not all(isinstance(v, int) for v in labels):
-        raise DataError(f"{path}: expected images as bytes and labels as integers")
-    return encoded, labels
-
-
-def _decode_all(encoded: Sequence[bytes], where: str) -> list[Bytes]:
-    images = [_decode(data, f"{where}, image {index}") for index, data in enumerate(encoded)]
-    shapes = {image.shape for image in images}
+def _stack(images: list[Bytes], where: str) -> Bytes:
+    shapes = sorted({image.shape for image in images})
     if len(shapes) != 1:
-        raise DataError(f"{where}: {'no images' if not shapes else f'images of shapes {sorted(shapes)[:4]}'}")
-    return images
-
-
-def _decode(data: bytes | Path, where: str, size: tuple[int, int] | None = None) -> Bytes:
-    """An encoded image as [C, H, W], C = 1 for grey and 3 for all others."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
-            converted = image.convert("L" if image.mode in ("L", "1", "I;16") else "RGB")
-            if size is not None and converted.size != size[::-1]:
-                converted = converted.resize(size[::-1], Image.Resampling.LANCZOS)
-            pixels: Bytes = np.asarray(converted, np.uint8)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{where}: not a readable image ({error!s:.80})") from None
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        found = f"images of shapes {shapes[:4]}" if shapes else "no images"
+        raise DataError(f"{where}: {found}, expected images of one shape (for folders by class, pass size= to resize)")
+    return np.stack(images)
 
 
 # ---- folders of images ---------------------------------------------------------------------------------------------
 
 
 def _load_image_folder(folder: Path, size: tuple[int, int] | None, seed: int) -> tuple[Dataset, Dataset]:
-    if (folder / "train").is_dir() and (folder / "test").is_dir():
-        train = _image_classes(folder / "train", size, None)
-        return train, _image_classes(folder / "test", size, train.classes)
-    whole = _image_classes(folder, size, None)
-    order = np.random.default_rng(seed).permutation(len(whole))
+    parts = [part for part in ("train", "test") if (folder / part).is_dir()]
+    if len(parts) == 1:
+        raise DataError(f"{folder}: a folder {parts[0]}, but not both train and test")
+    if parts:
+        train = _image_classes(folder / "train", size)
+        test = _image_classes(folder / "test", size)
+        if not set(test.classes) <= set(train.classes):
+            extra = ", ".join(sorted({*test.classes} - {*train.classes}))
+            raise DataError(f"{folder}: test has classes that train lacks: {extra:.200}")
+        indices = np.array([train.classes.index(name) for name in test.classes])
+        return train, Dataset(test.images, indices[test.labels], train.classes, test.name)
+    whole = _image_classes(folder, size)
+    order = _generator(seed).permutation(len(whole))
     held_out = max(1, len(whole) // 5)
     if len(whole) < 2:
         raise DataError(f"{folder}: {len(whole)} images, too few to hold any out; expected 2 or more")
     return whole.subset(order[held_out:]), whole.subset(order[:held_out])
 
 
-def _image_classes(folder: Path, size: tuple[int, int] | None, classes: tuple[str, ...] | None) -> Dataset:
-    names = classes or tuple(sorted(child.name for child in folder.iterdir() if child.is_dir()))
+def _image_classes(folder: Path, size: tuple[int, int] | None) -> Dataset:
+    names = tuple(sorted(child.name for child in folder.iterdir() if child.is_dir() and child.name[0] != "."))
     images: list[Bytes] = []
     labels: list[int] = []
     for label, name in enumerate(names):
         for path in sorted((folder / name).glob("*")):
             if path.suffix.lower() in IMAGE_SUFFIXES:
-                images.append(_decode(path, str(path), size))
+                images.append(read_image(path, size))
                 labels.append(label)
-    shapes = sorted({image.shape for image in images})
-    if len(shapes) != 1:
-        found = f"images of shapes {shapes[:4]}" if shapes else f"no images ({', '.join(IMAGE_SUFFIXES)})"
-        raise DataError(f"{folder}: {found}; expected images of one shape in a folder for each class, or pass size=")
-    return Dataset(np.stack(images), np.asarray(labels, np.int64), names, folder.name)
+    return Dataset(_stack(images, str(folder)), np.asarray(labels, np.int64), names, folder.name)
 
 
 # ---- photographs ---------------------------------------------------------------------------------------------------
@@ -338,6 +278,7 @@ PHOTOGRAPHS = (
     "immunohistochemistry",
     "retina",
 )
+MAX_SIDE = 57  # pixels: the width of the narrowest test region
 
 
 def photographs(seed: int = 0, *, train: int = 1000, test: int = 150, side: int = 32) -> tuple[Dataset, Dataset]:
@@ -349,11 +290,18 @@ def photographs(seed: int = 0, *, train: int = 1000, test: int = 150, side: int 
     Args:
         seed: of where the crops lie.
         train, test: crops of each photograph.
-        side: of a crop, in pixels.
+        side: of a crop, in pixels; at most `MAX_SIDE`.
+
+    Raises:
+        DataError: numbers of crops below 1, or a side that does not fit.
     """
+    if min(train, test, side) < 1 or side > MAX_SIDE:
+        raise DataError(
+            f"photographs: {train} and {test} crops of side {side}, expected at least one of each and 1 to {MAX_SIDE}"
+        )
     import skimage.data
 
-    rng = np.random.default_rng(seed)
+    rng = _generator(seed)
     parts: tuple[list[Bytes], list[Bytes]] = ([], [])
     for name in PHOTOGRAPHS:
         photograph = np.asarray(getattr(skimage.data, name)(), np.uint8).transpose(2, 0, 1)

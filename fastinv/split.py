@@ -41,8 +41,8 @@ class Split:
         self,
         model: nn.Module,
         at: str,
-        mean: Sequence[float] = (0.0,),
-        std: Sequence[float] = (1.0,),
+        mean: Sequence[float] | float = (0.0,),
+        std: Sequence[float] | float = (1.0,),
         *,
         example: torch.Tensor | None = None,
     ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import fastinv
-from fastinv.data import Dataset, halves, load, photographs, read_idx
+from fastinv.data import MAX_SIDE, Dataset, halves, load, photographs, read_idx
 from fastinv.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -141,9 +143,87 @@ def test_folder_of_images(tmp_path: Path) -> None:
         load(tmp_path / "one")
 
 
+def test_hugging_face_class_names(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    cells = [{"bytes": png(np.zeros((8, 8), np.uint8)), "path": None}] * 2
+    note = {"info": {"features": {"label": {"names": ["no", "yes", "maybe"], "_type": "ClassLabel"}}}}
+    table = pyarrow.table({"image": cells, "label": [0, 1]})
+    parquet.write_table(table, tmp_path / "train.parquet")
+    parquet.write_table(table, tmp_path / "test.parquet")
+    assert load(tmp_path)[0].classes == ("0", "1")
+    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(note)}), tmp_path / "train.parquet")
+    train, test = load(tmp_path)
+    assert train.classes == test.classes == ("no", "yes", "maybe")
+    assert train.image_shape == (1, 8, 8)
+    parquet.write_table(pyarrow.table({"image": cells, "label": [0, -1]}), tmp_path / "test.parquet")
+    with pytest.raises(DataError, match="integers >= 0"):
+        load(tmp_path)
+    cells[1] = {"bytes": b"JPEG?", "path": None}
+    parquet.write_table(pyarrow.table({"image": cells, "label": [0, 1]}), tmp_path / "test.parquet")
+    with pytest.raises(DataError, match=r"test\.parquet, image 1: not a readable image"):
+        load(tmp_path)
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"pip install 'fastinv\[parquet\]'"):
+        load(tmp_path)
+
+
+def test_idx_files_that_do_not_go_together(tmp_path: Path) -> None:
+    write_mnist(tmp_path, False)
+    labels = tmp_path / "t10k-labels-idx1-ubyte"
+    labels.write_bytes(idx(np.zeros(4, np.uint8)))
+    with pytest.raises(DataError, match=r"shape \[5, 28, 28\], but labels \[4\]"):
+        load(tmp_path)
+    labels.unlink()
+    with pytest.raises(DataError, match=r"the test files .* are missing"):
+        load(tmp_path)
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx(np.zeros((1, 20, 20), np.uint8)))
+    labels.write_bytes(idx(np.zeros(1, np.uint8)))
+    with pytest.raises(DataError, match=r"training images \[1, 28, 28\], but test images \[1, 20, 20\]"):
+        load(tmp_path)
+
+
+def test_a_cifar_label_beyond_the_classes_names_its_file(tmp_path: Path) -> None:
+    for name in ("data_batch_1.bin", "test_batch.bin"):
+        (tmp_path / name).write_bytes(bytes([3] * 3073))
+    (tmp_path / "test_batch.bin").write_bytes(bytes([10] * 3073))
+    with pytest.raises(DataError, match=r"test_batch\.bin: a label 10"):
+        load(tmp_path)
+
+
+def test_classes_of_folders(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train")
+    with pytest.raises(DataError, match="a folder train, but not both"):
+        load(tmp_path)
+    write_folder(tmp_path / "test", 2)
+    (tmp_path / "train/.hidden").mkdir()
+    (tmp_path / "test/cat").rename(tmp_path / "test/emu")
+    with pytest.raises(DataError, match="test has classes that train lacks: emu"):
+        load(tmp_path)
+    for picture in (tmp_path / "test/emu").iterdir():
+        picture.unlink()
+    (tmp_path / "test/emu").rmdir()
+    train, test = load(tmp_path)
+    assert train.classes == test.classes == ("cat", "dog")
+    assert list(test.labels) == [1, 1]
+
+
+def test_pictures_of_more_than_8_bits_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "cat/deep.png").write_bytes(png(np.full((8, 8), 40_000, np.uint16)))
+    with pytest.raises(DataError, match=r"deep\.png: .* expected 8 bits"):
+        load(tmp_path)
+
+
 def test_folder_resized(tmp_path: Path) -> None:
     write_folder(tmp_path / "one")
     assert load(tmp_path / "one", size=(5, 6))[0].image_shape == (3, 5, 6)
+    with pytest.raises(DataError, match="size"):
+        load(tmp_path / "one", size=(0, 6))
 
 
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.write_text("x")])
@@ -160,6 +240,16 @@ def test_photographs_need_no_download_and_share_no_pixels() -> None:
     again, _ = photographs(seed=1, train=20, test=10)
     np.testing.assert_array_equal(train.images, again.images)
     assert train.images.std() > 20
+
+
+def test_wrong_photographs() -> None:
+    with pytest.raises(DataError, match="of side 400"):
+        photographs(side=400)
+    with pytest.raises(DataError, match="0 and 150 crops"):
+        photographs(train=0)
+    with pytest.raises(DataError, match="seed -1"):
+        photographs(-1)
+    assert photographs(train=1, test=1, side=MAX_SIDE)[1].image_shape == (3, MAX_SIDE, MAX_SIDE)
 
 
 def dataset(count: int = 11) -> Dataset:
@@ -184,6 +274,10 @@ def test_knowledge() -> None:
 def test_wrong_knowledge(kind: str, n) -> None:
     with pytest.raises(DataError, match="knowledge"):
         fastinv.knowledge(dataset(), kind, n)
+    with pytest.raises(DataError, match="one a channel"):
+        fastinv.knowledge(dataset(), "noise", mean=(0.1, 0.2, 0.3))
+    with pytest.raises(DataError, match=r"seed 1\.5"):
+        fastinv.knowledge(dataset(), "same", seed=1.5)  # type: ignore[arg-type]
 
 
 def test_datasets_check_themselves() -> None:

@@ -234,6 +234,6 @@ def test_wrong_images() -> None:
     "change", [{"std": (0.0,)}, {"mean": ()}, {"mean": (np.nan,)}, {"std": "one"}, {"mean": [[0.5]]}]
 )
 def test_wrong_normalisations(change: dict) -> None:
-    with pytest.raises(SplitError, match="std|mean"):
+    with pytest.raises(SplitError, match=r"std|mean"):
         fastinv.Split(lenet5(), at="conv1", **change)
     assert fastinv.Split(lenet5(), at="conv1", mean=0.5, std=0.25).std == (0.25,)

@@ -6,8 +6,8 @@
 FASTINV_INLINE V exp(V x) {
   x = min(max(x, set1(-87.0f)), set1(87.0f));
   const V n = round(mul(x, set1(1.44269504f)));
-  V r = fma(n, set1(-0.693359375f), x);     // the high bits of ln 2, exact in n·hi
-  r = fma(n, set1(2.12194440e-4f), r);      // the rest
+  V r = fma(n, set1(-0.693359375f), x);  // the high bits of ln 2, exact in n·hi
+  r = fma(n, set1(2.12194440e-4f), r);   // the rest
   V p = set1(1.0f / 5040);
   p = fma(p, r, set1(1.0f / 720));
   p = fma(p, r, set1(1.0f / 120));
@@ -143,9 +143,7 @@ __attribute__((noinline)) void activate_in_place(float* p, int64_t count, Activa
 FASTINV_INLINE bool is_cheap(ActivationKind kind) {
   return kind == ActivationKind::kIdentity || kind == ActivationKind::kRelu;
 }
-FASTINV_INLINE V activate_cheap(V x, ActivationKind kind) {
-  return kind == ActivationKind::kRelu ? max(x, zero()) : x;
-}
+FASTINV_INLINE V activate_cheap(V x, ActivationKind kind) { return kind == ActivationKind::kRelu ? max(x, zero()) : x; }
 
 void activate(const float* in, float* out, int64_t size, Activation act) {
   int64_t i = 0;

@@ -60,13 +60,14 @@ void correlate_tile(const CorrelateArgs& args, const Tile& tile, const float* in
   }
 }
 
-using CorrelateTile = void (*)(const CorrelateArgs&, const Tile&, const float*, float*, const float*, const float*, int);
+using CorrelateTile = void (*)(const CorrelateArgs&, const Tile&, const float*, float*, const float*, const float*,
+                               int);
 
 template <int kVectors>
 CorrelateTile correlate_tile_for(int pixels) {
-  constexpr CorrelateTile table[] = {
-      correlate_tile<kVectors, 1>, correlate_tile<kVectors, 2>, correlate_tile<kVectors, 3>,
-      correlate_tile<kVectors, 4>, correlate_tile<kVectors, 5>, correlate_tile<kVectors, 6>};
+  constexpr CorrelateTile table[] = {correlate_tile<kVectors, 1>, correlate_tile<kVectors, 2>,
+                                     correlate_tile<kVectors, 3>, correlate_tile<kVectors, 4>,
+                                     correlate_tile<kVectors, 5>, correlate_tile<kVectors, 6>};
   return table[pixels - 1];
 }
 
@@ -105,8 +106,8 @@ void correlate(const CorrelateArgs& args) {
 }
 
 template <int kOutputs, int kPixels>
-void correlate_dot_tile(const CorrelateArgs& args, const Tile& tile, const float* in, float* out,
-                        const float* weights, const float* bias) {
+void correlate_dot_tile(const CorrelateArgs& args, const Tile& tile, const float* in, float* out, const float* weights,
+                        const float* bias) {
   V acc[kPixels][kOutputs];
 #pragma GCC unroll 6
   for (int p = 0; p < kPixels; ++p) {

@@ -27,10 +27,10 @@ double residual(const float* y, const float* v, float* grad, int64_t size) {
 double total_variation(const TotalVariationArgs& a) {
   const int64_t row = static_cast<int64_t>(a.width) * a.channels;
   const int64_t padded = row + a.channels;
-  float* down = a.scratch;                 // q·dy of this row
-  float* above = a.scratch + padded;       // q·dy of the row above
-  float* right = a.scratch + 2 * padded;   // q·dx of this row, after `channels` zeros
-  float* power = a.scratch + 3 * padded;   // s^{β/2−1}, where it is neither 1 nor a root
+  float* down = a.scratch;                // q·dy of this row
+  float* above = a.scratch + padded;      // q·dy of the row above
+  float* right = a.scratch + 2 * padded;  // q·dx of this row, after `channels` zeros
+  float* power = a.scratch + 3 * padded;  // s^{β/2−1}, where it is neither 1 nor a root
   for (int64_t k = 0; k < row; ++k) above[k] = 0.0f;
   for (int64_t k = 0; k < a.channels; ++k) right[k] = 0.0f;
   const bool squares = a.beta == 2.0f, roots = a.beta == 1.0f;
