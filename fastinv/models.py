@@ -108,8 +108,9 @@ def make_decoder(
     Raises:
         NetworkError: shapes or options that no decoder is for.
     """
-    features, image = tuple(map(int, feature_shape)), tuple(map(int, image_shape))
-    if len(features) not in (1, 3) or len(image) != 3 or min((*features, *image)) < 1:
+    features, image = tuple(feature_shape), tuple(image_shape)
+    whole = all(isinstance(n, int) and n >= 1 for n in (*features, *image))
+    if len(features) not in (1, 3) or len(image) != 3 or not whole:
         raise NetworkError(
             f"make_decoder: features {list(features)} and images {list(image)}, expected [C, H, W] or [D], "
             "and [C, H, W]"

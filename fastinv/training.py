@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fastinv.errors import TrainingError
+from fastinv.errors import FastinvError, TrainingError
 from fastinv.split import normalise
 from fastinv.tensors import chunks
 
@@ -40,7 +41,8 @@ class Schedule:
         batch_size: samples in a step; the last, smaller batch of an epoch counts too.
         lr: peak step size; it falls along a half cosine to zero.
         optimizer: "adam" or "sgd" (momentum 0.9).
-        seed: of the order of the samples; a seed makes a run repeat exactly, with the same number of threads.
+        seed: of the order of the samples, from 0 to 2³² − 1; a seed makes a run repeat exactly, with the same number
+            of threads.
     """
 
     epochs: int
@@ -58,8 +60,8 @@ class Schedule:
             raise TrainingError(f"lr {self.lr!r}, expected a number above 0")
         if self.optimizer not in OPTIMIZERS:
             raise TrainingError(f"optimizer {self.optimizer!r:.40}, expected one of {', '.join(OPTIMIZERS)}")
-        if type(self.seed) is not int:
-            raise TrainingError(f"seed {self.seed!r}, expected an integer")
+        if not (type(self.seed) is int and 0 <= self.seed < 2**32):
+            raise TrainingError(f"seed {self.seed!r}, expected an integer from 0 to 2**32 - 1")
 
 
 def fit(
@@ -81,7 +83,8 @@ def fit(
         data: what the samples are made of; a checkpoint of other data is refused.
 
     Raises:
-        TrainingError: no samples, a loss that is NaN or Inf, or a checkpoint of another run.
+        TrainingError: no samples, shapes that do not go together, a loss that is no number, NaN or Inf, or a
+            checkpoint of another run.
     """
     if count == 0:
         raise TrainingError("no samples to train on; pass at least one image")
@@ -113,7 +116,14 @@ def fit(
 
 def _step(optimizer: torch.optim.Optimizer, loss: BatchLoss, indices: torch.Tensor, epoch: int) -> float:
     optimizer.zero_grad()
-    value = loss(indices)
+    try:
+        value = loss(indices)
+    except FastinvError:
+        raise
+    except RuntimeError as error:
+        raise TrainingError(f"a batch cannot be computed ({error!s:.300}); do the modules and the data fit?") from error
+    if not isinstance(value, torch.Tensor) or value.ndim:
+        raise TrainingError(f"the loss is {value!r:.80}, expected a tensor of one number, such as a mean")
     found = float(value.detach())
     if not math.isfinite(found):
         raise TrainingError(f"training diverged: the loss became {found} in epoch {epoch + 1}; lower lr")
@@ -140,7 +150,7 @@ def train_target(
     z, classes = normalised(images, mean, std), class_indices(labels, len(images))
 
     def loss(indices: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(model(z[indices]), classes[indices])
+        return cross_entropy(model(z[indices]), classes[indices])
 
     schedule = Schedule(epochs, batch_size, lr, "adam", seed)
     bar = "target" if progress else False
@@ -157,11 +167,38 @@ def accuracy(
 ) -> float:
     """The fraction of pixels [N, C, H, W] that `model` puts into their class."""
     z, classes = normalised(images, mean, std), class_indices(labels, len(images))
+    model = copy.deepcopy(model).eval()
     with torch.no_grad():
         right = 0
         for start, stop in chunks(len(z), 500):
             right += int((model(z[start:stop]).argmax(1) == classes[start:stop]).sum())
     return right / max(1, len(z))
+
+
+def cross_entropy(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """The mean of −log softmax(logits)[class]; logits [N, K], classes [N].
+
+    Raises:
+        TrainingError: logits of another shape, or classes they have no entry for.
+    """
+    if logits.ndim != 2 or len(logits) != len(classes) or int(classes.max()) >= logits.shape[1]:
+        raise TrainingError(
+            f"logits {list(logits.shape)} for {len(classes)} labels up to {int(classes.max())}, expected "
+            f"[{len(classes)}, K] with K > {int(classes.max())}"
+        )
+    return nn.functional.cross_entropy(logits, classes)
+
+
+def trainable(what: str, given: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """The module given, or made by what is given.
+
+    Raises:
+        TrainingError: it is none, or has nothing to train.
+    """
+    module = given if isinstance(given, nn.Module) else given()
+    if not isinstance(module, nn.Module) or not any(p.requires_grad for p in module.parameters()):
+        raise TrainingError(f"{what}: {type(module).__name__}, expected a torch.nn.Module that can be trained")
+    return module
 
 
 def normalised(images: Any, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -202,7 +239,11 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def save_tensors(state: Mapping[str, Any], path: str | Path) -> None:
-    """`torch.save`, whole or not at all: a file already there survives a failed write."""
+    """`torch.save`, whole or not at all: a file already there survives a failed write.
+
+    Raises:
+        TrainingError: the place cannot be written to.
+    """
     target = Path(path)
     temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}.tmp")
     try:
@@ -211,6 +252,8 @@ def save_tensors(state: Mapping[str, Any], path: str | Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
+    except OSError as error:
+        raise TrainingError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
     finally:
         temporary.unlink(missing_ok=True)
 

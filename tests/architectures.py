@@ -55,10 +55,7 @@ class ResNet18(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         widths = (64, 64, 128, 256, 512)[: layers + 1]
-        stages = (
-            nn.Sequential(BasicBlock(a, b, 1 if a == b else 2), BasicBlock(b, b))
-            for a, b in pairwise(widths)
-        )
+        stages = (nn.Sequential(BasicBlock(a, b, 1 if a == b else 2), BasicBlock(b, b)) for a, b in pairwise(widths))
         self.layer = nn.Sequential(*stages)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(widths[-1], classes)

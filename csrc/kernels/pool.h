@@ -2,11 +2,13 @@
 // with the matrices transposed. Channels in the vector.
 #pragma once
 
+// The kernel positions that fall inside the input: rows y + u·dilation for u0 <= u < u1, columns likewise.
 struct Window {
-  int y0, y1, x0, x1;  // kernel positions that fall inside the input
+  int y, u0, u1;
+  int x, v0, v1;
 };
 
-FASTINV_INLINE void clip(const PoolArgs& a, int axis, int size, int position, int* begin, int* end, int* base) {
+FASTINV_INLINE void clip(const PoolArgs& a, int axis, int size, int position, int* base, int* begin, int* end) {
   *base = position * a.stride[axis] - a.padding[axis];
   *begin = 0;
   while (*begin < a.kernel[axis] && *base + *begin * a.dilation[axis] < 0) ++*begin;
@@ -14,57 +16,53 @@ FASTINV_INLINE void clip(const PoolArgs& a, int axis, int size, int position, in
   while (*end > *begin && *base + (*end - 1) * a.dilation[axis] >= size) --*end;
 }
 
-// out[i, j, c] = max over the window of in
-void max_pool(const PoolArgs& a) {
+// Offset of the input pixel at kernel position (u, v) of a window.
+FASTINV_INLINE int64_t pixel_at(const PoolArgs& a, const Window& w, int u, int v) {
+  return (static_cast<int64_t>(w.y + u * a.dilation[0]) * a.in_w + w.x + v * a.dilation[1]) * a.channels;
+}
+
+// Calls body(window, offset of the output, first channel, lanes) for every output pixel and vector of channels.
+template <class Body>
+FASTINV_INLINE void for_each_window(const PoolArgs& a, Body body) {
   for (int i = 0; i < a.out_h; ++i) {
-    int y0, y1, y;
-    clip(a, 0, a.in_h, i, &y0, &y1, &y);
+    Window w;
+    clip(a, 0, a.in_h, i, &w.y, &w.u0, &w.u1);
     for (int j = 0; j < a.out_w; ++j) {
-      int x0, x1, x;
-      clip(a, 1, a.in_w, j, &x0, &x1, &x);
-      float* out = a.out + (static_cast<int64_t>(i) * a.out_w + j) * a.channels;
+      clip(a, 1, a.in_w, j, &w.x, &w.v0, &w.v1);
+      const int64_t out = (static_cast<int64_t>(i) * a.out_w + j) * a.channels;
       for (int c = 0; c < a.channels; c += kWidth) {
-        const int lanes = a.channels - c < kWidth ? a.channels - c : kWidth;
-        V best = set1(-__builtin_inff());
-        for (int u = y0; u < y1; ++u) {
-          const float* in = a.in + static_cast<int64_t>(y + u * a.dilation[0]) * a.in_w * a.channels + c;
-          for (int v = x0; v < x1; ++v) {
-            best = max(best, load_first(in + static_cast<int64_t>(x + v * a.dilation[1]) * a.channels, lanes));
-          }
-        }
-        store_first(out + c, activate(best, a.activation), lanes);
+        body(w, out + c, c, a.channels - c < kWidth ? a.channels - c : kWidth);
       }
     }
   }
 }
 
+// out[i, j, c] = max over the window of in
+void max_pool(const PoolArgs& a) {
+  for_each_window(a, [&](const Window& w, int64_t out, int c, int lanes) {
+    V best = set1(-__builtin_inff());
+    for (int u = w.u0; u < w.u1; ++u) {
+      for (int v = w.v0; v < w.v1; ++v) best = max(best, load_first(a.in + pixel_at(a, w, u, v) + c, lanes));
+    }
+    store_first(a.out + out, activate(best, a.activation), lanes);
+  });
+}
+
 // The gradient goes to the first input of the window that equals the maximum, as in PyTorch.
 void max_pool_gradient(const PoolGradientArgs& args) {
   const PoolArgs& a = args.pool;
-  for (int i = 0; i < a.out_h; ++i) {
-    int y0, y1, y;
-    clip(a, 0, a.in_h, i, &y0, &y1, &y);
-    for (int j = 0; j < a.out_w; ++j) {
-      int x0, x1, x;
-      clip(a, 1, a.in_w, j, &x0, &x1, &x);
-      const int64_t at_out = (static_cast<int64_t>(i) * a.out_w + j) * a.channels;
-      for (int c = 0; c < a.channels; c += kWidth) {
-        const int lanes = a.channels - c < kWidth ? a.channels - c : kWidth;
-        const V best = load_first(a.out + at_out + c, lanes);
-        V left = load_first(args.grad_out + at_out + c, lanes);  // what has found no owner yet
-        for (int u = y0; u < y1; ++u) {
-          for (int v = x0; v < x1; ++v) {
-            const int64_t at_in =
-                (static_cast<int64_t>(y + u * a.dilation[0]) * a.in_w + x + v * a.dilation[1]) * a.channels + c;
-            const Mask owner = equal(load_first(a.in + at_in, lanes), best);
-            const V grad = add(load_first(args.grad_in + at_in, lanes), select(owner, left, zero()));
-            store_first(args.grad_in + at_in, grad, lanes);
-            left = select(owner, zero(), left);
-          }
-        }
+  for_each_window(a, [&](const Window& w, int64_t out, int c, int lanes) {
+    const V best = load_first(a.out + out, lanes);
+    V left = load_first(args.grad_out + out, lanes);  // what has found no owner yet
+    for (int u = w.u0; u < w.u1; ++u) {
+      for (int v = w.v0; v < w.v1; ++v) {
+        const int64_t in = pixel_at(a, w, u, v) + c;
+        const Mask owner = equal(load_first(a.in + in, lanes), best);
+        store_first(args.grad_in + in, add(load_first(args.grad_in + in, lanes), select(owner, left, zero())), lanes);
+        left = select(owner, zero(), left);
       }
     }
-  }
+  });
 }
 
 void resample(const ResampleArgs& a) {

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from fastinv import tensors
 from fastinv.errors import TrainingError
 from fastinv.models import make_decoder
-from fastinv.training import Schedule, fit, normalised, seeded
+from fastinv.training import Schedule, fit, normalised, seeded, trainable
 
 CACHE_BYTES = 2 * 2**30  # of features kept in memory; beyond that every batch is queried anew
 QUERY_BATCH = 256
@@ -40,8 +41,9 @@ def train_inverse_network(
     """Train g with g(edge(x)) ≈ z, z = (x − mean) / std, by the mean over pixels of (g(v) − z)².
 
     Args:
-        query: the system under attack: any callable from images [N, C, H, W] (float32 pixels, numpy) to features, such
-            as a `Split`. With `images`: what to query it with, the attacker's knowledge (`fastinv.knowledge`).
+        query: the system under attack: any callable from images [N, C, H, W] to features [N, ...], such as a `Split`.
+            It is asked with float32 pixels, of the kind (numpy or torch) that `images` are.
+        images: what to query it with, the attacker's knowledge (`fastinv.knowledge`).
         pairs: instead of both, logged (images, features).
         decoder: the network to train (it is trained in place) or a callable that makes one; None:
             `make_decoder(..., kind, width, depth)`.
@@ -69,9 +71,13 @@ def train_inverse_network(
     else:
         assert query is not None
         z = normalised(images, mean, std)
-        source = Features.queried(query, torch.as_tensor(images).float())
+        source = Features.queried(query, images)
+
+    def made() -> nn.Module:
+        return make_decoder(source.shape, tuple(z.shape[1:]), kind, width=width, depth=depth)
+
     with seeded(seed):
-        module = _module(decoder, source.shape, tuple(z.shape[1:]), kind, width, depth)
+        module = trainable("decoder", made if decoder is None else decoder)
 
     def loss(indices: torch.Tensor) -> torch.Tensor:
         found = module(source[indices])
@@ -89,26 +95,32 @@ def train_inverse_network(
 class Features:
     """The features of all training images: kept in memory, or queried again for every batch when too large."""
 
-    def __init__(self, kept: torch.Tensor | None, query: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+    def __init__(self, kept: torch.Tensor | None, query: Callable[[Any], torch.Tensor] | None = None) -> None:
         self._kept = kept
         self._query = query
         self.shape = tuple(self[slice(0, 1)].shape[1:])
 
     @classmethod
-    def queried(cls, query: Callable[[Any], Any], images: torch.Tensor) -> Features:
-        """Features of images [N, C, H, W], pixels."""
+    def queried(cls, query: Callable[[Any], Any], images: Any) -> Features:
+        """Features of images [N, C, H, W], pixels, numpy or torch."""
         if len(images) == 0:
             raise TrainingError("no images to query with; pass at least one")
 
-        def ask(chosen: torch.Tensor) -> torch.Tensor:
-            return _as_features(query(chosen.numpy()), len(chosen))
+        def ask(indices: Any) -> torch.Tensor:
+            if isinstance(images, torch.Tensor):
+                chosen: Any = images[indices].float()
+            else:
+                chosen = images[np.asarray(indices) if isinstance(indices, torch.Tensor) else indices].astype(
+                    np.float32
+                )
+            return _as_features(query(chosen), len(chosen))
 
-        first = ask(images[:1])
+        first = ask(slice(0, 1))
         if first.numel() * 4 * len(images) > CACHE_BYTES:
-            return cls(None, lambda indices: ask(images[indices]))
+            return cls(None, ask)
         kept = torch.empty(len(images), *first.shape[1:])
         for start, stop in tensors.chunks(len(images), QUERY_BATCH):
-            kept[start:stop] = ask(images[start:stop])
+            kept[start:stop] = ask(slice(start, stop))
         return cls(kept)
 
     def __getitem__(self, indices: Any) -> torch.Tensor:
@@ -126,19 +138,3 @@ def _as_features(found: Any, count: int) -> torch.Tensor:
             f"features of shape {list(data.shape)} and dtype {dtype} for {count} images, expected floats [{count}, ...]"
         )
     return torch.from_numpy(tensors.Source(data, dtype, torch=False).chunk(0, count).copy())
-
-
-def _module(
-    decoder: nn.Module | Callable[[], nn.Module] | None,
-    features: tuple[int, ...],
-    image: tuple[int, ...],
-    kind: str,
-    width: int,
-    depth: int,
-) -> nn.Module:
-    if decoder is None:
-        return make_decoder(features, image, kind, width=width, depth=depth)
-    module = decoder if isinstance(decoder, nn.Module) else decoder()
-    if not isinstance(module, nn.Module) or not any(p.requires_grad for p in module.parameters()):
-        raise TrainingError(f"decoder: {type(module).__name__}, expected a torch.nn.Module that can be trained")
-    return module

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastinv.backends.base import Report
-from fastinv.errors import NetworkError
+from fastinv.errors import FeatureError, NetworkError
 from fastinv.inverters import KEEP, OPTIMIZERS
 from fastinv.ops.base import Shape
 
@@ -83,15 +83,29 @@ def rmle(
 
     Returns:
         The normalised images z [N, C, H, W] and a report; its objective is that of the returned iterate.
+
+    Raises:
+        NetworkError: options out of range, or a start of another shape.
+        FeatureError: features that hold NaN or Inf, or are not what the edge gives.
     """
     if optimizer not in OPTIMIZERS or keep not in KEEP:
         raise NetworkError(f"rmle: optimizer {optimizer!r}, keep {keep!r}; expected {OPTIMIZERS} and {KEEP}")
+    if steps < 0 or min(lr, tv_weight, tolerance) < 0 or tv_beta < 1 or patience < 1:
+        raise NetworkError(
+            f"rmle: steps {steps}, lr {lr}, tv_weight {tv_weight}, tolerance {tolerance}, tv_beta {tv_beta}, patience "
+            f"{patience}; expected the first four >= 0, the others >= 1"
+        )
+    if not isinstance(features, torch.Tensor) or features.ndim < 2 or not bool(features.isfinite().all()):
+        raise FeatureError("rmle: expected features as a float tensor [N, ...] without NaN and Inf")
     count, dtype = len(features), features.dtype
     means, stds = (torch.as_tensor(v, dtype=dtype).reshape(-1, 1, 1) for v in (mean, std))
-    if start is None:
-        pixels = torch.as_tensor(np.array(init), dtype=dtype).expand(tuple(input_shape))
-        start = (pixels - means) / stds
-    z = start.to(dtype).expand(count, *input_shape).clone().requires_grad_(True)
+    try:
+        if start is None:
+            pixels = torch.as_tensor(np.array(init), dtype=dtype).expand(tuple(input_shape))
+            start = (pixels - means) / stds
+        z = start.to(dtype).expand(count, *input_shape).clone().requires_grad_(True)
+    except RuntimeError as error:
+        raise NetworkError(f"rmle: the start does not fit {count} images {list(input_shape)} ({error})") from None
     bounds = None if clamp is None else [(bound - means) / stds for bound in clamp]
 
     if optimizer == "sgd":
@@ -106,8 +120,10 @@ def rmle(
     best_value = torch.full((count,), torch.inf, dtype=dtype)
     best = z.detach().clone()
     for step in range(steps + 1):
-        optim.zero_grad()
-        value = (edge(z) - features).flatten(1).square().sum(dim=1)
+        seen = edge(z)
+        if seen.shape != features.shape:
+            raise FeatureError(f"rmle: features {list(features.shape)}, but the edge gives {list(seen.shape)}")
+        value = (seen - features).flatten(1).square().sum(dim=1)
         if tv_weight > 0:
             value = value + tv_weight * total_variation(z, tv_beta)
         found = value.detach()
@@ -120,7 +136,7 @@ def rmle(
         before = torch.where(active | (taken == step), found, before)
         if step == steps or not active.any():
             break
-        value.sum().backward()  # type: ignore[no-untyped-call]  # images are independent: each gets its own gradient
+        (z.grad,) = torch.autograd.grad(value.sum(), [z])  # images are independent: each gets its own gradient
         frozen = z.detach()[~active].clone()
         optim.step()
         with torch.no_grad():

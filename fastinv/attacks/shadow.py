@@ -15,7 +15,7 @@ from torch import nn
 
 from fastinv.attacks.inverse_network import Features
 from fastinv.errors import TrainingError
-from fastinv.training import Schedule, class_indices, fit, normalised, seeded
+from fastinv.training import Schedule, class_indices, cross_entropy, fit, normalised, seeded, trainable
 
 Architecture = nn.Module | Callable[[], nn.Module]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -60,16 +60,19 @@ def train_shadow(
     z = normalised(images, mean, std)
     classes = class_indices(labels, len(z))
     criterion = _criterion(loss)
+    if not isinstance(cloud, nn.Module):
+        raise TrainingError(f"cloud: a {type(cloud).__name__}, expected a torch.nn.Module")
     frozen = copy.deepcopy(cloud).eval().requires_grad_(False)
     with seeded(seed):
-        shadow = _shadow(architecture)
+        shadow = trainable("architecture", architecture)
 
     def batch_loss(indices: torch.Tensor) -> torch.Tensor:
         return criterion(frozen(shadow(z[indices])), classes[indices])
 
     schedule = Schedule(epochs, batch_size, lr, optimizer, seed)
     bar = "shadow" if progress else False
-    return fit(shadow, batch_loss, len(z), schedule, progress=bar, checkpoint=checkpoint, data=(z, classes))
+    data = (z, classes, *frozen.state_dict().values())
+    return fit(shadow, batch_loss, len(z), schedule, progress=bar, checkpoint=checkpoint, data=data)
 
 
 def fit_shadow(
@@ -90,7 +93,8 @@ def fit_shadow(
     """Learn f'_θ1 with f'_θ1(z) ≈ query(x) by the mean of squared differences (black-box reconstruction, Table 8).
 
     Args:
-        query: the system under attack: any callable from images [N, C, H, W] (float32 pixels, numpy) to features.
+        query: the system under attack: any callable from images [N, C, H, W] to features, as of
+            `train_inverse_network`.
         images: what to query it with, pixels [N, C, H, W].
         architecture: the shadow to train (in place), or a callable that makes one.
         mean, std: the target's normalisation; None takes the query's own where it is a `Split`, else none.
@@ -105,9 +109,9 @@ def fit_shadow(
     mean = getattr(query, "mean", (0.0,)) if mean is None else mean
     std = getattr(query, "std", (1.0,)) if std is None else std
     z = normalised(images, mean, std)
-    features = Features.queried(query, torch.as_tensor(images).float())
+    features = Features.queried(query, images)
     with seeded(seed):
-        shadow = _shadow(architecture)
+        shadow = trainable("architecture", architecture)
 
     def batch_loss(indices: torch.Tensor) -> torch.Tensor:
         found, wanted = shadow(z[indices]), features[indices]
@@ -124,16 +128,9 @@ def fit_shadow(
     return fit(shadow, batch_loss, len(z), schedule, progress=bar, checkpoint=checkpoint, data=data)
 
 
-def _shadow(architecture: Architecture) -> nn.Module:
-    shadow = architecture if isinstance(architecture, nn.Module) else architecture()
-    if not isinstance(shadow, nn.Module) or not any(p.requires_grad for p in shadow.parameters()):
-        raise TrainingError(f"architecture: {type(shadow).__name__}, expected a torch.nn.Module that can be trained")
-    return shadow
-
-
 def _criterion(loss: str | Loss) -> Loss:
     if loss == "cross_entropy":
-        return nn.functional.cross_entropy
+        return cross_entropy
     if callable(loss):
         return loss
     raise TrainingError(f"loss {loss!r:.40}, expected 'cross_entropy' or a callable (logits, labels) -> scalar")

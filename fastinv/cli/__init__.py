@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (FastinvError, OSError) as error:
-        print(f"fastinv {args.command}: {error}", file=sys.stderr)
+        print(f"fastinv {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 

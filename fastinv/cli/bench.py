@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastinv.cli.arguments import positive, table
-from fastinv.cli.files import replacing
+from fastinv.cli.files import expect_place, replacing
 
 if TYPE_CHECKING:
     from fastinv.benchmark import Timing
@@ -33,13 +33,16 @@ def run(args: argparse.Namespace) -> None:
 
     from fastinv import benchmark
 
+    if args.json is not None:
+        expect_place(args.json)
     threads = args.threads or len(os.sched_getaffinity(0))
     chosen = [benchmark.decoders()]
     chosen += [benchmark.ops()] if args.ops else []
     chosen += [benchmark.solvers()] if args.rmle else []
     options = {"backend": args.backend, "batch": args.batch, "threads": threads, "repeat": args.repeat}
     subjects = list(itertools.chain(*chosen))
-    timings = [benchmark.measure(subject, **options) for subject in tqdm(subjects, desc="bench", leave=False)]
+    with tqdm(subjects, desc="bench", unit="subject", leave=False) as bar:
+        timings = [benchmark.measure(subject, **options) for subject in bar]
     print(f"PyTorch {torch.__version__} eager, medians of {args.repeat}, threads on both sides: {threads}")
     print(as_table(timings))
     if args.json is not None:
