@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <tuple>
 
+#include "cost.h"
+
 namespace fastinv {
 namespace {
-
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Whether tap `k` applies to output `o`, and the input position it reads (perhaps outside).
 bool source(const Axis& axis, bool transposed, int o, int k, int* position) {
@@ -32,14 +32,6 @@ std::vector<int> phase_taps(const Axis& axis, bool transposed, int phase) {
 
 }  // namespace
 
-Geometry Geometry::adjoint() const {
-  Geometry g = *this;
-  g.transposed = !transposed;
-  std::swap(g.in_channels, g.out_channels);
-  for (Axis& a : g.axis) std::swap(a.in, a.out);
-  return g;
-}
-
 Correlation::Correlation(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias)
     : kernels_(kernels), geometry_(geometry), form_(choose_form()), tile_pixels_(kMaxTilePixels) {
   if (form_ == Form::kDot) {
@@ -52,20 +44,10 @@ Correlation::Correlation(const Kernels& kernels, const Geometry& geometry, const
   zeros_ = Buffer(std::max(longest_run_, form_ == Form::kDepthwise ? geometry.in_channels : 1));
 }
 
-// The cost model: vector FMAs per output pixel. It sees shapes only, so the same network takes the same form, and
-// sums in the same order, on every machine with this instruction set.
 Correlation::Form Correlation::choose_form() const {
   const Geometry& g = geometry_;
   if (g.groups > 1 && g.groups == g.in_channels && g.groups == g.out_channels) return Form::kDepthwise;
-  const int in = g.in_channels / g.groups, out = g.out_channels / g.groups, width = kernels_.width;
-  const int phases_y = g.transposed ? g.axis[0].stride : 1, phases_x = g.transposed ? g.axis[1].stride : 1;
-  const double taps_y = double(g.axis[0].kernel) / phases_y, taps_x = double(g.axis[1].kernel) / phases_x;
-  const bool merged = g.groups == 1 && (g.transposed || g.axis[1].dilation == 1);
-  const double run = merged ? taps_x * in : in, runs = merged ? taps_y : taps_y * taps_x;
-  const double broadcast = taps_y * taps_x * in * ceil_div(out, width);
-  const double reduction = 6.0;  // instructions to sum the lanes of one accumulator
-  const double dot = out * (runs * std::max(1.0, (run + width - 1) / width) + reduction);
-  return dot < broadcast ? Form::kDot : Form::kBroadcast;
+  return dot_cost(kernels_, g) < broadcast_cost(kernels_, g) ? Form::kDot : Form::kBroadcast;
 }
 
 // Sub-convolutions along an axis: outputs of one residue modulo the stride of a transposed convolution share taps.
@@ -229,7 +211,7 @@ void Correlation::pack(const WeightAt& weight, const float* bias) {
   }
 }
 
-void Correlation::run(const float* in, float* out, bool accumulate, Activation activation) const {
+void Correlation::run(const float* in, float* out, bool accumulate, Activation activation, float*) const {
   const Geometry& g = geometry_;
   if (form_ == Form::kDepthwise) {
     kernels_.depthwise({in, out, zeros_.data(), rows_.data(), static_cast<int64_t>(rows_.size()), tiles_.data(),

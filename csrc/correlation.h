@@ -2,45 +2,24 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <map>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "buffer.h"
+#include "convolution.h"
 #include "kernels.h"
 
 namespace fastinv {
 
-// One axis of a correlation, 0 rows and 1 columns. Forward, tap k of output o reads input o·stride + k·dilation −
-// padding; transposed, it reads (o + padding − k·dilation) / stride, where that is whole.
-struct Axis {
-  int in, out, kernel, stride, padding, dilation;
-};
-
-struct Geometry {
-  Axis axis[2];
-  int in_channels, out_channels, groups;
-  bool transposed;
-
-  // The geometry of the gradient to the input.
-  Geometry adjoint() const;
-};
-
-// weight(group, output channel in the group, input channel in the group, row tap, column tap)
-using WeightAt = std::function<float(int, int, int, int, int)>;
-
-class Correlation {
+class Correlation : public Convolution {
  public:
   // `bias` is [out_channels] or null.
   Correlation(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias);
 
-  // in [H, W, C] to out [H', W', C'], both of one image.
-  void run(const float* in, float* out, bool accumulate, Activation activation) const;
-
-  // What runs, for describe(): form and tile.
-  std::string algorithm() const;
+  void run(const float* in, float* out, bool accumulate, Activation activation, float* scratch) const override;
+  std::string algorithm() const override;
 
  private:
   enum class Form { kBroadcast, kDot, kDepthwise };

@@ -63,13 +63,14 @@ void Engine::plan_memory() {
 std::unique_ptr<Engine::Workspace> Engine::make_workspace() const {
   auto workspace = std::make_unique<Workspace>();
   workspace->arena = Buffer(arena_size_ * block_);
+  workspace->scratch = Buffer(program_.scratch_floats());
   for (int64_t offset : offset_) workspace->data.push_back(workspace->arena.data() + offset * block_);
   return workspace;
 }
 
 void Engine::run_block(Workspace& workspace, const float* in, float* out, int64_t images) const {
   const Shape &first = program_.shapes().front(), &last = program_.shapes().back();
-  const Frame frame = {workspace.data.data(), stride_.data()};
+  const Frame frame = {workspace.data.data(), stride_.data(), workspace.scratch.data()};
   const int64_t in_size = element_count(first), out_size = element_count(last);
   const int64_t in_rows = first.size() == 3 ? first[0] : 1, out_columns = last.size() == 3 ? last[0] : 1;
   for (int64_t i = 0; i < images; ++i) transpose(in + i * in_size, frame.at(0, i), in_rows, in_size / in_rows);

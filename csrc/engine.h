@@ -18,12 +18,14 @@ class Engine {
   void run(const float* in, float* out, int64_t n);
 
   const Program& program() const { return program_; }
-  int64_t workspace_bytes() const { return (arena_size_ * block_) * int64_t{sizeof(float)}; }
+  int64_t workspace_bytes() const {
+    return (arena_size_ * block_ + program_.scratch_floats()) * int64_t{sizeof(float)};
+  }
   int64_t block() const { return block_; }
 
  private:
   struct Workspace {
-    Buffer arena;
+    Buffer arena, scratch;
     std::vector<float*> data;
   };
 

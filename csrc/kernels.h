@@ -92,6 +92,19 @@ struct DepthwiseArgs {
   Activation activation;
 };
 
+// Winograd's output transform of one tile: up to 4×4 pixels from 36 products each, position_stride apart.
+struct WinogradOutputArgs {
+  const float* products;
+  int64_t position_stride;
+  const float* bias;  // [channel]
+  float* out;
+  int64_t row_stride;  // floats from output row to row
+  int32_t channels;
+  int32_t rows, columns;  // pixels inside the image
+  bool accumulate;
+  Activation activation;
+};
+
 // ---- pooling and resampling -------------------------------------------------------------------------------------
 
 struct PoolArgs {
@@ -206,6 +219,9 @@ struct Kernels {
   void (*correlate)(const CorrelateArgs&);
   void (*correlate_dot)(const CorrelateArgs&);
   void (*depthwise)(const DepthwiseArgs&);
+  // Winograd's input transform of one tile: 36 pixels to 36 positions, position_stride floats apart.
+  void (*winograd_input)(const float* const* pixels, int32_t channels, float* out, int64_t position_stride);
+  void (*winograd_output)(const WinogradOutputArgs&);
   void (*max_pool)(const PoolArgs&);
   void (*max_pool_gradient)(const PoolGradientArgs&);
   void (*resample)(const ResampleArgs&);

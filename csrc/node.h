@@ -13,6 +13,7 @@ namespace fastinv {
 struct Frame {
   float* const* data;
   const int64_t* stride;
+  float* scratch = nullptr;  // for the node that runs, as many floats as it asks for
 
   float* at(int value, int64_t image = 0) const { return data[value] + image * stride[value]; }
 };
@@ -27,6 +28,9 @@ class Node {
 
   // Computes the output of the first `images` images of the block.
   virtual void forward(const Frame& values, int64_t images) const = 0;
+
+  // Floats of scratch that forward and backward need, whatever the number of images.
+  virtual int64_t scratch_floats() const { return 0; }
 
   // Builds what backward needs; called once, and only for programs that are differentiated.
   virtual void prepare_backward() {}

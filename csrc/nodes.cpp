@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "buffer.h"
+
 namespace fastinv {
 
 // ---- convolution
@@ -12,7 +14,7 @@ ConvolutionNode::ConvolutionNode(const Kernels& kernels, std::vector<int> inputs
                                  const Geometry& geometry, const float* weight, const float* bias, bool keep_weight)
     : Node(kernels, std::move(inputs), output, activation),
       geometry_(geometry),
-      correlation_(kernels, geometry, weight_at(weight, false), bias) {
+      convolution_(make_convolution(kernels, geometry, weight_at(weight, false), bias)) {
   if (keep_weight) {
     const int64_t size = int64_t{geometry.in_channels} * geometry.out_channels / geometry.groups *
                          geometry.axis[0].kernel * geometry.axis[1].kernel;
@@ -35,20 +37,24 @@ WeightAt ConvolutionNode::weight_at(const float* weight, bool adjoint) const {
 
 void ConvolutionNode::forward(const Frame& values, int64_t images) const {
   for (int64_t i = 0; i < images; ++i) {
-    correlation_.run(values.at(inputs[0], i), values.at(output, i), false, activation);
+    convolution_->run(values.at(inputs[0], i), values.at(output, i), false, activation, values.scratch);
   }
 }
 
 void ConvolutionNode::prepare_backward() {
-  gradient_ = std::make_unique<Correlation>(kernels, geometry_.adjoint(), weight_at(weight_.data(), true), nullptr);
+  gradient_ = make_convolution(kernels, geometry_.adjoint(), weight_at(weight_.data(), true), nullptr);
   weight_ = {};
 }
 
 void ConvolutionNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
-  gradient_->run(grads.at(output), grads.at(inputs[0]), !first, {});
+  gradient_->run(grads.at(output), grads.at(inputs[0]), !first, {}, grads.scratch);
 }
 
-std::string ConvolutionNode::describe() const { return "correlate " + correlation_.algorithm(); }
+int64_t ConvolutionNode::scratch_floats() const {
+  return std::max(convolution_->scratch_floats(), gradient_ ? gradient_->scratch_floats() : 0);
+}
+
+std::string ConvolutionNode::describe() const { return convolution_->algorithm(); }
 
 // ---- linear
 // -------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ class ConvolutionNode : public Node {
   ConvolutionNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
                   const Geometry& geometry, const float* weight, const float* bias, bool keep_weight);
   void forward(const Frame& values, int64_t images) const override;
+  int64_t scratch_floats() const override;
   void prepare_backward() override;
   void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
   std::string describe() const override;
@@ -22,8 +23,8 @@ class ConvolutionNode : public Node {
 
   const Geometry geometry_;
   std::vector<float> weight_;  // until prepare_backward
-  const Correlation correlation_;
-  std::unique_ptr<Correlation> gradient_;
+  const std::unique_ptr<const Convolution> convolution_;
+  std::unique_ptr<const Convolution> gradient_;
 };
 
 // Rows of `in` floats to rows of `out`: the rows of all images of a block go through one kernel.

@@ -66,6 +66,12 @@ Program::Program(const Kernels& kernels, Shape input, bool differentiable)
   shapes_.push_back(std::move(input));
 }
 
+int64_t Program::scratch_floats() const {
+  int64_t most = 0;
+  for (const auto& node : nodes_) most = std::max(most, node->scratch_floats());
+  return most;
+}
+
 const Shape& Program::shape(int value) const {
   if (value < 0 || value >= static_cast<int>(shapes_.size())) throw std::invalid_argument("no such value");
   return shapes_[static_cast<size_t>(value)];

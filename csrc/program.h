@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "correlation.h"
+#include "convolution.h"
 #include "node.h"
 
 namespace fastinv {
@@ -58,6 +58,7 @@ class Program {
   const std::vector<std::unique_ptr<Node>>& nodes() const { return nodes_; }
   int output() const { return static_cast<int>(shapes_.size()) - 1; }
   bool has_linear() const { return has_linear_; }
+  int64_t scratch_floats() const;  // the most that a node needs
 
  private:
   const Shape& shape(int value) const;

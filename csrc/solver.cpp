@@ -42,14 +42,19 @@ Solver::Solver(Program program, Recipe recipe, int threads)
 int64_t Solver::workspace_bytes() const {
   int64_t floats = 0;
   for (int64_t stride : stride_) floats += 2 * stride;
-  return (floats + stride_.back() + 4 * stride_.front()) * int64_t{sizeof(float)};
+  return (floats + stride_.back() + 4 * stride_.front() + tv_scratch_floats() + program_.scratch_floats()) *
+         int64_t{sizeof(float)};
+}
+
+int64_t Solver::tv_scratch_floats() const {
+  const Shape& image = program_.shapes().front();
+  return 4 * (image[2] + 1) * image[0];
 }
 
 std::unique_ptr<Solver::Workspace> Solver::make_workspace() const {
-  const Shape& image = program_.shapes().front();
-  const int64_t scratch = 4 * (image[2] + 1) * image[0];
   auto w = std::make_unique<Workspace>();
-  w->memory = Buffer(workspace_bytes() / int64_t{sizeof(float)} + scratch);
+  w->node_scratch = Buffer(program_.scratch_floats());
+  w->memory = Buffer(workspace_bytes() / int64_t{sizeof(float)} - program_.scratch_floats());
   float* at = w->memory.data();
   const auto next = [&at](int64_t size) { return std::exchange(at, at + size); };
   for (int64_t stride : stride_) w->values.push_back(next(stride));
@@ -59,12 +64,12 @@ std::unique_ptr<Solver::Workspace> Solver::make_workspace() const {
   w->second = next(stride_.front());
   w->largest = next(stride_.front());
   w->best = next(stride_.front());
-  w->scratch = next(scratch);
+  w->scratch = next(tv_scratch_floats());
   return w;
 }
 
 double Solver::objective(Workspace& w) const {
-  const Frame values = {w.values.data(), stride_.data()};
+  const Frame values = {w.values.data(), stride_.data(), w.node_scratch.data()};
   for (const auto& node : program_.nodes()) node->forward(values, 1);
   return program_.kernels().residual(w.values.back(), w.features, w.grads.back(),
                                      element_count(program_.shapes().back()));
@@ -72,7 +77,8 @@ double Solver::objective(Workspace& w) const {
 
 void Solver::backward(Workspace& w) const {
   const Kernels& kernels = program_.kernels();
-  const Frame values = {w.values.data(), stride_.data()}, grads = {w.grads.data(), stride_.data()};
+  const Frame values = {w.values.data(), stride_.data(), nullptr};
+  const Frame grads = {w.grads.data(), stride_.data(), w.node_scratch.data()};
   const auto& nodes = program_.nodes();
   for (size_t k = nodes.size(); k-- > 0;) {
     const Node& node = *nodes[k];

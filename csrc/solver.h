@@ -44,11 +44,12 @@ class Solver {
 
  private:
   struct Workspace {
-    Buffer memory;
+    Buffer memory, node_scratch;
     std::vector<float*> values, grads;
     float *features, *first, *second, *largest, *best, *scratch;
   };
 
+  int64_t tv_scratch_floats() const;
   std::unique_ptr<Workspace> make_workspace() const;
   double objective(Workspace& w) const;  // forward, and the gradients of the residual at the output
   void backward(Workspace& w) const;

@@ -34,7 +34,7 @@ class Effort:
     epochs: int
 
 
-EFFORTS = {"lenet5": Effort(20_000, 2, 4), "cifar_net": Effort(2_500, 2, 4)}  # by target: about a minute each
+EFFORTS = {"lenet5": Effort(20_000, 2, 4), "cifar_net": Effort(2_500, 2, 8)}  # by target: about a minute each
 
 
 @dataclass(frozen=True)

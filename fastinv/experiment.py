@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from fastinv.attacks.rmle import PAPER_PRESETS
-from fastinv.data import Dataset, Indices, halves, load, photographs
+from fastinv.data import Dataset, halves, load, photographs
+from fastinv.data_files import Indices
 from fastinv.errors import DataError, TrainingError
 from fastinv.export import export
 from fastinv.inverters import RMLE, InverseNetwork

@@ -1,4 +1,4 @@
-"""The three attacks on small data: they repeat, resume, refuse nonsense, and do what the algorithms say."""
+"""Training on small data: targets, inverse networks and shadows repeat, resume, refuse nonsense, and learn."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from torch import nn
 
 import fastinv
 from fastinv.attacks.inverse_network import Features
-from fastinv.attacks.rmle import PAPER_PRESETS, rmle, total_variation
-from fastinv.errors import FeatureError, NetworkError, TrainingError
+from fastinv.errors import FeatureError, TrainingError
 from fastinv.models import lenet5
 from fastinv.training import Schedule, accuracy, fit, train_target
 
@@ -38,64 +37,6 @@ def target() -> nn.Module:
 @pytest.fixture(scope="module")
 def split(target: nn.Module) -> fastinv.Split:
     return fastinv.Split(target, at="ReLU2", **NORM)
-
-
-# ---- rMLE ----------------------------------------------------------------------------------------
-
-
-def test_total_variation_by_hand() -> None:
-    z = torch.tensor([[[[0.0, 3.0], [4.0, 4.0]]]], dtype=torch.float64)
-    # (dy, dx) are (4, 3), (1, 0), (0, 0), (0, 0)
-    assert float(total_variation(z, 2.0)) == 25 + 1
-    assert float(total_variation(z, 1.0)) == pytest.approx(5 + 1 + 2 * 1e-6)
-    assert float(total_variation(z, 4.0)) == 625 + 1
-
-
-def test_rmle_against_a_loop_by_hand() -> None:
-    edge = nn.Conv2d(1, 2, 3).double().eval()
-    features = torch.randn(1, 2, 6, 6, dtype=torch.float64)
-    start = torch.randn(1, 8, 8, dtype=torch.float64)
-    found, report = rmle(edge, features, (1, 8, 8), steps=3, lr=0.1, tv_weight=0.5, start=start, clamp=(0, 0.9))
-    z, m, v = start[None].clone(), 0.0, 0.0
-    for step in (1, 2, 3):
-        z.requires_grad_(True)
-        dy, dx = z[:, :, 1:] - z[:, :, :-1], z[..., 1:] - z[..., :-1]
-        f = (edge(z) - features).square().sum() + 0.5 * (dy.square().sum() + dx.square().sum())
-        (g,) = torch.autograd.grad(f, z)
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        z = z.detach() - 0.1 * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
-        z = z.clamp(0, 0.9)
-    torch.testing.assert_close(found, z)
-    assert list(report.steps) == [3]
-
-
-def test_rmle_images_are_independent(split: fastinv.Split) -> None:
-    features = torch.from_numpy(split.features(IMAGES[:4]))
-    options = {"steps": 60, "tolerance": 3e-3, "keep": "best", **NORM}
-    together, report = rmle(split.edge, features, (1, 28, 28), **options)
-    assert len(set(report.steps)) > 1  # images stop at their own time
-    for i in range(4):
-        alone, one = rmle(split.edge, features[i : i + 1], (1, 28, 28), **options)
-        assert one.steps[0] == report.steps[i]
-        torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-4)
-
-
-def test_rmle_recovers_through_an_invertible_edge() -> None:
-    x = torch.rand(1, 1, 6, 6, dtype=torch.float64)
-    z, report = rmle(nn.Identity(), x, (1, 6, 6), steps=400, lr=1e-2, tv_weight=0.0)
-    assert float((z - x).abs().max()) < 1e-3
-    assert report.objective[0] < 1e-6
-
-
-def test_rmle_refuses_unknown_options() -> None:
-    with pytest.raises(NetworkError, match="optimizer 'newton'"):
-        rmle(nn.Identity(), torch.zeros(1, 1, 3, 3), (1, 3, 3), optimizer="newton")
-
-
-def test_presets_make_recipes(split: fastinv.Split) -> None:
-    edge = fastinv.export(split.edge, torch.zeros(2, 1, 28, 28))
-    recipe = fastinv.RMLE(edge, (1, 28, 28), **NORM, **PAPER_PRESETS["ReLU2"])
-    assert (recipe.steps, recipe.lr, recipe.clamp) == (5000, 1e-3, None)
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -176,11 +117,32 @@ def test_divergence_is_an_error(split: fastinv.Split) -> None:
         ({"lr": float("nan")}, "lr nan"),
         ({"optimizer": "rmsprop"}, "optimizer 'rmsprop'"),
         ({"seed": 1.0}, "seed 1.0"),
+        ({"seed": -1}, "seed -1"),
     ],
 )
 def test_wrong_schedules(changes: dict, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         Schedule(**{"epochs": 1, "batch_size": 1, "lr": 0.1, **changes})
+
+
+def test_losses_that_cannot_be_descended() -> None:
+    module = nn.Linear(2, 1)
+    with pytest.raises(TrainingError, match="expected a tensor of one number"):
+        fit(module, lambda i: module(torch.zeros(len(i), 2)), 3, Schedule(1, 2, 0.1))
+    with pytest.raises(TrainingError, match="a batch cannot be computed"):
+        fit(module, lambda i: module(torch.zeros(len(i), 5)).mean(), 3, Schedule(1, 2, 0.1))
+
+
+def test_a_checkpoint_that_cannot_be_written(split: fastinv.Split, tmp_path) -> None:
+    with pytest.raises(TrainingError, match="cannot be written"):
+        fastinv.train_inverse_network(split, IMAGES, epochs=1, checkpoint=tmp_path / "none" / "run.pt")
+
+
+def test_progress_is_shown_where_asked_for(split: fastinv.Split, capfd) -> None:
+    fastinv.train_inverse_network(split, IMAGES, epochs=1, progress=True)
+    assert "inverse network" in capfd.readouterr().err
+    fastinv.train_inverse_network(split, IMAGES, epochs=1)
+    assert capfd.readouterr().err == ""
 
 
 def test_no_samples() -> None:
@@ -205,6 +167,20 @@ def test_queries_or_pairs_and_never_the_model(split: fastinv.Split) -> None:
     by_pairs = fastinv.train_inverse_network(pairs=(IMAGES, split.features(IMAGES)), epochs=1, **NORM)
     assert_equal(by_query, by_pairs)
     assert_equal(by_query, fastinv.train_inverse_network(split, IMAGES, epochs=1))  # mean and std from the Split
+
+
+def test_a_query_is_asked_in_the_kind_of_the_images(split: fastinv.Split, monkeypatch) -> None:
+    module = split.edge  # takes and gives tensors, with gradients
+
+    def query(images: torch.Tensor) -> torch.Tensor:
+        assert images.dtype == torch.float32
+        return module((images - 0.5) / 0.5)
+
+    tensors = torch.from_numpy(IMAGES).double()
+    by_tensors = fastinv.train_inverse_network(query, tensors, epochs=1, **NORM)
+    assert_equal(by_tensors, fastinv.train_inverse_network(split, IMAGES, epochs=1))
+    monkeypatch.setattr("fastinv.attacks.inverse_network.CACHE_BYTES", 0)
+    assert_equal(by_tensors, fastinv.train_inverse_network(query, tensors, epochs=1, **NORM))
 
 
 def test_features_beyond_the_cache_are_queried_again(split: fastinv.Split, monkeypatch) -> None:
@@ -297,13 +273,28 @@ def test_a_shadow_fits_queried_features(split: fastinv.Split) -> None:
         ({"labels": LABELS.astype(float)}, "whole numbers"),
         ({"labels": LABELS - 1}, "whole numbers"),
         ({"loss": "hinge"}, "loss 'hinge'"),
+        ({"labels": LABELS + 1}, "labels up to 10"),
         ({"architecture": nn.ReLU()}, "that can be trained"),
+        ({"architecture": nn.Conv2d(1, 16, 5)}, "a batch cannot be computed"),
+        ({"cloud": len}, "cloud: a builtin_function_or_method"),
     ],
 )
 def test_wrong_shadows(split: fastinv.Split, options: dict, message: str) -> None:
-    arguments = {"images": IMAGES, "labels": LABELS, "architecture": nn.Conv2d(1, 16, 3), **options}
+    edge = nn.Sequential(*list(lenet5())[:5])
+    arguments = {"cloud": split.cloud, "images": IMAGES, "labels": LABELS, "architecture": edge, **options}
     with pytest.raises(TrainingError, match=message):
-        fastinv.train_shadow(split.cloud, epochs=1, **arguments)
+        fastinv.train_shadow(epochs=1, **arguments)
+
+
+def test_shadows_repeat_and_resume_for_the_same_cloud_only(split: fastinv.Split, tmp_path) -> None:
+    checkpoint = tmp_path / "run.pt"
+    clouds = [nn.Sequential(nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2 * 24 * 24, 10)) for _ in range(2)]
+    options = {"architecture": lambda: nn.Conv2d(1, 2, 5), "epochs": 2, **NORM}
+    first = fastinv.train_shadow(clouds[0], IMAGES, LABELS, checkpoint=checkpoint, **options)
+    assert_equal(first, fastinv.train_shadow(clouds[0], IMAGES, LABELS, **options))
+    assert_equal(first, fastinv.train_shadow(clouds[0], IMAGES, LABELS, checkpoint=checkpoint, **options))
+    with pytest.raises(TrainingError, match="another run"):
+        fastinv.train_shadow(clouds[1], IMAGES, LABELS, checkpoint=checkpoint, **options)
 
 
 def test_a_shadow_of_another_shape_is_refused(split: fastinv.Split) -> None:
@@ -320,3 +311,12 @@ def test_a_target_learns() -> None:
         model = lenet5(2)
     train_target(model, images, labels, epochs=3, **NORM)
     assert accuracy(model, images, labels, **NORM) > 0.98
+    with pytest.raises(TrainingError, match="labels up to 2"):
+        train_target(model, images, labels + 1, epochs=1, **NORM)
+
+
+def test_accuracy_is_that_of_eval_mode() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.99), nn.Linear(784, 10)).train()
+    found = {accuracy(model, IMAGES, LABELS, **NORM) for _ in range(5)}
+    assert len(found) == 1
+    assert model.training

@@ -121,6 +121,8 @@ def test_initialisation_is_xavier_with_zero_biases() -> None:
     [
         (((8, 24), (1, 28, 28)), {}, "expected"),
         (((8,), (28, 28)), {}, "expected"),
+        ((("8",), (1, 28, 28)), {}, "expected"),
+        (((8.5, 4, 4), (1, 28, 28)), {}, "expected"),
         (((0, 4, 4), (1, 28, 28)), {}, "expected"),
         (((8,), (1, 28, 28)), {"kind": "unet"}, "kind 'unet'"),
         (((8,), (1, 28, 28)), {"final": "tanh"}, "final 'tanh'"),

@@ -25,6 +25,7 @@ static_assert(kMaxVectors == FASTINV_MAX_VECTORS);
 #include "kernels/elementwise.h"
 #include "kernels/pool.h"
 #include "kernels/rmle.h"
+#include "kernels/winograd.h"
 
 }  // namespace
 
@@ -37,6 +38,8 @@ const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
     correlate,
     correlate_dot,
     depthwise,
+    winograd_input,
+    winograd_output,
     max_pool,
     max_pool_gradient,
     resample,

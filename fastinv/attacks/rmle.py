@@ -95,8 +95,10 @@ def rmle(
             f"rmle: steps {steps}, lr {lr}, tv_weight {tv_weight}, tolerance {tolerance}, tv_beta {tv_beta}, patience "
             f"{patience}; expected the first four >= 0, the others >= 1"
         )
-    if not isinstance(features, torch.Tensor) or features.ndim < 2 or not bool(features.isfinite().all()):
-        raise FeatureError("rmle: expected features as a float tensor [N, ...] without NaN and Inf")
+    if not isinstance(features, torch.Tensor) or features.ndim < 2 or not features.is_floating_point():
+        raise FeatureError(f"rmle: features {features!r:.80}, expected a float tensor [N, ...]")
+    if not bool(features.isfinite().all()):
+        raise FeatureError("rmle: features hold NaN or Inf; drop or mend these images")
     count, dtype = len(features), features.dtype
     means, stds = (torch.as_tensor(v, dtype=dtype).reshape(-1, 1, 1) for v in (mean, std))
     try:

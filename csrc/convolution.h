@@ -1,0 +1,49 @@
+// What every compiled convolution is: a geometry, and a way to run it on one image.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "kernels.h"
+
+namespace fastinv {
+
+// One axis of a correlation, 0 rows and 1 columns. Forward, tap k of output o reads input o·stride + k·dilation −
+// padding; transposed, it reads (o + padding − k·dilation) / stride, where that is whole.
+struct Axis {
+  int in, out, kernel, stride, padding, dilation;
+};
+
+struct Geometry {
+  Axis axis[2];
+  int in_channels, out_channels, groups;
+  bool transposed;
+
+  // The geometry of the gradient to the input.
+  Geometry adjoint() const;
+};
+
+// weight(group, output channel in the group, input channel in the group, row tap, column tap)
+using WeightAt = std::function<float(int, int, int, int, int)>;
+
+class Convolution {
+ public:
+  virtual ~Convolution() = default;
+
+  // in [H, W, C] to out [H', W', C'], both of one image. `scratch` has scratch_floats() floats, on a cache line.
+  virtual void run(const float* in, float* out, bool accumulate, Activation activation, float* scratch) const = 0;
+  virtual int64_t scratch_floats() const { return 0; }
+
+  // What runs, for describe(): form and tile.
+  virtual std::string algorithm() const = 0;
+};
+
+// The convolution in the algorithm that a cost model of shapes and instruction set finds best: the same network takes
+// the same one, and sums in the same order, on every machine with this instruction set. `bias` is [out_channels] or
+// null.
+std::unique_ptr<const Convolution> make_convolution(const Kernels& kernels, const Geometry& geometry,
+                                                    const WeightAt& weight, const float* bias);
+
+}  // namespace fastinv

@@ -1,0 +1,16 @@
+// The cost model that chooses algorithms: vector instructions per output pixel, from shapes and vector width alone.
+#pragma once
+
+#include "convolution.h"
+
+namespace fastinv {
+
+inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+double broadcast_cost(const Kernels& kernels, const Geometry& geometry);
+double dot_cost(const Kernels& kernels, const Geometry& geometry);
+
+// Of a 3×3 convolution of stride 1 and one group.
+double winograd_cost(const Kernels& kernels, const Geometry& geometry);
+
+}  // namespace fastinv

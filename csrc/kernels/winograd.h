@@ -1,0 +1,77 @@
+// The transforms of F(4×4, 3×3), channels in the vector; see csrc/winograd.h.
+#pragma once
+
+// Bᵀ·d for one column or row d of six.
+FASTINV_INLINE void winograd_input_line(const V d[6], V t[6]) {
+  const V four = set1(4.0f), five = set1(5.0f), two = set1(2.0f);
+  const V even4 = sub(d[4], mul(four, d[2])), odd4 = sub(d[3], mul(four, d[1]));
+  const V even1 = sub(d[4], d[2]), odd1 = mul(two, sub(d[3], d[1]));
+  t[0] = add(sub(mul(four, d[0]), mul(five, d[2])), d[4]);
+  t[1] = add(even4, odd4);
+  t[2] = sub(even4, odd4);
+  t[3] = add(even1, odd1);
+  t[4] = sub(even1, odd1);
+  t[5] = add(sub(mul(four, d[1]), mul(five, d[3])), d[5]);
+}
+
+// Aᵀ·m for one column or row m of six.
+FASTINV_INLINE void winograd_output_line(const V m[6], V y[4]) {
+  const V plus12 = add(m[1], m[2]), minus12 = sub(m[1], m[2]);
+  const V plus34 = add(m[3], m[4]), minus34 = sub(m[3], m[4]);
+  y[0] = add(add(m[0], plus12), plus34);
+  y[1] = fma(set1(2.0f), minus34, minus12);
+  y[2] = fma(set1(4.0f), plus34, plus12);
+  y[3] = add(fma(set1(8.0f), minus34, minus12), m[5]);
+}
+
+// out[position] = (Bᵀ d B)[position] for the 6×6 pixels d of one tile.
+void winograd_input(const float* const* pixels, int32_t channels, float* out, int64_t position_stride) {
+  for (int c = 0; c < channels; c += kWidth) {
+    const int lanes = channels - c < kWidth ? channels - c : kWidth;
+    V columns[6][6];  // [column][row of Bᵀ d]
+#pragma GCC unroll 6
+    for (int v = 0; v < 6; ++v) {
+      V d[6];
+#pragma GCC unroll 6
+      for (int u = 0; u < 6; ++u) d[u] = load_first(pixels[u * 6 + v] + c, lanes);
+      winograd_input_line(d, columns[v]);
+    }
+#pragma GCC unroll 6
+    for (int u = 0; u < 6; ++u) {
+      V d[6], t[6];
+#pragma GCC unroll 6
+      for (int v = 0; v < 6; ++v) d[v] = columns[v][u];
+      winograd_input_line(d, t);
+#pragma GCC unroll 6
+      for (int v = 0; v < 6; ++v) store_first(out + (u * 6 + v) * position_stride + c, t[v], lanes);
+    }
+  }
+}
+
+// out = activation(bias + Aᵀ m A), the rows × columns pixels of one tile that lie inside.
+void winograd_output(const WinogradOutputArgs& a) {
+  for (int c = 0; c < a.channels; c += kWidth) {
+    const int lanes = a.channels - c < kWidth ? a.channels - c : kWidth;
+    V columns[6][4];  // [column][row of Aᵀ m]
+#pragma GCC unroll 6
+    for (int v = 0; v < 6; ++v) {
+      V m[6];
+#pragma GCC unroll 6
+      for (int u = 0; u < 6; ++u) m[u] = load_first(a.products + (u * 6 + v) * a.position_stride + c, lanes);
+      winograd_output_line(m, columns[v]);
+    }
+    const V bias = load_first(a.bias + c, lanes);
+    for (int u = 0; u < a.rows; ++u) {
+      V m[6], y[4];
+#pragma GCC unroll 6
+      for (int v = 0; v < 6; ++v) m[v] = columns[v][u];
+      winograd_output_line(m, y);
+      float* out = a.out + u * a.row_stride + c;
+      for (int v = 0; v < a.columns; ++v, out += a.channels) {
+        V result = add(y[v], bias);
+        if (a.accumulate) result = add(result, load_first(out, lanes));
+        store_first(out, activate(result, a.activation), lanes);
+      }
+    }
+  }
+}

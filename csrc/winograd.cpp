@@ -1,0 +1,174 @@
+#include "winograd.h"
+
+#include <algorithm>
+
+#include "cost.h"
+
+namespace fastinv {
+namespace {
+
+constexpr int kOut = 4, kIn = 6, kPositions = kIn * kIn;
+constexpr double kG[kIn][3] = {{1.0 / 4, 0, 0},
+                               {-1.0 / 6, -1.0 / 6, -1.0 / 6},
+                               {-1.0 / 6, 1.0 / 6, -1.0 / 6},
+                               {1.0 / 24, 1.0 / 12, 1.0 / 6},
+                               {1.0 / 24, -1.0 / 12, 1.0 / 6},
+                               {0, 0, 1}};
+
+// Transformed inputs and products of a chunk of tiles should stay in L2 (1 MiB on Zen 4) beside the weights of one
+// position; with fewer tiles the weights would be read more often from farther away.
+constexpr int64_t kChunkFloats = 640 * 1024 / sizeof(float);
+
+}  // namespace
+
+bool Winograd::applies(const Geometry& g) {
+  const auto fits = [](const Axis& a) { return a.kernel == 3 && a.stride == 1 && a.dilation == 1; };
+  return g.groups == 1 && fits(g.axis[0]) && fits(g.axis[1]);
+}
+
+Winograd::Winograd(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias)
+    : kernels_(kernels),
+      geometry_(geometry),
+      tiles_y_(ceil_div(geometry.axis[0].out, kOut)),
+      tiles_x_(ceil_div(geometry.axis[1].out, kOut)),
+      zeros_(geometry.in_channels) {
+  for (int axis = 0; axis < 2; ++axis) {
+    const int padding = geometry.axis[axis].padding;
+    padding_[axis] = geometry.transposed ? 2 - padding : padding;
+  }
+  const int total = tiles_y_ * tiles_x_;
+  const int64_t fitting = kChunkFloats / (kPositions * int64_t{geometry.in_channels + geometry.out_channels});
+  chunk_ = total;
+  if (fitting < total) {
+    const int64_t whole = std::max<int64_t>(fitting / kMaxTilePixels, 1) * kMaxTilePixels;
+    chunk_ = static_cast<int>(std::min<int64_t>(whole, total));
+  }
+  // One line more between positions: strides that are powers of two would put all 36 into the same cache sets.
+  in_stride_ = round_up(int64_t{chunk_} * geometry.in_channels, kLineFloats) + kLineFloats;
+  out_stride_ = round_up(int64_t{chunk_} * geometry.out_channels, kLineFloats) + kLineFloats;
+  plan_products();
+  pack(weight, bias);
+}
+
+int64_t Winograd::scratch_floats() const { return kPositions * (in_stride_ + out_stride_); }
+
+std::string Winograd::algorithm() const { return "winograd 4x4, chunk " + std::to_string(chunk_); }
+
+void Winograd::pack(const WeightAt& weight, const float* bias) {
+  const Geometry& g = geometry_;
+  const int in = g.in_channels, out = g.out_channels;
+  const int padded = static_cast<int>(round_up(out, kernels_.width));
+  const int block = kernels_.max_vectors * kernels_.width;
+  position_weights_ = int64_t{in} * padded;
+  weights_ = Buffer(kPositions * position_weights_);
+  bias_ = Buffer(padded);
+  if (bias) std::copy_n(bias, out, bias_.data());
+  for (int o = 0; o < out; ++o) {
+    const int first = o / block * block, span = std::min(block, padded - first);
+    for (int i = 0; i < in; ++i) {
+      double rows[kIn][3];  // G·g
+      for (int u = 0; u < kIn; ++u) {
+        for (int x = 0; x < 3; ++x) {
+          rows[u][x] = 0.0;
+          for (int y = 0; y < 3; ++y) {
+            // A transposed convolution of stride 1 is a plain one with its taps turned round.
+            rows[u][x] += kG[u][y] * (g.transposed ? weight(0, o, i, 2 - y, 2 - x) : weight(0, o, i, y, x));
+          }
+        }
+      }
+      for (int u = 0; u < kIn; ++u) {
+        for (int v = 0; v < kIn; ++v) {
+          const double value = rows[u][0] * kG[v][0] + rows[u][1] * kG[v][1] + rows[u][2] * kG[v][2];
+          weights_[(u * kIn + v) * position_weights_ + int64_t{first} * in + int64_t{i} * span + (o - first)] =
+              static_cast<float>(value);
+        }
+      }
+    }
+  }
+}
+
+// Tile k holds k + 1 rows of the product; its run reads as many rows of transformed inputs.
+void Winograd::plan_products() {
+  for (int pixels = 1; pixels <= kMaxTilePixels; ++pixels) {
+    Tile tile = {};
+    Run run = {};
+    tile.first_run = pixels - 1;
+    tile.runs = 1;
+    tile.pixels = pixels;
+    run.length = geometry_.in_channels;
+    for (int p = 0; p < pixels; ++p) {
+      run.offset[p] = p * geometry_.in_channels;
+      tile.out[p] = p * geometry_.out_channels;
+    }
+    product_tiles_.push_back(tile);
+    product_runs_.push_back(run);
+  }
+}
+
+void Winograd::transform_inputs(const float* in, int first, int count, float* transformed) const {
+  const Axis &rows = geometry_.axis[0], &columns = geometry_.axis[1];
+  const int channels = geometry_.in_channels;
+  for (int t = 0; t < count; ++t) {
+    const int y0 = (first + t) / tiles_x_ * kOut - padding_[0], x0 = (first + t) % tiles_x_ * kOut - padding_[1];
+    const float* pixels[kPositions];
+    for (int u = 0; u < kIn; ++u) {
+      for (int v = 0; v < kIn; ++v) {
+        const int y = y0 + u, x = x0 + v;
+        const bool inside = y >= 0 && y < rows.in && x >= 0 && x < columns.in;
+        pixels[u * kIn + v] = inside ? in + (int64_t{y} * columns.in + x) * channels : zeros_.data();
+      }
+    }
+    kernels_.winograd_input(pixels, channels, transformed + int64_t{t} * channels, in_stride_);
+  }
+}
+
+void Winograd::multiply(int count, const float* transformed, float* products) const {
+  const int in = geometry_.in_channels, out = geometry_.out_channels;
+  const int tiles = ceil_div(count, kMaxTilePixels);
+  for (int position = 0; position < kPositions; ++position) {
+    for (int t = 0, begin = 0; t < tiles; ++t) {
+      const int size = count / tiles + (t < count % tiles ? 1 : 0);
+      const TileRow row = {size - 1, 1, int64_t{begin} * in, int64_t{begin} * out};
+      kernels_.correlate({transformed + position * in_stride_,
+                          products + position * out_stride_,
+                          nullptr,
+                          &row,
+                          1,
+                          product_tiles_.data(),
+                          product_runs_.data(),
+                          weights_.data() + position * position_weights_,
+                          in,
+                          nullptr,
+                          out,
+                          false,
+                          {}});
+      begin += size;
+    }
+  }
+}
+
+void Winograd::transform_outputs(const float* products, int first, int count, float* out, bool accumulate,
+                                 Activation activation) const {
+  const Axis &rows = geometry_.axis[0], &columns = geometry_.axis[1];
+  const int channels = geometry_.out_channels;
+  for (int t = 0; t < count; ++t) {
+    const int y = (first + t) / tiles_x_ * kOut, x = (first + t) % tiles_x_ * kOut;
+    kernels_.winograd_output({products + int64_t{t} * channels, out_stride_, bias_.data(),
+                              out + (int64_t{y} * columns.out + x) * channels, int64_t{columns.out} * channels,
+                              channels, std::min(kOut, rows.out - y), std::min(kOut, columns.out - x), accumulate,
+                              activation});
+  }
+}
+
+void Winograd::run(const float* in, float* out, bool accumulate, Activation activation, float* scratch) const {
+  float* products = scratch + kPositions * in_stride_;
+  const int total = tiles_y_ * tiles_x_;
+  for (int first = 0; first < total; first += chunk_) {
+    const int count = std::min(chunk_, total - first);
+    transform_inputs(in, first, count, scratch);
+    multiply(count, scratch, products);
+    transform_outputs(products, first, count, out, accumulate, activation);
+  }
+}
+
+}  // namespace fastinv

@@ -1,0 +1,45 @@
+// Winograd's minimal filtering F(4×4, 3×3): 36 products instead of 144 for a 4×4 tile of outputs.
+//
+// Y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016). For each
+// of the 36 positions the products over channels are one matrix product, tiles × in times in × out.
+#pragma once
+
+#include <vector>
+
+#include "buffer.h"
+#include "convolution.h"
+
+namespace fastinv {
+
+class Winograd : public Convolution {
+ public:
+  // Whether the geometry is a 3×3 convolution of stride 1 (transposed or not) without groups or dilation.
+  static bool applies(const Geometry& geometry);
+
+  Winograd(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias);
+
+  void run(const float* in, float* out, bool accumulate, Activation activation, float* scratch) const override;
+  int64_t scratch_floats() const override;
+  std::string algorithm() const override;
+
+ private:
+  void pack(const WeightAt& weight, const float* bias);
+  void plan_products();
+  void transform_inputs(const float* in, int first, int count, float* transformed) const;
+  void multiply(int count, const float* transformed, float* products) const;
+  void transform_outputs(const float* products, int first, int count, float* out, bool accumulate,
+                         Activation activation) const;
+
+  const Kernels& kernels_;
+  const Geometry geometry_;
+  int padding_[2];  // of the plain convolution that it is, transposed or not
+  int tiles_y_, tiles_x_;
+  int chunk_;                        // tiles that go through all three stages together
+  int64_t in_stride_, out_stride_;   // floats from position to position
+  std::vector<Tile> product_tiles_;  // rows of the matrix product, by their number
+  std::vector<Run> product_runs_;
+  Buffer weights_, bias_, zeros_;
+  int64_t position_weights_ = 0;
+};
+
+}  // namespace fastinv
