@@ -18,7 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from fastinv.backends.torch import torch_threads
 from fastinv.errors import FastinvError, TrainingError
 from fastinv.split import normalise
 from fastinv.tensors import chunks
@@ -27,6 +29,10 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
 }
+
+# FLOPs of a step below which one thread is used: the work of a few milliseconds is not worth OpenMP's barriers, which
+# on a machine that does other work, too, cost several times as much.
+SMALL_STEP = 300_000_000
 
 # (indices of the batch) -> loss to descend
 BatchLoss = Callable[[torch.Tensor], torch.Tensor]
@@ -76,6 +82,8 @@ def fit(
 ) -> nn.Module:
     """Train `module` in place on batches of `count` samples and return it in eval mode.
 
+    Small steps run on one thread, larger ones on as many as torch is set to.
+
     Args:
         loss: the loss of a batch, from the indices of its samples.
         progress: whether to show a progress bar; a string names it.
@@ -104,7 +112,13 @@ def fit(
                     rate = 0.5 * schedule.lr * (1 + math.cos(math.pi * (epoch * batches + batch) / total))
                     for group in optimizer.param_groups:
                         group["lr"] = rate
-                    value = _step(optimizer, loss, indices, epoch)
+                    if batch == 0:  # in every epoch, so that a resumed run repeats
+                        with torch_threads(1), FlopCounterMode(display=False) as counter:
+                            value = _step(optimizer, loss, indices, epoch)
+                        threads = 1 if counter.get_total_flops() < SMALL_STEP else None
+                    else:
+                        with torch_threads(threads):
+                            value = _step(optimizer, loss, indices, epoch)
                     if bar is not None:
                         bar.update()
                         bar.set_postfix(loss=f"{value:.4g}", refresh=False)

@@ -9,6 +9,7 @@ from torch import nn
 
 import fastinv
 from fastinv.attacks.inverse_network import Features
+from fastinv.backends.torch import torch_threads
 from fastinv.errors import FeatureError, TrainingError
 from fastinv.models import lenet5
 from fastinv.training import Schedule, accuracy, fit, train_target
@@ -143,6 +144,22 @@ def test_progress_is_shown_where_asked_for(split: fastinv.Split, capfd) -> None:
     assert "inverse network" in capfd.readouterr().err
     fastinv.train_inverse_network(split, IMAGES, epochs=1)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("small", "expected"), [(10**9, [1, 1, 1]), (0, [1, 2, 2])])
+def test_small_steps_run_on_one_thread(monkeypatch, small: int, expected: list[int]) -> None:
+    monkeypatch.setattr("fastinv.training.SMALL_STEP", small)
+    module = nn.Linear(2, 1)
+    seen: list[int] = []
+
+    def loss(indices: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return module(torch.ones(len(indices), 2)).mean()
+
+    with torch_threads(2):
+        fit(module, loss, 3, Schedule(1, 1, 0.1))
+        assert torch.get_num_threads() == 2
+    assert seen == expected
 
 
 def test_no_samples() -> None:
