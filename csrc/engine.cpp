@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "layout.h"
 #include "threads.h"
 
 namespace fastinv {
@@ -70,13 +69,14 @@ std::unique_ptr<Engine::Workspace> Engine::make_workspace() const {
 
 void Engine::run_block(Workspace& workspace, const float* in, float* out, int64_t images) const {
   const Shape &first = program_.shapes().front(), &last = program_.shapes().back();
+  const Kernels& kernels = program_.kernels();
   const Frame frame = {workspace.data.data(), stride_.data(), workspace.scratch.data()};
   const int64_t in_size = element_count(first), out_size = element_count(last);
   const int64_t in_rows = first.size() == 3 ? first[0] : 1, out_columns = last.size() == 3 ? last[0] : 1;
-  for (int64_t i = 0; i < images; ++i) transpose(in + i * in_size, frame.at(0, i), in_rows, in_size / in_rows);
+  for (int64_t i = 0; i < images; ++i) kernels.transpose(in + i * in_size, frame.at(0, i), in_rows, in_size / in_rows);
   for (const auto& node : program_.nodes()) node->forward(frame, images);
   for (int64_t i = 0; i < images; ++i) {
-    transpose(frame.at(program_.output(), i), out + i * out_size, out_size / out_columns, out_columns);
+    kernels.transpose(frame.at(program_.output(), i), out + i * out_size, out_size / out_columns, out_columns);
   }
 }
 

@@ -231,6 +231,8 @@ struct Kernels {
   void (*activate)(const float* in, float* out, int64_t size, Activation);
   // grad[i] *= activation'(x[i]), from x and y = activation(x); x may be y where needs_input() says no.
   void (*activate_gradient)(const float* x, const float* y, float* grad, int64_t size, Activation);
+  // out[j, i] = in[i, j] for in [rows, columns].
+  void (*transpose)(const float* in, float* out, int64_t rows, int64_t columns);
   void (*gather)(const float* in, const int32_t* index, float* out, int64_t size, bool accumulate);
   void (*add)(const float* in, float* out, int64_t size);
   // grad = 2 · (y − v); returns Σ (y − v)².

@@ -6,7 +6,6 @@
 #include <cmath>
 #include <stdexcept>
 
-#include "layout.h"
 #include "threads.h"
 
 namespace fastinv {
@@ -120,12 +119,13 @@ void Solver::step(Workspace& w, int64_t t) const {
 template <class Poll>
 bool Solver::solve_image(Workspace& w, const float* features, const float* init, float* out, ImageReport& report,
                          const Poll& poll) const {
+  const Kernels& kernels = program_.kernels();
   const Shape &image = program_.shapes().front(), &result = program_.shapes().back();
   const int64_t size = element_count(image), out_size = element_count(result);
   const int64_t result_rows = result.size() == 3 ? result[0] : 1;
   float* z = w.values.front();
-  transpose(init, z, image[0], size / image[0]);
-  transpose(features, w.features, result_rows, out_size / result_rows);
+  kernels.transpose(init, z, image[0], size / image[0]);
+  kernels.transpose(features, w.features, result_rows, out_size / result_rows);
   std::fill_n(w.first, size, 0.0f);
   std::fill_n(w.second, size, 0.0f);
   std::fill_n(w.largest, size, 0.0f);
@@ -145,7 +145,7 @@ bool Solver::solve_image(Workspace& w, const float* features, const float* init,
     double value = objective(w);
     // The last iterate needs its objective, but no gradient of the network.
     if (report.steps < recipe_.steps) backward(w);
-    if (recipe_.tv_weight > 0.0) value += program_.kernels().total_variation(tv);
+    if (recipe_.tv_weight > 0.0) value += kernels.total_variation(tv);
     if (recipe_.keep_best && value < best) {
       best = value;
       std::copy_n(z, size, w.best);
@@ -160,7 +160,7 @@ bool Solver::solve_image(Workspace& w, const float* features, const float* init,
     step(w, ++report.steps);
   }
   const bool earlier = recipe_.keep_best && best < before;
-  transpose(earlier ? w.best : z, out, size / image[0], image[0]);
+  kernels.transpose(earlier ? w.best : z, out, size / image[0], image[0]);
   return true;
 }
 

@@ -242,7 +242,8 @@ def test_info_and_invert_load_no_torch(finv: Path, features: Path, tmp_path: Pat
         "sys.exit(code or ('torch was loaded' if 'torch' in sys.modules else 0))"
     )
     for args in (["info", finv], ["invert", features, "-m", finv, "-o", tmp_path / "o.npy"]):
-        command = [sys.executable, "-c", script, *map(str, args), "--backend", "cpu"]
+        # -P: the folder it runs in may hold the sources, without the compiled core
+        command = [sys.executable, "-P", "-c", script, *map(str, args), "--backend", "cpu"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 

@@ -6,6 +6,7 @@
 #include "kernels.h"
 
 #include <math.h>
+#include <string.h>
 
 #include FASTINV_VECTOR_HEADER
 
@@ -25,6 +26,7 @@ static_assert(kMaxVectors == FASTINV_MAX_VECTORS);
 #include "kernels/elementwise.h"
 #include "kernels/pool.h"
 #include "kernels/rmle.h"
+#include "kernels/transpose.h"
 #include "kernels/winograd.h"
 
 }  // namespace
@@ -48,6 +50,7 @@ const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
     affine,
     activate,
     activate_gradient,
+    transpose,
     gather,
     add,
     residual,

@@ -53,5 +53,35 @@ FASTINV_INLINE V gather(const float* base, const int32_t* index) {
   return _mm512_i32gather_ps(_mm512_loadu_si512(index), base, 4);
 }
 
+// A 16×16 block turned over: 4×4 within 128-bit lanes, then the lanes as a 4×4 block.
+FASTINV_INLINE void transpose_block(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  __m512 r[16], t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(in + i * in_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // r[i + j], lane l: column 4·l + j of rows i to i + 3
+    for (int half = 0; half < 2; ++half) {
+      const __m512d low = _mm512_castps_pd(t[i + half]), high = _mm512_castps_pd(t[i + 2 + half]);
+      r[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      r[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even0 = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88), odd0 = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd);
+    const __m512 even1 = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88);
+    const __m512 odd1 = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd);
+    _mm512_storeu_ps(out + j * out_stride, _mm512_shuffle_f32x4(even0, even1, 0x88));
+    _mm512_storeu_ps(out + (4 + j) * out_stride, _mm512_shuffle_f32x4(odd0, odd1, 0x88));
+    _mm512_storeu_ps(out + (8 + j) * out_stride, _mm512_shuffle_f32x4(even0, even1, 0xdd));
+    _mm512_storeu_ps(out + (12 + j) * out_stride, _mm512_shuffle_f32x4(odd0, odd1, 0xdd));
+  }
+}
+
 }  // namespace
 }  // namespace fastinv

@@ -71,5 +71,13 @@ FASTINV_INLINE V gather(const float* base, const int32_t* index) {
   return V{base[index[0]], base[index[1]], base[index[2]], base[index[3]]};
 }
 
+// A 4×4 block turned over.
+FASTINV_INLINE void transpose_block(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  for (int j = 0; j < 4; ++j) {
+    const V column = {in[j], in[in_stride + j], in[2 * in_stride + j], in[3 * in_stride + j]};
+    store(out + j * out_stride, column);
+  }
+}
+
 }  // namespace
 }  // namespace fastinv

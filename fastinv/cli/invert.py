@@ -73,6 +73,8 @@ def _recover(
     quantised = {name: options[name] for name in ("scale", "zero_point")}
     count = len(tensors.source(features, inverter.feature_shape, **quantised))
     images = np.lib.format.open_memmap(path, "w+", options["dtype"], (count, *inverter.image_shape))
+    with open(path, "r+b") as file:  # on a full disk this raises; writing to the map would end the process
+        os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
     _, report = fastinv.invert(features, inverter, out=images, return_report=True, progress=True, **options)
     images.flush()
     return images, report

@@ -88,6 +88,7 @@ class Conv2d(Op):
             case("5x5-few-channels", Conv2d(), 1, 28, 28, (8, 1, 5, 5)),
             case("5x5-one-output", Conv2d(padding=(4, 4, 4, 4)), 8, 24, 24, (1, 8, 5, 5)),
             case("3x3-to-rgb", Conv2d(padding=(1, 1, 1, 1)), 64, 9, 11, (3, 64, 3, 3)),
+            case("3x3-ragged", Conv2d(padding=(0, 2, 1, 0)), 20, 9, 14, (33, 20, 3, 3)),
             case("odd-everything", Conv2d((2, 3), (0, 2, 1, 3), (2, 1)), 5, 17, 13, (7, 5, 3, 2)),
             case("1x1", Conv2d(), 19, 7, 7, (67, 19, 1, 1)),
             case("1x1-stride-2", Conv2d((2, 2)), 33, 8, 8, (64, 33, 1, 1)),

@@ -95,6 +95,7 @@ class ConvTranspose2d(Op):
         return (
             case("3x3-stride-2", double, 8, 8, (128, 64, 3, 3)),
             case("3x3-to-rgb", ConvTranspose2d(padding=(1, 1)), 16, 16, (64, 3, 3, 3)),
+            case("3x3-ragged", ConvTranspose2d(padding=(0, 2)), 9, 14, (33, 20, 3, 3)),
             case("5x5", ConvTranspose2d(), 8, 8, (16, 8, 5, 5)),
             case(
                 "5x5-stride-2-one-output",
