@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fastinv import benchmark
+
+SUBJECTS = benchmark.decoders
 BATCH = 32
 
 

@@ -39,6 +39,7 @@ SOLVER_TOLERANCE = 1e-3  # after `SOLVER_STEPS` steps from a random start
 CHECKED = 4  # images of a batch that are compared
 SAMPLE = 0.005  # seconds that one sample lasts at least, for the clock's sake
 MAX_ELEMENTS = 2**26  # in the largest value of a batch: what does not fit is timed with fewer images
+MAX_FLOPS = 2**37  # likewise of one call: a second or so of PyTorch on two cores
 
 SOLVER_STEPS = 10
 DECODERS: dict[str, tuple[Shape, Shape]] = {
@@ -62,7 +63,9 @@ class Subject:
 
     def batch(self, wanted: int) -> int:
         """As many images as wanted, or as fit."""
-        return max(1, min(wanted, MAX_ELEMENTS // max(map(math.prod, self.network.shapes))))
+        passes = 1 if self.recipe is None else 3 * self.recipe.steps  # a backward pass costs about two
+        by_work = MAX_FLOPS // max(1, self.network.flops * passes)
+        return max(1, min(wanted, MAX_ELEMENTS // max(map(math.prod, self.network.shapes)), by_work))
 
     def inputs(self, count: int) -> torch.Tensor:
         """What it is timed on: `count` inputs of the network, or for rMLE the features of `count` images."""
@@ -124,7 +127,7 @@ def solvers(steps: int = SOLVER_STEPS) -> Iterator[Subject]:
     ):
         start = np.random.default_rng(0).random(image, np.float32)
         for at in splits:
-            subject = _subject(f"rMLE {at}", Split(target, at).edge, image)
+            subject = _subject(f"rMLE {at}, {steps} steps", Split(target, at).edge, image)
             recipe = RMLE(subject.network, image, steps=steps, init=start, clamp=None)
             yield dataclasses.replace(subject, recipe=recipe)
 
