@@ -71,8 +71,12 @@ class Conv2d(Op):
         import torch.nn.functional as F
 
         top, bottom, left, right = self.padding
-        x = F.pad(inputs[0], (left, right, top, bottom))
-        return F.conv2d(x, weights["weight"], weights["bias"], self.stride, 0, self.dilation, self.groups)
+        (x,) = inputs
+        if (top, left) != (bottom, right):  # torch's own padding is symmetric
+            x = F.pad(x, (left, right, top, bottom))
+            top = left = 0
+        weight, bias = weights["weight"], weights["bias"]
+        return F.conv2d(x, weight, bias, self.stride, (top, left), self.dilation, self.groups)
 
     def flops(self, inputs: Sequence[Shape], weights: Mapping[str, Shape]) -> int:
         _, oh, ow = self.shape(inputs, weights)
