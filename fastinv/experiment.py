@@ -81,6 +81,17 @@ class Experiment:
             )
         return cls(train, test, MODELS[train.image_shape], seed)
 
+    def split_point(self, at: str | None) -> str:
+        """The split point, or the target's usual one; before the training it tells what would fail after it.
+
+        Raises:
+            SplitError: no layer of this name, or one where the target cannot be cut.
+        """
+        at = at or self.model.split
+        with seeded(self.seed):
+            Split(self.model.make(len(self.train.classes)), at)
+        return at
+
     def half(self, knowledge: str) -> Indices:
         """Indices of the training images that an attacker of this knowledge has; "same" are the target's own."""
         same, other = halves(len(self.train), self.seed)

@@ -343,14 +343,20 @@ def test_train_repeats_keeps_its_target_and_resumes(
     fails(capsys, "of the run", *common, "-o", tmp_path / "e.finv", "--target", tmp_path / "target.pt", "--seed", "5")
 
 
+def test_train_refuses_before_it_trains(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "target.pt"
+    common = ["train", "--data", digits, "--target", target, "--target-epochs", 1, "-o", tmp_path / "o.finv"]
+    fails(capsys, "no layer 'conv9'", *common, "--split", "conv9")
+    fails(capsys, "shadow_edge", *common, "--attack", "shadow", "--split", "fc1", *_different())
+    assert not target.exists()
+
+
 def test_train_refuses(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--target-epochs", 0, "--score", 0, "-o", tmp_path / "o.finv"]
     fails(capsys, "not a folder", "train", "--data", tmp_path / "missing", *out)
     fails(capsys, "no data set known", "train", "--data", tmp_path, *out)
-    fails(capsys, "no layer 'conv9'", "train", "--data", digits, "--split", "conv9", *out)
     fails(capsys, "images asked for", "train", "--data", digits, "--images", "1k", *out)
     fails(capsys, "noise has no labels", "train", "--data", digits, "--attack", "shadow", "--knowledge", "noise", *out)
-    fails(capsys, "shadow_edge", "train", "--data", digits, "--attack", "shadow", "--split", "fc1", *_different(), *out)
     fails(capsys, "no folder", "train", "--data", digits, "-o", tmp_path / "no" / "o.finv")
     fails(capsys, "no folder", "train", "--data", digits, "--target", tmp_path / "no" / "t.pt", *out)
     fails(capsys, "is a folder", "train", "--data", digits, "-o", tmp_path)

@@ -82,15 +82,19 @@ def run(args: argparse.Namespace) -> None:
 
     import fastinv
     from fastinv.experiment import Experiment, Scores
+    from fastinv.models import shadow_edge
 
     _check(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     experiment = Experiment.on(args.data, args.seed)
+    at = experiment.split_point(args.split)
+    if args.attack != "inverse_network" and args.architecture == "different":
+        shadow_edge(at)  # refuses a split point that it has no other structure for
     target = experiment.target(args.target_epochs, file=args.target, checkpoint=_checkpoint(args, "target"))
     print(f"{experiment.model.name}: {experiment.accuracy(target):.2%} of the test images classified right")
     model = experiment.model
-    split = fastinv.Split(target, args.split or model.split, model.mean, model.std)
+    split = fastinv.Split(target, at, model.mean, model.std)
     inverter = _attack(args, experiment, split)
     inverter.save(args.out)
     count = args.score if args.score is not None else SCORED.get(args.attack, SCORED_RMLE)
