@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "share.h"
 
 namespace fastinv {
 
@@ -28,12 +29,25 @@ struct Geometry {
 // weight(group, output channel in the group, input channel in the group, row tap, column tap)
 using WeightAt = std::function<float(int, int, int, int, int)>;
 
+// What a convolution runs on: images [H, W, C] to images [H', W', C'], so many floats apart.
+struct Operands {
+  const float* in;
+  int64_t in_stride;
+  float* out;
+  int64_t out_stride;
+  const float* addend;  // laid out as the results, added before the activation (`out` itself: accumulate), or null
+  int64_t addend_stride;
+  int64_t images;
+  Activation activation;
+};
+
 class Convolution {
  public:
   virtual ~Convolution() = default;
 
-  // in [H, W, C] to out [H', W', C'], both of one image. `scratch` has scratch_floats() floats, on a cache line.
-  virtual void run(const float* in, float* out, bool accumulate, Activation activation, float* scratch) const = 0;
+  // Does this share of the work; shares are of about the same size, within an image too. `scratch` has
+  // scratch_floats() floats, on a cache line.
+  virtual void run(const Operands& operands, Share share, float* scratch) const = 0;
   virtual int64_t scratch_floats() const { return 0; }
 
   // What runs, for describe(): form and tile.

@@ -41,6 +41,7 @@ Correlation::Correlation(const Kernels& kernels, const Geometry& geometry, const
   build_rows();
   pack(weight, bias);
   shared_tiles_.clear();
+  measure_rows();
   zeros_ = Buffer(std::max(longest_run_, form_ == Form::kDepthwise ? geometry.in_channels : 1));
 }
 
@@ -182,6 +183,20 @@ void Correlation::add_runs(const std::vector<Tap>& taps, const Pixel* pixels, in
   }
 }
 
+void Correlation::measure_rows() {
+  work_.push_back(0);
+  for (const TileRow& row : rows_) {
+    int64_t products = 1;  // no row is empty
+    for (int32_t t = row.first_tile; t < row.first_tile + row.tiles; ++t) {
+      const Tile& tile = tiles_[static_cast<size_t>(t)];
+      for (int32_t r = tile.first_run; r < tile.first_run + tile.runs; ++r) {
+        products += int64_t{runs_[static_cast<size_t>(r)].length} * tile.pixels;
+      }
+    }
+    work_.push_back(work_.back() + products);
+  }
+}
+
 void Correlation::pack(const WeightAt& weight, const float* bias) {
   const Geometry& g = geometry_;
   const int in = g.in_channels / g.groups, out = g.out_channels / g.groups;
@@ -211,20 +226,40 @@ void Correlation::pack(const WeightAt& weight, const float* bias) {
   }
 }
 
-void Correlation::run(const float* in, float* out, bool accumulate, Activation activation, float*) const {
+void Correlation::run(const Operands& x, Share share, float*) const {
+  // Rows of a transposed convolution's phases have different numbers of taps: shares are cut by products.
+  const int64_t work = work_.back(), end = share.end(x.images * work);
+  for (int64_t at = share.begin(x.images * work); at < end;) {
+    const int64_t image = at / work, until = std::min(end, (image + 1) * work);
+    const int64_t first = first_row(at - image * work), last = first_row(until - image * work);
+    run_rows(x, image, first, last - first);
+    at = until;
+  }
+}
+
+// The first row that begins at or after so many products.
+int64_t Correlation::first_row(int64_t products) const {
+  return std::lower_bound(work_.begin(), work_.end(), products) - work_.begin();
+}
+
+void Correlation::run_rows(const Operands& x, int64_t image, int64_t first, int64_t count) const {
   const Geometry& g = geometry_;
+  const float* in = x.in + image * x.in_stride;
+  const float* addend = x.addend ? x.addend + image * x.addend_stride : nullptr;
+  float* out = x.out + image * x.out_stride;
+  const TileRow* rows = rows_.data() + first;
   if (form_ == Form::kDepthwise) {
-    kernels_.depthwise({in, out, zeros_.data(), rows_.data(), static_cast<int64_t>(rows_.size()), tiles_.data(),
-                        runs_.data(), weights_.data(), bias_.data(), g.out_channels, accumulate, activation});
+    kernels_.depthwise({in, out, zeros_.data(), rows, count, tiles_.data(), runs_.data(), weights_.data(), bias_.data(),
+                        g.out_channels, addend, x.activation});
     return;
   }
   const auto kernel = form_ == Form::kDot ? kernels_.correlate_dot : kernels_.correlate;
   const int in_step = g.in_channels / g.groups, out_step = g.out_channels / g.groups;
   for (int group = 0; group < g.groups; ++group) {
     const float* bias = bias_.data() ? bias_.data() + group * group_bias_ : nullptr;
-    kernel({in + group * in_step, out + group * out_step, zeros_.data(), rows_.data(),
-            static_cast<int64_t>(rows_.size()), tiles_.data(), runs_.data(), weights_.data() + group * group_weights_,
-            weight_rows_, bias, out_step, accumulate, activation});
+    kernel({in + group * in_step, out + group * out_step, zeros_.data(), rows, count, tiles_.data(), runs_.data(),
+            weights_.data() + group * group_weights_, weight_rows_, bias, out_step,
+            addend ? addend + group * out_step : nullptr, x.activation});
   }
 }
 

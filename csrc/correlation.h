@@ -18,7 +18,7 @@ class Correlation : public Convolution {
   // `bias` is [out_channels] or null.
   Correlation(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias);
 
-  void run(const float* in, float* out, bool accumulate, Activation activation, float* scratch) const override;
+  void run(const Operands& operands, Share share, float* scratch) const override;
   std::string algorithm() const override;
 
  private:
@@ -35,6 +35,9 @@ class Correlation : public Convolution {
   int phases(int axis) const;
   void order_taps();
   void build_rows();
+  void measure_rows();
+  int64_t first_row(int64_t products) const;
+  void run_rows(const Operands& operands, int64_t image, int64_t first, int64_t count) const;
   void add_row(int phase, const std::vector<Pixel>& pixels, bool shared);
   void add_tiles(const std::vector<Tap>& taps, const std::vector<Pixel>& pixels, int first_y, int64_t out_base);
   void add_runs(const std::vector<Tap>& taps, const Pixel* pixels, int count, int first_y);
@@ -48,6 +51,7 @@ class Correlation : public Convolution {
   std::vector<std::vector<Tap>> phases_;  // taps of each sub-convolution, in the order of the input they read
   int64_t weight_rows_ = 0;
   std::vector<TileRow> rows_;
+  std::vector<int64_t> work_;  // products of the rows before each, and of all
   std::vector<Tile> tiles_;
   std::vector<Run> runs_;
   std::map<std::vector<int>, std::pair<int32_t, int32_t>> shared_tiles_;  // while building

@@ -74,7 +74,7 @@ void Engine::run_block(Workspace& workspace, const float* in, float* out, int64_
   const int64_t in_size = element_count(first), out_size = element_count(last);
   const int64_t in_rows = first.size() == 3 ? first[0] : 1, out_columns = last.size() == 3 ? last[0] : 1;
   for (int64_t i = 0; i < images; ++i) kernels.transpose(in + i * in_size, frame.at(0, i), in_rows, in_size / in_rows);
-  for (const auto& node : program_.nodes()) node->forward(frame, images);
+  for (const auto& node : program_.nodes()) node->forward(frame, images, {});
   for (int64_t i = 0; i < images; ++i) {
     kernels.transpose(frame.at(program_.output(), i), out + i * out_size, out_size / out_columns, out_columns);
   }

@@ -72,7 +72,7 @@ struct CorrelateArgs {
   int64_t weight_rows;
   const float* bias;  // one per output channel (broadcast: padded to whole vectors), or null
   int32_t out_channels;
-  bool accumulate;  // add to what is in out
+  const float* addend;  // laid out as `out`, added before the activation (`out` itself: accumulate), or null
   Activation activation;
 };
 
@@ -88,7 +88,7 @@ struct DepthwiseArgs {
   const float* weights;  // [tap, channel]
   const float* bias;     // [channel] or null
   int32_t channels;
-  bool accumulate;
+  const float* addend;  // as above
   Activation activation;
 };
 
@@ -98,10 +98,10 @@ struct WinogradOutputArgs {
   int64_t position_stride;
   const float* bias;  // [channel]
   float* out;
-  int64_t row_stride;  // floats from output row to row
+  const float* addend;  // as above
+  int64_t row_stride;   // floats from output row to row
   int32_t channels;
   int32_t rows, columns;  // pixels inside the image
-  bool accumulate;
   Activation activation;
 };
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "share.h"
 
 namespace fastinv {
 
@@ -26,8 +27,9 @@ class Node {
   Node(const Node&) = delete;
   Node& operator=(const Node&) = delete;
 
-  // Computes the output of the first `images` images of the block.
-  virtual void forward(const Frame& values, int64_t images) const = 0;
+  // Computes this share of the output of the block's first `images` images. The caller sees to it that the inputs
+  // are complete: workers that share a block wait for each other between nodes.
+  virtual void forward(const Frame& values, int64_t images, Share share) const = 0;
 
   // Floats of scratch that forward and backward need, whatever the number of images.
   virtual int64_t scratch_floats() const { return 0; }

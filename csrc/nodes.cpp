@@ -35,10 +35,11 @@ WeightAt ConvolutionNode::weight_at(const float* weight, bool adjoint) const {
   };
 }
 
-void ConvolutionNode::forward(const Frame& values, int64_t images) const {
-  for (int64_t i = 0; i < images; ++i) {
-    convolution_->run(values.at(inputs[0], i), values.at(output, i), false, activation, values.scratch);
-  }
+void ConvolutionNode::forward(const Frame& values, int64_t images, Share share) const {
+  const int from = inputs[0];
+  convolution_->run(
+      {values.at(from), values.stride[from], values.at(output), values.stride[output], nullptr, 0, images, activation},
+      share, values.scratch);
 }
 
 void ConvolutionNode::prepare_backward() {
@@ -47,7 +48,8 @@ void ConvolutionNode::prepare_backward() {
 }
 
 void ConvolutionNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
-  gradient_->run(grads.at(output), grads.at(inputs[0]), !first, {}, grads.scratch);
+  float* to = grads.at(inputs[0]);
+  gradient_->run({grads.at(output), 0, to, 0, first ? nullptr : to, 0, 1, {}}, {}, grads.scratch);
 }
 
 int64_t ConvolutionNode::scratch_floats() const {
@@ -80,13 +82,13 @@ class LinearNode::Matrix {
     if (bias) std::copy_n(bias, out, bias_.data());
   }
 
-  // Row r is read at in + r·in_step and written at out + r·out_step.
-  void run(const float* in, int64_t in_step, float* out, int64_t out_step, int64_t rows, bool accumulate,
+  // Rows first to last: row r is read at in + r·in_step and written at out + r·out_step.
+  void run(const float* in, int64_t in_step, float* out, int64_t out_step, int64_t first, int64_t last, bool accumulate,
            Activation activation) const {
-    for (int64_t begin = 0; begin < rows; begin += pixels_) {
+    for (int64_t begin = first; begin < last; begin += pixels_) {
       Tile tile = {};
       Run run = {};
-      tile.pixels = static_cast<int32_t>(std::min<int64_t>(pixels_, rows - begin));
+      tile.pixels = static_cast<int32_t>(std::min<int64_t>(pixels_, last - begin));
       tile.runs = 1;
       run.length = in_;
       for (int p = 0; p < tile.pixels; ++p) {
@@ -95,8 +97,8 @@ class LinearNode::Matrix {
       }
       const TileRow row = {0, 1, begin * in_step, begin * out_step};
       const auto kernel = dot_ ? kernels_.correlate_dot : kernels_.correlate;
-      kernel(
-          {in, out, nullptr, &row, 1, &tile, &run, weights_.data(), in_, bias_.data(), out_, accumulate, activation});
+      kernel({in, out, nullptr, &row, 1, &tile, &run, weights_.data(), in_, bias_.data(), out_,
+              accumulate ? out : nullptr, activation});
     }
   }
 
@@ -117,14 +119,14 @@ LinearNode::LinearNode(const Kernels& kernels, std::vector<int> inputs, int outp
   if (keep_weight) weight_.assign(weight, weight + int64_t{in} * out);
 }
 
-void LinearNode::forward(const Frame& values, int64_t images) const {
+void LinearNode::forward(const Frame& values, int64_t images, Share share) const {
   if (rows_ == 1) {
-    matrix_->run(values.at(inputs[0]), values.stride[inputs[0]], values.at(output), values.stride[output], images,
-                 false, activation);
+    matrix_->run(values.at(inputs[0]), values.stride[inputs[0]], values.at(output), values.stride[output],
+                 share.begin(images), share.end(images), false, activation);
     return;
   }
-  for (int64_t i = 0; i < images; ++i) {
-    matrix_->run(values.at(inputs[0], i), in_, values.at(output, i), out_, rows_, false, activation);
+  for (int64_t i = share.begin(images); i < share.end(images); ++i) {
+    matrix_->run(values.at(inputs[0], i), in_, values.at(output, i), out_, 0, rows_, false, activation);
   }
 }
 
@@ -135,7 +137,7 @@ void LinearNode::prepare_backward() {
 }
 
 void LinearNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
-  gradient_->run(grads.at(output), out_, grads.at(inputs[0]), in_, rows_, !first, {});
+  gradient_->run(grads.at(output), out_, grads.at(inputs[0]), in_, 0, rows_, !first, {});
 }
 
 std::string LinearNode::describe() const { return matrix_->dot() ? "linear dot" : "linear broadcast"; }
@@ -146,10 +148,10 @@ MaxPoolNode::MaxPoolNode(const Kernels& kernels, std::vector<int> inputs, int ou
                          const PoolArgs& geometry, int64_t input_size)
     : Node(kernels, std::move(inputs), output, activation), geometry_(geometry), input_size_(input_size) {}
 
-void MaxPoolNode::forward(const Frame& values, int64_t images) const {
+void MaxPoolNode::forward(const Frame& values, int64_t images, Share share) const {
   PoolArgs args = geometry_;
   args.activation = activation;
-  for (int64_t i = 0; i < images; ++i) {
+  for (int64_t i = share.begin(images); i < share.end(images); ++i) {
     args.in = values.at(inputs[0], i);
     args.out = values.at(output, i);
     kernels.max_pool(args);
@@ -191,8 +193,8 @@ ResampleNode::ResampleNode(const Kernels& kernels, std::vector<int> inputs, int 
       rows_(std::move(rows)),
       columns_(std::move(columns)) {}
 
-void ResampleNode::forward(const Frame& values, int64_t images) const {
-  for (int64_t i = 0; i < images; ++i) {
+void ResampleNode::forward(const Frame& values, int64_t images, Share share) const {
+  for (int64_t i = share.begin(images); i < share.end(images); ++i) {
     kernels.resample({values.at(inputs[0], i), values.at(output, i), columns_.columns, rows_.rows(), columns_.rows(),
                       channels_, rows_.view(), columns_.view(), false, activation});
   }
@@ -223,9 +225,9 @@ GatherNode::GatherNode(const Kernels& kernels, std::vector<int> inputs, int outp
                        std::vector<int32_t> index)
     : Node(kernels, std::move(inputs), output, activation), index_(std::move(index)) {}
 
-void GatherNode::forward(const Frame& values, int64_t images) const {
+void GatherNode::forward(const Frame& values, int64_t images, Share share) const {
   const auto size = static_cast<int64_t>(index_.size());
-  for (int64_t i = 0; i < images; ++i) {
+  for (int64_t i = share.begin(images); i < share.end(images); ++i) {
     float* out = values.at(output, i);
     kernels.gather(values.at(inputs[0], i), index_.data(), out, size, false);
     if (activation.kind != ActivationKind::kIdentity) kernels.activate(out, out, size, activation);
@@ -247,8 +249,8 @@ ConcatNode::ConcatNode(const Kernels& kernels, std::vector<int> inputs, int outp
   for (int64_t chunk : chunks_) total_ += chunk;
 }
 
-void ConcatNode::forward(const Frame& values, int64_t images) const {
-  for (int64_t i = 0; i < images; ++i) {
+void ConcatNode::forward(const Frame& values, int64_t images, Share share) const {
+  for (int64_t i = share.begin(images); i < share.end(images); ++i) {
     float* out = values.at(output, i);
     int64_t at = 0;
     for (size_t k = 0; k < chunks_.size(); at += chunks_[k++]) {
@@ -283,10 +285,10 @@ BinaryNode::BinaryNode(const Kernels& kernels, std::vector<int> inputs, int outp
                        const BinaryArgs& geometry, int64_t size_a, int64_t size_b)
     : Node(kernels, std::move(inputs), output, activation), geometry_(geometry), sizes_{size_a, size_b} {}
 
-void BinaryNode::forward(const Frame& values, int64_t images) const {
+void BinaryNode::forward(const Frame& values, int64_t images, Share share) const {
   BinaryArgs args = geometry_;
   args.activation = activation;
-  for (int64_t i = 0; i < images; ++i) {
+  for (int64_t i = share.begin(images); i < share.end(images); ++i) {
     args.a = values.at(inputs[0], i);
     args.b = values.at(inputs[1], i);
     args.out = values.at(output, i);
@@ -315,8 +317,8 @@ AffineNode::AffineNode(const Kernels& kernels, std::vector<int> inputs, int outp
       scale_(std::move(scale)),
       shift_(std::move(shift)) {}
 
-void AffineNode::forward(const Frame& values, int64_t images) const {
-  for (int64_t i = 0; i < images; ++i) {
+void AffineNode::forward(const Frame& values, int64_t images, Share share) const {
+  for (int64_t i = share.begin(images); i < share.end(images); ++i) {
     kernels.affine({values.at(inputs[0], i), values.at(output, i), scale_.data(), shift_.data(), outer_,
                     static_cast<int64_t>(scale_.size()), false, activation});
   }
@@ -337,8 +339,8 @@ ActivationNode::ActivationNode(const Kernels& kernels, std::vector<int> inputs, 
                                int64_t size)
     : Node(kernels, std::move(inputs), output, {}), own_(own), size_(size) {}
 
-void ActivationNode::forward(const Frame& values, int64_t images) const {
-  for (int64_t i = 0; i < images; ++i) {
+void ActivationNode::forward(const Frame& values, int64_t images, Share share) const {
+  for (int64_t i = share.begin(images); i < share.end(images); ++i) {
     kernels.activate(values.at(inputs[0], i), values.at(output, i), size_, own_);
   }
 }

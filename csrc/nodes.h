@@ -12,7 +12,7 @@ class ConvolutionNode : public Node {
  public:
   ConvolutionNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
                   const Geometry& geometry, const float* weight, const float* bias, bool keep_weight);
-  void forward(const Frame& values, int64_t images) const override;
+  void forward(const Frame& values, int64_t images, Share share) const override;
   int64_t scratch_floats() const override;
   void prepare_backward() override;
   void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
@@ -32,7 +32,7 @@ class LinearNode : public Node {
  public:
   LinearNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int64_t rows, int in,
              int out, const float* weight, const float* bias, bool keep_weight);
-  void forward(const Frame& values, int64_t images) const override;
+  void forward(const Frame& values, int64_t images, Share share) const override;
   void prepare_backward() override;
   void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
   std::string describe() const override;
@@ -50,7 +50,7 @@ class MaxPoolNode : public Node {
  public:
   MaxPoolNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
               const PoolArgs& geometry, int64_t input_size);
-  void forward(const Frame& values, int64_t images) const override;
+  void forward(const Frame& values, int64_t images, Share share) const override;
   void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
   std::string describe() const override { return "max_pool"; }
 
@@ -63,7 +63,7 @@ class ResampleNode : public Node {
  public:
   ResampleNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int channels,
                SparseMatrix rows, SparseMatrix columns);
-  void forward(const Frame& values, int64_t images) const override;
+  void forward(const Frame& values, int64_t images, Share share) const override;
   void prepare_backward() override;
   void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
   std::string describe() const override { return "resample"; }
@@ -78,7 +78,7 @@ class GatherNode : public Node {
  public:
   GatherNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
              std::vector<int32_t> index);
-  void forward(const Frame& values, int64_t images) const override;
+  void forward(const Frame& values, int64_t images, Share share) const override;
   void prepare_backward() override;
   void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
   std::string describe() const override { return "gather"; }
@@ -93,7 +93,7 @@ class ConcatNode : public Node {
   // `outer` stretches, each made of one stretch of chunks[k] floats from every input k.
   ConcatNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int64_t outer,
              std::vector<int64_t> chunks);
-  void forward(const Frame& values, int64_t images) const override;
+  void forward(const Frame& values, int64_t images, Share share) const override;
   void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
   std::string describe() const override { return "concat"; }
 
@@ -108,7 +108,7 @@ class BinaryNode : public Node {
   // `geometry` holds kind, sizes and strides.
   BinaryNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
              const BinaryArgs& geometry, int64_t size_a, int64_t size_b);
-  void forward(const Frame& values, int64_t images) const override;
+  void forward(const Frame& values, int64_t images, Share share) const override;
   void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
   std::string describe() const override { return geometry_.kind == BinaryKind::kAdd ? "add" : "mul"; }
 
@@ -121,7 +121,7 @@ class AffineNode : public Node {
  public:
   AffineNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int64_t outer,
              std::vector<float> scale, std::vector<float> shift);
-  void forward(const Frame& values, int64_t images) const override;
+  void forward(const Frame& values, int64_t images, Share share) const override;
   void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
   std::string describe() const override { return "affine"; }
 
@@ -134,7 +134,7 @@ class AffineNode : public Node {
 class ActivationNode : public Node {
  public:
   ActivationNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation own, int64_t size);
-  void forward(const Frame& values, int64_t images) const override;
+  void forward(const Frame& values, int64_t images, Share share) const override;
   void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
   std::string describe() const override { return "activation"; }
 

@@ -69,7 +69,7 @@ std::unique_ptr<Solver::Workspace> Solver::make_workspace() const {
 
 double Solver::objective(Workspace& w) const {
   const Frame values = {w.values.data(), stride_.data(), w.node_scratch.data()};
-  for (const auto& node : program_.nodes()) node->forward(values, 1);
+  for (const auto& node : program_.nodes()) node->forward(values, 1, {});
   return program_.kernels().residual(w.values.back(), w.features, w.grads.back(),
                                      element_count(program_.shapes().back()));
 }

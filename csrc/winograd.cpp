@@ -18,6 +18,7 @@ constexpr double kG[kIn][3] = {{1.0 / 4, 0, 0},
 // Transformed inputs and products of a chunk of tiles should stay in L2 (1 MiB on Zen 4) beside the weights of one
 // position; with fewer tiles the weights would be read more often from farther away.
 constexpr int64_t kChunkFloats = 640 * 1024 / sizeof(float);
+constexpr int64_t kMaxChunk = 32;  // in tiles of the product's rows; more would not make weights cheaper
 
 }  // namespace
 
@@ -36,13 +37,8 @@ Winograd::Winograd(const Kernels& kernels, const Geometry& geometry, const Weigh
     const int padding = geometry.axis[axis].padding;
     padding_[axis] = geometry.transposed ? 2 - padding : padding;
   }
-  const int total = tiles_y_ * tiles_x_;
   const int64_t fitting = kChunkFloats / (kPositions * int64_t{geometry.in_channels + geometry.out_channels});
-  chunk_ = total;
-  if (fitting < total) {
-    const int64_t whole = std::max<int64_t>(fitting / kMaxTilePixels, 1) * kMaxTilePixels;
-    chunk_ = static_cast<int>(std::min<int64_t>(whole, total));
-  }
+  chunk_ = static_cast<int>(std::clamp<int64_t>(fitting / kMaxTilePixels, 1, kMaxChunk)) * kMaxTilePixels;
   // One line more between positions: strides that are powers of two would put all 36 into the same cache sets.
   in_stride_ = round_up(int64_t{chunk_} * geometry.in_channels, kLineFloats) + kLineFloats;
   out_stride_ = round_up(int64_t{chunk_} * geometry.out_channels, kLineFloats) + kLineFloats;
@@ -105,11 +101,14 @@ void Winograd::plan_products() {
   }
 }
 
-void Winograd::transform_inputs(const float* in, int first, int count, float* transformed) const {
+void Winograd::transform_inputs(const Operands& operands, int64_t first, int count, float* transformed) const {
   const Axis &rows = geometry_.axis[0], &columns = geometry_.axis[1];
-  const int channels = geometry_.in_channels;
+  const int channels = geometry_.in_channels, total = tiles_y_ * tiles_x_;
   for (int t = 0; t < count; ++t) {
-    const int y0 = (first + t) / tiles_x_ * kOut - padding_[0], x0 = (first + t) % tiles_x_ * kOut - padding_[1];
+    const int64_t image = (first + t) / total;
+    const int tile = static_cast<int>((first + t) % total);
+    const float* in = operands.in + image * operands.in_stride;
+    const int y0 = tile / tiles_x_ * kOut - padding_[0], x0 = tile % tiles_x_ * kOut - padding_[1];
     const float* pixels[kPositions];
     for (int u = 0; u < kIn; ++u) {
       for (int v = 0; v < kIn; ++v) {
@@ -140,34 +139,37 @@ void Winograd::multiply(int count, const float* transformed, float* products) co
                           in,
                           nullptr,
                           out,
-                          false,
+                          nullptr,
                           {}});
       begin += size;
     }
   }
 }
 
-void Winograd::transform_outputs(const float* products, int first, int count, float* out, bool accumulate,
-                                 Activation activation) const {
+void Winograd::transform_outputs(const Operands& operands, const float* products, int64_t first, int count) const {
   const Axis &rows = geometry_.axis[0], &columns = geometry_.axis[1];
-  const int channels = geometry_.out_channels;
+  const int channels = geometry_.out_channels, total = tiles_y_ * tiles_x_;
   for (int t = 0; t < count; ++t) {
-    const int y = (first + t) / tiles_x_ * kOut, x = (first + t) % tiles_x_ * kOut;
+    const int64_t image = (first + t) / total;
+    const int tile = static_cast<int>((first + t) % total);
+    const int y = tile / tiles_x_ * kOut, x = tile % tiles_x_ * kOut;
+    const int64_t at = (int64_t{y} * columns.out + x) * channels;
     kernels_.winograd_output({products + int64_t{t} * channels, out_stride_, bias_.data(),
-                              out + (int64_t{y} * columns.out + x) * channels, int64_t{columns.out} * channels,
-                              channels, std::min(kOut, rows.out - y), std::min(kOut, columns.out - x), accumulate,
-                              activation});
+                              operands.out + image * operands.out_stride + at,
+                              operands.addend ? operands.addend + image * operands.addend_stride + at : nullptr,
+                              int64_t{columns.out} * channels, channels, std::min(kOut, rows.out - y),
+                              std::min(kOut, columns.out - x), operands.activation});
   }
 }
 
-void Winograd::run(const float* in, float* out, bool accumulate, Activation activation, float* scratch) const {
+void Winograd::run(const Operands& operands, Share share, float* scratch) const {
   float* products = scratch + kPositions * in_stride_;
-  const int total = tiles_y_ * tiles_x_;
-  for (int first = 0; first < total; first += chunk_) {
-    const int count = std::min(chunk_, total - first);
-    transform_inputs(in, first, count, scratch);
+  const int64_t total = operands.images * tiles_y_ * tiles_x_, end = share.end(total);
+  for (int64_t first = share.begin(total); first < end; first += chunk_) {
+    const int count = static_cast<int>(std::min<int64_t>(chunk_, end - first));
+    transform_inputs(operands, first, count, scratch);
     multiply(count, scratch, products);
-    transform_outputs(products, first, count, out, accumulate, activation);
+    transform_outputs(operands, products, first, count);
   }
 }
 

@@ -18,23 +18,22 @@ class Winograd : public Convolution {
 
   Winograd(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias);
 
-  void run(const float* in, float* out, bool accumulate, Activation activation, float* scratch) const override;
+  void run(const Operands& operands, Share share, float* scratch) const override;
   int64_t scratch_floats() const override;
   std::string algorithm() const override;
 
  private:
   void pack(const WeightAt& weight, const float* bias);
   void plan_products();
-  void transform_inputs(const float* in, int first, int count, float* transformed) const;
+  void transform_inputs(const Operands& operands, int64_t first, int count, float* transformed) const;
   void multiply(int count, const float* transformed, float* products) const;
-  void transform_outputs(const float* products, int first, int count, float* out, bool accumulate,
-                         Activation activation) const;
+  void transform_outputs(const Operands& operands, const float* products, int64_t first, int count) const;
 
   const Kernels& kernels_;
   const Geometry geometry_;
   int padding_[2];  // of the plain convolution that it is, transposed or not
   int tiles_y_, tiles_x_;
-  int chunk_;                        // tiles that go through all three stages together
+  int chunk_;                        // tiles, of one image or several, that go through all three stages together
   int64_t in_stride_, out_stride_;   // floats from position to position
   std::vector<Tile> product_tiles_;  // rows of the matrix product, by their number
   std::vector<Run> product_runs_;

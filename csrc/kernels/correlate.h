@@ -11,8 +11,8 @@ FASTINV_INLINE const float* run_start(const CorrelateArgs& args, const float* in
 }
 
 template <int kVectors, int kPixels>
-void correlate_tile(const CorrelateArgs& args, const Tile& tile, const float* in, float* out, const float* weights,
-                    const float* bias, int last_lanes) {
+void correlate_tile(const CorrelateArgs& args, const Tile& tile, const float* in, float* out, const float* addend,
+                    const float* weights, const float* bias, int last_lanes) {
   constexpr int kBlock = kVectors * kWidth;
   V acc[kPixels][kVectors];
 #pragma GCC unroll 4
@@ -44,11 +44,12 @@ void correlate_tile(const CorrelateArgs& args, const Tile& tile, const float* in
 #pragma GCC unroll 6
   for (int p = 0; p < kPixels; ++p) {
     float* o = out + tile.out[p];
+    const float* a = addend ? addend + tile.out[p] : nullptr;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v, o += kWidth) {
       const bool whole = v + 1 < kVectors || last_lanes == kWidth;
       V y = acc[p][v];
-      if (args.accumulate) y = add(y, whole ? load(o) : load_first(o, last_lanes));
+      if (a) y = add(y, whole ? load(a + v * kWidth) : load_first(a + v * kWidth, last_lanes));
       y = activate_cheap(y, kind);
       whole ? store(o, y) : store_first(o, y, last_lanes);
     }
@@ -61,7 +62,7 @@ void correlate_tile(const CorrelateArgs& args, const Tile& tile, const float* in
 }
 
 using CorrelateTile = void (*)(const CorrelateArgs&, const Tile&, const float*, float*, const float*, const float*,
-                               int);
+                               const float*, int);
 
 template <int kVectors>
 CorrelateTile correlate_tile_for(int pixels) {
@@ -97,8 +98,8 @@ void correlate(const CorrelateArgs& args) {
       const TileRow& row = args.rows[r];
       const Tile* tile = args.tiles + row.first_tile;
       for (const Tile* end = tile + row.tiles; tile != end; ++tile) {
-        by_pixels[tile->pixels](args, *tile, args.in + row.in_base, args.out + row.out_base + done, weights, bias,
-                                last_lanes);
+        by_pixels[tile->pixels](args, *tile, args.in + row.in_base, args.out + row.out_base + done,
+                                args.addend ? args.addend + row.out_base + done : nullptr, weights, bias, last_lanes);
       }
     }
     weights += args.weight_rows * vectors * kWidth;
@@ -106,8 +107,8 @@ void correlate(const CorrelateArgs& args) {
 }
 
 template <int kOutputs, int kPixels>
-void correlate_dot_tile(const CorrelateArgs& args, const Tile& tile, const float* in, float* out, const float* weights,
-                        const float* bias) {
+void correlate_dot_tile(const CorrelateArgs& args, const Tile& tile, const float* in, float* out, const float* addend,
+                        const float* weights, const float* bias) {
   V acc[kPixels][kOutputs];
 #pragma GCC unroll 6
   for (int p = 0; p < kPixels; ++p) {
@@ -153,7 +154,7 @@ void correlate_dot_tile(const CorrelateArgs& args, const Tile& tile, const float
     for (int o = 0; o < kOutputs; ++o) {
       float y = sum(acc[p][o]);
       if (bias) y += bias[o];
-      if (args.accumulate) y += out[tile.out[p] + o];
+      if (addend) y += addend[tile.out[p] + o];
       sums[p * kOutputs + o] = y;
     }
   }
@@ -167,7 +168,8 @@ void correlate_dot_tile(const CorrelateArgs& args, const Tile& tile, const float
   }
 }
 
-using DotTile = void (*)(const CorrelateArgs&, const Tile&, const float*, float*, const float*, const float*);
+using DotTile = void (*)(const CorrelateArgs&, const Tile&, const float*, float*, const float*, const float*,
+                         const float*);
 
 template <int kOutputs>
 DotTile correlate_dot_tile_for(int pixels) {
@@ -193,7 +195,8 @@ void correlate_dot(const CorrelateArgs& args) {
       const TileRow& row = args.rows[r];
       const Tile* tile = args.tiles + row.first_tile;
       for (const Tile* end = tile + row.tiles; tile != end; ++tile) {
-        by_pixels[tile->pixels](args, *tile, args.in + row.in_base, args.out + row.out_base + done, weights, bias);
+        by_pixels[tile->pixels](args, *tile, args.in + row.in_base, args.out + row.out_base + done,
+                                args.addend ? args.addend + row.out_base + done : nullptr, weights, bias);
       }
     }
   }

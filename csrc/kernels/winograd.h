@@ -66,11 +66,12 @@ void winograd_output(const WinogradOutputArgs& a) {
 #pragma GCC unroll 6
       for (int v = 0; v < 6; ++v) m[v] = columns[v][u];
       winograd_output_line(m, y);
-      float* out = a.out + u * a.row_stride + c;
-      for (int v = 0; v < a.columns; ++v, out += a.channels) {
+      const int64_t row = u * a.row_stride + c;
+      for (int v = 0; v < a.columns; ++v) {
+        const int64_t at = row + int64_t{v} * a.channels;
         V result = add(y[v], bias);
-        if (a.accumulate) result = add(result, load_first(out, lanes));
-        store_first(out, activate(result, a.activation), lanes);
+        if (a.addend) result = add(result, load_first(a.addend + at, lanes));
+        store_first(a.out + at, activate(result, a.activation), lanes);
       }
     }
   }
