@@ -5,6 +5,7 @@
 
 #include "correlation.h"
 #include "cost.h"
+#include "planar.h"
 #include "winograd.h"
 
 namespace fastinv {
@@ -17,10 +18,29 @@ Geometry Geometry::adjoint() const {
   return g;
 }
 
+namespace {
+
+double direct_cost(const Kernels& kernels, const Geometry& geometry) {
+  return std::min(broadcast_cost(kernels, geometry), dot_cost(kernels, geometry));
+}
+
+bool prefers_winograd(const Kernels& kernels, const Geometry& geometry) {
+  return Winograd::applies(geometry) && winograd_cost(kernels, geometry) < direct_cost(kernels, geometry);
+}
+
+}  // namespace
+
+bool stays_row_major(const Kernels& kernels, const Geometry& geometry) {
+  if (!Planar::applies(geometry)) return false;
+  const double channels_last =
+      prefers_winograd(kernels, geometry) ? winograd_cost(kernels, geometry) : direct_cost(kernels, geometry);
+  return planar_cost(kernels, geometry) < channels_last + layout_cost(kernels, geometry);
+}
+
 std::unique_ptr<const Convolution> make_convolution(const Kernels& kernels, const Geometry& geometry,
-                                                    const WeightAt& weight, const float* bias) {
-  const double direct = std::min(broadcast_cost(kernels, geometry), dot_cost(kernels, geometry));
-  if (Winograd::applies(geometry) && winograd_cost(kernels, geometry) < direct) {
+                                                    const WeightAt& weight, const float* bias, bool row_major) {
+  if (row_major) return std::make_unique<Planar>(kernels, geometry, weight, bias);
+  if (prefers_winograd(kernels, geometry)) {
     return std::make_unique<Winograd>(kernels, geometry, weight, bias);
   }
   return std::make_unique<Correlation>(kernels, geometry, weight, bias);

@@ -50,14 +50,20 @@ class Convolution {
   virtual void run(const Operands& operands, Share share, float* scratch) const = 0;
   virtual int64_t scratch_floats() const { return 0; }
 
+  // Whether it runs on [C, H, W] instead, the layout at the public door.
+  virtual bool row_major() const { return false; }
+
   // What runs, for describe(): form and tile.
   virtual std::string algorithm() const = 0;
 };
 
+// Whether it is better to leave images as [C, H, W] than to bring them to [H, W, C] first.
+bool stays_row_major(const Kernels& kernels, const Geometry& geometry);
+
 // The convolution in the algorithm that a cost model of shapes and instruction set finds best: the same network takes
 // the same one, and sums in the same order, on every machine with this instruction set. `bias` is [out_channels] or
-// null.
+// null; `row_major` asks for one on images [C, H, W].
 std::unique_ptr<const Convolution> make_convolution(const Kernels& kernels, const Geometry& geometry,
-                                                    const WeightAt& weight, const float* bias);
+                                                    const WeightAt& weight, const float* bias, bool row_major);
 
 }  // namespace fastinv

@@ -1,6 +1,9 @@
 #include "cost.h"
 
 #include <algorithm>
+#include <cmath>
+
+#include "buffer.h"
 
 namespace fastinv {
 namespace {
@@ -24,6 +27,39 @@ double dot_cost(const Kernels& kernels, const Geometry& g) {
   const double run = merged ? taps(g, 1) * in : in, runs = merged ? taps(g, 0) : taps(g, 0) * taps(g, 1);
   const double reduction = 6.0;  // instructions to sum the lanes of one accumulator
   return out * (runs * std::max(1.0, (run + width - 1) / width) + reduction);
+}
+
+int planar_block(const Geometry& g) {
+  const int out = g.out_channels / g.groups;
+  if (g.transposed && g.axis[1].stride == 2) return std::min(out, 2);
+  if (out <= kMaxPlanarOutputs || out % kMaxPlanarOutputs == 0) return std::min(out, kMaxPlanarOutputs);
+  return out % 3 == 0 ? 3 : kMaxPlanarOutputs;
+}
+
+int planar_taps(int outputs, int taps) {
+  const int most = outputs == 1 ? 5 : outputs == 2 ? 3 : 1;  // with more outputs loads are no limit
+  int best = 1;
+  for (int n = 2; n <= std::min(most, taps); ++n) {
+    if (round_up(taps, n) <= round_up(taps, best)) best = n;
+  }
+  return best;
+}
+
+double planar_cost(const Kernels& kernels, const Geometry& g) {
+  const int step_x = g.transposed ? g.axis[1].stride : 1;
+  const int outputs = planar_block(g) * step_x, columns = ceil_div(g.axis[1].out, step_x);
+  const double filled = double(columns) / round_up(columns, kernels.width);
+  const double per_row = planar_taps(outputs, static_cast<int>(std::ceil(taps(g, 0))));
+  // Even and odd columns read one window, some of whose taps one of them lacks.
+  const double window = step_x == 2 ? std::ceil((g.axis[1].kernel + 1) / 2.0) : taps(g, 1);
+  const double products = taps(g, 0) * window * (g.in_channels / g.groups) * (g.out_channels / g.groups);
+  const double load = 1.0 / (per_row * outputs);  // one for so many products, often across two cache lines
+  return g.groups * products * (1.0 + 0.5 * load) / (filled * kernels.width);
+}
+
+double layout_cost(const Kernels& kernels, const Geometry& g) {
+  const double pixels = double(g.axis[0].in) * g.axis[1].in / (double(g.axis[0].out) * g.axis[1].out);
+  return 6.0 * pixels * g.in_channels / kernels.width;  // load, four shuffles and store of a vector
 }
 
 double winograd_cost(const Kernels& kernels, const Geometry& g) {

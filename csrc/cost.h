@@ -8,6 +8,14 @@ namespace fastinv {
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 double broadcast_cost(const Kernels& kernels, const Geometry& geometry);
+// Output channels and row taps that the planar form takes at once.
+int planar_block(const Geometry& geometry);
+int planar_taps(int outputs, int taps);
+double planar_cost(const Kernels& kernels, const Geometry& geometry);
+
+// What it costs to bring the input from [C, H, W] to [H, W, C].
+double layout_cost(const Kernels& kernels, const Geometry& geometry);
+
 double dot_cost(const Kernels& kernels, const Geometry& geometry);
 
 // Of a 3×3 convolution of stride 1 and one group.

@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "threads.h"
 
@@ -33,6 +34,7 @@ int64_t first_fit(std::vector<Stretch> taken, int64_t size) {
 }  // namespace
 
 Engine::Engine(Program program, int threads) : program_(std::move(program)), threads_(threads) {
+  if (program_.output() == 0) throw std::invalid_argument("the program does nothing: finish it first");
   plan_memory();
   const int64_t bytes = std::max<int64_t>(arena_size_, 1) * int64_t{sizeof(float)};
   block_ = std::clamp<int64_t>(kBlockBytes / bytes, program_.has_linear() ? kLinearBlock : 1, kMaxBlock);
@@ -48,10 +50,15 @@ void Engine::plan_memory() {
   }
   last_use[static_cast<size_t>(program_.output())] = static_cast<int>(nodes.size());
   for (size_t v = 0; v < shapes.size(); ++v) {
-    stride_.push_back(round_up(element_count(shapes[v]), kLineFloats));
+    const bool callers = v == 0 || v + 1 == shapes.size();  // input and output are used where the caller has them
+    stride_.push_back(callers ? element_count(shapes[v]) : round_up(element_count(shapes[v]), kLineFloats));
+    if (callers) {
+      offset_.push_back(0);
+      continue;
+    }
     // Value v is written by node v − 1: memory of a value last read there cannot be taken yet.
     std::vector<Stretch> taken;
-    for (size_t u = 0; u < v; ++u) {
+    for (size_t u = 1; u < v; ++u) {
       if (last_use[u] >= static_cast<int>(v) - 1) taken.push_back({offset_[u], offset_[u] + stride_[u]});
     }
     offset_.push_back(first_fit(std::move(taken), stride_[v]));
@@ -68,16 +75,10 @@ std::unique_ptr<Engine::Workspace> Engine::make_workspace() const {
 }
 
 void Engine::run_block(Workspace& workspace, const float* in, float* out, int64_t images) const {
-  const Shape &first = program_.shapes().front(), &last = program_.shapes().back();
-  const Kernels& kernels = program_.kernels();
+  workspace.data.front() = const_cast<float*>(in);  // no node writes to the input
+  workspace.data.back() = out;
   const Frame frame = {workspace.data.data(), stride_.data(), workspace.scratch.data()};
-  const int64_t in_size = element_count(first), out_size = element_count(last);
-  const int64_t in_rows = first.size() == 3 ? first[0] : 1, out_columns = last.size() == 3 ? last[0] : 1;
-  for (int64_t i = 0; i < images; ++i) kernels.transpose(in + i * in_size, frame.at(0, i), in_rows, in_size / in_rows);
   for (const auto& node : program_.nodes()) node->forward(frame, images, {});
-  for (int64_t i = 0; i < images; ++i) {
-    kernels.transpose(frame.at(program_.output(), i), out + i * out_size, out_size / out_columns, out_columns);
-  }
 }
 
 void Engine::run(const float* in, float* out, int64_t n) {

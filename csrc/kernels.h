@@ -105,6 +105,32 @@ struct WinogradOutputArgs {
   Activation activation;
 };
 
+// ---- correlate in [C, H, W] ----------------------------------------------------------------------------------------
+
+constexpr int kMaxPlanarTaps = 16;  // along a row
+
+// Rows first_row to first_row + rows of one row phase: output row i·step_y + phase_y reads input rows from i + shift_y,
+// one for each of taps_y. With step_x = 2, channels come in pairs: the even and the odd columns of one channel.
+struct PlanarArgs {
+  const float* in;
+  float* out;
+  const float* addend;   // as above
+  const float* weights;  // [block of channels][in channel][taps_y / taps][taps_x][taps][channel · step_x]
+  const float* bias;     // [channel · step_x]
+  int32_t in_channels, in_h, in_w;
+  int32_t out_channels, out_h, out_w;
+  int32_t taps_y, taps_x, shift_y, shift_x;
+  int32_t step_y, step_x, phase_y;
+  int32_t block;  // output channels at once: block · step_x is at most kMaxPlanarOutputs
+  int32_t taps;   // row taps at once; divides taps_y
+  int32_t first_row, rows;
+  const float* next;  // what the next calls will read, to be fetched meanwhile: so many floats for each input channel
+  int32_t next_step;  // of each tile
+  Activation activation;
+};
+
+constexpr int kMaxPlanarOutputs = 4;
+
 // ---- pooling and resampling -------------------------------------------------------------------------------------
 
 struct PoolArgs {
@@ -212,12 +238,14 @@ struct OptimizerArgs {
 
 struct Kernels {
   const char* isa;
-  int width;                           // floats in a vector
-  int max_vectors;                     // vectors of output channels in a correlate tile
-  int dot_pixels[kMaxDotOutputs + 1];  // tile pixels of the dot form, by number of outputs
+  int width;                               // floats in a vector
+  int max_vectors;                         // vectors of output channels in a correlate tile
+  int dot_pixels[kMaxDotOutputs + 1];      // tile pixels of the dot form, by number of outputs
+  int planar_rows[kMaxPlanarOutputs + 1];  // most rows of a planar tile, likewise
 
   void (*correlate)(const CorrelateArgs&);
   void (*correlate_dot)(const CorrelateArgs&);
+  void (*planar)(const PlanarArgs&);
   void (*depthwise)(const DepthwiseArgs&);
   // Winograd's input transform of one tile: 36 pixels to 36 positions, position_stride floats apart.
   void (*winograd_input)(const float* const* pixels, int32_t channels, float* out, int64_t position_stride);
@@ -231,8 +259,8 @@ struct Kernels {
   void (*activate)(const float* in, float* out, int64_t size, Activation);
   // grad[i] *= activation'(x[i]), from x and y = activation(x); x may be y where needs_input() says no.
   void (*activate_gradient)(const float* x, const float* y, float* grad, int64_t size, Activation);
-  // out[j, i] = in[i, j] for in [rows, columns].
-  void (*transpose)(const float* in, float* out, int64_t rows, int64_t columns);
+  // out[j · out_step + i] = in[i · in_step + j] for i < rows, j < columns.
+  void (*transpose)(const float* in, int64_t in_step, float* out, int64_t out_step, int64_t rows, int64_t columns);
   void (*gather)(const float* in, const int32_t* index, float* out, int64_t size, bool accumulate);
   void (*add)(const float* in, float* out, int64_t size);
   // grad = 2 · (y − v); returns Σ (y − v)².

@@ -214,7 +214,8 @@ PYBIND11_MODULE(_core, m) {
           [](Program& p, int input, const ActivationTuple& activation) {
             return p.activate(input, to_activation(activation));
           },
-          py::arg("input"), py::arg("activation"));
+          py::arg("input"), py::arg("activation"))
+      .def("finish", &Program::finish, py::arg("value"), "Makes this value the output; returns its number.");
 
   py::class_<Engine>(m, "Engine", "Forward runs of a program, which it takes over.")
       .def(

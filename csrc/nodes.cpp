@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 #include "buffer.h"
 
@@ -11,10 +12,11 @@ namespace fastinv {
 // ------------------------------------------------------------------------------------------------------
 
 ConvolutionNode::ConvolutionNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
-                                 const Geometry& geometry, const float* weight, const float* bias, bool keep_weight)
+                                 const Geometry& geometry, const float* weight, const float* bias, bool row_major,
+                                 bool keep_weight)
     : Node(kernels, std::move(inputs), output, activation),
       geometry_(geometry),
-      convolution_(make_convolution(kernels, geometry, weight_at(weight, false), bias)) {
+      convolution_(make_convolution(kernels, geometry, weight_at(weight, false), bias, row_major)) {
   if (keep_weight) {
     const int64_t size = int64_t{geometry.in_channels} * geometry.out_channels / geometry.groups *
                          geometry.axis[0].kernel * geometry.axis[1].kernel;
@@ -43,7 +45,8 @@ void ConvolutionNode::forward(const Frame& values, int64_t images, Share share) 
 }
 
 void ConvolutionNode::prepare_backward() {
-  gradient_ = make_convolution(kernels, geometry_.adjoint(), weight_at(weight_.data(), true), nullptr);
+  gradient_ = make_convolution(kernels, geometry_.adjoint(), weight_at(weight_.data(), true), nullptr,
+                               convolution_->row_major());
   weight_ = {};
 }
 
@@ -333,6 +336,39 @@ void AffineNode::backward(const Frame&, const Frame& grads, size_t, bool first) 
                   static_cast<int64_t>(scale_.size()),
                   !first,
                   {}});
+}
+
+LayoutNode::LayoutNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int64_t rows,
+                       int64_t columns)
+    : Node(kernels, std::move(inputs), output, activation), rows_(rows), columns_(columns) {}
+
+void LayoutNode::forward(const Frame& values, int64_t images, Share share) const {
+  if (rows_ == 1 || columns_ == 1) {
+    for (int64_t i = share.begin(images); i < share.end(images); ++i) {
+      std::copy_n(values.at(inputs[0], i), rows_ * columns_, values.at(output, i));
+    }
+    return;
+  }
+  // The longer side is shared out, a cache line at a time.
+  const bool by_row = rows_ > columns_;
+  const int64_t lines = (std::max(rows_, columns_) + kLineFloats - 1) / kLineFloats;
+  for (int64_t at = share.begin(images * lines); at < share.end(images * lines);) {
+    const int64_t image = at / lines, until = std::min(share.end(images * lines), (image + 1) * lines);
+    const int64_t begin = (at - image * lines) * kLineFloats;
+    const int64_t end = std::min((until - image * lines) * kLineFloats, std::max(rows_, columns_));
+    const float* in = values.at(inputs[0], image);
+    float* out = values.at(output, image);
+    if (by_row) {
+      kernels.transpose(in + begin * columns_, columns_, out + begin, rows_, end - begin, columns_);
+    } else {
+      kernels.transpose(in + begin, columns_, out + begin * rows_, rows_, rows_, end - begin);
+    }
+    at = until;
+  }
+}
+
+void LayoutNode::backward(const Frame&, const Frame&, size_t, bool) const {
+  throw std::logic_error("a differentiable program has no value in two layouts");
 }
 
 ActivationNode::ActivationNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation own,

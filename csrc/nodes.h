@@ -11,7 +11,7 @@ namespace fastinv {
 class ConvolutionNode : public Node {
  public:
   ConvolutionNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
-                  const Geometry& geometry, const float* weight, const float* bias, bool keep_weight);
+                  const Geometry& geometry, const float* weight, const float* bias, bool row_major, bool keep_weight);
   void forward(const Frame& values, int64_t images, Share share) const override;
   int64_t scratch_floats() const override;
   void prepare_backward() override;
@@ -128,6 +128,20 @@ class AffineNode : public Node {
  private:
   const int64_t outer_;
   const std::vector<float> scale_, shift_;
+};
+
+// Between [C, H, W] and [H, W, C]; or a copy, of values of other ranks.
+class LayoutNode : public Node {
+ public:
+  // Turns a matrix of rows × columns over.
+  LayoutNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int64_t rows,
+             int64_t columns);
+  void forward(const Frame& values, int64_t images, Share share) const override;
+  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  std::string describe() const override { return rows_ == 1 || columns_ == 1 ? "copy" : "layout"; }
+
+ private:
+  const int64_t rows_, columns_;
 };
 
 // An activation by itself. Its own `activation` is the identity: backward needs the input, which only this node has.

@@ -64,6 +64,7 @@ int64_t element_count(const Shape& shape) {
 Program::Program(const Kernels& kernels, Shape input, bool differentiable)
     : kernels_(kernels), differentiable_(differentiable) {
   shapes_.push_back(std::move(input));
+  channels_last_.push_back(differentiable);
 }
 
 int64_t Program::scratch_floats() const {
@@ -77,11 +78,44 @@ const Shape& Program::shape(int value) const {
   return shapes_[static_cast<size_t>(value)];
 }
 
+bool Program::same_in_both(int value) const {
+  const Shape& s = shape(value);
+  return s.size() != 3 || s[0] == 1 || s[1] * s[2] == 1;
+}
+
+int Program::in_layout(int value, bool channels_last) {
+  if (same_in_both(value) || channels_last_[static_cast<size_t>(value)] == channels_last) return value;
+  const auto known = converted_.find(value);
+  if (known != converted_.end()) return known->second;
+  const Shape s = shape(value);
+  const int64_t pixels = s[1] * s[2];
+  append_in<LayoutNode>(channels_last, {}, {value}, s, channels_last ? s[0] : pixels, channels_last ? pixels : s[0]);
+  converted_[value] = output();
+  return output();
+}
+
+int Program::finish(int value) {
+  value = in_layout(value, differentiable_);
+  // The output is memory of its own, and the last value.
+  if (value == output() && value != 0) return value;
+  const Shape s = shape(value);
+  append_in<LayoutNode>(differentiable_, {}, {value}, s, 1, element_count(s));
+  return output();
+}
+
+// Appends a node whose inputs and output are channels last.
 template <class T, class... Args>
 int Program::append(Activation activation, std::vector<int> inputs, Shape output, Args&&... args) {
-  for (int input : inputs) shape(input);
+  for (int& input : inputs) input = in_layout(input, true);
+  return append_in<T>(true, activation, std::move(inputs), std::move(output), std::forward<Args>(args)...);
+}
+
+template <class T, class... Args>
+int Program::append_in(bool channels_last, Activation activation, std::vector<int> inputs, Shape output,
+                       Args&&... args) {
   const bool apart = differentiable_ && needs_input(activation);
   shapes_.push_back(std::move(output));
+  channels_last_.push_back(channels_last);
   nodes_.push_back(std::make_unique<T>(kernels_, std::move(inputs), this->output(), apart ? Activation{} : activation,
                                        std::forward<Args>(args)...));
   if (differentiable_) nodes_.back()->prepare_backward();
@@ -105,7 +139,11 @@ int Program::convolution(int input, const float* weight, const float* bias, int 
                     spec.padding[axis],
                     spec.dilation[axis]};
   }
-  return append<ConvolutionNode>(activation, {input}, std::move(output), g, weight, bias, differentiable_);
+  const bool row_major = same_in_both(input) || !channels_last_[static_cast<size_t>(input)];
+  if (row_major && !differentiable_ && stays_row_major(kernels_, g)) {
+    return append_in<ConvolutionNode>(false, activation, {input}, std::move(output), g, weight, bias, true, false);
+  }
+  return append<ConvolutionNode>(activation, {input}, std::move(output), g, weight, bias, false, differentiable_);
 }
 
 int Program::linear(int input, const float* weight, const float* bias, Shape output, Activation activation) {
@@ -186,6 +224,7 @@ int Program::affine(int input, std::vector<float> scale, std::vector<float> shif
 int Program::activate(int input, Activation activation) {
   const Shape in = shape(input);
   shapes_.push_back(in);
+  channels_last_.push_back(channels_last_[static_cast<size_t>(input)]);
   nodes_.push_back(
       std::make_unique<ActivationNode>(kernels_, std::vector<int>{input}, output(), activation, element_count(in)));
   return output();

@@ -1,7 +1,13 @@
-// A program: a network lowered to kernel launches over values in the internal layout ([H, W, C] for rank 3).
+// A program: a network lowered to kernel launches over values.
+//
+// Images, values of rank 3, lie as [H, W, C] where kernels read them (channels last), or as [C, H, W] (row-major), as
+// the input and the output of the program do. Each value is in one layout; what reads it in the other has it converted
+// first, once. A differentiable program keeps its images channels last throughout, input and output too: its solver
+// converts once per image, and not in every step.
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -52,6 +58,9 @@ class Program {
   int affine(int input, std::vector<float> scale, std::vector<float> shift, Activation activation);
   int activate(int input, Activation activation);
 
+  // Makes this value the output; without it, the last one is.
+  int finish(int value);
+
   const Kernels& kernels() const { return kernels_; }
   bool differentiable() const { return differentiable_; }
   const std::vector<Shape>& shapes() const { return shapes_; }
@@ -62,14 +71,20 @@ class Program {
 
  private:
   const Shape& shape(int value) const;
-  int next_value(Shape shape);
+  // The value in this layout, converted where it is not; values of other ranks are in both.
+  int in_layout(int value, bool channels_last);
+  bool same_in_both(int value) const;
   template <class T, class... Args>
   int append(Activation activation, std::vector<int> inputs, Shape output, Args&&... args);
+  template <class T, class... Args>
+  int append_in(bool channels_last, Activation activation, std::vector<int> inputs, Shape output, Args&&... args);
 
   const Kernels& kernels_;
   const bool differentiable_;
   bool has_linear_ = false;
   std::vector<Shape> shapes_;
+  std::vector<bool> channels_last_;
+  std::map<int, int> converted_;  // a value to the same in the other layout
   std::vector<std::unique_ptr<Node>> nodes_;
 };
 

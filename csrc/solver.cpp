@@ -124,8 +124,8 @@ bool Solver::solve_image(Workspace& w, const float* features, const float* init,
   const int64_t size = element_count(image), out_size = element_count(result);
   const int64_t result_rows = result.size() == 3 ? result[0] : 1;
   float* z = w.values.front();
-  kernels.transpose(init, z, image[0], size / image[0]);
-  kernels.transpose(features, w.features, result_rows, out_size / result_rows);
+  kernels.transpose(init, size / image[0], z, image[0], image[0], size / image[0]);
+  kernels.transpose(features, out_size / result_rows, w.features, result_rows, result_rows, out_size / result_rows);
   std::fill_n(w.first, size, 0.0f);
   std::fill_n(w.second, size, 0.0f);
   std::fill_n(w.largest, size, 0.0f);
@@ -160,7 +160,7 @@ bool Solver::solve_image(Workspace& w, const float* features, const float* init,
     step(w, ++report.steps);
   }
   const bool earlier = recipe_.keep_best && best < before;
-  kernels.transpose(earlier ? w.best : z, out, size / image[0], image[0]);
+  kernels.transpose(earlier ? w.best : z, image[0], out, size / image[0], size / image[0], image[0]);
   return true;
 }
 

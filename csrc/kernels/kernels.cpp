@@ -24,6 +24,7 @@ static_assert(kMaxVectors == FASTINV_MAX_VECTORS);
 #include "kernels/correlate.h"
 #include "kernels/depthwise.h"
 #include "kernels/elementwise.h"
+#include "kernels/planar.h"
 #include "kernels/pool.h"
 #include "kernels/rmle.h"
 #include "kernels/transpose.h"
@@ -37,8 +38,10 @@ const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
     kWidth,
     kMaxVectors,
     {kDotPixels[0], kDotPixels[1], kDotPixels[2], kDotPixels[3], kDotPixels[4]},
+    {kPlanarRows[0], kPlanarRows[1], kPlanarRows[2], kPlanarRows[3], kPlanarRows[4]},
     correlate,
     correlate_dot,
+    planar,
     depthwise,
     winograd_input,
     winograd_output,

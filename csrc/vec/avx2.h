@@ -30,6 +30,14 @@ FASTINV_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
 FASTINV_INLINE void store_first(float* p, V v, int n) {
   n == kWidth ? store(p, v) : _mm256_maskstore_ps(p, first_lanes(n), v);  // masked stores are slow on AMD
 }
+// Lanes `begin` to `end` of a vector, cut to those there are; memory under the other lanes is not touched.
+using Lanes = __m256i;
+FASTINV_INLINE Lanes lanes_between(int begin, int end) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(begin), lane),
+                             _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lane));
+}
+FASTINV_INLINE V load_lanes(const float* p, Lanes lanes) { return _mm256_maskload_ps(p, lanes); }
 FASTINV_INLINE V set1(float x) { return _mm256_set1_ps(x); }
 FASTINV_INLINE V zero() { return _mm256_setzero_ps(); }
 
@@ -53,6 +61,13 @@ FASTINV_INLINE float sum(V a) {
 FASTINV_INLINE V exp2_whole(V n) {
   const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+}
+
+// a0 b0 a1 b1 …
+FASTINV_INLINE void interleave(V a, V b, V* low, V* high) {
+  const V even = _mm256_unpacklo_ps(a, b), odd = _mm256_unpackhi_ps(a, b);
+  *low = _mm256_permute2f128_ps(even, odd, 0x20);
+  *high = _mm256_permute2f128_ps(even, odd, 0x31);
 }
 
 FASTINV_INLINE Mask less(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }

@@ -23,6 +23,14 @@ FASTINV_INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
 FASTINV_INLINE V load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
 FASTINV_INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
 FASTINV_INLINE void store_first(float* p, V v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+// Lanes `begin` to `end` of a vector, cut to those there are; memory under the other lanes is not touched.
+using Lanes = Mask;
+FASTINV_INLINE Lanes lanes_between(int begin, int end) {
+  const unsigned below = begin <= 0 ? 0u : begin >= kWidth ? 0xffffu : (1u << begin) - 1u;
+  const unsigned upto = end <= 0 ? 0u : end >= kWidth ? 0xffffu : (1u << end) - 1u;
+  return static_cast<Lanes>(upto & ~below);
+}
+FASTINV_INLINE V load_lanes(const float* p, Lanes lanes) { return _mm512_maskz_loadu_ps(lanes, p); }
 FASTINV_INLINE V set1(float x) { return _mm512_set1_ps(x); }
 FASTINV_INLINE V zero() { return _mm512_setzero_ps(); }
 
@@ -51,6 +59,13 @@ FASTINV_INLINE V select(Mask m, V a, V b) { return _mm512_mask_blend_ps(m, b, a)
 
 FASTINV_INLINE V gather(const float* base, const int32_t* index) {
   return _mm512_i32gather_ps(_mm512_loadu_si512(index), base, 4);
+}
+
+// a0 b0 a1 b1 …
+FASTINV_INLINE void interleave(V a, V b, V* low, V* high) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  *low = _mm512_permutex2var_ps(a, first, b);
+  *high = _mm512_permutex2var_ps(a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b);
 }
 
 // A 16×16 block turned over: 4×4 within 128-bit lanes, then the lanes as a 4×4 block.

@@ -34,6 +34,17 @@ FASTINV_INLINE void store_first(float* p, V v, int n) {
   if (n == kWidth) return store(p, v);
   for (int i = 0; i < n; ++i) p[i] = v[i];
 }
+// Lanes `begin` to `end` of a vector, cut to those there are; memory under the other lanes is not touched.
+struct Lanes {
+  int begin, end;
+};
+FASTINV_INLINE Lanes lanes_between(int begin, int end) { return {begin < 0 ? 0 : begin, end < kWidth ? end : kWidth}; }
+FASTINV_INLINE V load_lanes(const float* p, Lanes lanes) {
+  if (lanes.begin == 0 && lanes.end == kWidth) return load(p);
+  V v = {};
+  for (int i = lanes.begin; i < lanes.end; ++i) v[i] = p[i];
+  return v;
+}
 FASTINV_INLINE V set1(float x) { return V{x, x, x, x}; }
 FASTINV_INLINE V zero() { return V{}; }
 
@@ -65,6 +76,12 @@ FASTINV_INLINE V exp2_whole(V n) {
   V v;
   memcpy(&v, &bits, sizeof v);
   return v;
+}
+
+// a0 b0 a1 b1 …
+FASTINV_INLINE void interleave(V a, V b, V* low, V* high) {
+  *low = V{a[0], b[0], a[1], b[1]};
+  *high = V{a[2], b[2], a[3], b[3]};
 }
 
 FASTINV_INLINE V gather(const float* base, const int32_t* index) {

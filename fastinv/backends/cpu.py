@@ -139,7 +139,9 @@ class Lowering:
             shapes = [network.shapes[i] for i in step.inputs]
             values = [self.values[i] for i in step.inputs]
             self.values.append(LOWERINGS[step.op.name](self, step, values, shapes, network.shapes[index + 1]))
-            self.launches += [index] * (self.values[-1] - max(self.values[:-1]))
+            self.launches += [index] * (self.values[-1] - len(self.launches))
+        last = self.program.finish(self.values[-1])
+        self.launches += [len(network.steps) - 1] * (last - len(self.launches))
 
     def rearrange(self, value: int, index: npt.NDArray[np.int64], source: Shape, target: Shape, act: Activation) -> int:
         """Elements in a new order; `index` holds positions in the row-major input, shaped as the output.
@@ -182,20 +184,20 @@ def _thread_count(threads: int | None) -> int:
     return _core.available_threads() if threads is None else threads
 
 
+LAYOUT_KERNELS = ("layout", "copy")  # launches that no step asked for
+
+
 def _describe(network: Network, launches: Sequence[int], kernels: Sequence[str]) -> list[dict[str, Any]]:
-    return [
-        {
-            "step": step,
-            "op": network.steps[step].op.name,
-            "kernel": kernel,
-            "activation": network.steps[step].activation.kind,
-            "output": network.shapes[step + 1],
-            "flops": network.costs[step].flops,
-            "bytes": network.costs[step].bytes,
-            "source": network.steps[step].source,
-        }
-        for step, kernel in zip(launches, kernels, strict=True)
-    ]
+    plan = []
+    for index, kernel in zip(launches, kernels, strict=True):
+        step, output = network.steps[index], network.shapes[index + 1]
+        own = kernel not in LAYOUT_KERNELS
+        row = {"step": index, "op": step.op.name if own else kernel, "kernel": kernel, "output": output}
+        row["activation"] = step.activation.kind if own else "identity"
+        row["flops"] = network.costs[index].flops if own else 0
+        row["bytes"] = network.costs[index].bytes if own else 0
+        plan.append(row | {"source": step.source})
+    return plan
 
 
 # ---- one function per op: (lowering, step, input values, input shapes, output shape) -> value ----------------------

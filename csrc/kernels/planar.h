@@ -1,0 +1,168 @@
+// Correlation in the layout of the public door, [C, H, W]: pixels of a row in the vector, for layers with few output
+// channels at either end of a network. No lane is lost to channels that are not there, sums need no reduction over
+// lanes, and nothing has to be transposed.
+//
+// A register tile is kRows rows of one vector for kOutputs channels. An input row is loaded once for each column tap
+// and serves kTaps row taps: with one output channel, loads (two a cycle, but one where they straddle cache lines)
+// would otherwise be the limit, and not the FMA unit.
+#pragma once
+
+constexpr int kPlanarRows[] = {0, FASTINV_MAX_VECTORS > 2 ? 16 : 8, FASTINV_MAX_VECTORS > 2 ? 12 : 4,
+                               FASTINV_MAX_VECTORS > 2 ? 8 : 3, FASTINV_MAX_VECTORS > 2 ? 6 : 2};
+
+// Which lanes of the vector that a column tap reads lie inside the image.
+struct PlanarColumns {
+  Lanes lanes[kMaxPlanarTaps];
+  bool whole[kMaxPlanarTaps];
+};
+
+// The products of kTaps row taps and one column tap of one input channel. Input rows `first` to `last` are there, of
+// the kRows + kTaps − 1 that the tile reads; kRowsWhole says that all are, kLanesWhole that whole vectors are.
+template <int kOutputs, int kTaps, int kRows, bool kRowsWhole, bool kLanesWhole>
+FASTINV_INLINE void planar_products(V (&acc)[kRows][kOutputs], const float* in, int64_t in_w, Lanes lanes,
+                                    const float* w, int first, int last) {
+  V weight[kTaps][kOutputs];
+#pragma GCC unroll 5
+  for (int i = 0; i < kTaps; ++i) {
+#pragma GCC unroll 4
+    for (int o = 0; o < kOutputs; ++o) weight[i][o] = set1(w[i * kOutputs + o]);
+  }
+#pragma GCC unroll 20
+  for (int r = 0; r < kRows + kTaps - 1; ++r, in += in_w) {
+    if (!kRowsWhole && (r < first || r >= last)) continue;
+    const V x = kLanesWhole ? load(in) : load_lanes(in, lanes);
+#pragma GCC unroll 5
+    for (int i = 0; i < kTaps; ++i) {
+      if (r - i < 0 || r - i >= kRows) continue;
+#pragma GCC unroll 4
+      for (int o = 0; o < kOutputs; ++o) acc[r - i][o] = fma(x, weight[i][o], acc[r - i][o]);
+    }
+  }
+}
+
+template <int kOutputs, int kTaps, int kRows>
+void planar_tile(const PlanarArgs& a, const PlanarColumns& columns, int x0, const float* weights, const float* bias,
+                 float* out, const float* addend, const float* next) {
+  constexpr int kReads = kRows + kTaps - 1;
+  V acc[kRows][kOutputs];
+#pragma GCC unroll 4
+  for (int o = 0; o < kOutputs; ++o) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) acc[r][o] = set1(bias[o]);
+  }
+  const int y0 = a.first_row, rows = a.rows, taps_x = a.taps_x;
+  const int64_t in_w = a.in_w, plane = a.in_h * in_w;
+  struct {
+    int64_t offset;
+    int first, last;
+  } group[kMaxPlanarTaps];  // of row taps
+  const int groups = a.taps_y / kTaps;
+#pragma GCC unroll 1
+  for (int g = 0; g < groups; ++g) {
+    const int top = y0 + g * kTaps + a.shift_y;  // input row under the first of these taps, for the tile's first row
+    group[g].offset = top * in_w + x0 + a.shift_x;
+    group[g].first = top < 0 ? -top : 0;
+    group[g].last = a.in_h - top < rows + kTaps - 1 ? a.in_h - top : rows + kTaps - 1;
+  }
+  const float* w = weights;
+  const float* in = a.in;
+  for (int c = 0; c < a.in_channels; ++c, in += plane) {
+    // Planes lie too far apart for the processor to see the pattern.
+    for (const float* end = next + a.next_step; next < end; next += 16) __builtin_prefetch(next, 0, 2);
+    for (int g = 0; g < groups; ++g) {
+      const float* at = in + group[g].offset;
+      const int first = group[g].first, last = group[g].last;
+      if (first == 0 && last == kReads) {
+        for (int k = 0; k < taps_x; ++k, w += kTaps * kOutputs) {
+          if (columns.whole[k]) {
+            planar_products<kOutputs, kTaps, kRows, true, true>(acc, at + k, in_w, columns.lanes[k], w, 0, kReads);
+          } else {
+            planar_products<kOutputs, kTaps, kRows, true, false>(acc, at + k, in_w, columns.lanes[k], w, 0, kReads);
+          }
+        }
+      } else {
+        for (int k = 0; k < taps_x; ++k, w += kTaps * kOutputs) {
+          planar_products<kOutputs, kTaps, kRows, false, false>(acc, at + k, in_w, columns.lanes[k], w, first, last);
+        }
+      }
+    }
+  }
+  const ActivationKind kind = a.activation.kind;
+  const int64_t out_plane = int64_t{a.out_h} * a.out_w;
+  const auto put = [&](int64_t at, V y, int count) {
+    if (addend) y = add(y, load_first(addend + at, count));
+    store_first(out + at, activate_cheap(y, kind), count);
+    if (!is_cheap(kind)) activate_in_place(out + at, count, a.activation);
+  };
+  const int left = a.out_w - a.step_x * x0, count = left < kWidth ? left : kWidth;
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    if (r >= rows) break;
+    const int64_t row = (int64_t{y0 + r} * a.step_y + a.phase_y) * a.out_w + a.step_x * x0;
+    if (a.step_x == 1) {
+#pragma GCC unroll 4
+      for (int o = 0; o < kOutputs; ++o) put(o * out_plane + row, acc[r][o], count);
+    } else if constexpr (kOutputs % 2 == 0) {  // channel pairs are the even and the odd columns of one channel
+#pragma GCC unroll 2
+      for (int o = 0; o < kOutputs / 2; ++o) {
+        V low, high;
+        interleave(acc[r][2 * o], acc[r][2 * o + 1], &low, &high);
+        put(o * out_plane + row, low, count);
+        if (left > kWidth) put(o * out_plane + row + kWidth, high, left < 2 * kWidth ? left - kWidth : kWidth);
+      }
+    }
+  }
+}
+
+using PlanarTile = void (*)(const PlanarArgs&, const PlanarColumns&, int, const float*, const float*, float*,
+                            const float*, const float*);
+
+template <int kOutputs, int kTaps>
+PlanarTile planar_tile_for(int rows) {
+  constexpr int kMost = kPlanarRows[kOutputs];
+  if constexpr (kTaps > 1) {  // with one tap rows past the tile cost nothing
+    if (rows <= kMost / 2) return planar_tile<kOutputs, kTaps, kMost / 2>;
+    if (rows <= kMost * 3 / 4) return planar_tile<kOutputs, kTaps, kMost * 3 / 4>;
+    if (rows <= kMost * 7 / 8) return planar_tile<kOutputs, kTaps, kMost * 7 / 8>;
+  }
+  return planar_tile<kOutputs, kTaps, kMost>;
+}
+
+PlanarTile planar_tile_for(int outputs, int taps, int rows) {
+  switch (outputs * 10 + taps) {
+    case 11: return planar_tile_for<1, 1>(rows);
+    case 12: return planar_tile_for<1, 2>(rows);
+    case 13: return planar_tile_for<1, 3>(rows);
+    case 14: return planar_tile_for<1, 4>(rows);
+    case 15: return planar_tile_for<1, 5>(rows);
+    case 21: return planar_tile_for<2, 1>(rows);
+    case 22: return planar_tile_for<2, 2>(rows);
+    case 23: return planar_tile_for<2, 3>(rows);
+    case 31: return planar_tile_for<3, 1>(rows);
+    default: return planar_tile_for<4, 1>(rows);
+  }
+}
+
+void planar(const PlanarArgs& a) {
+  const int columns = (a.out_w + a.step_x - 1) / a.step_x;
+  const int64_t out_plane = int64_t{a.out_h} * a.out_w;
+  const float* next = a.next;
+  for (int x0 = 0; x0 < columns; x0 += kWidth) {
+    PlanarColumns taps;
+#pragma GCC unroll 1
+    for (int k = 0; k < a.taps_x; ++k) {
+      const int x = x0 + k + a.shift_x;
+      taps.lanes[k] = lanes_between(-x, a.in_w - x);
+      taps.whole[k] = x >= 0 && x + kWidth <= a.in_w;
+    }
+    const float* weights = a.weights;
+    for (int done = 0; done < a.out_channels; done += a.block) {
+      const int channels = a.out_channels - done < a.block ? a.out_channels - done : a.block;
+      const int outputs = channels * a.step_x;
+      planar_tile_for(outputs, a.taps, a.rows)(a, taps, x0, weights, a.bias + done * a.step_x, a.out + done * out_plane,
+                                               a.addend ? a.addend + done * out_plane : nullptr, next);
+      next += int64_t{a.in_channels} * a.next_step;
+      weights += int64_t{outputs} * a.in_channels * a.taps_y * a.taps_x;
+    }
+  }
+}

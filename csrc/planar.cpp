@@ -1,0 +1,162 @@
+#include "planar.h"
+
+#include <algorithm>
+
+#include "cost.h"
+
+namespace fastinv {
+namespace {
+
+int stride_of(const Axis& axis, bool transposed) { return transposed ? axis.stride : 1; }
+
+// The taps of one phase of an axis, as a window over the input: output i of the phase reads position
+// i + shift + t through tap[t].
+struct Window {
+  int shift = 0;
+  std::vector<int> tap;
+};
+
+Window window(const Axis& axis, bool transposed, int phase) {
+  Window w;
+  if (!transposed) {
+    w.shift = -axis.padding;
+    for (int k = 0; k < axis.kernel; ++k) w.tap.push_back(k);
+    return w;
+  }
+  for (int k = axis.kernel - 1; k >= 0; --k) {  // increasing input positions
+    const int scaled = phase + axis.padding - k;
+    if (scaled % axis.stride != 0) continue;
+    if (w.tap.empty()) w.shift = scaled / axis.stride;
+    w.tap.push_back(k);
+  }
+  return w;
+}
+
+}  // namespace
+
+bool Planar::applies(const Geometry& g) {
+  const auto fits = [&g](const Axis& a) { return a.dilation == 1 && (g.transposed || a.stride == 1); };
+  const Axis& x = g.axis[1];
+  return fits(g.axis[0]) && fits(x) && x.kernel < kMaxPlanarTaps && stride_of(x, g.transposed) <= 2;
+}
+
+Planar::Planar(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias)
+    : kernels_(kernels), geometry_(geometry), block_(planar_block(geometry)) {
+  const int step_y = stride_of(geometry.axis[0], geometry.transposed),
+            step_x = stride_of(geometry.axis[1], geometry.transposed);
+  bias_ = Buffer(int64_t{geometry.out_channels} * step_x);
+  if (bias) {
+    for (int o = 0; o < geometry.out_channels * step_x; ++o) bias_[o] = bias[o / step_x];
+  }
+  const int most = kernels.planar_rows[block_ * step_x];
+  for (int row = 0; row < std::min(step_y, geometry.axis[0].out); ++row) {
+    plan_phase(row, weight);
+    const int rows = ceil_div(geometry.axis[0].out - row, step_y), tiles = ceil_div(rows, most);
+    for (int t = 0; t < tiles; ++t) {
+      const int first = rows * t / tiles;
+      units_.push_back({row, first, rows * (t + 1) / tiles - first});
+    }
+  }
+}
+
+void Planar::plan_phase(int row, const WeightAt& weight) {
+  const Geometry& g = geometry_;
+  const int in = g.in_channels / g.groups, out = g.out_channels / g.groups;
+  const int step_x = stride_of(g.axis[1], g.transposed);
+  const Window y = window(g.axis[0], g.transposed, row);
+  Window x[2];  // of the even and the odd columns; their union is what a vector of both reads
+  Phase phase = {};
+  int end = 0;
+  phase.shift_x = g.axis[1].in;
+  for (int p = 0; p < step_x; ++p) {
+    x[p] = window(g.axis[1], g.transposed, p);
+    if (x[p].tap.empty()) continue;
+    phase.shift_x = std::min(phase.shift_x, x[p].shift);
+    end = std::max(end, x[p].shift + static_cast<int>(x[p].tap.size()));
+  }
+  phase.row = row;
+  phase.shift_y = y.shift;
+  phase.taps = planar_taps(block_ * step_x, static_cast<int>(y.tap.size()));
+  phase.taps_y = static_cast<int>(round_up(static_cast<int64_t>(y.tap.size()), phase.taps));
+  phase.taps_x = std::max(0, end - phase.shift_x);
+  phase.group_weights = int64_t{in} * out * step_x * phase.taps_y * phase.taps_x;
+  phase.weights = Buffer(phase.group_weights * g.groups);
+  int64_t at = 0;
+  for (int group = 0; group < g.groups; ++group) {
+    for (int first = 0; first < out; first += block_) {
+      const int channels = std::min(block_, out - first);
+      for (int i = 0; i < in; ++i) {
+        for (int t = 0; t < phase.taps_y; t += phase.taps) {
+          for (int k = 0; k < phase.taps_x; ++k) {
+            for (int u = t; u < t + phase.taps; ++u) {
+              for (int o = 0; o < channels * step_x; ++o, ++at) {
+                const Window& columns = x[o % step_x];
+                const int v = k + phase.shift_x - columns.shift;
+                const bool inside =
+                    u < static_cast<int>(y.tap.size()) && v >= 0 && v < static_cast<int>(columns.tap.size());
+                if (!inside) continue;
+                phase.weights[at] = weight(group, first + o / step_x, i, y.tap[static_cast<size_t>(u)],
+                                           columns.tap[static_cast<size_t>(v)]);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  phases_.push_back(std::move(phase));
+}
+
+void Planar::run(const Operands& x, Share share, float*) const {
+  const Geometry& g = geometry_;
+  const int in = g.in_channels / g.groups, out = g.out_channels / g.groups;
+  const int step_y = stride_of(g.axis[0], g.transposed), step_x = stride_of(g.axis[1], g.transposed);
+  const int64_t in_plane = int64_t{g.axis[0].in} * g.axis[1].in, out_plane = int64_t{g.axis[0].out} * g.axis[1].out;
+  const int64_t units = static_cast<int64_t>(units_.size());
+  // Each unit fetches its part of the next image, spread over the channels of its tiles.
+  const int64_t part = in_plane * g.in_channels / units;
+  const int tiles = ceil_div(ceil_div(g.axis[1].out, step_x), kernels_.width) * ceil_div(out, block_) * g.groups;
+  const int step = static_cast<int>(round_up((part + tiles * in - 1) / (tiles * in), kLineFloats));
+  for (int64_t u = share.begin(x.images * units); u < share.end(x.images * units); ++u) {
+    const int64_t image = u / units;
+    const Unit& unit = units_[static_cast<size_t>(u % units)];
+    const Phase& phase = phases_[static_cast<size_t>(unit.phase)];
+    const bool more = image + 1 < x.images;
+    const float* next = x.in + (image + 1) * x.in_stride + (u % units) * part;
+    for (int group = 0; group < g.groups; ++group) {
+      const int64_t at = image * x.out_stride + group * out * out_plane;
+      kernels_.planar({x.in + image * x.in_stride + group * in * in_plane,
+                       x.out + at,
+                       x.addend ? x.addend + image * x.addend_stride + group * out * out_plane : nullptr,
+                       phase.weights.data() + group * phase.group_weights,
+                       bias_.data() + int64_t{group} * out * step_x,
+                       in,
+                       g.axis[0].in,
+                       g.axis[1].in,
+                       out,
+                       g.axis[0].out,
+                       g.axis[1].out,
+                       phase.taps_y,
+                       phase.taps_x,
+                       phase.shift_y,
+                       phase.shift_x,
+                       step_y,
+                       step_x,
+                       phase.row,
+                       block_,
+                       phase.taps,
+                       unit.first_row,
+                       unit.rows,
+                       more ? next + int64_t{group} * tiles / g.groups * in * step : nullptr,
+                       more ? step : 0,
+                       x.activation});
+    }
+  }
+}
+
+std::string Planar::algorithm() const {
+  const int outputs = block_ * stride_of(geometry_.axis[1], geometry_.transposed);
+  return "planar " + std::to_string(kernels_.planar_rows[outputs]) + "x" + std::to_string(outputs);
+}
+
+}  // namespace fastinv

@@ -1,0 +1,49 @@
+// Convolution in the layout of the public door, [C, H, W], with pixels of a row in the vector: for the first or last
+// layers of a network with few channels; see csrc/kernels/planar.h.
+#pragma once
+
+#include <vector>
+
+#include "buffer.h"
+#include "convolution.h"
+
+namespace fastinv {
+
+class Planar : public Convolution {
+ public:
+  // Whether rows are read one pixel after the other: stride 1, or transposed with at most 2 columns a step; no
+  // dilation.
+  static bool applies(const Geometry& geometry);
+
+  Planar(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias);
+
+  // On images [C, H, W].
+  void run(const Operands& operands, Share share, float* scratch) const override;
+  bool row_major() const override { return true; }
+  std::string algorithm() const override;
+
+ private:
+  // The output rows of one residue modulo the stride, which share taps.
+  struct Phase {
+    int row;               // the residue
+    int shift_y, shift_x;  // input position of the first tap for output 0 of the phase
+    int taps_y, taps_x;
+    int taps;        // row taps at once; divides taps_y
+    Buffer weights;  // by group
+    int64_t group_weights;
+  };
+  struct Unit {
+    int phase, first_row, rows;
+  };
+
+  void plan_phase(int row, const WeightAt& weight);
+
+  const Kernels& kernels_;
+  const Geometry geometry_;
+  const int block_;  // output channels at once
+  std::vector<Phase> phases_;
+  std::vector<Unit> units_;
+  Buffer bias_;
+};
+
+}  // namespace fastinv
