@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 
 #include "threads.h"
@@ -33,7 +34,8 @@ int64_t first_fit(std::vector<Stretch> taken, int64_t size) {
 
 }  // namespace
 
-Engine::Engine(Program program, int threads) : program_(std::move(program)), threads_(threads) {
+Engine::Engine(Program program, int64_t flops, int threads)
+    : program_(std::move(program)), threads_(threads), flops_(flops) {
   if (program_.output() == 0) throw std::invalid_argument("the program does nothing: finish it first");
   plan_memory();
   const int64_t bytes = std::max<int64_t>(arena_size_, 1) * int64_t{sizeof(float)};
@@ -74,28 +76,96 @@ std::unique_ptr<Engine::Workspace> Engine::make_workspace() const {
   return workspace;
 }
 
-void Engine::run_block(Workspace& workspace, const float* in, float* out, int64_t images) const {
-  workspace.data.front() = const_cast<float*>(in);  // no node writes to the input
-  workspace.data.back() = out;
-  const Frame frame = {workspace.data.data(), stride_.data(), workspace.scratch.data()};
-  for (const auto& node : program_.nodes()) node->forward(frame, images, {});
+const void* Source::at(int64_t element) const {
+  switch (dtype) {
+    case Dtype::kFloat32: return static_cast<const float*>(data) + element;
+    case Dtype::kFloat16:
+    case Dtype::kBfloat16: return static_cast<const uint16_t*>(data) + element;
+    default: return static_cast<const uint8_t*>(data) + element;
+  }
 }
 
-void Engine::run(const float* in, float* out, int64_t n) {
-  if (n == 0) return;
+// Has the block's features as floats at value 0, this share of them; false when they are not all finite.
+bool Engine::read(Workspace& workspace, const Source& in, int64_t first, int64_t images, Share share) const {
+  const Kernels& kernels = program_.kernels();
+  const int64_t size = element_count(program_.shapes().front()), begin = share.begin(images * size);
+  const int64_t end = share.end(images * size);
+  if (in.dtype == Dtype::kFloat32) {
+    return kernels.finite(static_cast<const float*>(in.at(first * size + begin)), end - begin);
+  }
+  const bool quantised = !in.scale.empty();
+  const int64_t channels = quantised ? static_cast<int64_t>(in.scale.size()) : 1, plane = size / channels;
+  for (int64_t at = begin; at < end;) {
+    const int64_t channel = at / plane % channels, until = std::min(end, (at / plane + 1) * plane);
+    const auto c = static_cast<size_t>(channel);
+    kernels.widen({in.at(first * size + at), workspace.in.data() + at, until - at, in.dtype,
+                   quantised ? in.scale[c] : 1.0f, quantised ? in.zero_point[c] : 0.0f});
+    at = until;
+  }
+  return kernels.finite(workspace.in.data() + begin, end - begin);
+}
+
+// Whether the threads work on each image together: few images would leave some of them idle, and each image is long
+// enough, 10 µs of one core or so, for them to meet after every layer.
+bool Engine::shares_images(int64_t n) const {
+  constexpr int64_t kWorthwhile = 1'000'000;  // FLOPs
+  const int64_t rounds = (n + threads_ - 1) / threads_;
+  return flops_ >= kWorthwhile && rounds <= 4 && 10 * n < 9 * rounds * threads_;
+}
+
+bool Engine::run(const Source& in, float* out, uint8_t* bytes, int64_t n) {
+  if (n == 0) return true;
   const int64_t in_size = element_count(program_.shapes().front());
   const int64_t out_size = element_count(program_.shapes().back());
+  const bool together = shares_images(n);
   // Small batches are cut finer so that every thread has work; results do not depend on the cut.
-  const int64_t block = std::min(block_, (n + threads_ - 1) / threads_);
+  const int64_t block = std::min(block_, together ? n : (n + threads_ - 1) / threads_);
   const int64_t blocks = (n + block - 1) / block;
-  const int workers = static_cast<int>(std::min<int64_t>(threads_, blocks));
+  std::atomic<bool> finite{true};
+
+  // The block's input and output as the nodes see them: the caller's memory where it holds floats.
+  const auto place = [&](Workspace& w, int64_t b) {
+    if (in.dtype != Dtype::kFloat32 && w.in.size() == 0) w.in = Buffer(in_size * block_);
+    if (bytes && w.out.size() == 0) w.out = Buffer(out_size * block_);
+    float* callers = static_cast<float*>(const_cast<void*>(in.at(b * block * in_size)));  // no node writes to it
+    w.data.front() = in.dtype == Dtype::kFloat32 ? callers : w.in.data();
+    w.data.back() = bytes ? w.out.data() : out + b * block * out_size;
+  };
+  const auto work = [&](Workspace& w, float* scratch, int64_t b, Share share, const auto& meet) {
+    const int64_t images = std::min(block, n - b * block);
+    if (!read(w, in, b * block, images, share)) finite = false;
+    const Frame frame = {w.data.data(), stride_.data(), scratch};
+    for (const auto& node : program_.nodes()) {
+      meet();
+      node->forward(frame, images, share);
+    }
+    if (!bytes) return;
+    meet();
+    const int64_t from = share.begin(images * out_size), to = share.end(images * out_size);
+    program_.kernels().to_bytes(w.out.data() + from, bytes + b * block * out_size + from, to - from);
+  };
+
+  const int workers = static_cast<int>(together ? threads_ : std::min<int64_t>(threads_, blocks));
   auto workspaces = workspaces_.take(workers, [this] { return make_workspace(); });
-  parallel_for(workers, blocks, [&](int worker, int64_t b) {
-    const int64_t begin = b * block;
-    run_block(*workspaces[static_cast<size_t>(worker)], in + begin * in_size, out + begin * out_size,
-              std::min(block, n - begin));
-  });
+  if (together) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      Workspace& w = *workspaces.front();
+      place(w, b);
+      Barrier barrier;
+      run_team(workers, [&](int worker, int team) {
+        float* scratch = workspaces[static_cast<size_t>(worker)]->scratch.data();
+        work(w, scratch, b, {worker, team}, [&] { barrier.wait(team); });
+      });
+    }
+  } else {
+    parallel_for(workers, blocks, [&](int worker, int64_t b) {
+      Workspace& w = *workspaces[static_cast<size_t>(worker)];
+      place(w, b);
+      work(w, w.scratch.data(), b, {}, [] {});
+    });
+  }
   workspaces_.give_back(std::move(workspaces));
+  return finite;
 }
 
 }  // namespace fastinv

@@ -10,12 +10,24 @@
 
 namespace fastinv {
 
+// A batch as the caller has it: [n, *input shape], row-major, of any type.
+struct Source {
+  const void* data;
+  Dtype dtype;
+  std::vector<float> scale, zero_point;  // of quantised types: one for each channel
+
+  const void* at(int64_t element) const;
+};
+
 class Engine {
  public:
-  Engine(Program program, int threads);
+  // `flops`: of one image.
+  Engine(Program program, int64_t flops, int threads);
 
-  // in: [n, *input shape], out: [n, *output shape], both row-major. Safe to call from several threads at once.
-  void run(const float* in, float* out, int64_t n);
+  // out: [n, *output shape], row-major: floats, or bytes that hold round(255 · x). False when the source holds NaN or
+  // Inf; what was written then means nothing. Safe to call from several threads at once.
+  bool run(const Source& in, float* out, int64_t n) { return run(in, out, nullptr, n); }
+  bool run(const Source& in, uint8_t* out, int64_t n) { return run(in, nullptr, out, n); }
 
   const Program& program() const { return program_; }
   int64_t workspace_bytes() const {
@@ -26,15 +38,19 @@ class Engine {
  private:
   struct Workspace {
     Buffer arena, scratch;
+    Buffer in, out;  // of a block, where the caller's are of another type
     std::vector<float*> data;
   };
 
   void plan_memory();
   std::unique_ptr<Workspace> make_workspace() const;
-  void run_block(Workspace& workspace, const float* in, float* out, int64_t images) const;
+  bool run(const Source& in, float* out, uint8_t* bytes, int64_t n);
+  bool shares_images(int64_t n) const;
+  bool read(Workspace& workspace, const Source& in, int64_t first, int64_t images, Share share) const;
 
   const Program program_;
   const int threads_;
+  const int64_t flops_;
   std::vector<int64_t> stride_;  // floats from image to image, by value
   std::vector<int64_t> offset_;  // of the value in the arena, for one image
   int64_t arena_size_ = 0;       // for one image

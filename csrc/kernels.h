@@ -204,6 +204,19 @@ struct AffineArgs {
   Activation activation;
 };
 
+// ---- types at the public door --------------------------------------------------------------------------------------
+
+enum class Dtype : int { kFloat32, kFloat16, kBfloat16, kUint8, kInt8 };
+
+// out[i] = in[i], or (in[i] − zero_point) · scale of quantised types, rounded after each of the two.
+struct WidenArgs {
+  const void* in;
+  float* out;
+  int64_t size;
+  Dtype dtype;
+  float scale, zero_point;
+};
+
 // ---- rMLE -----------------------------------------------------------------------------------------------------------
 
 struct TotalVariationArgs {
@@ -261,6 +274,9 @@ struct Kernels {
   void (*activate_gradient)(const float* x, const float* y, float* grad, int64_t size, Activation);
   // out[j · out_step + i] = in[i · in_step + j] for i < rows, j < columns.
   void (*transpose)(const float* in, int64_t in_step, float* out, int64_t out_step, int64_t rows, int64_t columns);
+  bool (*finite)(const float* in, int64_t size);
+  void (*widen)(const WidenArgs&);
+  void (*to_bytes)(const float* in, uint8_t* out, int64_t size);
   void (*gather)(const float* in, const int32_t* index, float* out, int64_t size, bool accumulate);
   void (*add)(const float* in, float* out, int64_t size);
   // grad = 2 · (y − v); returns Σ (y − v)².

@@ -78,21 +78,42 @@ std::vector<std::string> describe(const Program& program) {
   return lines;
 }
 
-void check_batch(const char* name, const FloatArray& a, const Shape& shape, py::ssize_t n) {
+void check_batch(const char* name, const py::array& a, const Shape& shape, py::ssize_t n) {
+  if (!(a.flags() & py::array::c_style)) throw std::invalid_argument(std::string(name) + ": not contiguous");
   const bool fits = a.ndim() == static_cast<py::ssize_t>(shape.size()) + 1 && a.shape(0) == n &&
                     std::equal(shape.begin(), shape.end(), a.shape() + 1);
   if (!fits) throw std::invalid_argument(std::string(name) + ": wrong shape");
 }
 
-void run_engine(Engine& engine, const FloatArray& in, FloatArray& out) {
+// The type of features that come as an array of this one; bfloat16 comes as its bits, uint16.
+Dtype to_dtype(const py::array& a) {
+  if (py::isinstance<py::array_t<float>>(a)) return Dtype::kFloat32;
+  if (py::isinstance<py::array_t<uint16_t>>(a)) return Dtype::kBfloat16;
+  if (py::isinstance<py::array_t<uint8_t>>(a)) return Dtype::kUint8;
+  if (py::isinstance<py::array_t<int8_t>>(a)) return Dtype::kInt8;
+  if (a.dtype().kind() == 'f' && a.itemsize() == 2 && a.dtype().byteorder() != '>') return Dtype::kFloat16;
+  throw std::invalid_argument("x: of a type the engine does not read");
+}
+
+bool run_engine(Engine& engine, const py::array& in, py::array& out, const FloatArray& scale,
+                const FloatArray& zero_point) {
   const auto& shapes = engine.program().shapes();
   const py::ssize_t n = in.ndim() > 0 ? in.shape(0) : 0;
-  check_batch("in", in, shapes.front(), n);
+  check_batch("x", in, shapes.front(), n);
   check_batch("out", out, shapes.back(), n);
-  const float* from = in.data();
-  float* to = out.mutable_data();
+  Source source = {in.data(), to_dtype(in), to_vector(scale), to_vector(zero_point)};
+  const bool quantised = source.dtype == Dtype::kUint8 || source.dtype == Dtype::kInt8;
+  const size_t channels = shapes.front().empty() ? 1 : static_cast<size_t>(shapes.front().front());
+  for (std::vector<float>* numbers : {&source.scale, &source.zero_point}) {
+    if (quantised && numbers->size() == 1) numbers->resize(channels, numbers->front());
+    if (numbers->size() != (quantised ? channels : 0)) throw std::invalid_argument("scale: a wrong number of them");
+  }
+  void* to = out.mutable_data();
+  const Dtype result = to_dtype(out);
+  if (result != Dtype::kFloat32 && result != Dtype::kUint8) throw std::invalid_argument("out: of a wrong type");
   const py::gil_scoped_release release;
-  engine.run(from, to, n);
+  if (result == Dtype::kUint8) return engine.run(source, static_cast<uint8_t*>(to), n);
+  return engine.run(source, static_cast<float*>(to), n);
 }
 
 py::tuple solve(Solver& solver, const FloatArray& features, const FloatArray& init) {
@@ -218,10 +239,13 @@ PYBIND11_MODULE(_core, m) {
       .def("finish", &Program::finish, py::arg("value"), "Makes this value the output; returns its number.");
 
   py::class_<Engine>(m, "Engine", "Forward runs of a program, which it takes over.")
-      .def(
-          py::init([](Program& program, int threads) { return std::make_unique<Engine>(std::move(program), threads); }),
-          py::arg("program"), py::arg("threads"))
-      .def("run", &run_engine, py::arg("x").noconvert(), py::arg("out").noconvert())
+      .def(py::init([](Program& program, int64_t flops, int threads) {
+             return std::make_unique<Engine>(std::move(program), flops, threads);
+           }),
+           py::arg("program"), py::arg("flops"), py::arg("threads"))
+      .def("run", &run_engine, py::arg("x"), py::arg("out"), py::arg("scale").noconvert() = FloatArray(0),
+           py::arg("zero_point").noconvert() = FloatArray(0),
+           "Features of any type to floats or bytes. False when they hold NaN or Inf: the results mean nothing.")
       .def("describe", [](const Engine& e) { return describe(e.program()); })
       .def_property_readonly("isa", [](const Engine& e) { return std::string(e.program().kernels().isa); })
       .def_property_readonly("block", &Engine::block, "Images a thread takes at once.")

@@ -367,8 +367,10 @@ void LayoutNode::forward(const Frame& values, int64_t images, Share share) const
   }
 }
 
-void LayoutNode::backward(const Frame&, const Frame&, size_t, bool) const {
-  throw std::logic_error("a differentiable program has no value in two layouts");
+void LayoutNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
+  // A differentiable program has no value in two layouts: this is a copy, and the only one of its input.
+  if (rows_ != 1 || !first) throw std::logic_error("a layout that changes, in a differentiable program");
+  std::copy_n(grads.at(output), columns_, grads.at(inputs[0]));
 }
 
 ActivationNode::ActivationNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation own,

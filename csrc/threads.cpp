@@ -28,26 +28,29 @@ class FlushDenormals {
 #endif
 };
 
+// A pause that leaves the core's other thread its share, some 20 to 100 cycles long.
+inline void relax() {
+#if defined(__SSE__)
+  _mm_pause();
+#endif
+}
+
+// A thread that sleeps takes 5 to 50 µs to wake, as long as a small network runs: so threads watch for the next job,
+// or for the others, for about that time first.
+constexpr int kSpins = 1000;
+
 struct Job {
-  const std::function<void(int, int64_t)>* work;
-  int64_t tasks;
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> failed{false};
+  const std::function<void(int, int)>* work;
   std::mutex error_mutex;
   std::exception_ptr error;
 
-  void run(int worker) {
+  void run(int worker, int workers) {
     const FlushDenormals flush;
-    for (;;) {
-      const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
-      if (task >= tasks || failed.load(std::memory_order_relaxed)) return;
-      try {
-        (*work)(worker, task);
-      } catch (...) {
-        const std::lock_guard<std::mutex> lock(error_mutex);
-        if (!error) error = std::current_exception();
-        failed = true;
-      }
+    try {
+      (*work)(worker, workers);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(error_mutex);
+      if (!error) error = std::current_exception();
     }
   }
 };
@@ -58,6 +61,7 @@ class Pool {
 
   // Runs the job on `helpers` pool threads beside the caller. `busy` must be held.
   void run(Job& job, int helpers) {
+    bool asleep;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       while (started_ < helpers) {
@@ -66,31 +70,44 @@ class Pool {
       }
       job_ = &job;
       helpers_ = helpers;
-      running_ = helpers;
-      ++generation_;
+      running_.store(helpers, std::memory_order_relaxed);
+      generation_.fetch_add(1, std::memory_order_release);
+      asleep = sleepers_ > 0;
     }
-    wake_.notify_all();
-    job.run(0);
-    std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return running_ == 0; });
-    job_ = nullptr;
+    if (asleep) wake_.notify_all();
+    job.run(0, helpers + 1);
+    for (int i = 0; i < kSpins && running_.load(std::memory_order_acquire) != 0; ++i) relax();
+    if (running_.load(std::memory_order_acquire) != 0) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      waiting_ = true;
+      done_.wait(lock, [this] { return running_.load(std::memory_order_acquire) == 0; });
+      waiting_ = false;
+    }
   }
 
  private:
   void serve(int worker) {
     uint64_t seen = 0;
     for (;;) {
+      for (int i = 0; i < kSpins && generation_.load(std::memory_order_acquire) == seen; ++i) relax();
       Job* job;
+      int helpers;
       {
         std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return generation_ != seen && job_ != nullptr; });
-        seen = generation_;
-        if (worker > helpers_) continue;
+        ++sleepers_;
+        wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
+        --sleepers_;
+        seen = generation_.load(std::memory_order_relaxed);
+        helpers = helpers_;
         job = job_;
       }
-      job->run(worker);
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (--running_ == 0) done_.notify_one();
+      if (worker > helpers) continue;
+      job->run(worker, helpers + 1);
+      // The job may be gone after the last decrement; the mutex is for a caller that has gone to sleep meanwhile.
+      if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (waiting_) done_.notify_one();
+      }
     }
   }
 
@@ -98,9 +115,11 @@ class Pool {
   std::condition_variable wake_, done_;
   Job* job_ = nullptr;
   int helpers_ = 0;
-  int running_ = 0;
   int started_ = 0;
-  uint64_t generation_ = 0;
+  int sleepers_ = 0;
+  bool waiting_ = false;
+  std::atomic<int> running_{0};
+  std::atomic<uint64_t> generation_{0};
 };
 
 // Never destroyed: pool threads may outlive main(). After fork() the child has none of the threads and perhaps a
@@ -110,19 +129,46 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; 
 
 }  // namespace
 
-void parallel_for(int threads, int64_t tasks, const std::function<void(int, int64_t)>& work) {
+void run_team(int threads, const std::function<void(int, int)>& work) {
   Job job;
   job.work = &work;
-  job.tasks = tasks;
-  const int helpers = static_cast<int>(std::min<int64_t>(threads, tasks)) - 1;
   Pool& shared = *pool;
   std::unique_lock<std::mutex> claim(shared.busy, std::defer_lock);
-  if (helpers > 0 && claim.try_lock()) {
-    shared.run(job, helpers);
+  if (threads > 1 && claim.try_lock()) {
+    shared.run(job, threads - 1);
   } else {
-    job.run(0);
+    job.run(0, 1);
   }
   if (job.error) std::rethrow_exception(job.error);
+}
+
+void parallel_for(int threads, int64_t tasks, const std::function<void(int, int64_t)>& work) {
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  run_team(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int worker, int) {
+    for (;;) {
+      const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= tasks || failed.load(std::memory_order_relaxed)) return;
+      try {
+        work(worker, task);
+      } catch (...) {
+        failed = true;
+        throw;
+      }
+    }
+  });
+}
+
+void Barrier::wait(int workers) {
+  const int round = round_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == workers) {
+    arrived_.store(0, std::memory_order_relaxed);
+    round_.store(round + 1, std::memory_order_release);
+    return;
+  }
+  for (int i = 0; round_.load(std::memory_order_acquire) == round; ++i) {
+    i < kSpins ? relax() : std::this_thread::yield();
+  }
 }
 
 int available_threads() {

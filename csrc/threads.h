@@ -1,17 +1,31 @@
 // One pool of threads for the whole process.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 
 namespace fastinv {
 
-// Calls work(worker, task) for every task in [0, tasks), on up to `threads` workers (0 <= worker < threads), the
-// caller among them. Which worker takes which task varies. When the pool is busy with another caller's work, the
-// caller does all of its own: as many threads run as were asked for, never more. Exceptions in `work` are passed on.
-// Denormal numbers are flushed to zero while `work` runs: they would cost a hundred cycles each in the moments of
-// an optimizer.
+// Calls work(worker, workers) once on each of `workers` threads at the same time, the caller among them as worker 0.
+// There are up to `threads` of them, and one alone when the pool is busy with another caller's work: as many threads
+// run as were asked for, never more. Exceptions in `work` are passed on. Denormal numbers are flushed to zero while
+// it runs: they would cost a hundred cycles each in the moments of an optimizer.
+void run_team(int threads, const std::function<void(int worker, int workers)>& work);
+
+// Calls work(worker, task) for every task in [0, tasks), on up to `threads` workers (0 <= worker < threads). Which
+// worker takes which task varies.
 void parallel_for(int threads, int64_t tasks, const std::function<void(int worker, int64_t task)>& work);
+
+// Where the workers of a team wait for each other. Nothing may throw between barriers.
+class Barrier {
+ public:
+  void wait(int workers);  // the same number from all of them
+
+ private:
+  std::atomic<int> arrived_{0};
+  std::atomic<int> round_{0};
+};
 
 // The number of processors this process may run on.
 int available_threads();

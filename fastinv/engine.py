@@ -60,13 +60,22 @@ class Engine:
         """
         source = tensors.source(x, self.network.input_shape, scale=scale, zero_point=zero_point)
         result, out = tensors.allocate((len(source), *self.network.output_shape), "float32", source.torch)
-        sweep(self.run, self.empty_report, source, out, self.batch_size)
+        for start, stop in tensors.chunks(len(source), self.batch_size):
+            self._run(source, start, stop, out[start:stop])
         return result
 
-    def run(self, x: Array, out: Array, start: int = 0) -> Report:
-        """Write the results for one chunk [n, *input_shape] into `out`, both C-contiguous."""
-        self._compiled.run(x, out)
-        return Report(None, np.ones(len(x), np.int64), np.ones(len(x), np.bool_), self.backend, self.isa)
+    def run(self, source: tensors.Source, start: int, stop: int, out: npt.NDArray[Any]) -> Report:
+        """Write the results for rows start to stop into `out` [stop - start, ...], float32 or uint8, in any layout."""
+        self._run(source, start, stop, out)
+        count = stop - start
+        return Report(None, np.ones(count, np.int64), np.ones(count, np.bool_), self.backend, self.isa)
+
+    def _run(self, source: tensors.Source, start: int, stop: int, out: npt.NDArray[Any]) -> None:
+        if not self._compiled.run_raw(source.rows(start, stop), out):
+            # What the backend cannot take as it is, or refuses: then this raises.
+            values = source.chunk(start, stop)
+            with tensors.staged(out) as part:
+                self._compiled.run(values, part)
 
     def describe(self) -> list[dict[str, Any]]:
         """The plan: one entry for each kernel launch (kernel, step, shapes, FLOPs, bytes)."""
@@ -115,23 +124,24 @@ class Solver:
         source = tensors.source(features, self.recipe.feature_shape, scale=scale, zero_point=zero_point)
         starts = self._init if init is None else self._start(init, len(source))
 
-        def run(chunk: Array, out: Array, start: int) -> Report:
+        def run(source: tensors.Source, start: int, stop: int, out: npt.NDArray[Any]) -> Report:
             single = starts.ndim == len(self.recipe.image_shape)
-            return self._solve(chunk, out, starts if single else starts[start : start + len(chunk)])
+            return self._solve(source.chunk(start, stop), out, starts if single else starts[start:stop])
 
         result, out = tensors.allocate((len(source), *self.recipe.image_shape), "float32", source.torch)
         return result, sweep(run, self.empty_report, source, out, self.batch_size)
 
-    def run(self, x: Array, out: Array, start: int = 0) -> Report:
-        """Write the images for one chunk [n, *feature_shape] into `out`, both C-contiguous."""
-        return self._solve(x, out, self._init)
+    def run(self, source: tensors.Source, start: int, stop: int, out: npt.NDArray[Any]) -> Report:
+        """Write the images for rows start to stop into `out` [stop - start, ...], float32 or uint8, in any layout."""
+        return self._solve(source.chunk(start, stop), out, self._init)
 
-    def _solve(self, features: Array, out: Array, start: Array) -> Report:
+    def _solve(self, features: Array, out: npt.NDArray[Any], start: Array) -> Report:
         z, report = self._compiled.solve(features, start)
-        with np.errstate(over="ignore", invalid="ignore"):  # the objective tells of an image that diverged
-            np.multiply(z, self._std, out=out)
-            np.add(out, self._mean, out=out)
-            np.clip(out, 0.0, 1.0, out=out)
+        # The objective tells of an image that diverged.
+        with tensors.staged(out) as part, np.errstate(over="ignore", invalid="ignore"):
+            np.multiply(z, self._std, out=part)
+            np.add(part, self._mean, out=part)
+            np.clip(part, 0.0, 1.0, out=part)
         return report
 
     def _start(self, init: Any, count: int) -> Array:
@@ -204,7 +214,7 @@ def compile(
 
 
 def sweep(
-    run: Callable[[Array, Array, int], Report],
+    run: Callable[[tensors.Source, int, int, npt.NDArray[Any]], Report],
     empty_report: Report,
     source: tensors.Source,
     out: npt.NDArray[Any],
@@ -214,22 +224,17 @@ def sweep(
     """Run a batch chunk by chunk into `out` [N, ...].
 
     Args:
-        run: takes a chunk, where its results go, and the place of its first image in the batch.
+        run: takes the batch, the first and the last image of a chunk, and where their results go.
         empty_report: what the report is joined to.
         source: the batch.
-        out: float32, or uint8 for 255 times the result, rounded (NaN becomes 0).
+        out: float32, or uint8 for 255 times the result, rounded (NaN becomes 0); in any layout.
         batch_size: images in a chunk.
         progress: whether to show a progress bar.
     """
-    direct = out.dtype == np.float32 and out.flags.c_contiguous and out.flags.aligned
     reports = [empty_report]
     with _bar(len(source), progress) as bar:
         for start, stop in tensors.chunks(len(source), batch_size):
-            part = out[start:stop] if direct else np.empty((stop - start, *out.shape[1:]), np.float32)
-            reports.append(run(source.chunk(start, stop), part, start))
-            if not direct:
-                quantised = out.dtype == np.uint8
-                out[start:stop] = np.nan_to_num(np.rint(part * np.float32(255)), copy=False) if quantised else part
+            reports.append(run(source, start, stop, out[start:stop]))
             if bar is not None:
                 bar.update(stop - start)
     return _join(reports)

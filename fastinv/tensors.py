@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,13 @@ from fastinv.ops.base import Shape
 
 Array = npt.NDArray[np.float32]
 
+FLOAT32 = np.dtype(np.float32)
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 QUANTISED = ("uint8", "int8")
 
 
-@dataclass(frozen=True)
+# Not frozen, with slots, and looked at once: on a small network these microseconds are a good part of a call.
+@dataclass(slots=True)
 class Source:
     """A batch as the user gave it, checked but for its content, which `chunk` converts and checks.
 
@@ -39,6 +42,11 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def rows(self, start: int, stop: int) -> Source:
+        """Rows start to stop, as they are."""
+        whole = start == 0 and stop == len(self.data)
+        return self if whole else replace(self, data=self.data[start:stop])
 
     def chunk(self, start: int, stop: int) -> Array:
         """Rows start to stop as C-contiguous float32: in place where they are that already, else a copy.
@@ -96,6 +104,8 @@ def as_numpy(x: Any, what: str) -> tuple[npt.NDArray[Any], str, bool]:
     Raises:
         FeatureError: neither a numpy array nor a dense torch tensor on the CPU.
     """
+    if type(x) is np.ndarray and x.dtype is FLOAT32:
+        return x, "float32", False
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
         if x.device.type != "cpu":
@@ -119,6 +129,20 @@ def allocate(shape: Shape, dtype: str, torch: bool) -> tuple[Any, npt.NDArray[An
     from torch import from_numpy
 
     return from_numpy(array), array
+
+
+@contextmanager
+def staged(out: npt.NDArray[Any]) -> Iterator[Array]:
+    """Float32 memory for what is to stand in `out`: `out` itself, or a copy that is converted to it at the end.
+
+    A uint8 `out` gets 255 times the values, rounded; NaN becomes 0.
+    """
+    if out.dtype == np.float32 and out.flags.c_contiguous and out.flags.aligned:
+        yield out
+        return
+    part = np.empty(out.shape, np.float32)
+    yield part
+    out[...] = np.nan_to_num(np.rint(part * np.float32(255)), copy=False) if out.dtype == np.uint8 else part
 
 
 def chunks(count: int, size: int) -> Iterator[tuple[int, int]]:

@@ -21,6 +21,7 @@ namespace {
 static_assert(kMaxVectors == FASTINV_MAX_VECTORS);
 
 #include "kernels/activation.h"
+#include "kernels/convert.h"
 #include "kernels/correlate.h"
 #include "kernels/depthwise.h"
 #include "kernels/elementwise.h"
@@ -54,6 +55,9 @@ const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
     activate,
     activate_gradient,
     transpose,
+    finite,
+    widen,
+    to_bytes,
     gather,
     add,
     residual,

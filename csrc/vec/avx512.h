@@ -61,6 +61,24 @@ FASTINV_INLINE V gather(const float* base, const int32_t* index) {
   return _mm512_i32gather_ps(_mm512_loadu_si512(index), base, 4);
 }
 
+// Other types, widened to floats; and whole numbers from 0 to 255 as bytes, halves rounded to even.
+FASTINV_INLINE V load_half(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+FASTINV_INLINE V load_bfloat16(const uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+FASTINV_INLINE V load_bytes(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+FASTINV_INLINE V load_bytes(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+FASTINV_INLINE void store_bytes(uint8_t* p, V v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+
 // a0 b0 a1 b1 …
 FASTINV_INLINE void interleave(V a, V b, V* low, V* high) {
   const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);

@@ -78,6 +78,35 @@ FASTINV_INLINE V exp2_whole(V n) {
   return v;
 }
 
+// Other types, widened to floats; and whole numbers from 0 to 255 as bytes, halves rounded to even.
+FASTINV_INLINE float from_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+FASTINV_INLINE float from_half(uint16_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16, rest = half & 0x7fffu;
+  if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);  // Inf, NaN
+  const float size = rest < 0x400u ? static_cast<float>(rest) / 16777216.0f           // subnormal: multiples of 2^−24
+                                   : from_bits((rest << 13) + (112u << 23));          // the biases differ by 112
+  return sign ? -size : size;
+}
+FASTINV_INLINE V load_half(const uint16_t* p) {
+  return V{from_half(p[0]), from_half(p[1]), from_half(p[2]), from_half(p[3])};
+}
+FASTINV_INLINE V load_bfloat16(const uint16_t* p) {
+  const auto wide = [](uint16_t x) { return from_bits(static_cast<uint32_t>(x) << 16); };
+  return V{wide(p[0]), wide(p[1]), wide(p[2]), wide(p[3])};
+}
+template <class Byte>
+FASTINV_INLINE V load_bytes(const Byte* p) {
+  return V{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
+}
+FASTINV_INLINE void store_bytes(uint8_t* p, V v) {
+  const V whole = round(v);
+  for (int i = 0; i < kWidth; ++i) p[i] = static_cast<uint8_t>(whole[i]);
+}
+
 // a0 b0 a1 b1 …
 FASTINV_INLINE void interleave(V a, V b, V* low, V* high) {
   *low = V{a[0], b[0], a[1], b[1]};

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastinv.network import Network, Step
+from fastinv.tensors import Source
 
 if TYPE_CHECKING:
     from fastinv.inverters import RMLE
@@ -43,6 +44,14 @@ class CompiledNetwork(Protocol):
 
     def run(self, x: Array, out: Array) -> None:
         """Write the network's results for `x` (C-contiguous, any N >= 0) into `out` (C-contiguous)."""
+
+    def run_raw(self, rows: Source, out: npt.NDArray[Any]) -> bool:
+        """Like `run`, for features of any type and layout, not checked yet, and results as float32 or uint8 (see
+        `fastinv.tensors.staged`).
+
+        False where the backend cannot do that without a copy, or where the rows hold NaN or Inf; then nothing is
+        promised about `out`.
+        """
 
     def describe(self) -> list[dict[str, Any]]:
         """The plan: one entry per kernel launch (kernel, step, shapes, FLOPs, bytes)."""

@@ -26,6 +26,7 @@ from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.max_pool2d import MaxPool2d
 from fastinv.ops.rearrange import Rearrange
 from fastinv.ops.resample import Resample
+from fastinv.tensors import Source
 
 if TYPE_CHECKING:
     from fastinv.inverters import RMLE
@@ -48,6 +49,9 @@ ACTIVATION_CODES = {  # the order of ActivationKind in csrc/kernels.h
         )
     )
 }
+
+
+RAW_DTYPES = ("float32", "float16", "bfloat16", "uint8", "int8")
 
 
 class CpuBackend:
@@ -76,13 +80,21 @@ class CpuNetwork:
 
     def __init__(self, network: Network, threads: int | None) -> None:
         lowering = Lowering(network, differentiable=False)
-        self._engine = _core.Engine(lowering.program, _thread_count(threads))
+        self._engine = _core.Engine(lowering.program, network.flops, _thread_count(threads))
         self._network = network
         self._launches = lowering.launches
         self.isa = self._engine.isa
 
     def run(self, x: Array, out: Array) -> None:
         self._engine.run(x, out)
+
+    def run_raw(self, rows: Source, out: npt.NDArray[Any]) -> bool:
+        data = rows.data
+        if rows.dtype not in RAW_DTYPES or not (_plain(data) and _plain(out)):
+            return False
+        if rows.scale is None or rows.zero_point is None:
+            return self._engine.run(data, out)
+        return self._engine.run(data, out, rows.scale.ravel(), rows.zero_point.ravel())
 
     def describe(self) -> list[dict[str, Any]]:
         return _describe(self._network, self._launches, self._engine.describe())
@@ -166,6 +178,12 @@ class Lowering:
 def encode(activation: Activation) -> tuple[int, float, float]:
     """An activation as the core takes it."""
     return ACTIVATION_CODES[activation.kind], activation.a, activation.b
+
+
+def _plain(array: npt.NDArray[Any]) -> bool:
+    """Whether the core can read or write the array where it is."""
+    flags = array.flags
+    return flags.c_contiguous and flags.aligned and array.dtype.isnative
 
 
 def _internal(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

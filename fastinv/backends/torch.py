@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fastinv.backends.base import Array, Report
 from fastinv.network import Network, Step
+from fastinv.tensors import Source
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +69,9 @@ class TorchNetwork:
                 part = np.array(x[start : start + self._chunk])  # torch refuses read-only memory
                 y = self._module(torch.from_numpy(part).to(self._dtype))
                 out[start : start + self._chunk] = y.float().numpy()
+
+    def run_raw(self, rows: Source, out: npt.NDArray[Any]) -> bool:
+        return False
 
     def describe(self) -> list[dict[str, Any]]:
         network = self._network

@@ -1,0 +1,56 @@
+// Between the types of features and images at the public door and float32.
+#pragma once
+
+bool finite(const float* in, int64_t size) {
+  V worst = zero();  // x − x is 0, or NaN where x is not finite
+  int64_t i = 0;
+  for (; i + kWidth <= size; i += kWidth) {
+    const V x = load(in + i);
+    worst = add(worst, sub(x, x));
+  }
+  if (i < size) {
+    const V x = load_first(in + i, static_cast<int>(size - i));
+    worst = add(worst, sub(x, x));
+  }
+  return sum(worst) == 0.0f;
+}
+
+// Calls convert(in, out) on whole vectors, the last of them through memory of its own.
+template <class In, class Out, class Convert>
+FASTINV_INLINE void convert_all(const In* in, Out* out, int64_t size, Convert convert) {
+  int64_t i = 0;
+  for (; i + kWidth <= size; i += kWidth) convert(in + i, out + i);
+  if (i == size) return;
+  In from[kWidth] = {};
+  Out to[kWidth];
+  for (int64_t k = i; k < size; ++k) from[k - i] = in[k];
+  convert(from, to);
+  for (int64_t k = i; k < size; ++k) out[k] = to[k - i];
+}
+
+void widen(const WidenArgs& a) {
+  switch (a.dtype) {
+    case Dtype::kFloat32: memcpy(a.out, a.in, static_cast<size_t>(a.size) * sizeof(float)); return;
+    case Dtype::kFloat16:
+      return convert_all(static_cast<const uint16_t*>(a.in), a.out, a.size,
+                         [](const uint16_t* in, float* out) { store(out, load_half(in)); });
+    case Dtype::kBfloat16:
+      return convert_all(static_cast<const uint16_t*>(a.in), a.out, a.size,
+                         [](const uint16_t* in, float* out) { store(out, load_bfloat16(in)); });
+    case Dtype::kUint8:
+      return convert_all(static_cast<const uint8_t*>(a.in), a.out, a.size, [&a](const uint8_t* in, float* out) {
+        store(out, mul(sub(load_bytes(in), set1(a.zero_point)), set1(a.scale)));
+      });
+    case Dtype::kInt8:
+      return convert_all(static_cast<const int8_t*>(a.in), a.out, a.size, [&a](const int8_t* in, float* out) {
+        store(out, mul(sub(load_bytes(in), set1(a.zero_point)), set1(a.scale)));
+      });
+  }
+}
+
+// round(255 · x), cut to a byte; NaN becomes 0, which is what max makes of it.
+void to_bytes(const float* in, uint8_t* out, int64_t size) {
+  convert_all(in, out, size, [](const float* from, uint8_t* to) {
+    store_bytes(to, min(max(mul(load(from), set1(255.0f)), zero()), set1(255.0f)));
+  });
+}
