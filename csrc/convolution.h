@@ -39,6 +39,7 @@ struct Operands {
   int64_t addend_stride;
   int64_t images;
   Activation activation;
+  int64_t ahead = 0;  // images that lie behind these at `in`, and are read next
 };
 
 class Convolution {

@@ -12,7 +12,7 @@ namespace {
 // Images in a block share weights while those are in cache; their values should stay in L2 beside them. Half of
 // 1 MiB, the smallest L2 of the processors with AVX-512.
 constexpr int64_t kBlockBytes = 512 * 1024;
-constexpr int64_t kMaxBlock = 32;
+constexpr int64_t kMaxBlock = 32;  // and images that a worker takes at once, one block after the other
 // A linear layer reads all its weights once per tile of rows: with fewer images than a tile has rows it would be
 // bound by memory.
 constexpr int64_t kLinearBlock = 2 * kMaxTilePixels;
@@ -38,8 +38,9 @@ Engine::Engine(Program program, int64_t flops, int threads)
     : program_(std::move(program)), threads_(threads), flops_(flops) {
   if (program_.output() == 0) throw std::invalid_argument("the program does nothing: finish it first");
   plan_memory();
-  const int64_t bytes = std::max<int64_t>(arena_size_, 1) * int64_t{sizeof(float)};
-  block_ = std::clamp<int64_t>(kBlockBytes / bytes, program_.has_linear() ? kLinearBlock : 1, kMaxBlock);
+  const int64_t bytes = (arena_size_ + stride_.front() + stride_.back()) * int64_t{sizeof(float)};
+  block_ = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(bytes, 1), program_.has_linear() ? kLinearBlock : 1,
+                               kMaxBlock);
 }
 
 // Values whose lives do not overlap share memory.
@@ -117,24 +118,13 @@ bool Engine::run(const Source& in, float* out, uint8_t* bytes, int64_t n) {
   if (n == 0) return true;
   const int64_t in_size = element_count(program_.shapes().front());
   const int64_t out_size = element_count(program_.shapes().back());
-  const bool together = shares_images(n);
-  // Small batches are cut finer so that every thread has work; results do not depend on the cut.
-  const int64_t block = std::min(block_, together ? n : (n + threads_ - 1) / threads_);
-  const int64_t blocks = (n + block - 1) / block;
   std::atomic<bool> finite{true};
-
-  // The block's input and output as the nodes see them: the caller's memory where it holds floats.
-  const auto place = [&](Workspace& w, int64_t b) {
-    if (in.dtype != Dtype::kFloat32 && w.in.size() == 0) w.in = Buffer(in_size * block_);
-    if (bytes && w.out.size() == 0) w.out = Buffer(out_size * block_);
-    float* callers = static_cast<float*>(const_cast<void*>(in.at(b * block * in_size)));  // no node writes to it
-    w.data.front() = in.dtype == Dtype::kFloat32 ? callers : w.in.data();
-    w.data.back() = bytes ? w.out.data() : out + b * block * out_size;
-  };
-  const auto work = [&](Workspace& w, float* scratch, int64_t b, Share share, const auto& meet) {
-    const int64_t images = std::min(block, n - b * block);
-    if (!read(w, in, b * block, images, share)) finite = false;
-    const Frame frame = {w.data.data(), stride_.data(), scratch};
+  // The block [first, last) of the batch; `end` of those that lie one after the other in what this worker takes.
+  const auto work = [&](Workspace& w, int64_t first, int64_t last, int64_t end, float* scratch, Share share,
+                        const auto& meet) {
+    const int64_t images = last - first;
+    if (!read(w, in, first, images, share)) finite = false;
+    const Frame frame = {w.data.data(), stride_.data(), scratch, in.dtype == Dtype::kFloat32 ? end - last : 0};
     for (const auto& node : program_.nodes()) {
       meet();
       node->forward(frame, images, share);
@@ -142,28 +132,47 @@ bool Engine::run(const Source& in, float* out, uint8_t* bytes, int64_t n) {
     if (!bytes) return;
     meet();
     const int64_t from = share.begin(images * out_size), to = share.end(images * out_size);
-    program_.kernels().to_bytes(w.out.data() + from, bytes + b * block * out_size + from, to - from);
+    program_.kernels().to_bytes(w.out.data() + from, bytes + first * out_size + from, to - from);
+  };
+  // Input and output as the nodes see them: the caller's memory where it holds floats.
+  const auto place = [&](Workspace& w, int64_t first) {
+    if (in.dtype != Dtype::kFloat32 && w.in.size() == 0) w.in = Buffer(in_size * block_);
+    if (bytes && w.out.size() == 0) w.out = Buffer(out_size * block_);
+    float* callers = static_cast<float*>(const_cast<void*>(in.at(first * in_size)));  // no node writes to it
+    w.data.front() = in.dtype == Dtype::kFloat32 ? callers : w.in.data();
+    w.data.back() = bytes ? w.out.data() : out + first * out_size;
   };
 
-  const int workers = static_cast<int>(together ? threads_ : std::min<int64_t>(threads_, blocks));
-  auto workspaces = workspaces_.take(workers, [this] { return make_workspace(); });
-  if (together) {
-    for (int64_t b = 0; b < blocks; ++b) {
+  if (shares_images(n)) {
+    // In the first worker's arena; of the others' workspaces only the scratch memory is used.
+    auto workspaces = workspaces_.take(threads_, [this] { return make_workspace(); });
+    for (int64_t first = 0; first < n; first += block_) {
       Workspace& w = *workspaces.front();
-      place(w, b);
+      const int64_t last = std::min(first + block_, n);
+      place(w, first);
       Barrier barrier;
-      run_team(workers, [&](int worker, int team) {
+      run_team(threads_, [&](int worker, int workers) {
         float* scratch = workspaces[static_cast<size_t>(worker)]->scratch.data();
-        work(w, scratch, b, {worker, team}, [&] { barrier.wait(team); });
+        work(w, first, last, last, scratch, {worker, workers}, [&] { barrier.wait(workers); });
       });
     }
-  } else {
-    parallel_for(workers, blocks, [&](int worker, int64_t b) {
-      Workspace& w = *workspaces[static_cast<size_t>(worker)];
-      place(w, b);
-      work(w, w.scratch.data(), b, {}, [] {});
-    });
+    workspaces_.give_back(std::move(workspaces));
+    return finite;
   }
+  // Small batches are cut finer so that every thread has work; results do not depend on the cut.
+  const int64_t block = std::min(block_, (n + threads_ - 1) / threads_);
+  const int64_t task = std::max<int64_t>(std::min(kMaxBlock, (n + threads_ - 1) / threads_) / block, 1) * block;
+  const int64_t tasks = (n + task - 1) / task;
+  const int workers = static_cast<int>(std::min<int64_t>(threads_, tasks));
+  auto workspaces = workspaces_.take(workers, [this] { return make_workspace(); });
+  parallel_for(workers, tasks, [&](int worker, int64_t t) {
+    Workspace& w = *workspaces[static_cast<size_t>(worker)];
+    const int64_t end = std::min((t + 1) * task, n);
+    for (int64_t first = t * task; first < end; first += block) {
+      place(w, first);
+      work(w, first, std::min(first + block, end), end, w.scratch.data(), {}, [] {});
+    }
+  });
   workspaces_.give_back(std::move(workspaces));
   return finite;
 }

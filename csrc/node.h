@@ -15,6 +15,7 @@ struct Frame {
   float* const* data;
   const int64_t* stride;
   float* scratch = nullptr;  // for the node that runs, as many floats as it asks for
+  int64_t ahead = 0;         // images that lie behind the block's at value 0, and are read next
 
   float* at(int value, int64_t image = 0) const { return data[value] + image * stride[value]; }
 };

@@ -39,9 +39,9 @@ WeightAt ConvolutionNode::weight_at(const float* weight, bool adjoint) const {
 
 void ConvolutionNode::forward(const Frame& values, int64_t images, Share share) const {
   const int from = inputs[0];
-  convolution_->run(
-      {values.at(from), values.stride[from], values.at(output), values.stride[output], nullptr, 0, images, activation},
-      share, values.scratch);
+  convolution_->run({values.at(from), values.stride[from], values.at(output), values.stride[output], nullptr, 0, images,
+                     activation, from == 0 ? values.ahead : 0},
+                    share, values.scratch);
 }
 
 void ConvolutionNode::prepare_backward() {

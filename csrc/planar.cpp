@@ -121,7 +121,7 @@ void Planar::run(const Operands& x, Share share, float*) const {
     const int64_t image = u / units;
     const Unit& unit = units_[static_cast<size_t>(u % units)];
     const Phase& phase = phases_[static_cast<size_t>(unit.phase)];
-    const bool more = image + 1 < x.images;
+    const bool more = image + 1 < x.images + x.ahead;
     const float* next = x.in + (image + 1) * x.in_stride + (u % units) * part;
     for (int group = 0; group < g.groups; ++group) {
       const int64_t at = image * x.out_stride + group * out * out_plane;

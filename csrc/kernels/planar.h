@@ -74,7 +74,7 @@ void planar_tile(const PlanarArgs& a, const PlanarColumns& columns, int x0, cons
       const int first = group[g].first, last = group[g].last;
       if (first == 0 && last == kReads) {
         for (int k = 0; k < taps_x; ++k, w += kTaps * kOutputs) {
-          if (columns.whole[k]) {
+          if (!kFreeMasks && columns.whole[k]) {
             planar_products<kOutputs, kTaps, kRows, true, true>(acc, at + k, in_w, columns.lanes[k], w, 0, kReads);
           } else {
             planar_products<kOutputs, kTaps, kRows, true, false>(acc, at + k, in_w, columns.lanes[k], w, 0, kReads);

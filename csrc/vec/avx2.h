@@ -15,6 +15,7 @@ using Mask = __m256;
 
 constexpr int kWidth = 8;
 constexpr int kMaxVectors = 2;  // 6 × 2 accumulators + 2 weights + 1 broadcast: 15 of 16 registers
+constexpr bool kFreeMasks = false;
 constexpr int kDotPixels[] = {0, 6, 4, 3, 2};
 
 FASTINV_INLINE __m256i first_lanes(int n) {

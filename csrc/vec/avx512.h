@@ -14,7 +14,8 @@ using V = __m512;
 using Mask = __mmask16;
 
 constexpr int kWidth = 16;
-constexpr int kMaxVectors = 4;  // 6 × 4 accumulators + 4 weights + 1 broadcast: 29 of 32 registers
+constexpr int kMaxVectors = 4;     // 6 × 4 accumulators + 4 weights + 1 broadcast: 29 of 32 registers
+constexpr bool kFreeMasks = true;  // a masked load costs what a plain one does
 constexpr int kDotPixels[] = {0, 6, 6, 6, 6};
 
 FASTINV_INLINE Mask first_lanes(int n) { return static_cast<Mask>((1u << n) - 1u); }

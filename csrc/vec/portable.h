@@ -16,6 +16,7 @@ typedef int32_t Mask __attribute__((vector_size(16)));
 
 constexpr int kWidth = 4;
 constexpr int kMaxVectors = 2;
+constexpr bool kFreeMasks = false;
 constexpr int kDotPixels[] = {0, 6, 4, 3, 2};
 
 FASTINV_INLINE V load(const float* p) {
