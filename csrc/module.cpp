@@ -53,7 +53,8 @@ SparseMatrix to_sparse(const FloatArray& dense) {
 }
 
 int convolution(Program& p, int input, const FloatArray& weight, const FloatArray& bias, Shape output, Pair stride,
-                Pair padding, Pair dilation, int groups, bool transposed, const ActivationTuple& activation) {
+                Pair padding, Pair dilation, int groups, bool transposed, const ActivationTuple& activation,
+                int addend) {
   if (weight.ndim() != 4) throw std::invalid_argument("convolution: weight of rank 4 expected");
   const int64_t channels = p.shapes().at(static_cast<size_t>(input)).at(0);
   const int64_t outputs = output.at(0);
@@ -62,7 +63,7 @@ int convolution(Program& p, int input, const FloatArray& weight, const FloatArra
   const ConvolutionSpec spec = {
       {stride[0], stride[1]}, {padding[0], padding[1]}, {dilation[0], dilation[1]}, groups, transposed};
   return p.convolution(input, weight.data(), bias.data(), static_cast<int>(weight.shape(2)),
-                       static_cast<int>(weight.shape(3)), std::move(output), spec, to_activation(activation));
+                       static_cast<int>(weight.shape(3)), std::move(output), spec, to_activation(activation), addend);
 }
 
 int linear(Program& p, int input, const FloatArray& weight, const FloatArray& bias, Shape output,
@@ -179,7 +180,7 @@ PYBIND11_MODULE(_core, m) {
            py::arg("isa"), py::arg("input"), py::arg("differentiable"))
       .def("convolution", &convolution, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("output"),
            py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("transposed"),
-           py::arg("activation"))
+           py::arg("activation"), py::arg("addend") = -1)
       .def("linear", &linear, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("output"),
            py::arg("activation"))
       .def(

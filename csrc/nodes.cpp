@@ -38,8 +38,9 @@ WeightAt ConvolutionNode::weight_at(const float* weight, bool adjoint) const {
 }
 
 void ConvolutionNode::forward(const Frame& values, int64_t images, Share share) const {
-  const int from = inputs[0];
-  convolution_->run({values.at(from), values.stride[from], values.at(output), values.stride[output], nullptr, 0, images,
+  const int from = inputs[0], addend = inputs.size() > 1 ? inputs[1] : -1;
+  convolution_->run({values.at(from), values.stride[from], values.at(output), values.stride[output],
+                     addend < 0 ? nullptr : values.at(addend), addend < 0 ? 0 : values.stride[addend], images,
                      activation, from == 0 ? values.ahead : 0},
                     share, values.scratch);
 }
@@ -50,16 +51,22 @@ void ConvolutionNode::prepare_backward() {
   weight_ = {};
 }
 
-void ConvolutionNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
-  float* to = grads.at(inputs[0]);
-  gradient_->run({grads.at(output), 0, to, 0, first ? nullptr : to, 0, 1, {}}, {}, grads.scratch);
+void ConvolutionNode::backward(const Frame&, const Frame& grads, size_t input, bool first) const {
+  const float* from = grads.at(output);
+  float* to = grads.at(inputs[input]);
+  if (input == 0) {
+    gradient_->run({from, 0, to, 0, first ? nullptr : to, 0, 1, {}}, {}, grads.scratch);
+    return;
+  }
+  const int64_t size = int64_t{geometry_.out_channels} * geometry_.axis[0].out * geometry_.axis[1].out;
+  first ? void(std::copy_n(from, size, to)) : kernels.add(from, to, size);
 }
 
 int64_t ConvolutionNode::scratch_floats() const {
   return std::max(convolution_->scratch_floats(), gradient_ ? gradient_->scratch_floats() : 0);
 }
 
-std::string ConvolutionNode::describe() const { return convolution_->algorithm(); }
+std::string ConvolutionNode::describe() const { return convolution_->algorithm() + (inputs.size() > 1 ? ", add" : ""); }
 
 // ---- linear
 // -------------------------------------------------------------------------------------------------------------

@@ -123,8 +123,9 @@ int Program::append_in(bool channels_last, Activation activation, std::vector<in
 }
 
 int Program::convolution(int input, const float* weight, const float* bias, int kernel_h, int kernel_w, Shape output,
-                         const ConvolutionSpec& spec, Activation activation) {
+                         const ConvolutionSpec& spec, Activation activation, int addend) {
   const Shape& in = shape(input);
+  if (addend >= 0 && shape(addend) != output) throw std::invalid_argument("convolution: addend of another shape");
   Geometry g = {};
   g.in_channels = static_cast<int>(in.at(0));
   g.out_channels = static_cast<int>(output.at(0));
@@ -139,11 +140,12 @@ int Program::convolution(int input, const float* weight, const float* bias, int 
                     spec.padding[axis],
                     spec.dilation[axis]};
   }
-  const bool row_major = same_in_both(input) || !channels_last_[static_cast<size_t>(input)];
-  if (row_major && !differentiable_ && stays_row_major(kernels_, g)) {
-    return append_in<ConvolutionNode>(false, activation, {input}, std::move(output), g, weight, bias, true, false);
-  }
-  return append<ConvolutionNode>(activation, {input}, std::move(output), g, weight, bias, false, differentiable_);
+  const bool free = same_in_both(input) || !channels_last_[static_cast<size_t>(input)];
+  const bool row_major = free && !differentiable_ && stays_row_major(kernels_, g);
+  std::vector<int> inputs = {in_layout(input, !row_major)};
+  if (addend >= 0) inputs.push_back(in_layout(addend, !row_major));
+  return append_in<ConvolutionNode>(!row_major, activation, std::move(inputs), std::move(output), g, weight, bias,
+                                    row_major, differentiable_);
 }
 
 int Program::linear(int input, const float* weight, const float* bias, Shape output, Activation activation) {

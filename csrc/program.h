@@ -47,8 +47,9 @@ class Program {
   Program(const Kernels& kernels, Shape input, bool differentiable);
 
   // Each appends a node and returns the number of its value. Arrays are row-major and copied.
+  // `addend`: a value of the output's shape that is added before the activation, or −1.
   int convolution(int input, const float* weight, const float* bias, int kernel_h, int kernel_w, Shape output,
-                  const ConvolutionSpec& spec, Activation activation);
+                  const ConvolutionSpec& spec, Activation activation, int addend);
   int linear(int input, const float* weight, const float* bias, Shape output, Activation activation);
   int max_pool(int input, Shape output, const PoolSpec& spec, Activation activation);
   int resample(int input, SparseMatrix rows, SparseMatrix columns, Activation activation);

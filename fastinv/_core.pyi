@@ -25,6 +25,7 @@ class Program:
         groups: int,
         transposed: bool,
         activation: _Activation,
+        addend: int = ...,
     ) -> int: ...
     def linear(self, input: int, weight: _Floats, bias: _Floats, output: list[int], activation: _Activation) -> int: ...
     def max_pool(

@@ -7,7 +7,9 @@ everything it is given here is already in that order.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -147,9 +149,18 @@ class Lowering:
         self.program: _core.Program = _core.Program(_isa(), list(network.input_shape), differentiable)
         self.values = [0]  # the program's value for every value of the network
         self.launches: list[int] = []  # the step behind every launch
+        sums = _fused_sums(network)
+        done = {add for add, _ in sums.values()}
         for index, step in enumerate(network.steps):
+            if index in done:  # by the convolution before
+                self.values.append(self.values[max(step.inputs)])
+                continue
             shapes = [network.shapes[i] for i in step.inputs]
             values = [self.values[i] for i in step.inputs]
+            if index in sums:
+                add, other = sums[index]
+                step = replace(step, activation=network.steps[add].activation)
+                values.append(self.values[other])
             self.values.append(LOWERINGS[step.op.name](self, step, values, shapes, network.shapes[index + 1]))
             self.launches += [index] * (self.values[-1] - len(self.launches))
         last = self.program.finish(self.values[-1])
@@ -173,6 +184,25 @@ class Lowering:
 
     def _gather(self, value: int, order: npt.NDArray[np.int64], target: Shape, act: Activation) -> int:
         return self.program.gather(value, order.astype(np.int32), list(target), encode(act))
+
+
+def _fused_sums(network: Network) -> dict[int, tuple[int, int]]:
+    """Convolutions that can do the addition which follows: the step, to the addition's and the value it adds."""
+    uses = Counter(value for step in network.steps for value in step.inputs)
+    found = {}
+    for index, step in enumerate(network.steps):
+        if step.op.name != "add" or len(set(step.inputs)) != 2:
+            continue
+        other, value = sorted(step.inputs)
+        before = network.steps[value - 1]
+        if (
+            isinstance(before.op, (Conv2d, ConvTranspose2d))
+            and before.activation == IDENTITY
+            and uses[value] == 1
+            and network.shapes[other] == network.shapes[value]
+        ):
+            found[value - 1] = (index, other)
+    return found
 
 
 def encode(activation: Activation) -> tuple[int, float, float]:
@@ -238,6 +268,7 @@ def _convolution(to: Lowering, step: Step, values: list[int], shapes: list[Shape
         groups=op.groups,
         transposed=transposed,
         activation=encode(step.activation),
+        addend=values[1] if len(values) > 1 else -1,
     )
 
 
