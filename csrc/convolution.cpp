@@ -6,6 +6,7 @@
 #include "correlation.h"
 #include "cost.h"
 #include "planar.h"
+#include "polyphase.h"
 #include "winograd.h"
 
 namespace fastinv {
@@ -28,13 +29,25 @@ bool prefers_winograd(const Kernels& kernels, const Geometry& geometry) {
   return Winograd::applies(geometry) && winograd_cost(kernels, geometry) < direct_cost(kernels, geometry);
 }
 
+double best_polyphase_cost(const Kernels& kernels, const Geometry& geometry) {
+  return polyphase_cost(kernels, geometry, polyphase_outputs(kernels, geometry));
+}
+
+bool prefers_polyphase(const Kernels& kernels, const Geometry& geometry) {
+  return Polyphase::applies(geometry) && best_polyphase_cost(kernels, geometry) < direct_cost(kernels, geometry);
+}
+
+double channels_last_cost(const Kernels& kernels, const Geometry& geometry) {
+  if (prefers_winograd(kernels, geometry)) return winograd_cost(kernels, geometry);
+  if (prefers_polyphase(kernels, geometry)) return best_polyphase_cost(kernels, geometry);
+  return direct_cost(kernels, geometry);
+}
+
 }  // namespace
 
 bool stays_row_major(const Kernels& kernels, const Geometry& geometry) {
   if (!Planar::applies(geometry)) return false;
-  const double channels_last =
-      prefers_winograd(kernels, geometry) ? winograd_cost(kernels, geometry) : direct_cost(kernels, geometry);
-  return planar_cost(kernels, geometry) < channels_last + layout_cost(kernels, geometry);
+  return planar_cost(kernels, geometry) < channels_last_cost(kernels, geometry) + layout_cost(kernels, geometry);
 }
 
 std::unique_ptr<const Convolution> make_convolution(const Kernels& kernels, const Geometry& geometry,
@@ -42,6 +55,9 @@ std::unique_ptr<const Convolution> make_convolution(const Kernels& kernels, cons
   if (row_major) return std::make_unique<Planar>(kernels, geometry, weight, bias);
   if (prefers_winograd(kernels, geometry)) {
     return std::make_unique<Winograd>(kernels, geometry, weight, bias);
+  }
+  if (prefers_polyphase(kernels, geometry)) {
+    return std::make_unique<Polyphase>(kernels, geometry, polyphase_outputs(kernels, geometry), weight, bias);
   }
   return std::make_unique<Correlation>(kernels, geometry, weight, bias);
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "buffer.h"
+#include "polyphase.h"
 
 namespace fastinv {
 namespace {
@@ -69,6 +70,29 @@ double winograd_cost(const Kernels& kernels, const Geometry& g) {
   // second pass through memory make them count about double.
   const double tile = 36.0 * g.in_channels * out + 450.0 * in + 350.0 * out;
   return tiles * tile / (double(g.axis[0].out) * g.axis[1].out);
+}
+
+double polyphase_cost(const Kernels& kernels, const Geometry& g, int outputs) {
+  const int in = ceil_div(g.in_channels, kernels.width), out = ceil_div(g.out_channels, kernels.width);
+  double plain = 1.0, positions = 1.0;  // products of an image in the phase without transforms, and in all four
+  for (const Axis& axis : g.axis) {
+    double single = 0.0, all = 0.0;
+    for (int first = 0; first < 2; ++first) {
+      const AxisPhase phase = axis_phase(axis, first);
+      if (phase.taps == 1) single += phase.outputs;
+      all += phase.taps == 1 ? phase.outputs : ceil_div(phase.outputs, outputs) * (outputs + 1);
+    }
+    plain *= single;
+    positions *= all;
+  }
+  // The transforms, fitted to measurements of 32 to 256 channels: most of it is stores and the way through L2.
+  const double transforms = 12.0 * in + 8.0 * out + 8.0;
+  const double image = positions * g.in_channels * out + (positions - plain) * transforms;
+  return image / (double(g.axis[0].out) * g.axis[1].out);
+}
+
+int polyphase_outputs(const Kernels& kernels, const Geometry& g) {
+  return polyphase_cost(kernels, g, 2) < polyphase_cost(kernels, g, 4) ? 2 : 4;
 }
 
 }  // namespace fastinv

@@ -21,4 +21,8 @@ double dot_cost(const Kernels& kernels, const Geometry& geometry);
 // Of a 3×3 convolution of stride 1 and one group.
 double winograd_cost(const Kernels& kernels, const Geometry& geometry);
 
+// Of a transposed convolution of stride 2, with tiles of 2 or 4 outputs; and which of the two is better.
+double polyphase_cost(const Kernels& kernels, const Geometry& geometry, int outputs);
+int polyphase_outputs(const Kernels& kernels, const Geometry& geometry);
+
 }  // namespace fastinv

@@ -105,6 +105,28 @@ struct WinogradOutputArgs {
   Activation activation;
 };
 
+// The transforms of one tile of a polyphase convolution, of one axis (3 or 5 positions) or two (9 or 25).
+struct PolyphaseInputArgs {
+  const float* const* pixels;  // as many as positions, row by row
+  int32_t channels;
+  float* out;
+  int64_t position_stride;
+  int32_t positions;
+};
+
+struct PolyphaseOutputArgs {
+  const float* products;
+  int64_t position_stride;
+  int32_t positions;
+  const float* bias;  // [channel]
+  float* out;
+  const float* addend;            // as above
+  int64_t row_step, column_step;  // floats from pixel to pixel
+  int32_t channels;
+  int32_t rows, columns;  // pixels inside the image; one row where one axis is transformed
+  Activation activation;
+};
+
 // ---- correlate in [C, H, W] ----------------------------------------------------------------------------------------
 
 constexpr int kMaxPlanarTaps = 16;  // along a row
@@ -263,6 +285,8 @@ struct Kernels {
   // Winograd's input transform of one tile: 36 pixels to 36 positions, position_stride floats apart.
   void (*winograd_input)(const float* const* pixels, int32_t channels, float* out, int64_t position_stride);
   void (*winograd_output)(const WinogradOutputArgs&);
+  void (*polyphase_input)(const PolyphaseInputArgs&);
+  void (*polyphase_output)(const PolyphaseOutputArgs&);
   void (*max_pool)(const PoolArgs&);
   void (*max_pool_gradient)(const PoolGradientArgs&);
   void (*resample)(const ResampleArgs&);

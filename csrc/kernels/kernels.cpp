@@ -26,6 +26,7 @@ static_assert(kMaxVectors == FASTINV_MAX_VECTORS);
 #include "kernels/depthwise.h"
 #include "kernels/elementwise.h"
 #include "kernels/planar.h"
+#include "kernels/polyphase.h"
 #include "kernels/pool.h"
 #include "kernels/rmle.h"
 #include "kernels/transpose.h"
@@ -46,6 +47,8 @@ const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
     depthwise,
     winograd_input,
     winograd_output,
+    polyphase_input,
+    polyphase_output,
     max_pool,
     max_pool_gradient,
     resample,

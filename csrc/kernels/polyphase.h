@@ -1,0 +1,125 @@
+// The transforms of F(m, 2) along one axis or two, channels in the vector; see csrc/polyphase.h.
+#pragma once
+
+// Bᵀ·d for one line d of m + 1.
+template <int kOutputs>
+FASTINV_INLINE void polyphase_input_line(const V* d, V* t) {
+  if constexpr (kOutputs == 2) {
+    t[0] = sub(d[0], d[1]);
+    t[1] = d[1];
+    t[2] = sub(d[1], d[2]);
+  } else {
+    const V odd = sub(d[3], d[1]);
+    t[0] = fma(set1(2.0f), sub(d[0], d[2]), odd);
+    t[1] = sub(odd, add(d[1], d[2]));
+    t[2] = fma(set1(3.0f), sub(d[1], d[2]), odd);
+    t[3] = odd;
+    t[4] = fma(set1(-2.0f), odd, sub(d[4], d[2]));
+  }
+}
+
+// Aᵀ·m for one line m of m + 1.
+template <int kOutputs>
+FASTINV_INLINE void polyphase_output_line(const V* m, V* y) {
+  if constexpr (kOutputs == 2) {
+    y[0] = add(m[0], m[1]);
+    y[1] = sub(m[1], m[2]);
+  } else {
+    const V plus = add(m[1], m[2]), minus = sub(m[1], m[2]);
+    y[0] = add(add(m[0], m[3]), plus);
+    y[1] = fma(set1(2.0f), m[3], minus);
+    y[2] = fma(set1(4.0f), m[3], plus);
+    y[3] = add(fma(set1(8.0f), m[3], minus), m[4]);
+  }
+}
+
+// kRows and kColumns are the inputs of a tile, kRows 1 where only one axis is transformed.
+template <int kRows, int kColumns>
+void polyphase_input_tile(const PolyphaseInputArgs& a) {
+  for (int c = 0; c < a.channels; c += kWidth) {
+    const int lanes = a.channels - c < kWidth ? a.channels - c : kWidth;
+    V rows[kRows][kColumns];
+#pragma GCC unroll 5
+    for (int u = 0; u < kRows; ++u) {
+      V d[kColumns];
+#pragma GCC unroll 5
+      for (int v = 0; v < kColumns; ++v) d[v] = load_first(a.pixels[u * kColumns + v] + c, lanes);
+      polyphase_input_line<kColumns - 1>(d, rows[u]);
+    }
+#pragma GCC unroll 5
+    for (int v = 0; v < kColumns; ++v) {
+      V t[kRows];
+      if constexpr (kRows == 1) {
+        t[0] = rows[0][v];
+      } else {
+        V d[kRows];
+#pragma GCC unroll 5
+        for (int u = 0; u < kRows; ++u) d[u] = rows[u][v];
+        polyphase_input_line<kRows - 1>(d, t);
+      }
+#pragma GCC unroll 5
+      for (int u = 0; u < kRows; ++u) store_first(a.out + (u * kColumns + v) * a.position_stride + c, t[u], lanes);
+    }
+  }
+}
+
+template <int kRows, int kColumns>
+void polyphase_output_tile(const PolyphaseOutputArgs& a) {
+  constexpr int kOutRows = kRows == 1 ? 1 : kRows - 1, kOutColumns = kColumns - 1;
+  for (int c = 0; c < a.channels; c += kWidth) {
+    const int lanes = a.channels - c < kWidth ? a.channels - c : kWidth;
+    V columns[kColumns][kOutRows];
+#pragma GCC unroll 5
+    for (int v = 0; v < kColumns; ++v) {
+      V m[kRows];
+#pragma GCC unroll 5
+      for (int u = 0; u < kRows; ++u) m[u] = load_first(a.products + (u * kColumns + v) * a.position_stride + c, lanes);
+      if constexpr (kRows == 1) {
+        columns[v][0] = m[0];
+      } else {
+        polyphase_output_line<kOutRows>(m, columns[v]);
+      }
+    }
+    const V bias = load_first(a.bias + c, lanes);
+#pragma GCC unroll 4
+    for (int u = 0; u < kOutRows; ++u) {
+      if (u >= a.rows) break;
+      V m[kColumns], y[kOutColumns];
+#pragma GCC unroll 5
+      for (int v = 0; v < kColumns; ++v) m[v] = columns[v][u];
+      polyphase_output_line<kOutColumns>(m, y);
+#pragma GCC unroll 4
+      for (int v = 0; v < kOutColumns; ++v) {
+        if (v >= a.columns) break;
+        const int64_t at = u * a.row_step + v * a.column_step + c;
+        V result = add(y[v], bias);
+        if (a.addend) result = add(result, load_first(a.addend + at, lanes));
+        store_first(a.out + at, activate_cheap(result, a.activation.kind), lanes);
+      }
+    }
+  }
+  if (is_cheap(a.activation.kind)) return;
+  for (int u = 0; u < a.rows; ++u) {
+    for (int v = 0; v < a.columns; ++v) {
+      activate_in_place(a.out + u * a.row_step + v * a.column_step, a.channels, a.activation);
+    }
+  }
+}
+
+void polyphase_input(const PolyphaseInputArgs& a) {
+  switch (a.positions) {
+    case 3: return polyphase_input_tile<1, 3>(a);
+    case 5: return polyphase_input_tile<1, 5>(a);
+    case 9: return polyphase_input_tile<3, 3>(a);
+    default: return polyphase_input_tile<5, 5>(a);
+  }
+}
+
+void polyphase_output(const PolyphaseOutputArgs& a) {
+  switch (a.positions) {
+    case 3: return polyphase_output_tile<1, 3>(a);
+    case 5: return polyphase_output_tile<1, 5>(a);
+    case 9: return polyphase_output_tile<3, 3>(a);
+    default: return polyphase_output_tile<5, 5>(a);
+  }
+}

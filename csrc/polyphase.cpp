@@ -1,0 +1,287 @@
+#include "polyphase.h"
+
+#include <algorithm>
+
+#include "cost.h"
+
+namespace fastinv {
+namespace {
+
+constexpr int kMaxInputs = 5;  // of a tile along an axis
+
+// G by number of outputs. The points are 0, 1 and ∞ for F(2, 2), with −1 and 2 for F(4, 2); which of ±2 and ±1/2 is the
+// fourth makes no difference to the error. The factors that make Bᵀ whole numbers are here.
+constexpr double kG1[1][2] = {{1, 0}};
+constexpr double kG2[3][2] = {{1, 0}, {1, 1}, {0, 1}};
+constexpr double kG4[5][2] = {{1.0 / 2, 0}, {-1.0 / 2, -1.0 / 2}, {-1.0 / 6, 1.0 / 6}, {1.0 / 6, 1.0 / 3}, {0, 1}};
+
+const double (*filter_transform(int outputs))[2] { return outputs == 1 ? kG1 : outputs == 2 ? kG2 : kG4; }
+
+// Transformed inputs and products of a chunk of tiles should stay in L2 (1 MiB on Zen 4) beside the weights of one
+// position; with fewer tiles the weights would be read more often from farther away.
+constexpr int64_t kChunkFloats = 640 * 1024 / sizeof(float);
+constexpr int64_t kGroupFloats = 256 * 1024 / sizeof(float);  // of images that every phase reads from L2
+constexpr int64_t kMaxChunk = 32;  // in tiles of the product's rows; more would not make weights cheaper
+
+}  // namespace
+
+AxisPhase axis_phase(const Axis& axis, int first) {
+  const int parity = (first + axis.padding) % 2;  // of the taps
+  AxisPhase phase = {};
+  phase.first = first;
+  phase.outputs = axis.out > first ? ceil_div(axis.out - first, 2) : 0;
+  phase.taps = (axis.kernel - parity + 1) / 2;
+  phase.last_tap = parity + 2 * (phase.taps - 1);
+  phase.start = (first + axis.padding - phase.last_tap) / 2;  // exact: they have the same parity
+  return phase;
+}
+
+bool Polyphase::applies(const Geometry& g) {
+  const auto fits = [](const Axis& a) { return a.stride == 2 && a.kernel >= 2 && a.kernel <= 4 && a.dilation == 1; };
+  return g.transposed && g.groups == 1 && fits(g.axis[0]) && fits(g.axis[1]);
+}
+
+Polyphase::Polyphase(const Kernels& kernels, const Geometry& geometry, int outputs, const WeightAt& weight,
+                     const float* bias)
+    : kernels_(kernels), geometry_(geometry), outputs_(outputs), zeros_(geometry.in_channels) {
+  position_weights_ = geometry.in_channels * round_up(geometry.out_channels, kernels.width);
+  plan_products();
+  for (int y = 0; y < std::min(geometry.axis[0].out, 2); ++y) {
+    for (int x = 0; x < std::min(geometry.axis[1].out, 2); ++x) add_phase(y, x);
+  }
+  pack(weight, bias);
+}
+
+void Polyphase::add_phase(int first_y, int first_x) {
+  const int in = geometry_.in_channels, out = geometry_.out_channels;
+  Phase p = {};
+  p.axis[0] = axis_phase(geometry_.axis[0], first_y);
+  p.axis[1] = axis_phase(geometry_.axis[1], first_x);
+  for (int a = 0; a < 2; ++a) {
+    p.tile[a] = p.axis[a].taps == 2 ? outputs_ : 1;
+    p.inputs[a] = p.tile[a] + p.axis[a].taps - 1;
+    p.tiles[a] = ceil_div(p.axis[a].outputs, p.tile[a]);
+  }
+  p.positions = p.inputs[0] * p.inputs[1];
+  if (!phases_.empty()) p.weights = phases_.back().weights + phases_.back().positions * position_weights_;
+  if (p.plain()) {
+    plan_plain(&p);
+  } else {
+    p.units = int64_t{p.tiles[0]} * p.tiles[1];
+    const int64_t fitting = kChunkFloats / (p.positions * int64_t{in + out});
+    p.chunk = static_cast<int>(std::clamp<int64_t>(fitting / kMaxTilePixels, 1, kMaxChunk)) * kMaxTilePixels;
+    // One line more between positions: strides that are powers of two would put all of them into the same cache sets.
+    p.in_stride = round_up(int64_t{p.chunk} * in, kLineFloats) + kLineFloats;
+    p.out_stride = round_up(int64_t{p.chunk} * out, kLineFloats) + kLineFloats;
+  }
+  phases_.push_back(p);
+}
+
+// Tile k holds k + 1 rows of the product; its run reads as many rows of transformed inputs.
+void Polyphase::plan_products() {
+  for (int pixels = 1; pixels <= kMaxTilePixels; ++pixels) {
+    Tile tile = {};
+    Run run = {};
+    tile.first_run = pixels - 1;
+    tile.runs = 1;
+    tile.pixels = pixels;
+    run.length = geometry_.in_channels;
+    for (int p = 0; p < pixels; ++p) {
+      run.offset[p] = p * geometry_.in_channels;
+      tile.out[p] = p * geometry_.out_channels;
+    }
+    product_tiles_.push_back(tile);
+    product_runs_.push_back(run);
+  }
+}
+
+// A phase of one tap takes its pixels from the image and writes them into it.
+void Polyphase::plan_plain(Phase* phase) {
+  const Axis &rows = geometry_.axis[0], &columns = geometry_.axis[1];
+  const AxisPhase &py = phase->axis[0], &px = phase->axis[1];
+  phase->first_plain = static_cast<int>(product_tiles_.size());
+  const int total = py.outputs * px.outputs;
+  phase->units = ceil_div(total, kMaxTilePixels);
+  for (int t = 0, pixel = 0; t < phase->units; ++t) {
+    Tile tile = {};
+    Run run = {};
+    tile.first_run = static_cast<int32_t>(product_runs_.size());
+    tile.runs = 1;
+    tile.pixels = total / static_cast<int>(phase->units) + (t < total % phase->units ? 1 : 0);
+    run.length = geometry_.in_channels;
+    for (int p = 0; p < tile.pixels; ++p, ++pixel) {
+      const int i = pixel / px.outputs, j = pixel % px.outputs, y = py.start + i, x = px.start + j;
+      const bool inside = y >= 0 && y < rows.in && x >= 0 && x < columns.in;
+      run.offset[p] = inside ? (y * columns.in + x) * geometry_.in_channels : kOutside;
+      tile.out[p] = ((py.first + 2 * i) * columns.out + px.first + 2 * j) * geometry_.out_channels;
+    }
+    product_tiles_.push_back(tile);
+    product_runs_.push_back(run);
+  }
+}
+
+void Polyphase::pack(const WeightAt& weight, const float* bias) {
+  const int in = geometry_.in_channels, out = geometry_.out_channels;
+  const int padded = static_cast<int>(round_up(out, kernels_.width));
+  const int block = kernels_.max_vectors * kernels_.width;
+  weights_ = Buffer(phases_.back().weights + phases_.back().positions * position_weights_);
+  bias_ = Buffer(padded);
+  if (bias) std::copy_n(bias, out, bias_.data());
+  for (const Phase& phase : phases_) {
+    const AxisPhase &py = phase.axis[0], &px = phase.axis[1];
+    const auto rows = filter_transform(phase.tile[0]), columns = filter_transform(phase.tile[1]);
+    for (int o = 0; o < out; ++o) {
+      const int first = o / block * block, span = std::min(block, padded - first);
+      for (int i = 0; i < in; ++i) {
+        double taps[2][2] = {};
+        for (int y = 0; y < py.taps; ++y) {
+          for (int x = 0; x < px.taps; ++x) taps[y][x] = weight(0, o, i, py.last_tap - 2 * y, px.last_tap - 2 * x);
+        }
+        float* to = weights_.data() + phase.weights + int64_t{first} * in + int64_t{i} * span + (o - first);
+        for (int u = 0; u < phase.inputs[0]; ++u) {
+          for (int v = 0; v < phase.inputs[1]; ++v, to += position_weights_) {
+            double value = 0.0;
+            for (int y = 0; y < 2; ++y) {
+              for (int x = 0; x < 2; ++x) value += rows[u][y] * columns[v][x] * taps[y][x];
+            }
+            *to = static_cast<float>(value);
+          }
+        }
+      }
+    }
+  }
+}
+
+void Polyphase::transform_inputs(const Phase& phase, const Operands& operands, int64_t first, int count,
+                                 float* transformed) const {
+  const Axis &rows = geometry_.axis[0], &columns = geometry_.axis[1];
+  const int channels = geometry_.in_channels;
+  for (int t = 0; t < count; ++t) {
+    const int64_t image = (first + t) / phase.units;
+    const int tile = static_cast<int>((first + t) % phase.units);
+    const float* in = operands.in + image * operands.in_stride;
+    const int y0 = phase.axis[0].start + tile / phase.tiles[1] * phase.tile[0];
+    const int x0 = phase.axis[1].start + tile % phase.tiles[1] * phase.tile[1];
+    const float* pixels[kMaxInputs * kMaxInputs];
+    const float** pixel = pixels;
+    for (int y = y0; y < y0 + phase.inputs[0]; ++y) {
+      for (int x = x0; x < x0 + phase.inputs[1]; ++x) {
+        const bool inside = y >= 0 && y < rows.in && x >= 0 && x < columns.in;
+        *pixel++ = inside ? in + (int64_t{y} * columns.in + x) * channels : zeros_.data();
+      }
+    }
+    kernels_.polyphase_input({pixels, channels, transformed + int64_t{t} * channels, phase.in_stride, phase.positions});
+  }
+}
+
+void Polyphase::multiply(const Phase& phase, int count, const float* transformed, float* products) const {
+  const int in = geometry_.in_channels, out = geometry_.out_channels;
+  const int tiles = ceil_div(count, kMaxTilePixels);
+  TileRow rows[kMaxChunk];
+  for (int t = 0, begin = 0; t < tiles; ++t) {
+    const int size = count / tiles + (t < count % tiles ? 1 : 0);
+    rows[t] = {size - 1, 1, int64_t{begin} * in, int64_t{begin} * out};
+    begin += size;
+  }
+  for (int position = 0; position < phase.positions; ++position) {
+    kernels_.correlate({transformed + position * phase.in_stride,
+                        products + position * phase.out_stride,
+                        nullptr,
+                        rows,
+                        tiles,
+                        product_tiles_.data(),
+                        product_runs_.data(),
+                        weights_.data() + phase.weights + position * position_weights_,
+                        in,
+                        nullptr,
+                        out,
+                        nullptr,
+                        {}});
+  }
+}
+
+void Polyphase::transform_outputs(const Phase& phase, const Operands& operands, const float* products, int64_t first,
+                                  int count) const {
+  const AxisPhase &py = phase.axis[0], &px = phase.axis[1];
+  const int channels = geometry_.out_channels, width = geometry_.axis[1].out;
+  for (int t = 0; t < count; ++t) {
+    const int64_t image = (first + t) / phase.units;
+    const int tile = static_cast<int>((first + t) % phase.units);
+    const int i = tile / phase.tiles[1] * phase.tile[0], j = tile % phase.tiles[1] * phase.tile[1];
+    const int64_t at = (int64_t{py.first + 2 * i} * width + px.first + 2 * j) * channels;
+    const int rows = std::min(phase.tile[0], py.outputs - i), columns = std::min(phase.tile[1], px.outputs - j);
+    const bool upright = phase.tile[1] == 1;  // one column: the kernel sees it as a row
+    kernels_.polyphase_output({products + int64_t{t} * channels, phase.out_stride, phase.positions, bias_.data(),
+                               operands.out + image * operands.out_stride + at,
+                               operands.addend ? operands.addend + image * operands.addend_stride + at : nullptr,
+                               int64_t{2} * width * channels, int64_t{2} * (upright ? width : 1) * channels, channels,
+                               upright ? 1 : rows, upright ? rows : columns, operands.activation});
+  }
+}
+
+void Polyphase::run_tiles(const Phase& phase, const Operands& operands, int64_t first, int64_t last,
+                          float* scratch) const {
+  float* products = scratch + phase.positions * phase.in_stride;
+  for (int64_t begin = first; begin < last; begin += phase.chunk) {
+    const int count = static_cast<int>(std::min<int64_t>(phase.chunk, last - begin));
+    transform_inputs(phase, operands, begin, count, scratch);
+    multiply(phase, count, scratch, products);
+    transform_outputs(phase, operands, products, begin, count);
+  }
+}
+
+void Polyphase::run_plain(const Phase& phase, const Operands& x, int64_t first, int64_t last) const {
+  for (int64_t begin = first; begin < last;) {
+    const int64_t image = begin / phase.units, end = std::min(last, (image + 1) * phase.units);
+    const TileRow row = {phase.first_plain + static_cast<int32_t>(begin - image * phase.units),
+                         static_cast<int32_t>(end - begin), 0, 0};
+    kernels_.correlate({x.in + image * x.in_stride, x.out + image * x.out_stride, zeros_.data(), &row, 1,
+                        product_tiles_.data(), product_runs_.data(), weights_.data() + phase.weights,
+                        geometry_.in_channels, bias_.data(), geometry_.out_channels,
+                        x.addend ? x.addend + image * x.addend_stride : nullptr, x.activation});
+    begin = end;
+  }
+}
+
+void Polyphase::run(const Operands& operands, Share share, float* scratch) const {
+  const int64_t size = int64_t{geometry_.in_channels} * geometry_.axis[0].in * geometry_.axis[1].in;
+  const int64_t group = std::max<int64_t>(1, kGroupFloats / size);
+  Operands some = operands;
+  for (int64_t first = 0; first < operands.images; first += group) {
+    some.images = std::min(group, operands.images - first);
+    some.in = operands.in + first * operands.in_stride;
+    some.out = operands.out + first * operands.out_stride;
+    if (operands.addend) some.addend = operands.addend + first * operands.addend_stride;
+    run_group(some, share, scratch);
+  }
+}
+
+// Phases one after the other, each over all images: the weights of one are a quarter of all or so.
+void Polyphase::run_group(const Operands& operands, Share share, float* scratch) const {
+  int64_t total = 0;
+  for (const Phase& phase : phases_) total += operands.images * phase.units * phase.work();
+  int64_t begin = share.begin(total), end = share.end(total);  // from the start of the phase, in products
+  for (const Phase& phase : phases_) {
+    const int64_t units = operands.images * phase.units, work = phase.work();
+    const auto unit = [&](int64_t products) { return std::clamp<int64_t>((products + work - 1) / work, 0, units); };
+    const int64_t first = unit(begin), last = unit(end);
+    if (first < last) {
+      phase.plain() ? run_plain(phase, operands, first, last) : run_tiles(phase, operands, first, last, scratch);
+    }
+    begin -= units * work;
+    end -= units * work;
+  }
+}
+
+int64_t Polyphase::scratch_floats() const {
+  int64_t most = 0;
+  for (const Phase& p : phases_) most = std::max(most, p.positions * (p.in_stride + p.out_stride));
+  return most;
+}
+
+std::string Polyphase::algorithm() const {
+  const std::string m = std::to_string(outputs_);
+  return "polyphase winograd " + m + "x" + m;
+}
+
+}  // namespace fastinv

@@ -1,0 +1,77 @@
+// Transposed convolutions of stride 2 by Winograd's minimal filtering F(m, 2), m 2 or 4.
+//
+// Outputs of one parity in each axis are a convolution of stride 1: four phases, which share nothing but the input. A
+// kernel of 3 taps gives the phases of an axis 2 taps and 1, one of 4 taps 2 and 2. Along an axis with 2 taps m outputs
+// take m + 1 products instead of 2m: y = Aᵀ[(G g) ⊙ (Bᵀ d)] (Lavin and Gray, "Fast Algorithms for Convolutional Neural
+// Networks", 2016), nested where both axes have 2 taps. For 4×4 inputs under a 3×3 kernel that is 25 + 20 + 20 + 16 =
+// 81 products instead of 144. For each position of a phase the products over channels are one matrix product.
+#pragma once
+
+#include <vector>
+
+#include "buffer.h"
+#include "convolution.h"
+
+namespace fastinv {
+
+// The outputs of one parity along an axis, a correlation of stride 1: output first + 2·i reads input start + i + j by
+// tap last_tap − 2·j, for j < taps.
+struct AxisPhase {
+  int first, outputs, start, taps, last_tap;
+};
+
+AxisPhase axis_phase(const Axis& axis, int first);
+
+class Polyphase : public Convolution {
+ public:
+  // Whether the geometry is a transposed convolution of stride 2 with 2 to 4 taps an axis, without groups or dilation.
+  static bool applies(const Geometry& geometry);
+
+  // `outputs` is m.
+  Polyphase(const Kernels& kernels, const Geometry& geometry, int outputs, const WeightAt& weight, const float* bias);
+
+  void run(const Operands& operands, Share share, float* scratch) const override;
+  int64_t scratch_floats() const override;
+  std::string algorithm() const override;
+
+ private:
+  struct Phase {
+    AxisPhase axis[2];
+    int tile[2];                    // outputs of a tile: m, and 1 along an axis with one tap
+    int inputs[2];                  // of a tile, which are its positions too
+    int tiles[2];                   // of an image
+    int positions;                  // products of a tile
+    int64_t units;                  // of work in an image: tiles, or tiles of the plain product
+    int64_t weights;                // where they begin
+    int chunk;                      // tiles, of one image or several, that go through all three stages together
+    int64_t in_stride, out_stride;  // floats from position to position
+    int first_plain;                // tile of the plain product
+
+    bool plain() const { return positions == 1; }
+    int64_t work() const { return plain() ? kMaxTilePixels : positions; }  // of a unit, in products
+  };
+
+  void add_phase(int first_y, int first_x);
+  void plan_products();
+  void plan_plain(Phase* phase);
+  void pack(const WeightAt& weight, const float* bias);
+  void run_group(const Operands& operands, Share share, float* scratch) const;
+  void run_tiles(const Phase& phase, const Operands& operands, int64_t first, int64_t last, float* scratch) const;
+  void run_plain(const Phase& phase, const Operands& operands, int64_t first, int64_t last) const;
+  void transform_inputs(const Phase& phase, const Operands& operands, int64_t first, int count,
+                        float* transformed) const;
+  void multiply(const Phase& phase, int count, const float* transformed, float* products) const;
+  void transform_outputs(const Phase& phase, const Operands& operands, const float* products, int64_t first,
+                         int count) const;
+
+  const Kernels& kernels_;
+  const Geometry geometry_;
+  const int outputs_;
+  std::vector<Phase> phases_;
+  std::vector<Tile> product_tiles_;  // tile k holds k + 1 rows of a matrix product; those of plain phases follow
+  std::vector<Run> product_runs_;
+  Buffer weights_, bias_, zeros_;
+  int64_t position_weights_ = 0;
+};
+
+}  // namespace fastinv
