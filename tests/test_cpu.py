@@ -275,34 +275,3 @@ def test_describe_names_a_kernel_for_every_step() -> None:
     assert all(row["kernel"] and row["bytes"] > 0 for row in layers)
     assert layers[0]["flops"] == 2 * 27 * 64 * 32 * 32
     assert plan[0]["op"] == plan[-1]["op"] == "layout"
-
-
-class Sums(torch.nn.Module):
-    """Additions that the convolution before can do, and some that it cannot."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = (torch.nn.Conv2d(12, 12, 3, padding=1) for _ in range(2))
-        self.strided = torch.nn.Conv2d(12, 12, 3, stride=2, padding=1)
-        self.shortcut = torch.nn.Conv2d(12, 12, 1, stride=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = (x + self.b(self.a(x).relu())).relu()
-        y = (self.strided(y) + self.shortcut(y)).relu()  # the later of the two does it
-        a = self.a(y)
-        y = a + self.b(a)  # a is read twice, b's result once
-        y = y + self.a(y).relu()  # an activation comes between
-        return y + y
-
-
-def test_residual_sums(isa: str) -> None:
-    torch.manual_seed(0)
-    module = Sums().eval()
-    network = export(module, torch.zeros(2, 12, 10, 9))
-    x = randn(3, 12, 10, 9)
-    expected = module.double()(torch.from_numpy(x).double()).detach().numpy()
-    assert relative(run(network, x), expected) < FORWARD_TOLERANCE
-    kernels = [row["kernel"] for row in fastinv.compile(network, backend="cpu").describe()]
-    assert sum(kernel.endswith(", add") for kernel in kernels) == 3
-    assert kernels.count("add") == 2
-    check_gradient(network)

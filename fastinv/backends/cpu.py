@@ -7,7 +7,6 @@ everything it is given here is already in that order.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from fastinv import _core
 from fastinv.backends.base import Array, Report
+from fastinv.backends.cpu_fusion import doubling, fused_sums, fused_upsampling, upsampling_convolution
 from fastinv.errors import BackendError
 from fastinv.network import Network, Step
 from fastinv.ops.activation import IDENTITY, Activation
@@ -28,6 +28,7 @@ from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.max_pool2d import MaxPool2d
 from fastinv.ops.rearrange import Rearrange
 from fastinv.ops.resample import Resample
+from fastinv.ops.upsample import Upsample
 from fastinv.tensors import Source
 
 if TYPE_CHECKING:
@@ -149,11 +150,16 @@ class Lowering:
         self.program: _core.Program = _core.Program(_isa(), list(network.input_shape), differentiable)
         self.values = [0]  # the program's value for every value of the network
         self.launches: list[int] = []  # the step behind every launch
-        sums = _fused_sums(network)
+        sums = fused_sums(network)
         done = {add for add, _ in sums.values()}
+        # The gradient goes back through the two apart: both ways are fast there, and stride 2 is not.
+        self.upsampling = {} if differentiable else fused_upsampling(network)
         for index, step in enumerate(network.steps):
             if index in done:  # by the convolution before
                 self.values.append(self.values[max(step.inputs)])
+                continue
+            if index in self.upsampling.values():  # by the convolution that follows
+                self.values.append(self.values[step.inputs[0]])
                 continue
             shapes = [network.shapes[i] for i in step.inputs]
             values = [self.values[i] for i in step.inputs]
@@ -161,10 +167,25 @@ class Lowering:
                 add, other = sums[index]
                 step = replace(step, activation=network.steps[add].activation)
                 values.append(self.values[other])
-            self.values.append(LOWERINGS[step.op.name](self, step, values, shapes, network.shapes[index + 1]))
+            if index in self.upsampling:
+                step = self._upsampled(step, network.steps[self.upsampling[index]])
+            lower = LOWERINGS[step.op.name]
+            self.values.append(lower(self, step, values, shapes, network.shapes[index + 1]))
             self.launches += [index] * (self.values[-1] - len(self.launches))
         last = self.program.finish(self.values[-1])
         self.launches += [len(network.steps) - 1] * (last - len(self.launches))
+
+    def _upsampled(self, step: Step, before: Step) -> Step:
+        """The convolution, with the upsampling before it, as one transposed convolution."""
+        assert isinstance(step.op, Conv2d)
+        assert isinstance(before.op, Upsample)
+        factors = doubling(before.op, self.network.shapes[before.inputs[0]])
+        assert factors is not None
+        weight, padding = upsampling_convolution(
+            step.weights["weight"], (step.op.padding[0], step.op.padding[2]), factors, step.op.groups
+        )
+        op = ConvTranspose2d(stride=factors, padding=padding, groups=step.op.groups)
+        return replace(step, op=op, weights={"weight": weight, "bias": step.weights["bias"]})
 
     def rearrange(self, value: int, index: npt.NDArray[np.int64], source: Shape, target: Shape, act: Activation) -> int:
         """Elements in a new order; `index` holds positions in the row-major input, shaped as the output.
@@ -184,25 +205,6 @@ class Lowering:
 
     def _gather(self, value: int, order: npt.NDArray[np.int64], target: Shape, act: Activation) -> int:
         return self.program.gather(value, order.astype(np.int32), list(target), encode(act))
-
-
-def _fused_sums(network: Network) -> dict[int, tuple[int, int]]:
-    """Convolutions that can do the addition which follows: the step, to the addition's and the value it adds."""
-    uses = Counter(value for step in network.steps for value in step.inputs)
-    found = {}
-    for index, step in enumerate(network.steps):
-        if step.op.name != "add" or len(set(step.inputs)) != 2:
-            continue
-        other, value = sorted(step.inputs)
-        before = network.steps[value - 1]
-        if (
-            isinstance(before.op, (Conv2d, ConvTranspose2d))
-            and before.activation == IDENTITY
-            and uses[value] == 1
-            and network.shapes[other] == network.shapes[value]
-        ):
-            found[value - 1] = (index, other)
-    return found
 
 
 def encode(activation: Activation) -> tuple[int, float, float]:

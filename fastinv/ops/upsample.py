@@ -53,7 +53,7 @@ class Upsample(Resample):
         matrix = np.zeros((count, size))
         rows = np.arange(count)
         if self.mode == "nearest":
-            matrix[rows, self._nearest(axis, size)] = 1
+            matrix[rows, self.source(axis, size)] = 1
             return matrix
         if count == size:  # PyTorch copies, whatever the scales
             return np.eye(size)
@@ -68,7 +68,7 @@ class Upsample(Resample):
         matrix[rows, np.minimum(low + 1, size - 1)] += part
         return matrix
 
-    def _nearest(self, axis: int, size: int) -> npt.NDArray[np.int64]:
+    def source(self, axis: int, size: int) -> npt.NDArray[np.int64]:
         """The input row or column that each output one copies.
 
         PyTorch rounds positions in the dtype of the data; here they are its float32 ones whatever the dtype.
@@ -86,7 +86,7 @@ class Upsample(Resample):
 
         (x,) = inputs
         if self.mode == "nearest":
-            rows, columns = (torch.from_numpy(self._nearest(axis, x.shape[2 + axis])) for axis in (0, 1))
+            rows, columns = (torch.from_numpy(self.source(axis, x.shape[2 + axis])) for axis in (0, 1))
             return x.index_select(2, rows).index_select(3, columns)
         factors = self.scales or (None, None)
         upsample = torch.ops.aten.upsample_bilinear2d

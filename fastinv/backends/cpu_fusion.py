@@ -1,0 +1,98 @@
+"""Steps that the cpu backend does together: what a convolution can take over from its neighbours."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import numpy.typing as npt
+
+from fastinv.network import Network
+from fastinv.ops.activation import IDENTITY
+from fastinv.ops.base import Pair, Shape
+from fastinv.ops.conv2d import Conv2d
+from fastinv.ops.conv_transpose2d import ConvTranspose2d
+from fastinv.ops.upsample import Upsample
+
+Weight = npt.NDArray[np.float32]
+
+
+def fused_sums(network: Network) -> dict[int, tuple[int, int]]:
+    """Convolutions that can do the addition which follows: the step, to the addition's and the value it adds."""
+    uses = _uses(network)
+    found = {}
+    for index, step in enumerate(network.steps):
+        if step.op.name != "add" or len(set(step.inputs)) != 2:
+            continue
+        other, value = sorted(step.inputs)
+        before = network.steps[value - 1]
+        if (
+            isinstance(before.op, (Conv2d, ConvTranspose2d))
+            and before.activation == IDENTITY
+            and uses[value] == 1
+            and network.shapes[other] == network.shapes[value]
+        ):
+            found[value - 1] = (index, other)
+    return found
+
+
+def fused_upsampling(network: Network) -> dict[int, int]:
+    """Convolutions of an image that nearest upsampling has doubled: the step, to the upsampling's."""
+    uses = _uses(network)
+    found = {}
+    for index, step in enumerate(network.steps):
+        value = step.inputs[0]
+        before = network.steps[value - 1] if value > 0 else None
+        if (
+            before is not None
+            and isinstance(before.op, Upsample)
+            and before.activation == IDENTITY
+            and uses[value] == 1
+            and isinstance(step.op, Conv2d)
+            and step.op.stride == step.op.dilation == (1, 1)
+            and step.op.padding[0] < step.weights["weight"].shape[2]
+            and step.op.padding[2] < step.weights["weight"].shape[3]
+            and doubling(before.op, network.shapes[before.inputs[0]]) is not None
+        ):
+            found[index] = value - 1
+    return found
+
+
+def doubling(op: Upsample, shape: Shape) -> Pair | None:
+    """How often an image [C, H, W] has each row and column repeated: once or twice; None for other upsampling."""
+    if op.mode != "nearest":
+        return None
+    factors = []
+    for axis, size in enumerate(shape[1:]):
+        factor = op.output_size[axis] // size
+        if factor not in (1, 2) or not np.array_equal(op.source(axis, size), np.arange(factor * size) // factor):
+            return None
+        factors.append(factor)
+    return (factors[0], factors[1])
+
+
+def upsampling_convolution(weight: Weight, padding: Pair, factors: Pair, groups: int) -> tuple[Weight, Pair]:
+    """Weight and padding of the transposed convolution, of stride `factors`, that upsampling and convolution make.
+
+    Output o of an axis is Σ_t w[t] · x[⌊(o + t − p) / s⌋]: input i counts with Σ w[t] over the t for which
+    0 <= o + t − p − s·i < s. That is a transposed convolution of kernel k − 1 + s and padding k − 1 − p. Doubling a
+    3×3 convolution this way leaves 4 products of each output pixel instead of 9.
+
+    Args:
+        weight: of the convolution, [O, I / groups, kh, kw].
+        padding: of the convolution, top and left.
+    """
+    outputs, inputs, *kernel = weight.shape
+    sizes = [k - 1 + s for k, s in zip(kernel, factors, strict=True)]
+    result = np.zeros((groups * inputs, outputs // groups, *sizes))
+    turned = weight.reshape(groups, outputs // groups, inputs, *kernel).swapaxes(1, 2).reshape(-1, *weight.shape[2:])
+    turned = turned.reshape(groups * inputs, outputs // groups, *kernel)[:, :, ::-1, ::-1]
+    for y in range(factors[0]):
+        for x in range(factors[1]):
+            result[:, :, y : y + kernel[0], x : x + kernel[1]] += turned
+    return result.astype(np.float32), (kernel[0] - 1 - padding[0], kernel[1] - 1 - padding[1])
+
+
+def _uses(network: Network) -> Counter[int]:
+    """How many steps read each value; the network's result counts as read once more."""
+    return Counter([len(network.steps), *(value for step in network.steps for value in step.inputs)])
