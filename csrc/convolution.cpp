@@ -45,9 +45,11 @@ double channels_last_cost(const Kernels& kernels, const Geometry& geometry) {
 
 }  // namespace
 
-bool stays_row_major(const Kernels& kernels, const Geometry& geometry) {
+bool prefers_row_major(const Kernels& kernels, const Geometry& geometry, Layout input) {
   if (!Planar::applies(geometry)) return false;
-  return planar_cost(kernels, geometry) < channels_last_cost(kernels, geometry) + layout_cost(kernels, geometry);
+  const double conversion = layout_cost(kernels, geometry);
+  return planar_cost(kernels, geometry) + (input == Layout::kChannelsLast ? conversion : 0.0) <
+         channels_last_cost(kernels, geometry) + (input == Layout::kRowMajor ? conversion : 0.0);
 }
 
 std::unique_ptr<const Convolution> make_convolution(const Kernels& kernels, const Geometry& geometry,

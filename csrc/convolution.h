@@ -58,8 +58,10 @@ class Convolution {
   virtual std::string algorithm() const = 0;
 };
 
-// Whether it is better to leave images as [C, H, W] than to bring them to [H, W, C] first.
-bool stays_row_major(const Kernels& kernels, const Geometry& geometry);
+enum class Layout { kRowMajor, kChannelsLast, kBoth };  // [C, H, W], [H, W, C], or the same either way
+
+// Whether a convolution of images in this layout is faster on [C, H, W] than on [H, W, C].
+bool prefers_row_major(const Kernels& kernels, const Geometry& geometry, Layout input);
 
 // The convolution in the algorithm that a cost model of shapes and instruction set finds best: the same network takes
 // the same one, and sums in the same order, on every machine with this instruction set. `bias` is [out_channels] or

@@ -140,8 +140,9 @@ int Program::convolution(int input, const float* weight, const float* bias, int 
                     spec.padding[axis],
                     spec.dilation[axis]};
   }
-  const bool free = same_in_both(input) || !channels_last_[static_cast<size_t>(input)];
-  const bool row_major = free && !differentiable_ && stays_row_major(kernels_, g);
+  const bool channels_last = channels_last_[static_cast<size_t>(input)];
+  const Layout layout = same_in_both(input) ? Layout::kBoth : channels_last ? Layout::kChannelsLast : Layout::kRowMajor;
+  const bool row_major = !differentiable_ && prefers_row_major(kernels_, g, layout);
   std::vector<int> inputs = {in_layout(input, !row_major)};
   if (addend >= 0) inputs.push_back(in_layout(addend, !row_major));
   return append_in<ConvolutionNode>(!row_major, activation, std::move(inputs), std::move(output), g, weight, bias,
