@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <stdexcept>
 
 #include "threads.h"
@@ -104,6 +105,35 @@ bool Engine::read(Workspace& workspace, const Source& in, int64_t first, int64_t
     at = until;
   }
   return kernels.finite(workspace.in.data() + begin, end - begin);
+}
+
+std::vector<double> Engine::profile(double seconds) const {
+  using Clock = std::chrono::steady_clock;
+  const auto& nodes = program_.nodes();
+  const auto w = make_workspace();
+  w->in = Buffer(stride_.front() * block_);
+  w->out = Buffer(stride_.back() * block_);
+  w->data.front() = w->in.data();
+  w->data.back() = w->out.data();
+  for (int64_t i = 0; i < w->in.size(); ++i) w->in[i] = static_cast<float>(i * 2654435761 % 2048) / 1024.0f - 1.0f;
+  const Frame frame = {w->data.data(), stride_.data(), w->scratch.data()};
+  std::vector<std::vector<double>> samples(nodes.size());
+  parallel_for(1, 1, [&](int, int64_t) {
+    const auto begin = Clock::now();
+    do {
+      for (size_t k = 0; k < nodes.size(); ++k) {
+        const auto from = Clock::now();
+        nodes[k]->forward(frame, block_, {});
+        samples[k].push_back(std::chrono::duration<double>(Clock::now() - from).count());
+      }
+    } while (std::chrono::duration<double>(Clock::now() - begin).count() < seconds || samples.front().size() < 3);
+  });
+  std::vector<double> medians;
+  for (std::vector<double>& times : samples) {
+    std::nth_element(times.begin(), times.begin() + static_cast<int64_t>(times.size() / 2), times.end());
+    medians.push_back(times[times.size() / 2] / static_cast<double>(block_));
+  }
+  return medians;
 }
 
 // Whether the threads work on each image together: few images would leave some of them idle, and each image is long

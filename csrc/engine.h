@@ -29,6 +29,9 @@ class Engine {
   bool run(const Source& in, float* out, int64_t n) { return run(in, out, nullptr, n); }
   bool run(const Source& in, uint8_t* out, int64_t n) { return run(in, nullptr, out, n); }
 
+  // Seconds that one thread spends in each node for one image, from runs over a block that take about so long in all.
+  std::vector<double> profile(double seconds) const;
+
   const Program& program() const { return program_; }
   int64_t workspace_bytes() const {
     return (arena_size_ * block_ + program_.scratch_floats()) * int64_t{sizeof(float)};

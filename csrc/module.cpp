@@ -73,9 +73,9 @@ int linear(Program& p, int input, const FloatArray& weight, const FloatArray& bi
   return p.linear(input, weight.data(), bias.data(), std::move(output), to_activation(activation));
 }
 
-std::vector<std::string> describe(const Program& program) {
-  std::vector<std::string> lines;
-  for (const auto& node : program.nodes()) lines.push_back(node->describe());
+std::vector<std::pair<std::string, bool>> describe(const Program& program) {
+  std::vector<std::pair<std::string, bool>> lines;
+  for (const auto& node : program.nodes()) lines.emplace_back(node->describe(), node->shares_image());
   return lines;
 }
 
@@ -247,7 +247,11 @@ PYBIND11_MODULE(_core, m) {
       .def("run", &run_engine, py::arg("x"), py::arg("out"), py::arg("scale").noconvert() = FloatArray(0),
            py::arg("zero_point").noconvert() = FloatArray(0),
            "Features of any type to floats or bytes. False when they hold NaN or Inf: the results mean nothing.")
-      .def("describe", [](const Engine& e) { return describe(e.program()); })
+      .def(
+          "describe", [](const Engine& e) { return describe(e.program()); },
+          "For every launch the kernel, and whether threads share a single image.")
+      .def("profile", &Engine::profile, py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
+           "Seconds that one thread spends in each launch, for one image.")
       .def_property_readonly("isa", [](const Engine& e) { return std::string(e.program().kernels().isa); })
       .def_property_readonly("block", &Engine::block, "Images a thread takes at once.")
       .def_property_readonly("workspace_bytes", &Engine::workspace_bytes, "Memory of one thread.");

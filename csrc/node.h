@@ -42,6 +42,9 @@ class Node {
   // where `first`, adds to what is there otherwise.
   virtual void backward(const Frame& values, const Frame& grads, size_t input, bool first) const = 0;
 
+  // Whether the shares of a single image's work are of about the same size; else one worker does all of it.
+  virtual bool shares_image() const { return false; }
+
   // What runs: kernel and, where there is a choice, its form.
   virtual std::string describe() const = 0;
 

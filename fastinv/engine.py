@@ -77,9 +77,19 @@ class Engine:
             with tensors.staged(out) as part:
                 self._compiled.run(values, part)
 
-    def describe(self) -> list[dict[str, Any]]:
-        """The plan: one entry for each kernel launch (kernel, step, shapes, FLOPs, bytes)."""
-        return self._compiled.describe()
+    def describe(self, measure: bool = False) -> list[dict[str, Any]]:
+        """The plan, one entry for each kernel launch.
+
+        Each has `step` (its number in the network), `op`, `source` (where it comes from), `kernel` (algorithm and
+        register tile), `activation`, `output` (shape), and for one image `flops` (of the direct form, whatever the
+        algorithm; 0 for launches that only move data) and `bytes` (weights, inputs and outputs, each once). The cpu
+        backend adds `images` (that a thread takes through all layers at once) and `split` (what threads share out).
+
+        Args:
+            measure: time every launch, on one thread, for a tenth of a second in all: adds `seconds` and `gflops`
+                (10^9 direct-form FLOPs a second), for one image. The cpu backend can do that.
+        """
+        return self._compiled.describe(measure)
 
     def __repr__(self) -> str:
         shapes = f"{list(self.network.input_shape)} -> {list(self.network.output_shape)}"

@@ -275,3 +275,11 @@ def test_describe_names_a_kernel_for_every_step() -> None:
     assert all(row["kernel"] and row["bytes"] > 0 for row in layers)
     assert layers[0]["flops"] == 2 * 27 * 64 * 32 * 32
     assert plan[0]["op"] == plan[-1]["op"] == "layout"
+    assert {row["split"] for row in layers} == {"images", "images, and within one"}
+    assert "seconds" not in plan[0]
+
+
+def test_describe_measures_on_request() -> None:
+    plan = fastinv.compile(make_edge("conv11"), backend="cpu").describe(measure=True)
+    assert all(row["seconds"] > 0 for row in plan)
+    assert all((row["gflops"] > 0) == (row["flops"] > 0) for row in plan)

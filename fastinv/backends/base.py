@@ -53,8 +53,8 @@ class CompiledNetwork(Protocol):
         promised about `out`.
         """
 
-    def describe(self) -> list[dict[str, Any]]:
-        """The plan: one entry per kernel launch (kernel, step, shapes, FLOPs, bytes)."""
+    def describe(self, measure: bool = False) -> list[dict[str, Any]]:
+        """The plan, as `fastinv.Engine.describe` gives it."""
 
 
 class CompiledSolver(Protocol):

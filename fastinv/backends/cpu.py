@@ -99,8 +99,13 @@ class CpuNetwork:
             return self._engine.run(data, out)
         return self._engine.run(data, out, rows.scale.ravel(), rows.zero_point.ravel())
 
-    def describe(self) -> list[dict[str, Any]]:
-        return _describe(self._network, self._launches, self._engine.describe())
+    def describe(self, measure: bool = False) -> list[dict[str, Any]]:
+        plan = _describe(self._network, self._launches, self._engine)
+        if measure:
+            for row, seconds in zip(plan, self._engine.profile(PROFILE_SECONDS), strict=True):
+                row["seconds"] = seconds
+                row["gflops"] = row["flops"] / seconds / 1e9 if seconds > 0 else 0.0
+        return plan
 
 
 class CpuSolver:
@@ -234,16 +239,19 @@ def _thread_count(threads: int | None) -> int:
     return _core.available_threads() if threads is None else threads
 
 
+PROFILE_SECONDS = 0.1
 LAYOUT_KERNELS = ("layout", "copy")  # launches that no step asked for
 
 
-def _describe(network: Network, launches: Sequence[int], kernels: Sequence[str]) -> list[dict[str, Any]]:
+def _describe(network: Network, launches: Sequence[int], engine: _core.Engine) -> list[dict[str, Any]]:
     plan = []
-    for index, kernel in zip(launches, kernels, strict=True):
+    for index, (kernel, shares_image) in zip(launches, engine.describe(), strict=True):
         step, output = network.steps[index], network.shapes[index + 1]
         own = kernel not in LAYOUT_KERNELS
         row = {"step": index, "op": step.op.name if own else kernel, "kernel": kernel, "output": output}
         row["activation"] = step.activation.kind if own else "identity"
+        row["split"] = "images, and within one" if shares_image else "images"
+        row["images"] = engine.block
         row["flops"] = network.costs[index].flops if own else 0
         row["bytes"] = network.costs[index].bytes if own else 0
         plan.append(row | {"source": step.source})

@@ -73,7 +73,7 @@ class TorchNetwork:
     def run_raw(self, rows: Source, out: npt.NDArray[Any]) -> bool:
         return False
 
-    def describe(self) -> list[dict[str, Any]]:
+    def describe(self, measure: bool = False) -> list[dict[str, Any]]:
         network = self._network
         return [
             {

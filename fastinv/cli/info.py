@@ -17,15 +17,16 @@ from fastinv.network import Network
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the .finv file")
     parser.add_argument("--backend", default="auto", help="whose kernel plan to show")
+    parser.add_argument("--measure", action="store_true", help="time every launch of the plan, on one thread")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> None:
-    found = describe(args.file, args.backend)
+    found = describe(args.file, args.backend, args.measure)
     print(json.dumps(found, indent=2) if args.json else as_text(found))
 
 
-def describe(path: str, backend: str = "auto") -> dict[str, Any]:
+def describe(path: str, backend: str = "auto", measure: bool = False) -> dict[str, Any]:
     """What `path` holds, as JSON values."""
     inverter = fastinv.load(path)
     network: Network = getattr(inverter, inverter.network_field)
@@ -48,7 +49,7 @@ def describe(path: str, backend: str = "auto") -> dict[str, Any]:
         "provenance": dict(inverter.provenance),
         "backend": engine.backend,
         "isa": engine.isa,
-        "plan": engine.describe(),
+        "plan": engine.describe(measure),
     }
 
 
@@ -64,11 +65,15 @@ def as_text(found: dict[str, Any]) -> str:
         f"provenance  {_pairs(found['provenance']) or 'none'}",
         f"plan        {found['backend']}, {found['isa']}",
     ]
-    rows = [
-        [str(e["step"]), e["op"], e["kernel"], e["activation"], _shape(e["output"]), f"{e['flops']:,}"]
-        for e in found["plan"]
-    ]
-    return "\n".join([*lines, table(["step", "op", "kernel", "activation", "output", "FLOPs"], rows)])
+    header = ["step", "op", "kernel", "activation", "output", "FLOPs"]
+    measured = found["plan"] and "seconds" in found["plan"][0]
+    header += ["µs an image", "GFLOP/s"] if measured else []
+    rows = []
+    for e in found["plan"]:
+        rows.append([str(e["step"]), e["op"], e["kernel"], e["activation"], _shape(e["output"]), f"{e['flops']:,}"])
+        if measured:
+            rows[-1] += [f"{e['seconds'] * 1e6:.1f}", f"{e['gflops']:.0f}" if e["flops"] else ""]
+    return "\n".join([*lines, table(header, rows)])
 
 
 def _pairs(values: dict[str, Any]) -> str:
