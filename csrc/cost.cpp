@@ -60,7 +60,9 @@ double planar_cost(const Kernels& kernels, const Geometry& g) {
 
 double layout_cost(const Kernels& kernels, const Geometry& g) {
   const double pixels = double(g.axis[0].in) * g.axis[1].in / (double(g.axis[0].out) * g.axis[1].out);
-  return 6.0 * pixels * g.in_channels / kernels.width;  // load, four shuffles and store of a vector
+  // Load, four shuffles and store of a vector; beyond L2 it waits for memory.
+  const bool resident = 2 * sizeof(float) * g.in_channels * g.axis[0].in * g.axis[1].in <= 512 * 1024;
+  return (resident ? 6.0 : 30.0) * pixels * g.in_channels / kernels.width;
 }
 
 double winograd_cost(const Kernels& kernels, const Geometry& g) {

@@ -108,13 +108,11 @@ void correlate(const CorrelateArgs& args) {
 
 template <int kOutputs, int kPixels>
 void correlate_dot_tile(const CorrelateArgs& args, const Tile& tile, const float* in, float* out, const float* addend,
-                        const float* weights, const float* bias) {
-  V acc[kPixels][kOutputs];
-#pragma GCC unroll 6
-  for (int p = 0; p < kPixels; ++p) {
-#pragma GCC unroll 4
-    for (int o = 0; o < kOutputs; ++o) acc[p][o] = zero();
-  }
+                        const float* weights, const V* bias) {
+  constexpr int kSums = kPixels * kOutputs, kVectors = (kSums + kWidth - 1) / kWidth;
+  V acc[kVectors * kWidth];  // [pixel][output]
+#pragma GCC unroll 32
+  for (int i = 0; i < kVectors * kWidth; ++i) acc[i] = zero();
   const Run* run = args.runs + tile.first_run;
   for (const Run* end = run + tile.runs; run != end; ++run) {
     const float* w = weights + run->weight;
@@ -131,7 +129,7 @@ void correlate_dot_tile(const CorrelateArgs& args, const Tile& tile, const float
       for (int p = 0; p < kPixels; ++p) {
         const V pixels = load(x[p] + k);
 #pragma GCC unroll 4
-        for (int o = 0; o < kOutputs; ++o) acc[p][o] = fma(pixels, row[o], acc[p][o]);
+        for (int o = 0; o < kOutputs; ++o) acc[p * kOutputs + o] = fma(pixels, row[o], acc[p * kOutputs + o]);
       }
     }
     if (k < length) {
@@ -143,33 +141,39 @@ void correlate_dot_tile(const CorrelateArgs& args, const Tile& tile, const float
       for (int p = 0; p < kPixels; ++p) {
         const V pixels = load_first(x[p] + k, n);
 #pragma GCC unroll 4
-        for (int o = 0; o < kOutputs; ++o) acc[p][o] = fma(pixels, row[o], acc[p][o]);
+        for (int o = 0; o < kOutputs; ++o) acc[p * kOutputs + o] = fma(pixels, row[o], acc[p * kOutputs + o]);
       }
     }
   }
-  float sums[kPixels * kOutputs];
+  // Pixels side by side leave their results side by side; those of a strided phase do not.
+  const bool together =
+      tile.out[kPixels - 1] - tile.out[0] == (kPixels - 1) * kOutputs && args.out_channels == kOutputs;
+  float before[kVectors * kWidth], after[kVectors * kWidth];
+  if (addend && !together) {
 #pragma GCC unroll 6
-  for (int p = 0; p < kPixels; ++p) {
-#pragma GCC unroll 4
-    for (int o = 0; o < kOutputs; ++o) {
-      float y = sum(acc[p][o]);
-      if (bias) y += bias[o];
-      if (addend) y += addend[tile.out[p] + o];
-      sums[p * kOutputs + o] = y;
+    for (int p = 0; p < kPixels; ++p) {
+      for (int o = 0; o < kOutputs; ++o) before[p * kOutputs + o] = addend[tile.out[p] + o];
     }
   }
-  if (args.activation.kind != ActivationKind::kIdentity) {
-    activate_in_place(sums, kPixels * kOutputs, args.activation);
+  const float* added = together ? addend + tile.out[0] : before;
+  float* result = together ? out + tile.out[0] : after;
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const int lanes = kSums - v * kWidth < kWidth ? kSums - v * kWidth : kWidth;
+    V y = add(sum_each(acc + v * kWidth), bias[v]);
+    if (addend) y = add(y, load_first(added + v * kWidth, lanes));
+    store_first(result + v * kWidth, activate_cheap(y, args.activation.kind), lanes);
   }
+  if (!is_cheap(args.activation.kind)) activate_in_place(result, kSums, args.activation);
+  if (together) return;
 #pragma GCC unroll 6
   for (int p = 0; p < kPixels; ++p) {
 #pragma GCC unroll 4
-    for (int o = 0; o < kOutputs; ++o) out[tile.out[p] + o] = sums[p * kOutputs + o];
+    for (int o = 0; o < kOutputs; ++o) out[tile.out[p] + o] = after[p * kOutputs + o];
   }
 }
 
-using DotTile = void (*)(const CorrelateArgs&, const Tile&, const float*, float*, const float*, const float*,
-                         const float*);
+using DotTile = void (*)(const CorrelateArgs&, const Tile&, const float*, float*, const float*, const float*, const V*);
 
 template <int kOutputs>
 DotTile correlate_dot_tile_for(int pixels) {
@@ -190,7 +194,11 @@ void correlate_dot(const CorrelateArgs& args) {
                                  : correlate_dot_tile_for<4>(p);
     }
     const float* weights = args.weights + done * args.weight_rows;
-    const float* bias = args.bias ? args.bias + done : nullptr;
+    const int outputs = left < kMaxDotOutputs ? left : kMaxDotOutputs;
+    float repeated[kMaxTilePixels * kMaxDotOutputs + kWidth] = {};  // for each pixel of a tile
+    for (int i = 0; args.bias && i < kMaxTilePixels * outputs; ++i) repeated[i] = args.bias[done + i % outputs];
+    V bias[kMaxTilePixels * kMaxDotOutputs / kWidth + 1];
+    for (int v = 0; v < kMaxTilePixels * outputs; v += kWidth) bias[v / kWidth] = load(repeated + v);
     for (int64_t r = 0; r < args.row_count; ++r) {
       const TileRow& row = args.rows[r];
       const Tile* tile = args.tiles + row.first_tile;

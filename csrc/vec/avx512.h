@@ -14,9 +14,9 @@ using V = __m512;
 using Mask = __mmask16;
 
 constexpr int kWidth = 16;
-constexpr int kMaxVectors = 4;     // 6 × 4 accumulators + 4 weights + 1 broadcast: 29 of 32 registers
-constexpr bool kFreeMasks = true;  // a masked load costs what a plain one does
-constexpr int kDotPixels[] = {0, 6, 6, 6, 6};
+constexpr int kMaxVectors = 4;                 // 6 × 4 accumulators + 4 weights + 1 broadcast: 29 of 32 registers
+constexpr bool kFreeMasks = true;              // a masked load costs what a plain one does
+constexpr int kDotPixels[] = {0, 6, 6, 5, 4};  // with as many outputs at most 16 sums: one vector
 
 FASTINV_INLINE Mask first_lanes(int n) { return static_cast<Mask>((1u << n) - 1u); }
 
@@ -46,6 +46,27 @@ FASTINV_INLINE V sqrt(V a) { return _mm512_sqrt_ps(a); }
 FASTINV_INLINE V abs(V a) { return _mm512_abs_ps(a); }
 FASTINV_INLINE V round(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 FASTINV_INLINE float sum(V a) { return _mm512_reduce_add_ps(a); }
+
+// Lane i is the sum of the lanes of a[i].
+FASTINV_INLINE V sum_each(const V* a) {
+  __m512 pair[8], four[4], eight[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {  // 128-bit lanes: of a[2i] and a[2i + 1] in turns
+    pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d low = _mm512_castps_pd(pair[2 * i]), high = _mm512_castps_pd(pair[2 * i + 1]);
+    four[i] =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88),
+                             _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd));
+  }
+  return _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88), _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
+}
 
 // 2^n for a whole n from −126 to 127.
 FASTINV_INLINE V exp2_whole(V n) {

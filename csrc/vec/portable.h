@@ -70,6 +70,9 @@ FASTINV_INLINE V round(V a) {
 }
 FASTINV_INLINE float sum(V a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 
+// Lane i is the sum of the lanes of a[i].
+FASTINV_INLINE V sum_each(const V* a) { return V{sum(a[0]), sum(a[1]), sum(a[2]), sum(a[3])}; }
+
 // 2^n for a whole n from −126 to 127.
 FASTINV_INLINE V exp2_whole(V n) {
   const Mask biased = __builtin_convertvector(n, Mask) + 127;
