@@ -21,7 +21,7 @@ const double (*filter_transform(int outputs))[2] { return outputs == 1 ? kG1 : o
 // one position; between half and three times this size nothing changes by more than 2%.
 constexpr int64_t kChunkFloats = 320 * 1024 / sizeof(float);
 constexpr int64_t kMaxChunk = 32;  // in tiles of the product's rows; more would not make weights cheaper
-// Every phase reads these images, from L2.
+// Images that go through all phases together: each phase reads them again, from L2.
 constexpr int64_t kGroupFloats = 256 * 1024 / sizeof(float);
 
 }  // namespace
