@@ -41,13 +41,13 @@ class Polyphase : public Convolution {
     int inputs[2];                  // of a tile, which are its positions too
     int tiles[2];                   // of an image
     int positions;                  // products of a tile
-    int64_t units;                  // of work in an image: tiles, or tiles of the plain product
+    int64_t units;                  // of work in an image: tiles; plain: products of up to 6 pixels
     int64_t weights;                // where they begin
     int chunk;                      // tiles, of one image or several, that go through all three stages together
     int64_t in_stride, out_stride;  // floats from position to position
-    int first_plain;                // tile of the plain product
+    int first_plain;                // plain: its first tile in product_tiles_
 
-    bool plain() const { return positions == 1; }
+    bool plain() const { return positions == 1; }                          // one tap: nothing to transform
     int64_t work() const { return plain() ? kMaxTilePixels : positions; }  // of a unit, in products
   };
 
