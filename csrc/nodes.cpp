@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
 
 #include "buffer.h"
 
@@ -375,9 +374,9 @@ void LayoutNode::forward(const Frame& values, int64_t images, Share share) const
 }
 
 void LayoutNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
-  // A differentiable program has no value in two layouts: this is a copy, and the only one of its input.
-  if (rows_ != 1 || !first) throw std::logic_error("a layout that changes, in a differentiable program");
-  std::copy_n(grads.at(output), columns_, grads.at(inputs[0]));
+  float* to = first ? grads.at(inputs[0]) : grads.scratch;
+  kernels.transpose(grads.at(output), rows_, to, columns_, columns_, rows_);
+  if (!first) kernels.add(to, grads.at(inputs[0]), rows_ * columns_);
 }
 
 ActivationNode::ActivationNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation own,

@@ -139,6 +139,7 @@ class LayoutNode : public Node {
              int64_t columns);
   void forward(const Frame& values, int64_t images, Share share) const override;
   void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  int64_t scratch_floats() const override { return rows_ * columns_; }
   bool shares_image() const override { return rows_ != 1 && columns_ != 1; }
   std::string describe() const override { return rows_ == 1 || columns_ == 1 ? "copy" : "layout"; }
 

@@ -84,7 +84,7 @@ bool Program::same_in_both(int value) const {
 }
 
 int Program::in_layout(int value, bool channels_last) {
-  if (same_in_both(value) || channels_last_[static_cast<size_t>(value)] == channels_last) return value;
+  if (same_in_both(value) || this->channels_last(value) == channels_last) return value;
   const auto known = converted_.find(value);
   if (known != converted_.end()) return known->second;
   const Shape s = shape(value);
@@ -95,11 +95,11 @@ int Program::in_layout(int value, bool channels_last) {
 }
 
 int Program::finish(int value) {
-  value = in_layout(value, differentiable_);
+  if (!differentiable_) value = in_layout(value, false);
   // The output is memory of its own, and the last value.
   if (value == output() && value != 0) return value;
   const Shape s = shape(value);
-  append_in<LayoutNode>(differentiable_, {}, {value}, s, 1, element_count(s));
+  append_in<LayoutNode>(channels_last(value), {}, {value}, s, 1, element_count(s));
   return output();
 }
 
@@ -140,9 +140,11 @@ int Program::convolution(int input, const float* weight, const float* bias, int 
                     spec.padding[axis],
                     spec.dilation[axis]};
   }
-  const bool channels_last = channels_last_[static_cast<size_t>(input)];
-  const Layout layout = same_in_both(input) ? Layout::kBoth : channels_last ? Layout::kChannelsLast : Layout::kRowMajor;
-  const bool row_major = !differentiable_ && prefers_row_major(kernels_, g, layout);
+  const Layout layout = same_in_both(input)    ? Layout::kBoth
+                        : channels_last(input) ? Layout::kChannelsLast
+                                               : Layout::kRowMajor;
+  const bool row_major = prefers_row_major(kernels_, g, layout) &&
+                         (!differentiable_ || prefers_row_major(kernels_, g.adjoint(), Layout::kBoth));
   std::vector<int> inputs = {in_layout(input, !row_major)};
   if (addend >= 0) inputs.push_back(in_layout(addend, !row_major));
   return append_in<ConvolutionNode>(!row_major, activation, std::move(inputs), std::move(output), g, weight, bias,

@@ -2,8 +2,8 @@
 //
 // Images, values of rank 3, lie as [H, W, C] where kernels read them (channels last), or as [C, H, W] (row-major), as
 // the input and the output of the program do. Each value is in one layout; what reads it in the other has it converted
-// first, once. A differentiable program keeps its images channels last throughout, input and output too: its solver
-// converts once per image, and not in every step.
+// first, once. A differentiable program takes its input channels last, and leaves its output as it comes: its solver
+// converts both once per image, and not in every step.
 #pragma once
 
 #include <cstdint>
@@ -66,6 +66,7 @@ class Program {
   bool differentiable() const { return differentiable_; }
   const std::vector<Shape>& shapes() const { return shapes_; }
   const std::vector<std::unique_ptr<Node>>& nodes() const { return nodes_; }
+  bool channels_last(int value) const { return channels_last_[static_cast<size_t>(value)]; }
   int output() const { return static_cast<int>(shapes_.size()) - 1; }
   bool has_linear() const { return has_linear_; }
   int64_t scratch_floats() const;  // the most that a node needs

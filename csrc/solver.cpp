@@ -122,7 +122,8 @@ bool Solver::solve_image(Workspace& w, const float* features, const float* init,
   const Kernels& kernels = program_.kernels();
   const Shape &image = program_.shapes().front(), &result = program_.shapes().back();
   const int64_t size = element_count(image), out_size = element_count(result);
-  const int64_t result_rows = result.size() == 3 ? result[0] : 1;
+  const bool turned = result.size() == 3 && program_.channels_last(program_.output());
+  const int64_t result_rows = turned ? result[0] : 1;
   float* z = w.values.front();
   kernels.transpose(init, size / image[0], z, image[0], image[0], size / image[0]);
   kernels.transpose(features, out_size / result_rows, w.features, result_rows, result_rows, out_size / result_rows);
