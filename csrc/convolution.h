@@ -51,6 +51,9 @@ class Convolution {
   virtual void run(const Operands& operands, Share share, float* scratch) const = 0;
   virtual int64_t scratch_floats() const { return 0; }
 
+  // The same on as many images as a vector has lanes, [C, H, W, lane] to [C', H', W', lane]; for those on [C, H, W].
+  virtual void run_abreast(const float*, float*, Activation) const {}
+
   // Whether it runs on [C, H, W] instead, the layout at the public door.
   virtual bool row_major() const { return false; }
 
@@ -61,7 +64,8 @@ class Convolution {
 enum class Layout { kRowMajor, kChannelsLast, kBoth };  // [C, H, W], [H, W, C], or the same either way
 
 // Whether a convolution of images in this layout is faster on [C, H, W] than on [H, W, C].
-bool prefers_row_major(const Kernels& kernels, const Geometry& geometry, Layout input);
+// `abreast`: if so, many small images can run abreast.
+bool prefers_row_major(const Kernels& kernels, const Geometry& geometry, Layout input, bool abreast);
 
 // The convolution in the algorithm that a cost model of shapes and instruction set finds best: the same network takes
 // the same one, and sums in the same order, on every machine with this instruction set. `bias` is [out_channels] or

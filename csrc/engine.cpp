@@ -40,8 +40,10 @@ Engine::Engine(Program program, int64_t flops, int threads)
   if (program_.output() == 0) throw std::invalid_argument("the program does nothing: finish it first");
   plan_memory();
   const int64_t bytes = (arena_size_ + stride_.front() + stride_.back()) * int64_t{sizeof(float)};
+  if (program_.runs_abreast()) abreast_ = program_.kernels().width;
   block_ = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(bytes, 1), program_.has_linear() ? kLinearBlock : 1,
                                kMaxBlock);
+  if (abreast_ > 0) block_ = kMaxBlock;
 }
 
 // Values whose lives do not overlap share memory.
@@ -74,6 +76,9 @@ std::unique_ptr<Engine::Workspace> Engine::make_workspace() const {
   auto workspace = std::make_unique<Workspace>();
   workspace->arena = Buffer(arena_size_ * block_);
   workspace->scratch = Buffer(program_.scratch_floats());
+  int64_t largest = 0;
+  for (const Shape& shape : program_.shapes()) largest = std::max(largest, element_count(shape));
+  for (Buffer& buffer : workspace->abreast) buffer = Buffer(largest * abreast_);
   for (int64_t offset : offset_) workspace->data.push_back(workspace->arena.data() + offset * block_);
   return workspace;
 }
@@ -136,6 +141,20 @@ std::vector<double> Engine::profile(double seconds) const {
   return medians;
 }
 
+// The block's images from `first` on, as many as go abreast.
+void Engine::run_abreast(Workspace& w, int64_t first) const {
+  const Kernels& kernels = program_.kernels();
+  const auto& shapes = program_.shapes();
+  const int64_t in_size = element_count(shapes.front()), out_size = element_count(shapes.back());
+  kernels.transpose(w.data.front() + first * in_size, in_size, w.abreast[0].data(), abreast_, abreast_, in_size);
+  size_t at = 0;
+  for (const auto& node : program_.nodes()) {
+    node->forward_abreast(w.abreast[at].data(), w.abreast[1 - at].data());
+    at = 1 - at;
+  }
+  kernels.transpose(w.abreast[at].data(), abreast_, w.data.back() + first * out_size, out_size, out_size, abreast_);
+}
+
 // Whether the threads work on each image together: few images would leave some of them idle, and each image is long
 // enough, 10 µs of one core or so, for them to meet after every layer.
 bool Engine::shares_images(int64_t n) const {
@@ -154,10 +173,19 @@ bool Engine::run(const Source& in, float* out, uint8_t* bytes, int64_t n) {
                         const auto& meet) {
     const int64_t images = last - first;
     if (!read(w, in, first, images, share)) finite = false;
-    const Frame frame = {w.data.data(), stride_.data(), scratch, in.dtype == Dtype::kFloat32 ? end - last : 0};
-    for (const auto& node : program_.nodes()) {
-      meet();
-      node->forward(frame, images, share);
+    int64_t done = 0;
+    if (abreast_ > 0 && share.count == 1 && images >= abreast_) {
+      for (; done + abreast_ <= images; done += abreast_) run_abreast(w, done);
+      w.data.front() += done * in_size;
+      w.data.back() += done * out_size;
+    }
+    if (done < images) {
+      const int64_t ahead = in.dtype == Dtype::kFloat32 ? end - last : 0;
+      const Frame frame = {w.data.data(), stride_.data(), scratch, ahead};
+      for (const auto& node : program_.nodes()) {
+        meet();
+        node->forward(frame, images - done, share);
+      }
     }
     if (!bytes) return;
     meet();
@@ -190,7 +218,8 @@ bool Engine::run(const Source& in, float* out, uint8_t* bytes, int64_t n) {
     return finite;
   }
   // Small batches are cut finer so that every thread has work; results do not depend on the cut.
-  const int64_t block = std::min(block_, (n + threads_ - 1) / threads_);
+  const int64_t even = (n + threads_ - 1) / threads_;
+  const int64_t block = std::min(block_, abreast_ > 0 && n >= abreast_ ? round_up(even, abreast_) : even);
   const int64_t task = std::max<int64_t>(std::min(kMaxBlock, (n + threads_ - 1) / threads_) / block, 1) * block;
   const int64_t tasks = (n + task - 1) / task;
   const int workers = static_cast<int>(std::min<int64_t>(threads_, tasks));

@@ -41,7 +41,8 @@ class Engine {
  private:
   struct Workspace {
     Buffer arena, scratch;
-    Buffer in, out;  // of a block, where the caller's are of another type
+    Buffer in, out;     // of a block, where the caller's are of another type
+    Buffer abreast[2];  // values of images abreast, in turns
     std::vector<float*> data;
   };
 
@@ -49,6 +50,7 @@ class Engine {
   std::unique_ptr<Workspace> make_workspace() const;
   bool run(const Source& in, float* out, uint8_t* bytes, int64_t n);
   bool shares_images(int64_t n) const;
+  void run_abreast(Workspace& workspace, int64_t first) const;
   bool read(Workspace& workspace, const Source& in, int64_t first, int64_t images, Share share) const;
 
   const Program program_;
@@ -58,6 +60,7 @@ class Engine {
   std::vector<int64_t> offset_;  // of the value in the arena, for one image
   int64_t arena_size_ = 0;       // for one image
   int64_t block_ = 1;            // images a worker takes at once
+  int64_t abreast_ = 0;          // images that go abreast, where the program can do that
   WorkspacePool<Workspace> workspaces_;
 };
 

@@ -148,6 +148,7 @@ struct PlanarArgs {
   int32_t first_row, rows;
   const float* next;  // what the next calls will read, to be fetched meanwhile: so many floats for each input channel
   int32_t next_step;  // of each tile
+  bool abreast;       // on as many images as a vector has lanes, [C, H, W, lane]
   Activation activation;
 };
 

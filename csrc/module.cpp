@@ -170,14 +170,17 @@ PYBIND11_MODULE(_core, m) {
       },
       "Instruction sets of this build, best first, and whether this machine runs them.");
   m.def(
+      "vector_width", [](const std::string& isa) { return kernels_for(isa).width; }, py::arg("isa"),
+      "Floats in a vector of the instruction set.");
+  m.def(
       "resolve_isa", [](const std::string& name) { return std::string(kernels_for(name).isa); }, py::arg("name"),
       "The named instruction set, or the best for ''. ValueError when the machine lacks it.");
 
   py::class_<Program>(m, "Program", "A network as kernel launches.")
-      .def(py::init([](const std::string& isa, Shape input, bool differentiable) {
-             return std::make_unique<Program>(kernels_for(isa), std::move(input), differentiable);
+      .def(py::init([](const std::string& isa, Shape input, bool differentiable, bool abreast) {
+             return std::make_unique<Program>(kernels_for(isa), std::move(input), differentiable, abreast);
            }),
-           py::arg("isa"), py::arg("input"), py::arg("differentiable"))
+           py::arg("isa"), py::arg("input"), py::arg("differentiable"), py::arg("abreast") = false)
       .def("convolution", &convolution, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("output"),
            py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("transposed"),
            py::arg("activation"), py::arg("addend") = -1)

@@ -32,6 +32,10 @@ class Node {
   // are complete: workers that share a block wait for each other between nodes.
   virtual void forward(const Frame& values, int64_t images, Share share) const = 0;
 
+  // Whether it also works on images abreast, one in each lane of a vector, [C, H, W, lane]; results are the same.
+  virtual bool runs_abreast() const { return false; }
+  virtual void forward_abreast(const float*, float*) const {}
+
   // Floats of scratch that forward and backward need, whatever the number of images.
   virtual int64_t scratch_floats() const { return 0; }
 

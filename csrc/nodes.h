@@ -13,6 +13,8 @@ class ConvolutionNode : public Node {
   ConvolutionNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
                   const Geometry& geometry, const float* weight, const float* bias, bool row_major, bool keep_weight);
   void forward(const Frame& values, int64_t images, Share share) const override;
+  bool runs_abreast() const override { return convolution_->row_major() && inputs.size() == 1; }
+  void forward_abreast(const float* in, float* out) const override { convolution_->run_abreast(in, out, activation); }
   int64_t scratch_floats() const override;
   bool shares_image() const override { return true; }
   void prepare_backward() override;

@@ -46,7 +46,8 @@ Planar::Planar(const Kernels& kernels, const Geometry& geometry, const WeightAt&
             step_x = stride_of(geometry.axis[1], geometry.transposed);
   bias_ = Buffer(int64_t{geometry.out_channels} * step_x);
   if (bias) {
-    for (int o = 0; o < geometry.out_channels * step_x; ++o) bias_[o] = bias[o / step_x];
+    for (int o = 0; o < geometry.out_channels * step_x; ++o)
+      bias_[o] = bias[o / step_x] + 0.0f;  // no −0: adding products that are 0 would change it
   }
   const int most = kernels.planar_rows[block_ * step_x];
   for (int row = 0; row < std::min(step_y, geometry.axis[0].out); ++row) {
@@ -109,48 +110,64 @@ void Planar::plan_phase(int row, const WeightAt& weight) {
 
 void Planar::run(const Operands& x, Share share, float*) const {
   const Geometry& g = geometry_;
-  const int in = g.in_channels / g.groups, out = g.out_channels / g.groups;
-  const int step_y = stride_of(g.axis[0], g.transposed), step_x = stride_of(g.axis[1], g.transposed);
-  const int64_t in_plane = int64_t{g.axis[0].in} * g.axis[1].in, out_plane = int64_t{g.axis[0].out} * g.axis[1].out;
+  const int step_x = stride_of(g.axis[1], g.transposed);
   const int64_t units = static_cast<int64_t>(units_.size());
   // Each unit fetches its part of the next image, spread over the channels of its tiles.
-  const int64_t part = in_plane * g.in_channels / units;
-  const int tiles = ceil_div(ceil_div(g.axis[1].out, step_x), kernels_.width) * ceil_div(out, block_) * g.groups;
-  const int step = static_cast<int>(round_up((part + tiles * in - 1) / (tiles * in), kLineFloats));
+  const int64_t part = int64_t{g.in_channels} * g.axis[0].in * g.axis[1].in / units;
+  const int64_t calls = int64_t{ceil_div(ceil_div(g.axis[1].out, step_x), kernels_.width)} *
+                        ceil_div(g.out_channels / g.groups, block_) * g.in_channels;
+  const int step = static_cast<int>(round_up((part + calls - 1) / calls, kLineFloats));
   for (int64_t u = share.begin(x.images * units); u < share.end(x.images * units); ++u) {
     const int64_t image = u / units;
-    const Unit& unit = units_[static_cast<size_t>(u % units)];
-    const Phase& phase = phases_[static_cast<size_t>(unit.phase)];
     const bool more = image + 1 < x.images + x.ahead;
-    const float* next = x.in + (image + 1) * x.in_stride + (u % units) * part;
-    for (int group = 0; group < g.groups; ++group) {
-      const int64_t at = image * x.out_stride + group * out * out_plane;
-      kernels_.planar({x.in + image * x.in_stride + group * in * in_plane,
-                       x.out + at,
-                       x.addend ? x.addend + image * x.addend_stride + group * out * out_plane : nullptr,
-                       phase.weights.data() + group * phase.group_weights,
-                       bias_.data() + int64_t{group} * out * step_x,
-                       in,
-                       g.axis[0].in,
-                       g.axis[1].in,
-                       out,
-                       g.axis[0].out,
-                       g.axis[1].out,
-                       phase.taps_y,
-                       phase.taps_x,
-                       phase.shift_y,
-                       phase.shift_x,
-                       step_y,
-                       step_x,
-                       phase.row,
-                       block_,
-                       phase.taps,
-                       unit.first_row,
-                       unit.rows,
-                       more ? next + int64_t{group} * tiles / g.groups * in * step : nullptr,
-                       more ? step : 0,
-                       x.activation});
-    }
+    const float* next = more ? x.in + (image + 1) * x.in_stride + u % units * part : nullptr;
+    run_unit(units_[static_cast<size_t>(u % units)], x, image, next, more ? step : 0, false);
+  }
+}
+
+void Planar::run_abreast(const float* in, float* out, Activation activation) const {
+  for (const Unit& unit : units_) run_unit(unit, {in, 0, out, 0, nullptr, 0, 1, activation}, 0, nullptr, 0, true);
+}
+
+void Planar::run_unit(const Unit& unit, const Operands& x, int64_t image, const float* next, int next_step,
+                      bool abreast) const {
+  const Geometry& g = geometry_;
+  const int in = g.in_channels / g.groups, out = g.out_channels / g.groups;
+  const int step_y = stride_of(g.axis[0], g.transposed), step_x = stride_of(g.axis[1], g.transposed);
+  const int64_t pitch = abreast ? kernels_.width : 1;
+  const int64_t in_group = in * int64_t{g.axis[0].in} * g.axis[1].in * pitch;
+  const int64_t out_group = out * int64_t{g.axis[0].out} * g.axis[1].out * pitch;
+  const Phase& phase = phases_[static_cast<size_t>(unit.phase)];
+  for (int group = 0; group < g.groups; ++group) {
+    kernels_.planar({x.in + image * x.in_stride + group * in_group,
+                     x.out + image * x.out_stride + group * out_group,
+                     x.addend ? x.addend + image * x.addend_stride + group * out_group : nullptr,
+                     phase.weights.data() + group * phase.group_weights,
+                     bias_.data() + int64_t{group} * out * step_x,
+                     in,
+                     g.axis[0].in,
+                     g.axis[1].in,
+                     out,
+                     g.axis[0].out,
+                     g.axis[1].out,
+                     phase.taps_y,
+                     phase.taps_x,
+                     phase.shift_y,
+                     phase.shift_x,
+                     step_y,
+                     step_x,
+                     phase.row,
+                     block_,
+                     phase.taps,
+                     unit.first_row,
+                     unit.rows,
+                     next,
+                     next_step,
+                     abreast,
+                     x.activation});
+    if (next)
+      next +=
+          int64_t{next_step} * in * ceil_div(out, block_) * ceil_div(ceil_div(g.axis[1].out, step_x), kernels_.width);
   }
 }
 

@@ -19,6 +19,7 @@ class Planar : public Convolution {
 
   // On images [C, H, W].
   void run(const Operands& operands, Share share, float* scratch) const override;
+  void run_abreast(const float* in, float* out, Activation activation) const override;
   bool row_major() const override { return true; }
   std::string algorithm() const override;
 
@@ -36,6 +37,8 @@ class Planar : public Convolution {
     int phase, first_row, rows;
   };
 
+  void run_unit(const Unit& unit, const Operands& operands, int64_t image, const float* next, int next_step,
+                bool abreast) const;
   void plan_phase(int row, const WeightAt& weight);
 
   const Kernels& kernels_;

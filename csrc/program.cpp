@@ -61,10 +61,21 @@ int64_t element_count(const Shape& shape) {
   return n;
 }
 
-Program::Program(const Kernels& kernels, Shape input, bool differentiable)
-    : kernels_(kernels), differentiable_(differentiable) {
+Program::Program(const Kernels& kernels, Shape input, bool differentiable, bool abreast)
+    : kernels_(kernels), differentiable_(differentiable), abreast_(abreast) {
   shapes_.push_back(std::move(input));
   channels_last_.push_back(differentiable);
+}
+
+// Nodes one after the other, all of which can.
+bool Program::runs_abreast() const {
+  if (!abreast_) return false;
+  int before = 0;
+  for (const auto& node : nodes_) {
+    if (!node->runs_abreast() || node->inputs.front() != before) return false;
+    before = node->output;
+  }
+  return true;
 }
 
 int64_t Program::scratch_floats() const {
@@ -143,8 +154,8 @@ int Program::convolution(int input, const float* weight, const float* bias, int 
   const Layout layout = same_in_both(input)    ? Layout::kBoth
                         : channels_last(input) ? Layout::kChannelsLast
                                                : Layout::kRowMajor;
-  const bool row_major = prefers_row_major(kernels_, g, layout) &&
-                         (!differentiable_ || prefers_row_major(kernels_, g.adjoint(), Layout::kBoth));
+  const bool row_major = prefers_row_major(kernels_, g, layout, abreast_) &&
+                         (!differentiable_ || prefers_row_major(kernels_, g.adjoint(), Layout::kBoth, false));
   std::vector<int> inputs = {in_layout(input, !row_major)};
   if (addend >= 0) inputs.push_back(in_layout(addend, !row_major));
   return append_in<ConvolutionNode>(!row_major, activation, std::move(inputs), std::move(output), g, weight, bias,

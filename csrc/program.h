@@ -43,8 +43,9 @@ struct SparseMatrix {
 
 class Program {
  public:
-  // `differentiable`: prepare for backward passes too.
-  Program(const Kernels& kernels, Shape input, bool differentiable);
+  // `differentiable`: prepare for backward passes too. `abreast`: the network is a chain of convolutions on small
+  // images.
+  Program(const Kernels& kernels, Shape input, bool differentiable, bool abreast);
 
   // Each appends a node and returns the number of its value. Arrays are row-major and copied.
   // `addend`: a value of the output's shape that is added before the activation, or −1.
@@ -69,6 +70,7 @@ class Program {
   bool channels_last(int value) const { return channels_last_[static_cast<size_t>(value)]; }
   int output() const { return static_cast<int>(shapes_.size()) - 1; }
   bool has_linear() const { return has_linear_; }
+  bool runs_abreast() const;
   int64_t scratch_floats() const;  // the most that a node needs
 
  private:
@@ -83,6 +85,7 @@ class Program {
 
   const Kernels& kernels_;
   const bool differentiable_;
+  const bool abreast_;
   bool has_linear_ = false;
   std::vector<Shape> shapes_;
   std::vector<bool> channels_last_;

@@ -5,6 +5,9 @@
 // A register tile is kRows rows of one vector for kOutputs channels. An input row is loaded once for each column tap
 // and serves kTaps row taps: with one output channel, loads (two a cycle, but one where they straddle cache lines)
 // would otherwise be the limit, and not the FMA unit.
+//
+// On small images much of a vector lies past the end of a row, and many of its taps in the padding. There images go
+// abreast, one in each lane, [C, H, W, lane]: every product counts. Both ways sum in the same order.
 #pragma once
 
 constexpr int kPlanarRows[] = {0, FASTINV_MAX_VECTORS > 2 ? 16 : 8, FASTINV_MAX_VECTORS > 2 ? 12 : 4,
@@ -40,7 +43,7 @@ FASTINV_INLINE void planar_products(V (&acc)[kRows][kOutputs], const float* in, 
   }
 }
 
-template <int kOutputs, int kTaps, int kRows>
+template <int kOutputs, int kTaps, int kRows, bool kAbreast>
 void planar_tile(const PlanarArgs& a, const PlanarColumns& columns, int x0, const float* weights, const float* bias,
                  float* out, const float* addend, const float* next) {
   constexpr int kReads = kRows + kTaps - 1;
@@ -51,7 +54,8 @@ void planar_tile(const PlanarArgs& a, const PlanarColumns& columns, int x0, cons
     for (int r = 0; r < kRows; ++r) acc[r][o] = set1(bias[o]);
   }
   const int y0 = a.first_row, rows = a.rows, taps_x = a.taps_x;
-  const int64_t in_w = a.in_w, plane = a.in_h * in_w;
+  constexpr int kPitch = kAbreast ? kWidth : 1;  // floats from pixel to pixel
+  const int64_t in_w = int64_t{a.in_w} * kPitch, plane = a.in_h * in_w;
   struct {
     int64_t offset;
     int first, last;
@@ -60,7 +64,7 @@ void planar_tile(const PlanarArgs& a, const PlanarColumns& columns, int x0, cons
 #pragma GCC unroll 1
   for (int g = 0; g < groups; ++g) {
     const int top = y0 + g * kTaps + a.shift_y;  // input row under the first of these taps, for the tile's first row
-    group[g].offset = top * in_w + x0 + a.shift_x;
+    group[g].offset = top * in_w + int64_t{x0 + a.shift_x} * kPitch;
     group[g].first = top < 0 ? -top : 0;
     group[g].last = a.in_h - top < rows + kTaps - 1 ? a.in_h - top : rows + kTaps - 1;
   }
@@ -72,17 +76,22 @@ void planar_tile(const PlanarArgs& a, const PlanarColumns& columns, int x0, cons
     for (int g = 0; g < groups; ++g) {
       const float* at = in + group[g].offset;
       const int first = group[g].first, last = group[g].last;
-      if (first == 0 && last == kReads) {
-        for (int k = 0; k < taps_x; ++k, w += kTaps * kOutputs) {
-          if (!kFreeMasks && columns.whole[k]) {
-            planar_products<kOutputs, kTaps, kRows, true, true>(acc, at + k, in_w, columns.lanes[k], w, 0, kReads);
+      const bool all = first == 0 && last == kReads;
+      for (int k = 0; k < taps_x; ++k, at += kPitch, w += kTaps * kOutputs) {
+        const Lanes lanes = columns.lanes[k];
+        if (kAbreast) {
+          if (!columns.whole[k]) continue;
+          if (all) {
+            planar_products<kOutputs, kTaps, kRows, true, true>(acc, at, in_w, lanes, w, 0, kReads);
           } else {
-            planar_products<kOutputs, kTaps, kRows, true, false>(acc, at + k, in_w, columns.lanes[k], w, 0, kReads);
+            planar_products<kOutputs, kTaps, kRows, false, true>(acc, at, in_w, lanes, w, first, last);
           }
-        }
-      } else {
-        for (int k = 0; k < taps_x; ++k, w += kTaps * kOutputs) {
-          planar_products<kOutputs, kTaps, kRows, false, false>(acc, at + k, in_w, columns.lanes[k], w, first, last);
+        } else if (!all) {
+          planar_products<kOutputs, kTaps, kRows, false, false>(acc, at, in_w, lanes, w, first, last);
+        } else if (!kFreeMasks && columns.whole[k]) {
+          planar_products<kOutputs, kTaps, kRows, true, true>(acc, at, in_w, lanes, w, 0, kReads);
+        } else {
+          planar_products<kOutputs, kTaps, kRows, true, false>(acc, at, in_w, lanes, w, 0, kReads);
         }
       }
     }
@@ -99,7 +108,13 @@ void planar_tile(const PlanarArgs& a, const PlanarColumns& columns, int x0, cons
   for (int r = 0; r < kRows; ++r) {
     if (r >= rows) break;
     const int64_t row = (int64_t{y0 + r} * a.step_y + a.phase_y) * a.out_w + a.step_x * x0;
-    if (a.step_x == 1) {
+    if (kAbreast) {
+#pragma GCC unroll 4
+      for (int o = 0; o < kOutputs; ++o) {
+        const int channel = o / a.step_x, x = o % a.step_x;
+        if (x < left) put((channel * out_plane + row + x) * kWidth, acc[r][o], kWidth);
+      }
+    } else if (a.step_x == 1) {
 #pragma GCC unroll 4
       for (int o = 0; o < kOutputs; ++o) put(o * out_plane + row, acc[r][o], count);
     } else if constexpr (kOutputs % 2 == 0) {  // channel pairs are the even and the odd columns of one channel
@@ -117,52 +132,58 @@ void planar_tile(const PlanarArgs& a, const PlanarColumns& columns, int x0, cons
 using PlanarTile = void (*)(const PlanarArgs&, const PlanarColumns&, int, const float*, const float*, float*,
                             const float*, const float*);
 
-template <int kOutputs, int kTaps>
+template <int kOutputs, int kTaps, bool kAbreast>
 PlanarTile planar_tile_for(int rows) {
   constexpr int kMost = kPlanarRows[kOutputs];
   if constexpr (kTaps > 1) {  // with one tap rows past the tile cost nothing
-    if (rows <= kMost / 2) return planar_tile<kOutputs, kTaps, kMost / 2>;
-    if (rows <= kMost * 3 / 4) return planar_tile<kOutputs, kTaps, kMost * 3 / 4>;
-    if (rows <= kMost * 7 / 8) return planar_tile<kOutputs, kTaps, kMost * 7 / 8>;
+    if (rows <= kMost / 2) return planar_tile<kOutputs, kTaps, kMost / 2, kAbreast>;
+    if (rows <= kMost * 3 / 4) return planar_tile<kOutputs, kTaps, kMost * 3 / 4, kAbreast>;
+    if (rows <= kMost * 7 / 8) return planar_tile<kOutputs, kTaps, kMost * 7 / 8, kAbreast>;
   }
-  return planar_tile<kOutputs, kTaps, kMost>;
+  return planar_tile<kOutputs, kTaps, kMost, kAbreast>;
 }
 
+template <bool kAbreast>
 PlanarTile planar_tile_for(int outputs, int taps, int rows) {
   switch (outputs * 10 + taps) {
-    case 11: return planar_tile_for<1, 1>(rows);
-    case 12: return planar_tile_for<1, 2>(rows);
-    case 13: return planar_tile_for<1, 3>(rows);
-    case 14: return planar_tile_for<1, 4>(rows);
-    case 15: return planar_tile_for<1, 5>(rows);
-    case 21: return planar_tile_for<2, 1>(rows);
-    case 22: return planar_tile_for<2, 2>(rows);
-    case 23: return planar_tile_for<2, 3>(rows);
-    case 31: return planar_tile_for<3, 1>(rows);
-    default: return planar_tile_for<4, 1>(rows);
+    case 11: return planar_tile_for<1, 1, kAbreast>(rows);
+    case 12: return planar_tile_for<1, 2, kAbreast>(rows);
+    case 13: return planar_tile_for<1, 3, kAbreast>(rows);
+    case 14: return planar_tile_for<1, 4, kAbreast>(rows);
+    case 15: return planar_tile_for<1, 5, kAbreast>(rows);
+    case 21: return planar_tile_for<2, 1, kAbreast>(rows);
+    case 22: return planar_tile_for<2, 2, kAbreast>(rows);
+    case 23: return planar_tile_for<2, 3, kAbreast>(rows);
+    case 31: return planar_tile_for<3, 1, kAbreast>(rows);
+    default: return planar_tile_for<4, 1, kAbreast>(rows);
   }
 }
 
-void planar(const PlanarArgs& a) {
+template <bool kAbreast>
+void planar_columns(const PlanarArgs& a) {
+  constexpr int kColumns = kAbreast ? 1 : kWidth, kPitch = kAbreast ? kWidth : 1;
   const int columns = (a.out_w + a.step_x - 1) / a.step_x;
-  const int64_t out_plane = int64_t{a.out_h} * a.out_w;
+  const int64_t out_plane = int64_t{a.out_h} * a.out_w * kPitch;
   const float* next = a.next;
-  for (int x0 = 0; x0 < columns; x0 += kWidth) {
+  for (int x0 = 0; x0 < columns; x0 += kColumns) {
     PlanarColumns taps;
 #pragma GCC unroll 1
     for (int k = 0; k < a.taps_x; ++k) {
       const int x = x0 + k + a.shift_x;
       taps.lanes[k] = lanes_between(-x, a.in_w - x);
-      taps.whole[k] = x >= 0 && x + kWidth <= a.in_w;
+      taps.whole[k] = x >= 0 && x + kColumns <= a.in_w;
     }
     const float* weights = a.weights;
     for (int done = 0; done < a.out_channels; done += a.block) {
       const int channels = a.out_channels - done < a.block ? a.out_channels - done : a.block;
       const int outputs = channels * a.step_x;
-      planar_tile_for(outputs, a.taps, a.rows)(a, taps, x0, weights, a.bias + done * a.step_x, a.out + done * out_plane,
-                                               a.addend ? a.addend + done * out_plane : nullptr, next);
+      const float* addend = a.addend ? a.addend + done * out_plane : nullptr;
+      planar_tile_for<kAbreast>(outputs, a.taps, a.rows)(a, taps, x0, weights, a.bias + done * a.step_x,
+                                                         a.out + done * out_plane, addend, next);
       next += int64_t{a.in_channels} * a.next_step;
       weights += int64_t{outputs} * a.in_channels * a.taps_y * a.taps_x;
     }
   }
 }
+
+void planar(const PlanarArgs& a) { a.abreast ? planar_columns<true>(a) : planar_columns<false>(a); }

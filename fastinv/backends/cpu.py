@@ -16,7 +16,13 @@ import numpy.typing as npt
 
 from fastinv import _core
 from fastinv.backends.base import Array, Report
-from fastinv.backends.cpu_fusion import doubling, fused_sums, fused_upsampling, upsampling_convolution
+from fastinv.backends.cpu_fusion import (
+    chain_of_small_convolutions,
+    doubling,
+    fused_sums,
+    fused_upsampling,
+    upsampling_convolution,
+)
 from fastinv.errors import BackendError
 from fastinv.network import Network, Step
 from fastinv.ops.activation import IDENTITY, Activation
@@ -152,7 +158,9 @@ class Lowering:
 
     def __init__(self, network: Network, *, differentiable: bool) -> None:
         self.network = network
-        self.program: _core.Program = _core.Program(_isa(), list(network.input_shape), differentiable)
+        isa = _isa()
+        abreast = not differentiable and chain_of_small_convolutions(network, _core.vector_width(isa))
+        self.program: _core.Program = _core.Program(isa, list(network.input_shape), differentiable, abreast)
         self.values = [0]  # the program's value for every value of the network
         self.launches: list[int] = []  # the step behind every launch
         sums = fused_sums(network)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -15,6 +16,20 @@ from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.upsample import Upsample
 
 Weight = npt.NDArray[np.float32]
+
+
+SMALL_BYTES = 512 * 1024  # of a layer's images abreast, in and out: half of the smallest L2
+
+
+def chain_of_small_convolutions(network: Network, width: int) -> bool:
+    """Whether `width` images can go through all layers at once, and stay in cache."""
+    elements = [math.prod(shape) for shape in network.shapes]
+    return all(
+        isinstance(step.op, (Conv2d, ConvTranspose2d))
+        and step.inputs == (index,)
+        and 4 * width * (elements[index] + elements[index + 1]) <= SMALL_BYTES
+        for index, step in enumerate(network.steps)
+    )
 
 
 def fused_sums(network: Network) -> dict[int, tuple[int, int]]:
