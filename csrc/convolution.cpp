@@ -30,7 +30,7 @@ bool prefers_winograd(const Kernels& kernels, const Geometry& geometry) {
 }
 
 double best_polyphase_cost(const Kernels& kernels, const Geometry& geometry) {
-  return polyphase_cost(kernels, geometry, polyphase_outputs(kernels, geometry));
+  return polyphase_cost(kernels, geometry, polyphase_form(kernels, geometry, 0.0));
 }
 
 bool prefers_polyphase(const Kernels& kernels, const Geometry& geometry) {
@@ -55,13 +55,16 @@ bool prefers_row_major(const Kernels& kernels, const Geometry& geometry, Layout 
 }
 
 std::unique_ptr<const Convolution> make_convolution(const Kernels& kernels, const Geometry& geometry,
-                                                    const WeightAt& weight, const float* bias, bool row_major) {
+                                                    const WeightAt& weight, const float* bias, bool row_major,
+                                                    double* rounding) {
   if (row_major) return std::make_unique<Planar>(kernels, geometry, weight, bias);
   if (prefers_winograd(kernels, geometry)) {
     return std::make_unique<Winograd>(kernels, geometry, weight, bias);
   }
   if (prefers_polyphase(kernels, geometry)) {
-    return std::make_unique<Polyphase>(kernels, geometry, polyphase_outputs(kernels, geometry), weight, bias);
+    const PolyphaseForm form = polyphase_form(kernels, geometry, rounding ? *rounding : 0.0);
+    if (rounding) *rounding -= polyphase_rounding(geometry, form);
+    return std::make_unique<Polyphase>(kernels, geometry, form, weight, bias);
   }
   return std::make_unique<Correlation>(kernels, geometry, weight, bias);
 }

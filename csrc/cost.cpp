@@ -74,7 +74,7 @@ double winograd_cost(const Kernels& kernels, const Geometry& g) {
   return tiles * tile / (double(g.axis[0].out) * g.axis[1].out);
 }
 
-double polyphase_cost(const Kernels& kernels, const Geometry& g, int outputs) {
+double polyphase_cost(const Kernels& kernels, const Geometry& g, PolyphaseForm form) {
   const int in = ceil_div(g.in_channels, kernels.width), out = ceil_div(g.out_channels, kernels.width);
   double plain = 1.0, positions = 1.0;  // products of an image in the phase without transforms, and in all four
   for (const Axis& axis : g.axis) {
@@ -82,20 +82,33 @@ double polyphase_cost(const Kernels& kernels, const Geometry& g, int outputs) {
     for (int first = 0; first < 2; ++first) {
       const AxisPhase phase = axis_phase(axis, first);
       if (phase.taps == 1) single += phase.outputs;
-      all += phase.taps == 1 ? phase.outputs : ceil_div(phase.outputs, outputs) * (outputs + 1);
+      all += phase.taps == 1 ? phase.outputs : ceil_div(phase.outputs, form.outputs) * (form.outputs + 1);
     }
     plain *= single;
     positions *= all;
   }
   // The transforms, fitted to measurements of 16 to 128 channels: most of it is stores and the way through L2, and the
-  // last number is what a short product takes to begin and end.
-  const double transforms = 5.0 * in + 7.0 * out + 20.0;
-  const double image = positions * g.in_channels * out + (positions - plain) * transforms;
-  return image / (double(g.axis[0].out) * g.axis[1].out);
+  // last number is what a short product takes to begin and end. To round is one more way through L1.
+  const double transforms = (form.bfloat16 ? 7.0 : 5.0) * in + 7.0 * out + 20.0;
+  const double product = double(g.in_channels) * out;
+  const double transformed = product / (form.bfloat16 ? 2.0 : 1.0) + transforms;
+  return (plain * product + (positions - plain) * transformed) / (double(g.axis[0].out) * g.axis[1].out);
 }
 
-int polyphase_outputs(const Kernels& kernels, const Geometry& g) {
-  return polyphase_cost(kernels, g, 2) < polyphase_cost(kernels, g, 4) ? 2 : 4;
+// The most of several random weights and features, and a half more for weights that are less kind.
+double polyphase_rounding(const Geometry& g, PolyphaseForm form) {
+  if (!form.bfloat16) return 0.0;
+  const bool all = g.axis[0].kernel == 4 && g.axis[1].kernel == 4;  // phases have two taps along both axes
+  return form.outputs == 2 ? 2.4e-5 : all ? 2.4e-4 : 1.2e-4;
+}
+
+PolyphaseForm polyphase_form(const Kernels& kernels, const Geometry& g, double rounding) {
+  PolyphaseForm best = {4, false};
+  for (const PolyphaseForm form : {PolyphaseForm{2, false}, PolyphaseForm{4, true}, PolyphaseForm{2, true}}) {
+    const double error = polyphase_rounding(g, form);
+    if (error <= rounding && polyphase_cost(kernels, g, form) < polyphase_cost(kernels, g, best)) best = form;
+  }
+  return best;
 }
 
 }  // namespace fastinv

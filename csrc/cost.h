@@ -2,6 +2,7 @@
 #pragma once
 
 #include "convolution.h"
+#include "polyphase.h"
 
 namespace fastinv {
 
@@ -21,8 +22,10 @@ double dot_cost(const Kernels& kernels, const Geometry& geometry);
 // Of a 3×3 convolution of stride 1 and one group.
 double winograd_cost(const Kernels& kernels, const Geometry& geometry);
 
-// Of a transposed convolution of stride 2, with tiles of 2 or 4 outputs; and which of the two is better.
-double polyphase_cost(const Kernels& kernels, const Geometry& geometry, int outputs);
-int polyphase_outputs(const Kernels& kernels, const Geometry& geometry);
+// Of a transposed convolution of stride 2, in one of its forms; the squared relative error of that form, above
+// float32's; and the best of those that add no more than `rounding` to it.
+double polyphase_cost(const Kernels& kernels, const Geometry& geometry, PolyphaseForm form);
+double polyphase_rounding(const Geometry& geometry, PolyphaseForm form);
+PolyphaseForm polyphase_form(const Kernels& kernels, const Geometry& geometry, double rounding);
 
 }  // namespace fastinv

@@ -24,6 +24,14 @@ const std::vector<Isa>& isas() {
   return list;
 }
 
+bool has_bfloat16(const Kernels& kernels) {
+#ifdef FASTINV_X86
+  return kernels.bfloat16_product && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 const Kernels& kernels_for(const std::string& name) {
   std::string runnable;
   for (const Isa& isa : isas()) {

@@ -19,4 +19,7 @@ const std::vector<Isa>& isas();
 // unknown or the machine lacks it; the message lists what there is.
 const Kernels& kernels_for(const std::string& name);
 
+// Whether this machine multiplies bfloat16 numbers in these kernels.
+bool has_bfloat16(const Kernels& kernels);
+
 }  // namespace fastinv

@@ -92,6 +92,15 @@ struct DepthwiseArgs {
   Activation activation;
 };
 
+// out[r][o] = Σ_i in[r][i] · weights[i][o] of factors rounded to bfloat16, rows up to a chunk's.
+struct Bfloat16ProductArgs {
+  const float* in;
+  float* out;
+  uint16_t* rounded;        // memory for the rounded inputs
+  const uint16_t* weights;  // [block of channels][pair of in channels][channel][2]
+  int32_t rows, in_channels, out_channels;
+};
+
 // Winograd's output transform of one tile: up to 4×4 pixels from 36 products each, position_stride apart.
 struct WinogradOutputArgs {
   const float* products;
@@ -282,6 +291,7 @@ struct Kernels {
   void (*correlate)(const CorrelateArgs&);
   void (*correlate_dot)(const CorrelateArgs&);
   void (*planar)(const PlanarArgs&);
+  void (*bfloat16_product)(const Bfloat16ProductArgs&);  // null where the instruction set has none
   void (*depthwise)(const DepthwiseArgs&);
   // Winograd's input transform of one tile: 36 pixels to 36 positions, position_stride floats apart.
   void (*winograd_input)(const float* const* pixels, int32_t channels, float* out, int64_t position_stride);

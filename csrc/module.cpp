@@ -173,14 +173,20 @@ PYBIND11_MODULE(_core, m) {
       "vector_width", [](const std::string& isa) { return kernels_for(isa).width; }, py::arg("isa"),
       "Floats in a vector of the instruction set.");
   m.def(
+      "has_bfloat16", [](const std::string& isa) { return has_bfloat16(kernels_for(isa)); }, py::arg("isa"),
+      "Whether this machine multiplies bfloat16 numbers in the instruction set.");
+  m.def(
       "resolve_isa", [](const std::string& name) { return std::string(kernels_for(name).isa); }, py::arg("name"),
       "The named instruction set, or the best for ''. ValueError when the machine lacks it.");
 
   py::class_<Program>(m, "Program", "A network as kernel launches.")
-      .def(py::init([](const std::string& isa, Shape input, bool differentiable, bool abreast) {
-             return std::make_unique<Program>(kernels_for(isa), std::move(input), differentiable, abreast);
+      .def(py::init([](const std::string& isa, Shape input, bool differentiable, bool abreast, bool bfloat16) {
+             const Kernels& kernels = kernels_for(isa);
+             if (bfloat16 && !has_bfloat16(kernels)) throw std::invalid_argument("no bfloat16 on this machine");
+             return std::make_unique<Program>(kernels, std::move(input), differentiable, abreast, bfloat16);
            }),
-           py::arg("isa"), py::arg("input"), py::arg("differentiable"), py::arg("abreast") = false)
+           py::arg("isa"), py::arg("input"), py::arg("differentiable"), py::arg("abreast") = false,
+           py::arg("bfloat16") = false)
       .def("convolution", &convolution, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("output"),
            py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("transposed"),
            py::arg("activation"), py::arg("addend") = -1)
@@ -215,6 +221,7 @@ PYBIND11_MODULE(_core, m) {
             return p.concat(std::move(inputs), axis, std::move(output), to_activation(activation));
           },
           py::arg("inputs"), py::arg("axis"), py::arg("output"), py::arg("activation"))
+      .def_property_readonly("rounds", &Program::rounds, "Whether some factors are rounded to bfloat16.")
       .def(
           "add",
           [](Program& p, int a, int b, Shape output, const ActivationTuple& activation) {

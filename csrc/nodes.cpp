@@ -12,10 +12,10 @@ namespace fastinv {
 
 ConvolutionNode::ConvolutionNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
                                  const Geometry& geometry, const float* weight, const float* bias, bool row_major,
-                                 bool keep_weight)
+                                 double* rounding, bool keep_weight)
     : Node(kernels, std::move(inputs), output, activation),
       geometry_(geometry),
-      convolution_(make_convolution(kernels, geometry, weight_at(weight, false), bias, row_major)) {
+      convolution_(make_convolution(kernels, geometry, weight_at(weight, false), bias, row_major, rounding)) {
   if (keep_weight) {
     const int64_t size = int64_t{geometry.in_channels} * geometry.out_channels / geometry.groups *
                          geometry.axis[0].kernel * geometry.axis[1].kernel;
@@ -46,7 +46,7 @@ void ConvolutionNode::forward(const Frame& values, int64_t images, Share share) 
 
 void ConvolutionNode::prepare_backward() {
   gradient_ = make_convolution(kernels, geometry_.adjoint(), weight_at(weight_.data(), true), nullptr,
-                               convolution_->row_major());
+                               convolution_->row_major(), nullptr);
   weight_ = {};
 }
 

@@ -42,11 +42,9 @@ bool Polyphase::applies(const Geometry& g) {
   return g.transposed && g.groups == 1 && fits(g.axis[0]) && fits(g.axis[1]);
 }
 
-Polyphase::Polyphase(const Kernels& kernels, const Geometry& geometry, int outputs, const WeightAt& weight,
+Polyphase::Polyphase(const Kernels& kernels, const Geometry& geometry, PolyphaseForm form, const WeightAt& weight,
                      const float* bias)
-    : kernels_(kernels), geometry_(geometry), outputs_(outputs), zeros_(geometry.in_channels) {
-  position_weights_ = geometry.in_channels * round_up(geometry.out_channels, kernels.width);
-  plan_products();
+    : kernels_(kernels), geometry_(geometry), form_(form), zeros_(geometry.in_channels) {
   for (int y = 0; y < std::min(geometry.axis[0].out, 2); ++y) {
     for (int x = 0; x < std::min(geometry.axis[1].out, 2); ++x) add_phase(y, x);
   }
@@ -59,12 +57,11 @@ void Polyphase::add_phase(int first_y, int first_x) {
   p.axis[0] = axis_phase(geometry_.axis[0], first_y);
   p.axis[1] = axis_phase(geometry_.axis[1], first_x);
   for (int a = 0; a < 2; ++a) {
-    p.tile[a] = p.axis[a].taps == 2 ? outputs_ : 1;
+    p.tile[a] = p.axis[a].taps == 2 ? form_.outputs : 1;
     p.inputs[a] = p.tile[a] + p.axis[a].taps - 1;
     p.tiles[a] = ceil_div(p.axis[a].outputs, p.tile[a]);
   }
   p.positions = p.inputs[0] * p.inputs[1];
-  if (!phases_.empty()) p.weights = phases_.back().weights + phases_.back().positions * position_weights_;
   if (p.plain()) {
     plan_plain(&p);
   } else {
@@ -75,25 +72,8 @@ void Polyphase::add_phase(int first_y, int first_x) {
     p.in_stride = round_up(int64_t{p.chunk} * in, kLineFloats) + kLineFloats;
     p.out_stride = round_up(int64_t{p.chunk} * out, kLineFloats) + kLineFloats;
   }
-  phases_.push_back(p);
-}
-
-// Tile k holds k + 1 rows of the product; its run reads as many rows of transformed inputs.
-void Polyphase::plan_products() {
-  for (int pixels = 1; pixels <= kMaxTilePixels; ++pixels) {
-    Tile tile = {};
-    Run run = {};
-    tile.first_run = pixels - 1;
-    tile.runs = 1;
-    tile.pixels = pixels;
-    run.length = geometry_.in_channels;
-    for (int p = 0; p < pixels; ++p) {
-      run.offset[p] = p * geometry_.in_channels;
-      tile.out[p] = p * geometry_.out_channels;
-    }
-    product_tiles_.push_back(tile);
-    product_runs_.push_back(run);
-  }
+  p.product = std::make_unique<Product>(kernels_, in, out, p.positions, form_.bfloat16 && !p.plain());
+  phases_.push_back(std::move(p));
 }
 
 // A phase of one tap takes its pixels from the image and writes them into it.
@@ -123,29 +103,24 @@ void Polyphase::plan_plain(Phase* phase) {
 
 void Polyphase::pack(const WeightAt& weight, const float* bias) {
   const int in = geometry_.in_channels, out = geometry_.out_channels;
-  const int padded = static_cast<int>(round_up(out, kernels_.width));
-  const int block = kernels_.max_vectors * kernels_.width;
-  weights_ = Buffer(phases_.back().weights + phases_.back().positions * position_weights_);
-  bias_ = Buffer(padded);
+  bias_ = Buffer(round_up(out, kernels_.width));
   if (bias) std::copy_n(bias, out, bias_.data());
   for (const Phase& phase : phases_) {
     const AxisPhase &py = phase.axis[0], &px = phase.axis[1];
     const auto rows = filter_transform(phase.tile[0]), columns = filter_transform(phase.tile[1]);
     for (int o = 0; o < out; ++o) {
-      const int first = o / block * block, span = std::min(block, padded - first);
       for (int i = 0; i < in; ++i) {
         double taps[2][2] = {};
         for (int y = 0; y < py.taps; ++y) {
           for (int x = 0; x < px.taps; ++x) taps[y][x] = weight(0, o, i, py.last_tap - 2 * y, px.last_tap - 2 * x);
         }
-        float* to = weights_.data() + phase.weights + int64_t{first} * in + int64_t{i} * span + (o - first);
         for (int u = 0; u < phase.inputs[0]; ++u) {
-          for (int v = 0; v < phase.inputs[1]; ++v, to += position_weights_) {
+          for (int v = 0; v < phase.inputs[1]; ++v) {
             double value = 0.0;
             for (int y = 0; y < 2; ++y) {
               for (int x = 0; x < 2; ++x) value += rows[u][y] * columns[v][x] * taps[y][x];
             }
-            *to = static_cast<float>(value);
+            phase.product->set(u * phase.inputs[1] + v, i, o, value);
           }
         }
       }
@@ -175,32 +150,6 @@ void Polyphase::transform_inputs(const Phase& phase, const Operands& operands, i
   }
 }
 
-void Polyphase::multiply(const Phase& phase, int count, const float* transformed, float* products) const {
-  const int in = geometry_.in_channels, out = geometry_.out_channels;
-  const int tiles = ceil_div(count, kMaxTilePixels);
-  TileRow rows[kMaxChunk];
-  for (int t = 0, begin = 0; t < tiles; ++t) {
-    const int size = count / tiles + (t < count % tiles ? 1 : 0);
-    rows[t] = {size - 1, 1, int64_t{begin} * in, int64_t{begin} * out};
-    begin += size;
-  }
-  for (int position = 0; position < phase.positions; ++position) {
-    kernels_.correlate({transformed + position * phase.in_stride,
-                        products + position * phase.out_stride,
-                        nullptr,
-                        rows,
-                        tiles,
-                        product_tiles_.data(),
-                        product_runs_.data(),
-                        weights_.data() + phase.weights + position * position_weights_,
-                        in,
-                        nullptr,
-                        out,
-                        nullptr,
-                        {}});
-  }
-}
-
 void Polyphase::transform_outputs(const Phase& phase, const Operands& operands, const float* products, int64_t first,
                                   int count) const {
   const AxisPhase &py = phase.axis[0], &px = phase.axis[1];
@@ -226,7 +175,8 @@ void Polyphase::run_tiles(const Phase& phase, const Operands& operands, int64_t 
   for (int64_t begin = first; begin < last; begin += phase.chunk) {
     const int count = static_cast<int>(std::min<int64_t>(phase.chunk, last - begin));
     transform_inputs(phase, operands, begin, count, scratch);
-    multiply(phase, count, scratch, products);
+    phase.product->run(0, phase.positions, count, scratch, phase.in_stride, products, phase.out_stride,
+                       products + phase.positions * phase.out_stride);
     transform_outputs(phase, operands, products, begin, count);
   }
 }
@@ -237,9 +187,9 @@ void Polyphase::run_plain(const Phase& phase, const Operands& x, int64_t first, 
     const TileRow row = {phase.first_plain + static_cast<int32_t>(begin - image * phase.units),
                          static_cast<int32_t>(end - begin), 0, 0};
     kernels_.correlate({x.in + image * x.in_stride, x.out + image * x.out_stride, zeros_.data(), &row, 1,
-                        product_tiles_.data(), product_runs_.data(), weights_.data() + phase.weights,
-                        geometry_.in_channels, bias_.data(), geometry_.out_channels,
-                        x.addend ? x.addend + image * x.addend_stride : nullptr, x.activation});
+                        product_tiles_.data(), product_runs_.data(), phase.product->weights(0), geometry_.in_channels,
+                        bias_.data(), geometry_.out_channels, x.addend ? x.addend + image * x.addend_stride : nullptr,
+                        x.activation});
     begin = end;
   }
 }
@@ -276,13 +226,14 @@ void Polyphase::run_group(const Operands& operands, Share share, float* scratch)
 
 int64_t Polyphase::scratch_floats() const {
   int64_t most = 0;
-  for (const Phase& p : phases_) most = std::max(most, p.positions * (p.in_stride + p.out_stride));
+  for (const Phase& p : phases_)
+    most = std::max(most, p.positions * (p.in_stride + p.out_stride) + p.product->scratch_floats(p.chunk));
   return most;
 }
 
 std::string Polyphase::algorithm() const {
-  const std::string m = std::to_string(outputs_);
-  return "polyphase winograd " + m + "x" + m;
+  const std::string m = std::to_string(form_.outputs);
+  return "polyphase winograd " + m + "x" + m + (form_.bfloat16 ? ", bfloat16" : "");
 }
 
 }  // namespace fastinv

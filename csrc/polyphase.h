@@ -7,10 +7,12 @@
 // 81 products instead of 144. For each position of a phase the products over channels are one matrix product.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "buffer.h"
 #include "convolution.h"
+#include "product.h"
 
 namespace fastinv {
 
@@ -22,13 +24,18 @@ struct AxisPhase {
 
 AxisPhase axis_phase(const Axis& axis, int first);
 
+struct PolyphaseForm {
+  int outputs;    // m of F(m, 2): 2 or 4
+  bool bfloat16;  // transformed inputs and weights are rounded to that
+};
+
 class Polyphase : public Convolution {
  public:
   // Whether the geometry is a transposed convolution of stride 2 with 2 to 4 taps an axis, without groups or dilation.
   static bool applies(const Geometry& geometry);
 
-  // `outputs` is m.
-  Polyphase(const Kernels& kernels, const Geometry& geometry, int outputs, const WeightAt& weight, const float* bias);
+  Polyphase(const Kernels& kernels, const Geometry& geometry, PolyphaseForm form, const WeightAt& weight,
+            const float* bias);
 
   void run(const Operands& operands, Share share, float* scratch) const override;
   int64_t scratch_floats() const override;
@@ -42,17 +49,16 @@ class Polyphase : public Convolution {
     int tiles[2];                   // of an image
     int positions;                  // products of a tile
     int64_t units;                  // of work in an image: tiles; plain: products of up to 6 pixels
-    int64_t weights;                // where they begin
     int chunk;                      // tiles, of one image or several, that go through all three stages together
     int64_t in_stride, out_stride;  // floats from position to position
-    int first_plain;                // plain: its first tile in product_tiles_
+    std::unique_ptr<Product> product;
+    int first_plain;  // plain: its first tile in product_tiles_
 
     bool plain() const { return positions == 1; }                          // one tap: nothing to transform
     int64_t work() const { return plain() ? kMaxTilePixels : positions; }  // of a unit, in products
   };
 
   void add_phase(int first_y, int first_x);
-  void plan_products();
   void plan_plain(Phase* phase);
   void pack(const WeightAt& weight, const float* bias);
   void run_group(const Operands& operands, Share share, float* scratch) const;
@@ -60,18 +66,16 @@ class Polyphase : public Convolution {
   void run_plain(const Phase& phase, const Operands& operands, int64_t first, int64_t last) const;
   void transform_inputs(const Phase& phase, const Operands& operands, int64_t first, int count,
                         float* transformed) const;
-  void multiply(const Phase& phase, int count, const float* transformed, float* products) const;
   void transform_outputs(const Phase& phase, const Operands& operands, const float* products, int64_t first,
                          int count) const;
 
   const Kernels& kernels_;
   const Geometry geometry_;
-  const int outputs_;
+  const PolyphaseForm form_;
   std::vector<Phase> phases_;
-  std::vector<Tile> product_tiles_;  // tile k holds k + 1 rows of a matrix product; those of plain phases follow
+  std::vector<Tile> product_tiles_;  // of plain phases
   std::vector<Run> product_runs_;
-  Buffer weights_, bias_, zeros_;
-  int64_t position_weights_ = 0;
+  Buffer bias_, zeros_;
 };
 
 }  // namespace fastinv

@@ -53,6 +53,8 @@ BinaryArgs broadcast(BinaryKind kind, const Shape& a, const Shape& b, const Shap
   return args;
 }
 
+constexpr double kRounding = 3e-4;  // the bound is 2e-2 relative, 4e-4 squared
+
 }  // namespace
 
 int64_t element_count(const Shape& shape) {
@@ -61,8 +63,8 @@ int64_t element_count(const Shape& shape) {
   return n;
 }
 
-Program::Program(const Kernels& kernels, Shape input, bool differentiable, bool abreast)
-    : kernels_(kernels), differentiable_(differentiable), abreast_(abreast) {
+Program::Program(const Kernels& kernels, Shape input, bool differentiable, bool abreast, bool bfloat16)
+    : kernels_(kernels), differentiable_(differentiable), abreast_(abreast), rounding_(bfloat16 ? kRounding : 0.0) {
   shapes_.push_back(std::move(input));
   channels_last_.push_back(differentiable);
 }
@@ -158,8 +160,11 @@ int Program::convolution(int input, const float* weight, const float* bias, int 
                          (!differentiable_ || prefers_row_major(kernels_, g.adjoint(), Layout::kBoth, false));
   std::vector<int> inputs = {in_layout(input, !row_major)};
   if (addend >= 0) inputs.push_back(in_layout(addend, !row_major));
-  return append_in<ConvolutionNode>(!row_major, activation, std::move(inputs), std::move(output), g, weight, bias,
-                                    row_major, differentiable_);
+  const double rounding = rounding_;
+  const int value = append_in<ConvolutionNode>(!row_major, activation, std::move(inputs), std::move(output), g, weight,
+                                               bias, row_major, &rounding_, differentiable_);
+  rounds_ = rounds_ || rounding_ < rounding;
+  return value;
 }
 
 int Program::linear(int input, const float* weight, const float* bias, Shape output, Activation activation) {

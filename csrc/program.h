@@ -44,8 +44,8 @@ struct SparseMatrix {
 class Program {
  public:
   // `differentiable`: prepare for backward passes too. `abreast`: the network is a chain of convolutions on small
-  // images.
-  Program(const Kernels& kernels, Shape input, bool differentiable, bool abreast);
+  // images. `bfloat16`: convolutions may round their factors to that; only where the machine has_bfloat16.
+  Program(const Kernels& kernels, Shape input, bool differentiable, bool abreast, bool bfloat16);
 
   // Each appends a node and returns the number of its value. Arrays are row-major and copied.
   // `addend`: a value of the output's shape that is added before the activation, or −1.
@@ -69,6 +69,7 @@ class Program {
   const std::vector<std::unique_ptr<Node>>& nodes() const { return nodes_; }
   bool channels_last(int value) const { return channels_last_[static_cast<size_t>(value)]; }
   int output() const { return static_cast<int>(shapes_.size()) - 1; }
+  bool rounds() const { return rounds_; }  // factors of some convolution to bfloat16
   bool has_linear() const { return has_linear_; }
   bool runs_abreast() const;
   int64_t scratch_floats() const;  // the most that a node needs
@@ -86,7 +87,9 @@ class Program {
   const Kernels& kernels_;
   const bool differentiable_;
   const bool abreast_;
+  double rounding_;  // squared relative error that factors in bfloat16 may still add
   bool has_linear_ = false;
+  bool rounds_ = false;
   std::vector<Shape> shapes_;
   std::vector<bool> channels_last_;
   std::map<int, int> converted_;  // a value to the same in the other layout

@@ -32,6 +32,7 @@ Winograd::Winograd(const Kernels& kernels, const Geometry& geometry, const Weigh
       geometry_(geometry),
       tiles_y_(ceil_div(geometry.axis[0].out, kOut)),
       tiles_x_(ceil_div(geometry.axis[1].out, kOut)),
+      product_(kernels, geometry.in_channels, geometry.out_channels, kPositions, false),
       zeros_(geometry.in_channels) {
   for (int axis = 0; axis < 2; ++axis) {
     const int padding = geometry.axis[axis].padding;
@@ -42,7 +43,6 @@ Winograd::Winograd(const Kernels& kernels, const Geometry& geometry, const Weigh
   // One line more between positions: strides that are powers of two would put all 36 into the same cache sets.
   in_stride_ = round_up(int64_t{chunk_} * geometry.in_channels, kLineFloats) + kLineFloats;
   out_stride_ = round_up(int64_t{chunk_} * geometry.out_channels, kLineFloats) + kLineFloats;
-  plan_products();
   pack(weight, bias);
 }
 
@@ -53,14 +53,9 @@ std::string Winograd::algorithm() const { return "winograd 4x4, chunk " + std::t
 void Winograd::pack(const WeightAt& weight, const float* bias) {
   const Geometry& g = geometry_;
   const int in = g.in_channels, out = g.out_channels;
-  const int padded = static_cast<int>(round_up(out, kernels_.width));
-  const int block = kernels_.max_vectors * kernels_.width;
-  position_weights_ = int64_t{in} * padded;
-  weights_ = Buffer(kPositions * position_weights_);
-  bias_ = Buffer(padded);
+  bias_ = Buffer(round_up(out, kernels_.width));
   if (bias) std::copy_n(bias, out, bias_.data());
   for (int o = 0; o < out; ++o) {
-    const int first = o / block * block, span = std::min(block, padded - first);
     for (int i = 0; i < in; ++i) {
       double rows[kIn][3];  // G·g
       for (int u = 0; u < kIn; ++u) {
@@ -74,30 +69,10 @@ void Winograd::pack(const WeightAt& weight, const float* bias) {
       }
       for (int u = 0; u < kIn; ++u) {
         for (int v = 0; v < kIn; ++v) {
-          const double value = rows[u][0] * kG[v][0] + rows[u][1] * kG[v][1] + rows[u][2] * kG[v][2];
-          weights_[(u * kIn + v) * position_weights_ + int64_t{first} * in + int64_t{i} * span + (o - first)] =
-              static_cast<float>(value);
+          product_.set(u * kIn + v, i, o, rows[u][0] * kG[v][0] + rows[u][1] * kG[v][1] + rows[u][2] * kG[v][2]);
         }
       }
     }
-  }
-}
-
-// Tile k holds k + 1 rows of the product; its run reads as many rows of transformed inputs.
-void Winograd::plan_products() {
-  for (int pixels = 1; pixels <= kMaxTilePixels; ++pixels) {
-    Tile tile = {};
-    Run run = {};
-    tile.first_run = pixels - 1;
-    tile.runs = 1;
-    tile.pixels = pixels;
-    run.length = geometry_.in_channels;
-    for (int p = 0; p < pixels; ++p) {
-      run.offset[p] = p * geometry_.in_channels;
-      tile.out[p] = p * geometry_.out_channels;
-    }
-    product_tiles_.push_back(tile);
-    product_runs_.push_back(run);
   }
 }
 
@@ -118,31 +93,6 @@ void Winograd::transform_inputs(const Operands& operands, int64_t first, int cou
       }
     }
     kernels_.winograd_input(pixels, channels, transformed + int64_t{t} * channels, in_stride_);
-  }
-}
-
-void Winograd::multiply(int count, const float* transformed, float* products) const {
-  const int in = geometry_.in_channels, out = geometry_.out_channels;
-  const int tiles = ceil_div(count, kMaxTilePixels);
-  for (int position = 0; position < kPositions; ++position) {
-    for (int t = 0, begin = 0; t < tiles; ++t) {
-      const int size = count / tiles + (t < count % tiles ? 1 : 0);
-      const TileRow row = {size - 1, 1, int64_t{begin} * in, int64_t{begin} * out};
-      kernels_.correlate({transformed + position * in_stride_,
-                          products + position * out_stride_,
-                          nullptr,
-                          &row,
-                          1,
-                          product_tiles_.data(),
-                          product_runs_.data(),
-                          weights_.data() + position * position_weights_,
-                          in,
-                          nullptr,
-                          out,
-                          nullptr,
-                          {}});
-      begin += size;
-    }
   }
 }
 
@@ -168,7 +118,7 @@ void Winograd::run(const Operands& operands, Share share, float* scratch) const 
   for (int64_t first = share.begin(total); first < end; first += chunk_) {
     const int count = static_cast<int>(std::min<int64_t>(chunk_, end - first));
     transform_inputs(operands, first, count, scratch);
-    multiply(count, scratch, products);
+    product_.run(0, kPositions, count, scratch, in_stride_, products, out_stride_, nullptr);
     transform_outputs(operands, products, first, count);
   }
 }

@@ -8,6 +8,7 @@
 
 #include "buffer.h"
 #include "convolution.h"
+#include "product.h"
 
 namespace fastinv {
 
@@ -24,21 +25,17 @@ class Winograd : public Convolution {
 
  private:
   void pack(const WeightAt& weight, const float* bias);
-  void plan_products();
   void transform_inputs(const Operands& operands, int64_t first, int count, float* transformed) const;
-  void multiply(int count, const float* transformed, float* products) const;
   void transform_outputs(const Operands& operands, const float* products, int64_t first, int count) const;
 
   const Kernels& kernels_;
   const Geometry geometry_;
   int padding_[2];  // of the plain convolution that it is, transposed or not
   int tiles_y_, tiles_x_;
-  int chunk_;                        // tiles, of one image or several, that go through all three stages together
-  int64_t in_stride_, out_stride_;   // floats from position to position
-  std::vector<Tile> product_tiles_;  // rows of the matrix product, by their number
-  std::vector<Run> product_runs_;
-  Buffer weights_, bias_, zeros_;
-  int64_t position_weights_ = 0;
+  int chunk_;                       // tiles, of one image or several, that go through all three stages together
+  int64_t in_stride_, out_stride_;  // floats from position to position
+  Product product_;
+  Buffer bias_, zeros_;
 };
 
 }  // namespace fastinv

@@ -33,7 +33,7 @@ class Engine:
         network: what it runs.
         backend: the backend's name: "cpu", "torch".
         isa: the backend's instruction set.
-        precision: what it computes in.
+        precision: what it computes in: float32 in an engine for bfloat16, too, where rounding gains nothing.
         batch_size: how many inputs it takes at once.
         empty_report: the report on no image.
     """
@@ -216,7 +216,7 @@ def compile(
             f"threads {threads!r:.40}, expected an integer from 1 to {MAX_THREADS}, or None for all cores"
         )
     if isinstance(what, RMLE):
-        chosen, precision = select(backend, precision, what.edge.steps)
+        chosen, precision = select(backend, precision, what.edge.steps, solver=True)
         return Solver(what, chosen.name, chosen.compile_solver(what, precision, threads), threads)
     network = what.network if isinstance(what, InverseNetwork) else what
     chosen, precision = select(backend, precision, network.steps)

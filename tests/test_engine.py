@@ -274,7 +274,7 @@ def test_wrong_scales(dtype: str, options: dict[str, Any], message: str) -> None
             BackendError,
             "no backend can run this: cpu: .*; torch: it has no precision tf32",
         ),
-        ({"precision": "tf32", "backend": "torch"}, BackendError, "'torch': it has no precision tf32, only"),
+        ({"precision": "tf32", "backend": "torch"}, BackendError, "'torch': it has no precision tf32 here, only"),
         ({"threads": 0}, BackendError, "threads 0, expected an integer from 1"),
         ({"threads": 2.0}, BackendError, "threads 2.0"),
         ({"threads": True}, BackendError, "threads True"),

@@ -21,6 +21,7 @@ namespace {
 static_assert(kMaxVectors == FASTINV_MAX_VECTORS);
 
 #include "kernels/activation.h"
+#include "kernels/bfloat16.h"
 #include "kernels/convert.h"
 #include "kernels/correlate.h"
 #include "kernels/depthwise.h"
@@ -44,6 +45,7 @@ const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
     correlate,
     correlate_dot,
     planar,
+    bfloat16_product,
     depthwise,
     winograd_input,
     winograd_output,

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#define FASTINV_BFLOAT16  // products of them, on processors that also have AVX512-BF16
 #define FASTINV_INLINE static inline __attribute__((always_inline))
 
 namespace fastinv {

@@ -20,27 +20,27 @@ PLANNED = ("cuda",)  # names that later versions know
 BACKENDS: tuple[Backend, ...] = (CpuBackend(), TorchBackend())
 
 
-def select(name: str | None, precision: str, steps: Sequence[Step]) -> tuple[Backend, str]:
+def select(name: str | None, precision: str, steps: Sequence[Step], solver: bool = False) -> tuple[Backend, str]:
     """The backend to run `steps` on, and the precision to run them in.
 
     Args:
         name: a backend, which then runs or is refused; None or "auto": the one that the environment variable
             FASTINV_BACKEND names, else the first that can run the steps.
-        precision: a name of `PRECISIONS`; "auto" is float32.
+        precision: a name of `PRECISIONS`; "auto": the fastest that keeps the bounds.
         steps: what has to run.
+        solver: whether as the edge of an rMLE solver.
 
     Raises:
         BackendError: nothing can run the steps so; the message says what lacks and what the alternatives are.
     """
     if precision not in PRECISIONS:
         raise BackendError(f"precision {precision!r:.40}, expected one of {', '.join(PRECISIONS)}")
-    precision = "float32" if precision == "auto" else precision
     if name is None or name == "auto":
         name = os.environ.get("FASTINV_BACKEND") or "auto"
     for backend in BACKENDS:  # the later ones are not asked: that would load torch
-        if name in ("auto", backend.name) and _lacks(backend, precision, steps) is None:
-            return backend, precision
-    lacks = {backend.name: _lacks(backend, precision, steps) for backend in BACKENDS}
+        if name in ("auto", backend.name) and _lacks(backend, precision, steps, solver) is None:
+            return backend, backend.precisions(solver)[0] if precision == "auto" else precision
+    lacks = {backend.name: _lacks(backend, precision, steps, solver) for backend in BACKENDS}
     able = ", ".join(n for n, reason in lacks.items() if reason is None) or "none"
     if name in lacks:
         raise BackendError(f"backend {name!r}: {lacks[name]}. Backends that can run this here: {able}")
@@ -50,13 +50,14 @@ def select(name: str | None, precision: str, steps: Sequence[Step]) -> tuple[Bac
     raise BackendError(f"backend {name!r:.40} {what}. Backends that can run this here: {able}")
 
 
-def _lacks(backend: Backend, precision: str, steps: Sequence[Step]) -> str | None:
+def _lacks(backend: Backend, precision: str, steps: Sequence[Step], solver: bool) -> str | None:
     """Why `backend` cannot run `steps` in `precision`; None when it can."""
     reason = backend.available()
     if reason is not None:
         return reason
-    if precision not in backend.precisions:
-        return f"it has no precision {precision}, only {', '.join(backend.precisions)}"
+    known = backend.precisions(solver)
+    if precision not in ("auto", *known):
+        return f"it has no precision {precision}{' for solvers' if solver else ''} here, only {', '.join(known)}"
     unsupported = [step for step in steps if not backend.supports(step)]
     if unsupported:
         names = ", ".join(dict.fromkeys(f"{s.op.name} ({s.source})" if s.source else s.op.name for s in unsupported))

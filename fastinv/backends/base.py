@@ -74,7 +74,9 @@ class Backend(Protocol):
     """One way to run networks. `BACKENDS` lists them, best first."""
 
     name: str
-    precisions: tuple[str, ...]
+
+    def precisions(self, solver: bool) -> tuple[str, ...]:
+        """What it computes networks in here, or solvers; the first, the fastest within its bound, is "auto"."""
 
     def available(self) -> str | None:
         """None when it can run here, else the reason why not and what to do."""

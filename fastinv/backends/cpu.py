@@ -67,7 +67,9 @@ class CpuBackend:
     """C++ kernels for AVX-512, AVX2 and any other processor; see `fastinv.backends.base.Backend`."""
 
     name = "cpu"
-    precisions: tuple[str, ...] = ("float32",)
+
+    def precisions(self, solver: bool) -> tuple[str, ...]:
+        return ("bfloat16", "float32") if not solver and _core.has_bfloat16(_isa()) else ("float32",)
 
     def available(self) -> str | None:
         return None  # without the core the package itself does not load
@@ -76,7 +78,7 @@ class CpuBackend:
         return step.op.name in LOWERINGS
 
     def compile(self, network: Network, precision: str, threads: int | None) -> CpuNetwork:
-        return CpuNetwork(network, threads)
+        return CpuNetwork(network, precision, threads)
 
     def compile_solver(self, recipe: RMLE, precision: str, threads: int | None) -> CpuSolver:
         return CpuSolver(recipe, threads)
@@ -85,10 +87,9 @@ class CpuBackend:
 class CpuNetwork:
     """A network compiled for this machine's instruction set, or the one FASTINV_ISA names."""
 
-    precision = "float32"
-
-    def __init__(self, network: Network, threads: int | None) -> None:
-        lowering = Lowering(network, differentiable=False)
+    def __init__(self, network: Network, precision: str, threads: int | None) -> None:
+        lowering = Lowering(network, bfloat16=precision == "bfloat16")
+        self.precision = "bfloat16" if lowering.program.rounds else "float32"
         self._engine = _core.Engine(lowering.program, network.flops, _thread_count(threads))
         self._network = network
         self._launches = lowering.launches
@@ -156,11 +157,11 @@ class CpuSolver:
 class Lowering:
     """A network turned into a program of the core, step by step."""
 
-    def __init__(self, network: Network, *, differentiable: bool) -> None:
+    def __init__(self, network: Network, *, differentiable: bool = False, bfloat16: bool = False) -> None:
         self.network = network
         isa = _isa()
         abreast = not differentiable and chain_of_small_convolutions(network, _core.vector_width(isa))
-        self.program: _core.Program = _core.Program(isa, list(network.input_shape), differentiable, abreast)
+        self.program: _core.Program = _core.Program(isa, list(network.input_shape), differentiable, abreast, bfloat16)
         self.values = [0]  # the program's value for every value of the network
         self.launches: list[int] = []  # the step behind every launch
         sums = fused_sums(network)

@@ -27,7 +27,9 @@ class TorchBackend:
     """Plain PyTorch on the CPU; see `fastinv.backends.base.Backend`. float64 is for tests and comparisons."""
 
     name = "torch"
-    precisions: tuple[str, ...] = ("float32", "bfloat16", "float64")
+
+    def precisions(self, solver: bool) -> tuple[str, ...]:
+        return ("float32", "bfloat16", "float64")
 
     def available(self) -> str | None:
         try:

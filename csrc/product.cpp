@@ -1,0 +1,74 @@
+#include "product.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cost.h"
+
+namespace fastinv {
+namespace {
+
+// Rounded to the nearest, ties to even.
+uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+}  // namespace
+
+Product::Product(const Kernels& kernels, int in, int out, int matrices, bool bfloat16)
+    : kernels_(kernels), in_(in), out_(out), bfloat16_(bfloat16) {
+  // bfloat16 takes input channels in pairs, two to a float's memory.
+  size_ = round_up(in, bfloat16 ? 2 : 1) * round_up(out, kernels.width);
+  weights_ = Buffer(bfloat16 ? size_ / 2 * matrices : size_ * matrices);
+  for (int pixels = 1; pixels <= kMaxTilePixels; ++pixels) {  // tile k holds k + 1 rows
+    Tile tile = {};
+    Run run = {};
+    tile.first_run = pixels - 1;
+    tile.runs = 1;
+    tile.pixels = pixels;
+    run.length = in;
+    for (int p = 0; p < pixels; ++p) {
+      run.offset[p] = p * in;
+      tile.out[p] = p * out;
+    }
+    tiles_.push_back(tile);
+    runs_.push_back(run);
+  }
+}
+
+void Product::set(int matrix, int in, int out, double value) {
+  const int block = kernels_.max_vectors * kernels_.width, padded = static_cast<int>(round_up(out_, kernels_.width));
+  const int first = out / block * block, span = std::min(block, padded - first);
+  if (bfloat16_) {
+    const int64_t at = matrix * size_ + int64_t{first} * round_up(in_, 2) + (int64_t{in} / 2 * span + out - first) * 2;
+    const uint16_t rounded = to_bfloat16(static_cast<float>(value));
+    std::memcpy(reinterpret_cast<char*>(weights_.data()) + (at + in % 2) * 2, &rounded, sizeof rounded);
+  } else {
+    weights_[matrix * size_ + int64_t{first} * in_ + int64_t{in} * span + out - first] = static_cast<float>(value);
+  }
+}
+
+int64_t Product::scratch_floats(int rows) const { return bfloat16_ ? rows * round_up(in_, 2) / 2 : 0; }
+
+void Product::run(int first, int matrices, int rows, const float* from, int64_t from_step, float* to, int64_t to_step,
+                  float* scratch) const {
+  const int tiles = ceil_div(rows, kMaxTilePixels);
+  for (int matrix = first; matrix < first + matrices; ++matrix, from += from_step, to += to_step) {
+    if (bfloat16_) {
+      kernels_.bfloat16_product({from, to, reinterpret_cast<uint16_t*>(scratch),
+                                 reinterpret_cast<const uint16_t*>(weights_.data()) + matrix * size_, rows, in_, out_});
+      continue;
+    }
+    for (int t = 0, begin = 0; t < tiles; ++t) {
+      const int size = rows / tiles + (t < rows % tiles ? 1 : 0);
+      const TileRow row = {size - 1, 1, int64_t{begin} * in_, int64_t{begin} * out_};
+      kernels_.correlate(
+          {from, to, nullptr, &row, 1, tiles_.data(), runs_.data(), weights(matrix), in_, nullptr, out_, nullptr, {}});
+      begin += size;
+    }
+  }
+}
+
+}  // namespace fastinv
