@@ -25,6 +25,7 @@ static_assert(kMaxVectors == FASTINV_MAX_VECTORS);
 #include "kernels/correlate.h"
 #include "kernels/depthwise.h"
 #include "kernels/elementwise.h"
+#include "kernels/peak.h"
 #include "kernels/planar.h"
 #include "kernels/pool.h"
 #include "kernels/rmle.h"
@@ -63,6 +64,7 @@ const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
     residual,
     total_variation,
     optimizer,
+    fma_peak,
 };
 
 }  // namespace fastinv
