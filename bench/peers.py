@@ -49,6 +49,7 @@ MAX_FLOPS = 2**36  # of a call, for each thread
 # burst, longer than any of them spins, and a call that warms up after it.
 BURST = 0.03  # seconds of calls, at least
 PAUSE = 0.15
+NOISE = 0.1  # of the peak, from round to round, at most: more than that is told
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,10 @@ class Outcome:
     wrong: bool = False  # a result of fastinv's
 
     def __str__(self) -> str:
-        cut = f" ({self.wanted:,} take too long or too much memory)" if self.batch < self.wanted else ""
-        return "\n".join(
-            [f"\n{self.case}, batch {self.batch:,}{cut}", *([as_table(self.rows)] * bool(self.rows)), *self.notes]
-        )
+        cut = f" (of {self.wanted:,}: more take too long or too much memory)" if self.batch < self.wanted else ""
+        lines = [f"\n{self.case}, batch {self.batch:,}{cut}"]
+        lines += [as_table(self.rows)] if self.rows else []
+        return "\n".join([*lines, *self.notes])
 
 
 def as_table(rows: Sequence[Row]) -> str:
@@ -104,17 +105,17 @@ def as_table(rows: Sequence[Row]) -> str:
     )
 
 
-def fitting(subject: Subject, wanted: int) -> int:
+def fitting(subject: Subject, wanted: int, threads: int) -> int:
     """As many images as wanted, or as fit."""
     by_memory = MAX_BYTES // (4 * sum(map(math.prod, subject.network.shapes)))
-    by_time = MAX_FLOPS * torch.get_num_threads() // max(1, subject.network.flops)
+    by_time = MAX_FLOPS * threads // max(1, subject.network.flops)
     return max(1, min(wanted, by_memory, by_time))
 
 
 def measure(subject: Subject, wanted: int, contenders: Sequence[Contender], threads: int, repeat: int) -> Outcome:
     """Build and check every contender, then time those that are right, in turns."""
     with torch_threads(threads), torch.no_grad():
-        outcome = Outcome(subject.name, fitting(subject, wanted), wanted)
+        outcome = Outcome(subject.name, fitting(subject, wanted, threads), wanted)
         x = subject.inputs(outcome.batch)
         calls: dict[str, Call] = {}
         errors: dict[str, float] = {}
@@ -134,34 +135,34 @@ def measure(subject: Subject, wanted: int, contenders: Sequence[Contender], thre
                 outcome.notes.append(f"{contender.name} is wrong by {errors[contender.name]:.1g}, and not timed")
                 outcome.wrong |= contender.ours
         isa = os.environ.get("FASTINV_ISA", "")
-        seconds, peak = race(calls, repeat, lambda: _core.fma_peak(isa, threads, BURST))
+        seconds, peaks = race(calls, repeat, lambda: _core.fma_peak(isa, threads, BURST))
+    if min(peaks) < (1 - NOISE) * max(peaks):
+        outcome.notes.append(f"The peak varied, {min(peaks):.0f} to {max(peaks):.0f} GFLOP/s: a busy machine?")
     timed = [contender for contender in contenders if contender.name in calls]
-    outcome.rows = as_rows(subject, outcome.batch, timed, seconds, errors, peak)
+    outcome.rows = as_rows(subject, outcome.batch, timed, seconds, errors, statistics.median(peaks))
     return outcome
 
 
-def race(
-    calls: Mapping[str, Call], repeat: int, peak: Callable[[], float], burst: float = BURST, pause: float = PAUSE
-) -> tuple[dict[str, float], float]:
-    """Median seconds of one call of each, from bursts in an order that varies from round to round; and median peak."""
+def race(calls: Mapping[str, Call], repeat: int, peak: Callable[[], float]) -> tuple[dict[str, float], list[float]]:
+    """Median seconds of one call of each, from bursts in an order that varies from round to round; and the peaks."""
     counts = {}
     for name, call in calls.items():
-        time.sleep(pause)
+        time.sleep(PAUSE)
         call()
-        counts[name] = max(1, math.ceil(burst / _seconds(call, 3)))
+        counts[name] = max(1, math.ceil(BURST / _seconds(call, 3)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     peaks = []
     order = list(calls)
     shuffle = random.Random(0).shuffle
     for _ in range(repeat):
-        time.sleep(pause)
+        time.sleep(PAUSE)
         peaks.append(peak())
         shuffle(order)
         for name in order:
-            time.sleep(pause)
+            time.sleep(PAUSE)
             calls[name]()
             samples[name].append(_seconds(calls[name], counts[name]))
-    return {name: statistics.median(times) for name, times in samples.items()}, statistics.median(peaks)
+    return {name: statistics.median(times) for name, times in samples.items()}, peaks
 
 
 def _seconds(call: Call, count: int) -> float:
@@ -202,8 +203,8 @@ def named(text: str) -> list[Contender]:
     known = {_plain(peer.name): peer for peer in PEERS}
     try:
         return [known[_plain(name)] for name in text.split(",")]
-    except KeyError as error:
-        raise argparse.ArgumentTypeError(f"no peer {error}, expected some of {', '.join(known)}") from None
+    except KeyError as name:
+        raise argparse.ArgumentTypeError(f"no peer {name}, expected some of {', '.join(known)}") from None
 
 
 def _plain(name: str) -> str:
@@ -297,8 +298,7 @@ def main() -> int:
         for subject in cases:
             done: set[int] = set()
             for wanted in args.batch:
-                with torch_threads(args.threads):
-                    batch = fitting(subject, wanted)
+                batch = fitting(subject, wanted, args.threads)
                 if batch in done:
                     print(f"\n{subject.name}, batch {wanted:,}: only {batch:,} fit, see above")
                     continue
