@@ -46,7 +46,8 @@ MAX_FLOPS = 2**36  # of a call, for each thread
 
 # After a call the threads of ONNX Runtime and OpenMP spin for a while, to be quick at the next one. Within a burst of
 # calls that is part of the contender's speed. The next contender's would suffer from it: hence the pause before every
-# burst, longer than any of them spins, and a call that warms up after it.
+# burst, longer than any of them spins. After it come as many calls that are not timed: threads that have slept start
+# cold, and often on the core of the one that woke them.
 BURST = 0.03  # seconds of calls, at least
 PAUSE = 0.15
 NOISE = 0.1  # of the peak, from round to round, at most: more than that is told
@@ -160,7 +161,7 @@ def race(calls: Mapping[str, Call], repeat: int, peak: Callable[[], float]) -> t
         shuffle(order)
         for name in order:
             time.sleep(PAUSE)
-            calls[name]()
+            _seconds(calls[name], counts[name])
             samples[name].append(_seconds(calls[name], counts[name]))
     return {name: statistics.median(times) for name, times in samples.items()}, peaks
 

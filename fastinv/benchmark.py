@@ -50,8 +50,8 @@ DECODERS: dict[str, tuple[Shape, Shape]] = {
     "CIFAR ReLU32": ((128, 8, 8), (3, 32, 32)),
 }
 RESIDUAL_DECODERS: dict[str, tuple[Shape, Shape]] = {
-    "residual 64×64": ((128, 16, 16), (3, 64, 64)),
-    "residual 32×32": ((256, 8, 8), (3, 32, 32)),
+    "residual 64x64": ((128, 16, 16), (3, 64, 64)),
+    "residual 32x32": ((256, 8, 8), (3, 32, 32)),
 }
 
 
