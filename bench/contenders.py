@@ -72,9 +72,12 @@ def _channels_last(dtype: torch.dtype, subject: Subject, x: torch.Tensor, thread
 
 
 def _compiled(freeze: bool, subject: Subject, x: torch.Tensor, threads: int) -> Call:
-    options = {**torch._inductor.list_mode_options("max-autotune"), "freezing": True} if freeze else {}
-    with _quiet():
-        module = torch.compile(copy.deepcopy(subject.eager), dynamic=False, options=options)
+    import torch._inductor.config as settings
+
+    with _quiet(), settings.patch(freezing=freeze):  # not among the options: Dynamo reads it, too
+        module = torch.compile(
+            copy.deepcopy(subject.eager), dynamic=False, mode="max-autotune" if freeze else "default"
+        )
         module(x)
     return partial(module, x)
 

@@ -157,6 +157,7 @@ def race(calls: Mapping[str, Call], repeat: int, peak: Callable[[], float]) -> t
     shuffle = random.Random(0).shuffle
     for _ in range(repeat):
         time.sleep(PAUSE)
+        peak()
         peaks.append(peak())
         shuffle(order)
         for name in order:

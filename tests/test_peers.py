@@ -143,7 +143,7 @@ def test_batches_are_cut(peers: ModuleType) -> None:
 
 
 def test_a_busy_machine_is_told(peers: ModuleType, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    peaks = iter([100.0, 100.0, 50.0])
+    peaks = iter([100.0] * 5 + [50.0])
     monkeypatch.setattr(_core, "fma_peak", lambda *given: next(peaks))
     outcome = peers.measure(subject, 1, [peers.fastinv("float32")], threads=1, repeat=3)
     assert "busy" in str(outcome)
