@@ -279,6 +279,8 @@ struct OptimizerArgs {
   bool first_step;
 };
 
+constexpr int kPeakChains = 12;
+
 // ---- the table -----------------------------------------------------------------------------------------------------
 
 struct Kernels {
@@ -319,6 +321,8 @@ struct Kernels {
   // Adds weight · ∇TV_β(z) to grad; returns weight · TV_β(z).
   double (*total_variation)(const TotalVariationArgs&);
   void (*optimizer)(const OptimizerArgs&);
+  // rounds × kPeakChains multiply-adds of whole vectors in registers, for the speed's sake; the result means nothing.
+  float (*fma_peak)(int64_t rounds, float start);
 };
 
 }  // namespace fastinv

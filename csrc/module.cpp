@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
+#include <numeric>
+
 #include "engine.h"
 #include "isa.h"
 #include "solver.h"
@@ -155,6 +158,28 @@ py::tuple solve(Solver& solver, const FloatArray& features, const FloatArray& in
   return py::make_tuple(out, objective, steps, converged);
 }
 
+double fma_peak(const std::string& isa, int threads, double seconds) {
+  if (threads < 1 || !(seconds > 0 && seconds <= 60)) throw std::invalid_argument("fma_peak: threads or seconds");
+  using Clock = std::chrono::steady_clock;
+  constexpr int64_t kRounds = 4096;
+  const Kernels& kernels = kernels_for(isa);
+  std::vector<double> speeds(static_cast<size_t>(threads));
+  const py::gil_scoped_release release;
+  run_team(threads, [&](int worker, int) {
+    const Clock::time_point begin = Clock::now();
+    double elapsed;
+    int64_t rounds = 0;
+    volatile float result = 0.0f;
+    do {
+      result = kernels.fma_peak(kRounds, result);
+      rounds += kRounds;
+      elapsed = std::chrono::duration<double>(Clock::now() - begin).count();
+    } while (elapsed < seconds);
+    speeds[static_cast<size_t>(worker)] = 2e-9 * kPeakChains * kernels.width * static_cast<double>(rounds) / elapsed;
+  });
+  return std::accumulate(speeds.begin(), speeds.end(), 0.0);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -178,6 +203,9 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "resolve_isa", [](const std::string& name) { return std::string(kernels_for(name).isa); }, py::arg("name"),
       "The named instruction set, or the best for ''. ValueError when the machine lacks it.");
+
+  m.def("fma_peak", &fma_peak, py::arg("isa"), py::arg("threads"), py::arg("seconds"),
+        "GFLOP/s of multiply-adds in registers, by so many threads for so long.");
 
   py::class_<Program>(m, "Program", "A network as kernel launches.")
       .def(py::init([](const std::string& isa, Shape input, bool differentiable, bool abreast, bool bfloat16) {

@@ -49,6 +49,10 @@ DECODERS: dict[str, tuple[Shape, Shape]] = {
     "CIFAR ReLU22": ((128, 16, 16), (3, 32, 32)),
     "CIFAR ReLU32": ((128, 8, 8), (3, 32, 32)),
 }
+RESIDUAL_DECODERS: dict[str, tuple[Shape, Shape]] = {
+    "residual 64x64": ((128, 16, 16), (3, 64, 64)),
+    "residual 32x32": ((256, 8, 8), (3, 32, 32)),
+}
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,11 @@ class Timing:
 
 
 def decoders() -> Iterator[Subject]:
-    """The paper's decoders, and a larger one in the style of ResNet-18."""
+    """The paper's decoders, residual ones, and a larger one in the style of ResNet-18."""
     for name, (features, image) in DECODERS.items():
         yield _subject(name, make_decoder(features, image), features)
+    for name, (features, image) in RESIDUAL_DECODERS.items():
+        yield _subject(name, make_decoder(features, image, "residual", width=64, depth=4, final="sigmoid"), features)
     yield _subject("ResNet-18 style", resnet_decoder(), (64, 56, 56))
 
 

@@ -156,7 +156,8 @@ def test_picture_refuses() -> None:
 
 
 def test_subjects_cover_decoders_and_splits() -> None:
-    assert [subject.name for subject in benchmark.decoders()] == [*benchmark.DECODERS, "ResNet-18 style"]
+    names = [*benchmark.DECODERS, *benchmark.RESIDUAL_DECODERS, "ResNet-18 style"]
+    assert [subject.name for subject in benchmark.decoders()] == names
     solvers = list(benchmark.solvers(steps=1))
     assert [subject.name for subject in solvers] == [
         f"rMLE {at}, 1 steps" for at in ("conv1", "ReLU2", "conv11", "ReLU22", "ReLU32")

@@ -26,6 +26,7 @@ static_assert(kMaxVectors == FASTINV_MAX_VECTORS);
 #include "kernels/correlate.h"
 #include "kernels/depthwise.h"
 #include "kernels/elementwise.h"
+#include "kernels/peak.h"
 #include "kernels/planar.h"
 #include "kernels/polyphase.h"
 #include "kernels/pool.h"
@@ -68,6 +69,7 @@ const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
     residual,
     total_variation,
     optimizer,
+    fma_peak,
 };
 
 }  // namespace fastinv

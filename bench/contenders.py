@@ -1,0 +1,153 @@
+"""What the peers harness compares: fastinv, and other ways to run the same module on this processor.
+
+All have the same job: float32 features [N, C, H, W], as a torch tensor or as the numpy array over the same memory,
+whichever they take. What they convert first is part of their time; the result may be of any layout and type. Each
+is built for the one shape that is timed, with the same number of threads, and otherwise set up for single calls as
+its own documentation recommends. Build and call them within `torch_threads` and `torch.no_grad`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastinv.benchmark import Subject
+from fastinv.engine import compile
+
+Call = Callable[[], Any]
+TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}  # relative, against float64
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run a subject.
+
+    Attributes:
+        build: takes a subject, its inputs and a number of threads; gives what runs it on these inputs.
+        packages: what it imports, beside fastinv's own requirements.
+    """
+
+    name: str
+    build: Callable[[Subject, torch.Tensor, int], Call]
+    precision: str = "float32"
+    packages: tuple[str, ...] = ()
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith("fastinv")
+
+    def missing(self) -> str | None:
+        """Why it cannot run here, or None."""
+        absent = [package for package in self.packages if importlib.util.find_spec(package) is None]
+        return f"needs {', '.join(absent)}: pip install '.[peers]'" if absent else None
+
+
+def fastinv(precision: str) -> Contender:
+    """The cpu backend in this precision."""
+
+    def build(subject: Subject, x: torch.Tensor, threads: int) -> Call:
+        return partial(compile(subject.network, "cpu", precision, threads), x.numpy())
+
+    return Contender("fastinv" if precision == "float32" else f"fastinv {precision}", build, precision)
+
+
+def _eager(subject: Subject, x: torch.Tensor, threads: int) -> Call:
+    return partial(subject.eager, x)
+
+
+def _channels_last(dtype: torch.dtype, subject: Subject, x: torch.Tensor, threads: int) -> Call:
+    module = copy.deepcopy(subject.eager).to(dtype)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return lambda: module(x.to(dtype, memory_format=torch.channels_last))
+
+
+def _compiled(freeze: bool, subject: Subject, x: torch.Tensor, threads: int) -> Call:
+    import torch._inductor.config as settings
+
+    with _quiet(), settings.patch(freezing=freeze):  # not among the options: Dynamo reads it, too
+        module = torch.compile(
+            copy.deepcopy(subject.eager), dynamic=False, mode="max-autotune" if freeze else "default"
+        )
+        module(x)
+    return partial(module, x)
+
+
+def _onnx_runtime(subject: Subject, x: torch.Tensor, threads: int) -> Call:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    model = _onnx(subject, x)
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    inputs = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: session.run(None, inputs)[0]
+
+
+def _openvino(subject: Subject, x: torch.Tensor, threads: int) -> Call:
+    import openvino
+
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+    }
+    core = openvino.Core()
+    request = core.compile_model(core.read_model(io.BytesIO(_onnx(subject, x))), "CPU", settings).create_infer_request()
+    array = x.numpy()
+    return lambda: request.infer(array, share_inputs=True, share_outputs=True)[0]
+
+
+def _onnx(subject: Subject, x: torch.Tensor) -> bytes:
+    """The module as an ONNX model for inputs of exactly this shape."""
+    with _quiet():
+        program = torch.onnx.export(subject.eager, (x,), dynamo=True, verbose=False)
+    assert program is not None
+    model: bytes = program.model_proto.SerializeToString()
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what PyTorch says of its own parts."""
+    logging.getLogger("torch.onnx._internal.exporter._registration").disabled = True  # torchvision is not installed
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        yield
+
+
+PEERS = [
+    Contender("eager", _eager),
+    Contender("eager channels-last", partial(_channels_last, torch.float32)),
+    Contender("eager bfloat16", partial(_channels_last, torch.bfloat16), "bfloat16"),
+    Contender("torch.compile", partial(_compiled, False)),
+    Contender("torch.compile max", partial(_compiled, True)),
+    Contender("ONNX Runtime", _onnx_runtime, packages=("onnxruntime", "onnx", "onnxscript")),
+    Contender("OpenVINO", _openvino, packages=("openvino", "onnx", "onnxscript")),
+]
+
+
+def error(subject: Subject, x: torch.Tensor, result: Any, images: int = 16) -> float:
+    """Relative difference from float64, on images from the first to the last."""
+    chosen = torch.linspace(0, len(x) - 1, min(images, len(x))).long()
+    expected = subject.run_eager(x[chosen], torch.float64)
+    found = torch.as_tensor(result)[chosen].double()
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def forget() -> None:
+    """Drop what torch.compile keeps: it holds few shapes of one kind of module, and runs more in eager mode."""
+    torch._dynamo.reset()
