@@ -99,7 +99,7 @@ double polyphase_cost(const Kernels& kernels, const Geometry& g, PolyphaseForm f
 double polyphase_rounding(const Geometry& g, PolyphaseForm form) {
   if (!form.bfloat16) return 0.0;
   const bool all = g.axis[0].kernel == 4 && g.axis[1].kernel == 4;  // phases have two taps along both axes
-  return form.outputs == 2 ? 2.4e-5 : all ? 2.4e-4 : 1.2e-4;
+  return form.outputs == 2 ? 2.4e-5 : all ? 7.5e-5 : 3.5e-5;
 }
 
 PolyphaseForm polyphase_form(const Kernels& kernels, const Geometry& g, double rounding) {

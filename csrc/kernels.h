@@ -115,6 +115,10 @@ struct WinogradOutputArgs {
 };
 
 // The transforms of one tile of a polyphase convolution, of one axis (3 or 5 positions) or two (9 or 25).
+// The points ±a and ±b of F(4, 2). These multiply rounding errors by 1.7 along an axis; the usual 0, ±1 and 2 by 2.5
+// (the root of the mean of Aᵀ²·(Bᵀ² ∘ G²) over random inputs). All that the transforms multiply by is exact in float32.
+constexpr float kNearPoint = 0.375f, kFarPoint = 1.25f;
+
 struct PolyphaseInputArgs {
   const float* const* pixels;  // as many as positions, row by row
   int32_t channels;

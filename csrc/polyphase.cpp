@@ -9,11 +9,13 @@ namespace {
 
 constexpr int kMaxInputs = 5;  // of a tile along an axis
 
-// G by number of outputs. The points are 0, 1 and ∞ for F(2, 2), with −1 and 2 for F(4, 2); which of ±2 and ±1/2 is the
-// fourth makes no difference to the error. The factors that make Bᵀ whole numbers are here.
+// G by number of outputs. The points are 0, 1 and ∞ for F(2, 2), with rows of Bᵀ in whole numbers, and ±a, ±b and ∞ for
+// F(4, 2): rows of G are (1, p) / Π (p − q) over the other points q.
+constexpr double kA = kNearPoint, kB = kFarPoint, kD = 2 * (kA * kA - kB * kB);
 constexpr double kG1[1][2] = {{1, 0}};
 constexpr double kG2[3][2] = {{1, 0}, {1, 1}, {0, 1}};
-constexpr double kG4[5][2] = {{1.0 / 2, 0}, {-1.0 / 2, -1.0 / 2}, {-1.0 / 6, 1.0 / 6}, {1.0 / 6, 1.0 / 3}, {0, 1}};
+constexpr double kG4[5][2] = {
+    {1 / (kA * kD), 1 / kD}, {-1 / (kA * kD), 1 / kD}, {-1 / (kB * kD), -1 / kD}, {1 / (kB * kD), -1 / kD}, {0, 1}};
 
 const double (*filter_transform(int outputs))[2] { return outputs == 1 ? kG1 : outputs == 2 ? kG2 : kG4; }
 

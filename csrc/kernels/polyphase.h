@@ -9,12 +9,14 @@ FASTINV_INLINE void polyphase_input_line(const V* d, V* t) {
     t[1] = d[1];
     t[2] = sub(d[1], d[2]);
   } else {
-    const V odd = sub(d[3], d[1]);
-    t[0] = fma(set1(2.0f), sub(d[0], d[2]), odd);
-    t[1] = sub(odd, add(d[1], d[2]));
-    t[2] = fma(set1(3.0f), sub(d[1], d[2]), odd);
-    t[3] = odd;
-    t[4] = fma(set1(-2.0f), odd, sub(d[4], d[2]));
+    constexpr float a = kNearPoint, b = kFarPoint;
+    const V odd_a = fma(set1(-b * b), d[1], d[3]), even_a = fma(set1(-b * b), d[0], d[2]);
+    const V odd_b = fma(set1(-a * a), d[1], d[3]), even_b = fma(set1(-a * a), d[0], d[2]);
+    t[0] = fma(set1(a), even_a, odd_a);
+    t[1] = fma(set1(-a), even_a, odd_a);
+    t[2] = fma(set1(b), even_b, odd_b);
+    t[3] = fma(set1(-b), even_b, odd_b);
+    t[4] = fma(set1(-b * b), even_b, fma(set1(-a * a), d[2], d[4]));
   }
 }
 
@@ -25,11 +27,12 @@ FASTINV_INLINE void polyphase_output_line(const V* m, V* y) {
     y[0] = add(m[0], m[1]);
     y[1] = sub(m[1], m[2]);
   } else {
-    const V plus = add(m[1], m[2]), minus = sub(m[1], m[2]);
-    y[0] = add(add(m[0], m[3]), plus);
-    y[1] = fma(set1(2.0f), m[3], minus);
-    y[2] = fma(set1(4.0f), m[3], plus);
-    y[3] = add(fma(set1(8.0f), m[3], minus), m[4]);
+    constexpr float a = kNearPoint, b = kFarPoint;
+    const V plus_a = add(m[0], m[1]), minus_a = sub(m[0], m[1]), plus_b = add(m[2], m[3]), minus_b = sub(m[2], m[3]);
+    y[0] = add(plus_a, plus_b);
+    y[1] = fma(set1(b), minus_b, mul(set1(a), minus_a));
+    y[2] = fma(set1(b * b), plus_b, mul(set1(a * a), plus_a));
+    y[3] = fma(set1(b * b * b), minus_b, fma(set1(a * a * a), minus_a, m[4]));
   }
 }
 
