@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -35,9 +36,26 @@ inline void relax() {
 #endif
 }
 
-// A thread that sleeps takes 5 to 50 µs to wake, as long as a small network runs: so threads watch for the next job,
-// or for the others, for about that time first.
-constexpr int kSpins = 1000;
+// A thread that sleeps takes 5 to 50 µs to wake, in a virtual machine up to 250, as long as small networks run: so
+// threads watch for the next job, or for the others, for longer than that first. Were it shorter, one late waking would
+// put the other thread to sleep, whose waking would be late in turn, and so on.
+constexpr std::chrono::microseconds kWatch{300};
+
+// Between the layers of an image nobody sleeps, but may leave the core to another after this time.
+constexpr std::chrono::microseconds kMeet{20};
+
+// Whether `ready` became true within that time.
+template <class Ready>
+bool watch(std::chrono::microseconds time, const Ready& ready) {
+  const auto end = std::chrono::steady_clock::now() + time;
+  do {
+    for (int i = 0; i < 32; ++i) {
+      if (ready()) return true;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return ready();
+}
 
 struct Job {
   const std::function<void(int, int)>* work;
@@ -76,8 +94,7 @@ class Pool {
     }
     if (asleep) wake_.notify_all();
     job.run(0, helpers + 1);
-    for (int i = 0; i < kSpins && running_.load(std::memory_order_acquire) != 0; ++i) relax();
-    if (running_.load(std::memory_order_acquire) != 0) {
+    if (!watch(kWatch, [this] { return running_.load(std::memory_order_acquire) == 0; })) {
       std::unique_lock<std::mutex> lock(mutex_);
       waiting_ = true;
       done_.wait(lock, [this] { return running_.load(std::memory_order_acquire) == 0; });
@@ -89,7 +106,7 @@ class Pool {
   void serve(int worker) {
     uint64_t seen = 0;
     for (;;) {
-      for (int i = 0; i < kSpins && generation_.load(std::memory_order_acquire) == seen; ++i) relax();
+      watch(kWatch, [&] { return generation_.load(std::memory_order_acquire) != seen; });
       Job* job;
       int helpers;
       {
@@ -166,9 +183,9 @@ void Barrier::wait(int workers) {
     round_.store(round + 1, std::memory_order_release);
     return;
   }
-  for (int i = 0; round_.load(std::memory_order_acquire) == round; ++i) {
-    i < kSpins ? relax() : std::this_thread::yield();
-  }
+  const auto opened = [&] { return round_.load(std::memory_order_acquire) != round; };
+  if (watch(kMeet, opened)) return;
+  while (!opened()) std::this_thread::yield();
 }
 
 int available_threads() {
