@@ -67,13 +67,14 @@ void Polyphase::add_phase(int first_y, int first_x) {
   if (p.plain()) {
     plan_plain(&p);
   } else {
-    p.units = int64_t{p.tiles[0]} * p.tiles[1];
+    p.row_units = p.tiles[1];
     const int64_t fitting = kChunkFloats / (p.positions * int64_t{in + out});
     p.chunk = static_cast<int>(std::clamp<int64_t>(fitting / kMaxTilePixels, 1, kMaxChunk)) * kMaxTilePixels;
     // One line more between positions: strides that are powers of two would put all of them into the same cache sets.
     p.in_stride = round_up(int64_t{p.chunk} * in, kLineFloats) + kLineFloats;
     p.out_stride = round_up(int64_t{p.chunk} * out, kLineFloats) + kLineFloats;
   }
+  p.units = int64_t{p.tiles[0]} * p.row_units;
   p.product = std::make_unique<Product>(kernels_, in, out, p.positions, form_.bfloat16 && !p.plain());
   phases_.push_back(std::move(p));
 }
@@ -83,23 +84,23 @@ void Polyphase::plan_plain(Phase* phase) {
   const Axis &rows = geometry_.axis[0], &columns = geometry_.axis[1];
   const AxisPhase &py = phase->axis[0], &px = phase->axis[1];
   phase->first_plain = static_cast<int>(product_tiles_.size());
-  const int total = py.outputs * px.outputs;
-  phase->units = ceil_div(total, kMaxTilePixels);
-  for (int t = 0, pixel = 0; t < phase->units; ++t) {
-    Tile tile = {};
-    Run run = {};
-    tile.first_run = static_cast<int32_t>(product_runs_.size());
-    tile.runs = 1;
-    tile.pixels = total / static_cast<int>(phase->units) + (t < total % phase->units ? 1 : 0);
-    run.length = geometry_.in_channels;
-    for (int p = 0; p < tile.pixels; ++p, ++pixel) {
-      const int i = pixel / px.outputs, j = pixel % px.outputs, y = py.start + i, x = px.start + j;
-      const bool inside = y >= 0 && y < rows.in && x >= 0 && x < columns.in;
-      run.offset[p] = inside ? (y * columns.in + x) * geometry_.in_channels : kOutside;
-      tile.out[p] = ((py.first + 2 * i) * columns.out + px.first + 2 * j) * geometry_.out_channels;
+  phase->row_units = ceil_div(px.outputs, kMaxTilePixels);
+  for (int i = 0; i < py.outputs; ++i) {
+    for (int t = 0; t < phase->row_units; ++t) {
+      Tile tile = {};
+      Run run = {};
+      tile.first_run = static_cast<int32_t>(product_runs_.size());
+      tile.runs = 1;
+      run.length = geometry_.in_channels;
+      for (int j = px.outputs * t / phase->row_units; j < px.outputs * (t + 1) / phase->row_units; ++j) {
+        const int p = tile.pixels++, y = py.start + i, x = px.start + j;
+        const bool inside = y >= 0 && y < rows.in && x >= 0 && x < columns.in;
+        run.offset[p] = inside ? (y * columns.in + x) * geometry_.in_channels : kOutside;
+        tile.out[p] = ((py.first + 2 * i) * columns.out + px.first + 2 * j) * geometry_.out_channels;
+      }
+      product_tiles_.push_back(tile);
+      product_runs_.push_back(run);
     }
-    product_tiles_.push_back(tile);
-    product_runs_.push_back(run);
   }
 }
 
@@ -197,32 +198,51 @@ void Polyphase::run_plain(const Phase& phase, const Operands& x, int64_t first, 
 }
 
 void Polyphase::run(const Operands& operands, Share share, float* scratch) const {
-  const int64_t size = int64_t{geometry_.in_channels} * geometry_.axis[0].in * geometry_.axis[1].in;
+  const Axis& rows = geometry_.axis[0];
+  const int64_t row = int64_t{geometry_.in_channels} * geometry_.axis[1].in, size = row * rows.in;
   const int64_t group = std::max<int64_t>(1, kGroupFloats / size);
+  // Of images that are larger than that, bands of rows; they begin with a tile in every phase.
+  const int step = 2 * form_.outputs;
+  const int64_t band = std::min<int64_t>(rows.out, round_up(std::max<int64_t>(1, 2 * kGroupFloats / row), step));
   Operands some = operands;
   for (int64_t first = 0; first < operands.images; first += group) {
     some.images = std::min(group, operands.images - first);
     some.in = operands.in + first * operands.in_stride;
     some.out = operands.out + first * operands.out_stride;
     if (operands.addend) some.addend = operands.addend + first * operands.addend_stride;
-    run_group(some, share, scratch);
+    for (int begin = 0; begin < rows.out; begin += static_cast<int>(band)) {
+      run_rows(some, begin, static_cast<int>(std::min<int64_t>(begin + band, rows.out)), share, scratch);
+    }
   }
 }
 
-// Phases one after the other, each over all images: the weights of one are a quarter of all or so.
-void Polyphase::run_group(const Operands& operands, Share share, float* scratch) const {
+// Phases one after the other, each over all images: the weights of one are a quarter of all or so. More than one image
+// only with all of their rows.
+void Polyphase::run_rows(const Operands& operands, int first_row, int last_row, Share share, float* scratch) const {
+  struct Stretch {
+    int64_t begin, end;
+  };
+  const auto units = [&](const Phase& p) {
+    const auto before = [&p](int row) {  // rows of tiles that begin before this row
+      return std::min<int64_t>(p.tiles[0], ceil_div(std::max(0, row - p.axis[0].first), 2 * p.tile[0]));
+    };
+    return Stretch{before(first_row) * p.row_units, (operands.images - 1) * p.units + before(last_row) * p.row_units};
+  };
   int64_t total = 0;
-  for (const Phase& phase : phases_) total += operands.images * phase.units * phase.work();
+  for (const Phase& phase : phases_) total += (units(phase).end - units(phase).begin) * phase.work();
   int64_t begin = share.begin(total), end = share.end(total);  // from the start of the phase, in products
   for (const Phase& phase : phases_) {
-    const int64_t units = operands.images * phase.units, work = phase.work();
-    const auto unit = [&](int64_t products) { return std::clamp<int64_t>((products + work - 1) / work, 0, units); };
+    const Stretch all = units(phase);
+    const int64_t count = all.end - all.begin, work = phase.work();
+    const auto unit = [&](int64_t products) {
+      return all.begin + std::clamp<int64_t>((products + work - 1) / work, 0, count);
+    };
     const int64_t first = unit(begin), last = unit(end);
     if (first < last) {
       phase.plain() ? run_plain(phase, operands, first, last) : run_tiles(phase, operands, first, last, scratch);
     }
-    begin -= units * work;
-    end -= units * work;
+    begin -= count * work;
+    end -= count * work;
   }
 }
 

@@ -48,7 +48,8 @@ class Polyphase : public Convolution {
     int inputs[2];                  // of a tile, which are its positions too
     int tiles[2];                   // of an image
     int positions;                  // products of a tile
-    int64_t units;                  // of work in an image: tiles; plain: products of up to 6 pixels
+    int row_units;                  // of work in a row of tiles: tiles; plain: products of up to 6 pixels
+    int64_t units;                  // in an image
     int chunk;                      // tiles, of one image or several, that go through all three stages together
     int64_t in_stride, out_stride;  // floats from position to position
     std::unique_ptr<Product> product;
@@ -61,7 +62,7 @@ class Polyphase : public Convolution {
   void add_phase(int first_y, int first_x);
   void plan_plain(Phase* phase);
   void pack(const WeightAt& weight, const float* bias);
-  void run_group(const Operands& operands, Share share, float* scratch) const;
+  void run_rows(const Operands& operands, int first_row, int last_row, Share share, float* scratch) const;
   void run_tiles(const Phase& phase, const Operands& operands, int64_t first, int64_t last, float* scratch) const;
   void run_plain(const Phase& phase, const Operands& operands, int64_t first, int64_t last) const;
   void transform_inputs(const Phase& phase, const Operands& operands, int64_t first, int count,
