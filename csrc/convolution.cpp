@@ -19,6 +19,18 @@ Geometry Geometry::adjoint() const {
   return g;
 }
 
+int Geometry::first_row_read(int row) const {
+  const Axis& a = axis[0];
+  if (!transposed) return row * a.stride - a.padding;
+  const int scaled = row + a.padding - (a.kernel - 1) * a.dilation;
+  return scaled < 0 ? -(-scaled / a.stride) : ceil_div(scaled, a.stride);
+}
+
+int Geometry::last_row_read(int row) const {
+  const Axis& a = axis[0];
+  return transposed ? (row + a.padding) / a.stride : row * a.stride - a.padding + (a.kernel - 1) * a.dilation;
+}
+
 namespace {
 
 double direct_cost(const Kernels& kernels, const Geometry& geometry) {

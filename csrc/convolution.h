@@ -24,6 +24,10 @@ struct Geometry {
 
   // The geometry of the gradient to the input.
   Geometry adjoint() const;
+
+  // The first input row that output row `row` reads, and the last; they may lie outside.
+  int first_row_read(int row) const;
+  int last_row_read(int row) const;
 };
 
 // weight(group, output channel in the group, input channel in the group, row tap, column tap)
@@ -50,6 +54,11 @@ class Convolution {
   // scratch_floats() floats, on a cache line.
   virtual void run(const Operands& operands, Share share, float* scratch) const = 0;
   virtual int64_t scratch_floats() const { return 0; }
+
+  // The same for some rows of the results of the first image: as many as row_step says, or those that are left. 0 where
+  // that cannot be done.
+  virtual int row_step() const { return 0; }
+  virtual void run_rows(const Operands&, int, int, float*) const {}
 
   // The same on as many images as a vector has lanes, [C, H, W, lane] to [C', H', W', lane]; for those on [C, H, W].
   virtual void run_abreast(const float*, float*, Activation) const {}

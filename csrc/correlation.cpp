@@ -83,6 +83,7 @@ void Correlation::build_rows() {
       const int columns = ceil_div(g.axis[1].out - px, step_x);
       // Rows of fewer than 4 pixels leave most of a tile empty: there tiles run on from row to row.
       const bool narrow = columns < 4;
+      by_row_ = by_row_ && !narrow;
       std::vector<Pixel> pixels;
       for (int y = py; y < g.axis[0].out; y += step_y) {
         for (int x = px; x < g.axis[1].out; x += step_x) pixels.push_back({y, x});
@@ -232,8 +233,18 @@ void Correlation::run(const Operands& x, Share share, float*) const {
   for (int64_t at = share.begin(x.images * work); at < end;) {
     const int64_t image = at / work, until = std::min(end, (image + 1) * work);
     const int64_t first = first_row(at - image * work), last = first_row(until - image * work);
-    run_rows(x, image, first, last - first);
+    run_tiles(x, image, first, last - first);
     at = until;
+  }
+}
+
+void Correlation::run_rows(const Operands& x, int first_row, int last_row, float*) const {
+  const int step_y = phases(0), step_x = phases(1);
+  int64_t at = 0;  // where the rows of the phase begin
+  for (int phase = 0; phase < step_y * step_x; ++phase) {
+    const auto before = [&](int row) { return ceil_div(std::max(0, row - phase / step_x), step_y); };
+    run_tiles(x, 0, at + before(first_row), before(last_row) - before(first_row));
+    at += before(geometry_.axis[0].out);
   }
 }
 
@@ -242,7 +253,7 @@ int64_t Correlation::first_row(int64_t products) const {
   return std::lower_bound(work_.begin(), work_.end(), products) - work_.begin();
 }
 
-void Correlation::run_rows(const Operands& x, int64_t image, int64_t first, int64_t count) const {
+void Correlation::run_tiles(const Operands& x, int64_t image, int64_t first, int64_t count) const {
   const Geometry& g = geometry_;
   const float* in = x.in + image * x.in_stride;
   const float* addend = x.addend ? x.addend + image * x.addend_stride : nullptr;

@@ -19,6 +19,8 @@ class Correlation : public Convolution {
   Correlation(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias);
 
   void run(const Operands& operands, Share share, float* scratch) const override;
+  int row_step() const override { return by_row_ ? 1 : 0; }
+  void run_rows(const Operands& operands, int first_row, int last_row, float* scratch) const override;
   std::string algorithm() const override;
 
  private:
@@ -37,7 +39,7 @@ class Correlation : public Convolution {
   void build_rows();
   void measure_rows();
   int64_t first_row(int64_t products) const;
-  void run_rows(const Operands& operands, int64_t image, int64_t first, int64_t count) const;
+  void run_tiles(const Operands& operands, int64_t image, int64_t first, int64_t count) const;
   void add_row(int phase, const std::vector<Pixel>& pixels, bool shared);
   void add_tiles(const std::vector<Tap>& taps, const std::vector<Pixel>& pixels, int first_y, int64_t out_base);
   void add_runs(const std::vector<Tap>& taps, const Pixel* pixels, int count, int first_y);
@@ -51,6 +53,7 @@ class Correlation : public Convolution {
   std::vector<std::vector<Tap>> phases_;  // taps of each sub-convolution, in the order of the input they read
   int64_t weight_rows_ = 0;
   std::vector<TileRow> rows_;
+  bool by_row_ = true;         // each of them lies in one row of the image
   std::vector<int64_t> work_;  // products of the rows before each, and of all
   std::vector<Tile> tiles_;
   std::vector<Run> runs_;

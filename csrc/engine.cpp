@@ -44,6 +44,10 @@ Engine::Engine(Program program, int64_t flops, int threads)
   block_ = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(bytes, 1), program_.has_linear() ? kLinearBlock : 1,
                                kMaxBlock);
   if (abreast_ > 0) block_ = kMaxBlock;
+  if (bytes > 2 * kBlockBytes && abreast_ == 0) {
+    auto strips = std::make_unique<const Strips>(program_, kBlockBytes);
+    if (strips->count() > 1) strips_ = std::move(strips);
+  }
 }
 
 // Values whose lives do not overlap share memory.
@@ -74,13 +78,20 @@ void Engine::plan_memory() {
 
 std::unique_ptr<Engine::Workspace> Engine::make_workspace() const {
   auto workspace = std::make_unique<Workspace>();
-  workspace->arena = Buffer(arena_size_ * block_);
   workspace->scratch = Buffer(program_.scratch_floats());
   int64_t largest = 0;
   for (const Shape& shape : program_.shapes()) largest = std::max(largest, element_count(shape));
   for (Buffer& buffer : workspace->abreast) buffer = Buffer(largest * abreast_);
-  for (int64_t offset : offset_) workspace->data.push_back(workspace->arena.data() + offset * block_);
+  workspace->data.resize(offset_.size());
+  if (!strips_) use_arena(*workspace);
   return workspace;
+}
+
+// Images in strips have windows instead, but for those that threads share.
+void Engine::use_arena(Workspace& workspace) const {
+  if (workspace.arena.size() > 0) return;
+  workspace.arena = Buffer(arena_size_ * block_);
+  for (size_t v = 1; v + 1 < offset_.size(); ++v) workspace.data[v] = workspace.arena.data() + offset_[v] * block_;
 }
 
 const void* Source::at(int64_t element) const {
@@ -116,6 +127,7 @@ std::vector<double> Engine::profile(double seconds) const {
   using Clock = std::chrono::steady_clock;
   const auto& nodes = program_.nodes();
   const auto w = make_workspace();
+  use_arena(*w);
   w->in = Buffer(stride_.front() * block_);
   w->out = Buffer(stride_.back() * block_);
   w->data.front() = w->in.data();
@@ -179,6 +191,14 @@ bool Engine::run(const Source& in, float* out, uint8_t* bytes, int64_t n) {
       w.data.front() += done * in_size;
       w.data.back() += done * out_size;
     }
+    if (strips_ && share.count == 1) {
+      if (w.windows.size() == 0) w.windows = Buffer(strips_->window_floats());
+      std::vector<float*> values(w.data.size());
+      for (; done < images; ++done) {
+        strips_->run(w.data.front() + done * in_size, w.data.back() + done * out_size, values.data(), stride_.data(),
+                     w.windows.data(), scratch);
+      }
+    }
     if (done < images) {
       const int64_t ahead = in.dtype == Dtype::kFloat32 ? end - last : 0;
       const Frame frame = {w.data.data(), stride_.data(), scratch, ahead};
@@ -206,6 +226,7 @@ bool Engine::run(const Source& in, float* out, uint8_t* bytes, int64_t n) {
     auto workspaces = workspaces_.take(threads_, [this] { return make_workspace(); });
     for (int64_t first = 0; first < n; first += block_) {
       Workspace& w = *workspaces.front();
+      use_arena(w);
       const int64_t last = std::min(first + block_, n);
       place(w, first);
       Barrier barrier;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "program.h"
+#include "strips.h"
 #include "workspace.h"
 
 namespace fastinv {
@@ -34,19 +35,23 @@ class Engine {
 
   const Program& program() const { return program_; }
   int64_t workspace_bytes() const {
-    return (arena_size_ * block_ + program_.scratch_floats()) * int64_t{sizeof(float)};
+    const int64_t values = strips_ ? strips_->window_floats() : arena_size_ * block_;
+    return (values + program_.scratch_floats()) * int64_t{sizeof(float)};
   }
   int64_t block() const { return block_; }
+  int strips() const { return strips_ ? strips_->count() : 1; }  // of an image
 
  private:
   struct Workspace {
     Buffer arena, scratch;
     Buffer in, out;     // of a block, where the caller's are of another type
+    Buffer windows;     // of strips
     Buffer abreast[2];  // values of images abreast, in turns
     std::vector<float*> data;
   };
 
   void plan_memory();
+  void use_arena(Workspace& workspace) const;
   std::unique_ptr<Workspace> make_workspace() const;
   bool run(const Source& in, float* out, uint8_t* bytes, int64_t n);
   bool shares_images(int64_t n) const;
@@ -56,11 +61,12 @@ class Engine {
   const Program program_;
   const int threads_;
   const int64_t flops_;
-  std::vector<int64_t> stride_;  // floats from image to image, by value
-  std::vector<int64_t> offset_;  // of the value in the arena, for one image
-  int64_t arena_size_ = 0;       // for one image
-  int64_t block_ = 1;            // images a worker takes at once
-  int64_t abreast_ = 0;          // images that go abreast, where the program can do that
+  std::vector<int64_t> stride_;           // floats from image to image, by value
+  std::vector<int64_t> offset_;           // of the value in the arena, for one image
+  int64_t arena_size_ = 0;                // for one image
+  int64_t block_ = 1;                     // images a worker takes at once
+  int64_t abreast_ = 0;                   // images that go abreast, where the program can do that
+  std::unique_ptr<const Strips> strips_;  // of images too large for the cache
   WorkspacePool<Workspace> workspaces_;
 };
 

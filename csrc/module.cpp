@@ -292,6 +292,7 @@ PYBIND11_MODULE(_core, m) {
            "Seconds that one thread spends in each launch, for one image.")
       .def_property_readonly("isa", [](const Engine& e) { return std::string(e.program().kernels().isa); })
       .def_property_readonly("block", &Engine::block, "Images a thread takes at once.")
+      .def_property_readonly("strips", &Engine::strips, "Strips that an image is cut into; 1: none.")
       .def_property_readonly("workspace_bytes", &Engine::workspace_bytes, "Memory of one thread.");
 
   py::class_<Solver>(m, "Solver", "The rMLE loop over a differentiable program, which it takes over.")

@@ -20,6 +20,11 @@ struct Frame {
   float* at(int value, int64_t image = 0) const { return data[value] + image * stride[value]; }
 };
 
+// Rows begin to end of an image.
+struct Rows {
+  int begin, end;
+};
+
 class Node {
  public:
   Node(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation)
@@ -31,6 +36,14 @@ class Node {
   // Computes this share of the output of the block's first `images` images. The caller sees to it that the inputs
   // are complete: workers that share a block wait for each other between nodes.
   virtual void forward(const Frame& values, int64_t images, Share share) const = 0;
+
+  // Images of [H, W, C] can be computed some rows at a time, from the top. How many at once (at the end there may be
+  // fewer), or 0 where an image is computed as a whole.
+  virtual int row_step() const { return 0; }
+  // The rows of an input that output rows `rows` read; some may lie outside. `rows` begins with a step.
+  virtual Rows rows_read(size_t, Rows rows) const { return rows; }
+  // Those rows of the first image.
+  virtual void forward_rows(const Frame&, Rows) const {}
 
   // Whether it also works on images abreast, one in each lane of a vector, [C, H, W, lane]; results are the same.
   virtual bool runs_abreast() const { return false; }

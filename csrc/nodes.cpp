@@ -36,12 +36,32 @@ WeightAt ConvolutionNode::weight_at(const float* weight, bool adjoint) const {
   };
 }
 
-void ConvolutionNode::forward(const Frame& values, int64_t images, Share share) const {
+Operands ConvolutionNode::operands(const Frame& values, int64_t images) const {
   const int from = inputs[0], addend = inputs.size() > 1 ? inputs[1] : -1;
-  convolution_->run({values.at(from), values.stride[from], values.at(output), values.stride[output],
-                     addend < 0 ? nullptr : values.at(addend), addend < 0 ? 0 : values.stride[addend], images,
-                     activation, from == 0 ? values.ahead : 0},
-                    share, values.scratch);
+  return {values.at(from),
+          values.stride[from],
+          values.at(output),
+          values.stride[output],
+          addend < 0 ? nullptr : values.at(addend),
+          addend < 0 ? 0 : values.stride[addend],
+          images,
+          activation,
+          from == 0 ? values.ahead : 0};
+}
+
+void ConvolutionNode::forward(const Frame& values, int64_t images, Share share) const {
+  convolution_->run(operands(values, images), share, values.scratch);
+}
+
+Rows ConvolutionNode::rows_read(size_t input, Rows rows) const {
+  if (input > 0) return rows;
+  // The last tile is a whole one, though not all of its rows may be there.
+  const int whole = static_cast<int>(round_up(rows.end - rows.begin, row_step()));
+  return {geometry_.first_row_read(rows.begin), geometry_.last_row_read(rows.begin + whole - 1) + 1};
+}
+
+void ConvolutionNode::forward_rows(const Frame& values, Rows rows) const {
+  convolution_->run_rows(operands(values, 1), rows.begin, rows.end, values.scratch);
 }
 
 void ConvolutionNode::prepare_backward() {
@@ -320,17 +340,24 @@ void BinaryNode::backward(const Frame& values, const Frame& grads, size_t input,
 }
 
 AffineNode::AffineNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
-                       int64_t outer, std::vector<float> scale, std::vector<float> shift)
+                       int64_t outer, std::vector<float> scale, std::vector<float> shift, int height)
     : Node(kernels, std::move(inputs), output, activation),
       outer_(outer),
       scale_(std::move(scale)),
-      shift_(std::move(shift)) {}
+      shift_(std::move(shift)),
+      height_(height) {}
 
 void AffineNode::forward(const Frame& values, int64_t images, Share share) const {
   for (int64_t i = share.begin(images); i < share.end(images); ++i) {
     kernels.affine({values.at(inputs[0], i), values.at(output, i), scale_.data(), shift_.data(), outer_,
                     static_cast<int64_t>(scale_.size()), false, activation});
   }
+}
+
+void AffineNode::forward_rows(const Frame& values, Rows rows) const {
+  const int64_t size = static_cast<int64_t>(scale_.size()), pixels = outer_ / height_, at = rows.begin * pixels * size;
+  kernels.affine({values.at(inputs[0]) + at, values.at(output) + at, scale_.data(), shift_.data(),
+                  (rows.end - rows.begin) * pixels, size, false, activation});
 }
 
 void AffineNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
@@ -345,8 +372,12 @@ void AffineNode::backward(const Frame&, const Frame& grads, size_t, bool first) 
 }
 
 LayoutNode::LayoutNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int64_t rows,
-                       int64_t columns)
-    : Node(kernels, std::move(inputs), output, activation), rows_(rows), columns_(columns) {}
+                       int64_t columns, bool to_channels_last, int height)
+    : Node(kernels, std::move(inputs), output, activation),
+      rows_(rows),
+      columns_(columns),
+      to_channels_last_(to_channels_last),
+      height_(height) {}
 
 void LayoutNode::forward(const Frame& values, int64_t images, Share share) const {
   if (rows_ == 1 || columns_ == 1) {
@@ -373,6 +404,18 @@ void LayoutNode::forward(const Frame& values, int64_t images, Share share) const
   }
 }
 
+void LayoutNode::forward_rows(const Frame& values, Rows rows) const {
+  const int64_t channels = to_channels_last_ ? rows_ : columns_, pixels = to_channels_last_ ? columns_ : rows_;
+  const int64_t width = pixels / height_, first = rows.begin * width, count = (rows.end - rows.begin) * width;
+  const float* in = values.at(inputs[0]);
+  float* out = values.at(output);
+  if (to_channels_last_) {
+    kernels.transpose(in + first, pixels, out + first * channels, channels, channels, count);
+  } else {
+    kernels.transpose(in + first * channels, channels, out + first, pixels, count, channels);
+  }
+}
+
 void LayoutNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
   float* to = first ? grads.at(inputs[0]) : grads.scratch;
   kernels.transpose(grads.at(output), rows_, to, columns_, columns_, rows_);
@@ -380,13 +423,19 @@ void LayoutNode::backward(const Frame&, const Frame& grads, size_t, bool first) 
 }
 
 ActivationNode::ActivationNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation own,
-                               int64_t size)
-    : Node(kernels, std::move(inputs), output, {}), own_(own), size_(size) {}
+                               int64_t size, int height)
+    : Node(kernels, std::move(inputs), output, {}), own_(own), size_(size), height_(height) {}
 
 void ActivationNode::forward(const Frame& values, int64_t images, Share share) const {
   for (int64_t i = share.begin(images); i < share.end(images); ++i) {
     kernels.activate(values.at(inputs[0], i), values.at(output, i), size_, own_);
   }
+}
+
+void ActivationNode::forward_rows(const Frame& values, Rows rows) const {
+  const int64_t row = size_ / height_;
+  kernels.activate(values.at(inputs[0]) + rows.begin * row, values.at(output) + rows.begin * row,
+                   (rows.end - rows.begin) * row, own_);
 }
 
 void ActivationNode::backward(const Frame& values, const Frame& grads, size_t, bool first) const {

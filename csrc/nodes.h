@@ -17,12 +17,16 @@ class ConvolutionNode : public Node {
   bool runs_abreast() const override { return convolution_->row_major() && inputs.size() == 1; }
   void forward_abreast(const float* in, float* out) const override { convolution_->run_abreast(in, out, activation); }
   int64_t scratch_floats() const override;
+  int row_step() const override { return convolution_->row_step(); }
+  Rows rows_read(size_t input, Rows rows) const override;
+  void forward_rows(const Frame& values, Rows rows) const override;
   bool shares_image() const override { return true; }
   void prepare_backward() override;
   void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
   std::string describe() const override;
 
  private:
+  Operands operands(const Frame& values, int64_t images) const;
   WeightAt weight_at(const float* weight, bool adjoint) const;
 
   const Geometry geometry_;
@@ -124,7 +128,9 @@ class BinaryNode : public Node {
 class AffineNode : public Node {
  public:
   AffineNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int64_t outer,
-             std::vector<float> scale, std::vector<float> shift);
+             std::vector<float> scale, std::vector<float> shift, int height);
+  int row_step() const override { return height_ > 1 && outer_ % height_ == 0 ? 1 : 0; }
+  void forward_rows(const Frame& values, Rows rows) const override;
   void forward(const Frame& values, int64_t images, Share share) const override;
   void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
   std::string describe() const override { return "affine"; }
@@ -132,14 +138,17 @@ class AffineNode : public Node {
  private:
   const int64_t outer_;
   const std::vector<float> scale_, shift_;
+  const int height_;
 };
 
 // Between [C, H, W] and [H, W, C]; or a copy, of values of other ranks.
 class LayoutNode : public Node {
  public:
-  // Turns a matrix of rows × columns over.
+  // Turns a matrix of rows × columns over, one of them the channels of an image of this height.
   LayoutNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int64_t rows,
-             int64_t columns);
+             int64_t columns, bool to_channels_last, int height);
+  int row_step() const override { return height_ > 1 ? 1 : 0; }
+  void forward_rows(const Frame& values, Rows rows) const override;
   void forward(const Frame& values, int64_t images, Share share) const override;
   void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
   int64_t scratch_floats() const override { return rows_ * columns_; }
@@ -148,12 +157,16 @@ class LayoutNode : public Node {
 
  private:
   const int64_t rows_, columns_;
+  const bool to_channels_last_;
+  const int height_;
 };
 
 // An activation by itself. Its own `activation` is the identity: backward needs the input, which only this node has.
 class ActivationNode : public Node {
  public:
-  ActivationNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation own, int64_t size);
+  ActivationNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation own, int64_t size, int height);
+  int row_step() const override { return height_ > 1 ? 1 : 0; }
+  void forward_rows(const Frame& values, Rows rows) const override;
   void forward(const Frame& values, int64_t images, Share share) const override;
   void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
   std::string describe() const override { return "activation"; }
@@ -161,6 +174,7 @@ class ActivationNode : public Node {
  private:
   const Activation own_;
   const int64_t size_;
+  const int height_;
 };
 
 }  // namespace fastinv

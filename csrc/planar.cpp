@@ -41,7 +41,10 @@ bool Planar::applies(const Geometry& g) {
 }
 
 Planar::Planar(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias)
-    : kernels_(kernels), geometry_(geometry), block_(planar_block(geometry)) {
+    : kernels_(kernels),
+      geometry_(geometry),
+      block_(planar_block(geometry)),
+      tile_rows_(kernels.planar_rows[block_ * stride_of(geometry.axis[1], geometry.transposed)]) {
   const int step_y = stride_of(geometry.axis[0], geometry.transposed),
             step_x = stride_of(geometry.axis[1], geometry.transposed);
   bias_ = Buffer(int64_t{geometry.out_channels} * step_x);
@@ -49,15 +52,23 @@ Planar::Planar(const Kernels& kernels, const Geometry& geometry, const WeightAt&
     for (int o = 0; o < geometry.out_channels * step_x; ++o)
       bias_[o] = bias[o / step_x] + 0.0f;  // no −0: adding products that are 0 would change it
   }
-  const int most = kernels.planar_rows[block_ * step_x];
-  for (int row = 0; row < std::min(step_y, geometry.axis[0].out); ++row) {
-    plan_phase(row, weight);
-    const int rows = ceil_div(geometry.axis[0].out - row, step_y), tiles = ceil_div(rows, most);
+  for (int row = 0; row < std::min(step_y, geometry.axis[0].out); ++row) plan_phase(row, weight);
+  units_ = cut(0, geometry.axis[0].out);
+}
+
+// Tiles of about the same size for these rows of the image.
+std::vector<Planar::Unit> Planar::cut(int first_row, int last_row) const {
+  const int step = static_cast<int>(phases_.size());
+  std::vector<Unit> units;
+  for (int phase = 0; phase < step; ++phase) {
+    const auto before = [&](int row) { return ceil_div(std::max(0, row - phase), step); };
+    const int first = before(first_row), rows = before(last_row) - first, tiles = ceil_div(rows, tile_rows_);
     for (int t = 0; t < tiles; ++t) {
-      const int first = rows * t / tiles;
-      units_.push_back({row, first, rows * (t + 1) / tiles - first});
+      const int begin = rows * t / tiles;
+      units.push_back({phase, first + begin, rows * (t + 1) / tiles - begin});
     }
   }
+  return units;
 }
 
 void Planar::plan_phase(int row, const WeightAt& weight) {
@@ -123,6 +134,10 @@ void Planar::run(const Operands& x, Share share, float*) const {
     const float* next = more ? x.in + (image + 1) * x.in_stride + u % units * part : nullptr;
     run_unit(units_[static_cast<size_t>(u % units)], x, image, next, more ? step : 0, false);
   }
+}
+
+void Planar::run_rows(const Operands& x, int first_row, int last_row, float*) const {
+  for (const Unit& unit : cut(first_row, last_row)) run_unit(unit, x, 0, nullptr, 0, false);
 }
 
 void Planar::run_abreast(const float* in, float* out, Activation activation) const {

@@ -21,6 +21,8 @@ class Planar : public Convolution {
   void run(const Operands& operands, Share share, float* scratch) const override;
   void run_abreast(const float* in, float* out, Activation activation) const override;
   bool row_major() const override { return true; }
+  int row_step() const override { return tile_rows_ * static_cast<int>(phases_.size()); }
+  void run_rows(const Operands& operands, int first_row, int last_row, float* scratch) const override;
   std::string algorithm() const override;
 
  private:
@@ -40,10 +42,12 @@ class Planar : public Convolution {
   void run_unit(const Unit& unit, const Operands& operands, int64_t image, const float* next, int next_step,
                 bool abreast) const;
   void plan_phase(int row, const WeightAt& weight);
+  std::vector<Unit> cut(int first_row, int last_row) const;
 
   const Kernels& kernels_;
   const Geometry geometry_;
-  const int block_;  // output channels at once
+  const int block_;      // output channels at once
+  const int tile_rows_;  // at most, of one phase
   std::vector<Phase> phases_;
   std::vector<Unit> units_;
   Buffer bias_;

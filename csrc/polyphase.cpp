@@ -211,14 +211,23 @@ void Polyphase::run(const Operands& operands, Share share, float* scratch) const
     some.out = operands.out + first * operands.out_stride;
     if (operands.addend) some.addend = operands.addend + first * operands.addend_stride;
     for (int begin = 0; begin < rows.out; begin += static_cast<int>(band)) {
-      run_rows(some, begin, static_cast<int>(std::min<int64_t>(begin + band, rows.out)), share, scratch);
+      run_band(some, begin, static_cast<int>(std::min<int64_t>(begin + band, rows.out)), share, scratch);
     }
   }
 }
 
+// All phases begin with a tile, and one of them has about as many as go through all stages together.
+int Polyphase::row_step() const {
+  int step = 1;
+  for (const Phase& p : phases_) {
+    if (!p.plain()) step = std::max(step, p.chunk / p.row_units);
+  }
+  return 2 * form_.outputs * step;
+}
+
 // Phases one after the other, each over all images: the weights of one are a quarter of all or so. More than one image
 // only with all of their rows.
-void Polyphase::run_rows(const Operands& operands, int first_row, int last_row, Share share, float* scratch) const {
+void Polyphase::run_band(const Operands& operands, int first_row, int last_row, Share share, float* scratch) const {
   struct Stretch {
     int64_t begin, end;
   };

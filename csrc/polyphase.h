@@ -39,6 +39,10 @@ class Polyphase : public Convolution {
 
   void run(const Operands& operands, Share share, float* scratch) const override;
   int64_t scratch_floats() const override;
+  int row_step() const override;
+  void run_rows(const Operands& operands, int first_row, int last_row, float* scratch) const override {
+    run_band(operands, first_row, last_row, {}, scratch);
+  }
   std::string algorithm() const override;
 
  private:
@@ -62,7 +66,7 @@ class Polyphase : public Convolution {
   void add_phase(int first_y, int first_x);
   void plan_plain(Phase* phase);
   void pack(const WeightAt& weight, const float* bias);
-  void run_rows(const Operands& operands, int first_row, int last_row, Share share, float* scratch) const;
+  void run_band(const Operands& operands, int first_row, int last_row, Share share, float* scratch) const;
   void run_tiles(const Phase& phase, const Operands& operands, int64_t first, int64_t last, float* scratch) const;
   void run_plain(const Phase& phase, const Operands& operands, int64_t first, int64_t last) const;
   void transform_inputs(const Phase& phase, const Operands& operands, int64_t first, int count,

@@ -91,6 +91,11 @@ const Shape& Program::shape(int value) const {
   return shapes_[static_cast<size_t>(value)];
 }
 
+int Program::height(int value) const {
+  const Shape& s = shape(value);
+  return s.size() == 3 && channels_last(value) ? static_cast<int>(s[1]) : 1;
+}
+
 bool Program::same_in_both(int value) const {
   const Shape& s = shape(value);
   return s.size() != 3 || s[0] == 1 || s[1] * s[2] == 1;
@@ -102,7 +107,8 @@ int Program::in_layout(int value, bool channels_last) {
   if (known != converted_.end()) return known->second;
   const Shape s = shape(value);
   const int64_t pixels = s[1] * s[2];
-  append_in<LayoutNode>(channels_last, {}, {value}, s, channels_last ? s[0] : pixels, channels_last ? pixels : s[0]);
+  append_in<LayoutNode>(channels_last, {}, {value}, s, channels_last ? s[0] : pixels, channels_last ? pixels : s[0],
+                        channels_last, static_cast<int>(s[1]));
   converted_[value] = output();
   return output();
 }
@@ -112,7 +118,7 @@ int Program::finish(int value) {
   // The output is memory of its own, and the last value.
   if (value == output() && value != 0) return value;
   const Shape s = shape(value);
-  append_in<LayoutNode>(channels_last(value), {}, {value}, s, 1, element_count(s));
+  append_in<LayoutNode>(channels_last(value), {}, {value}, s, 1, element_count(s), true, 1);
   return output();
 }
 
@@ -239,15 +245,16 @@ int Program::affine(int input, std::vector<float> scale, std::vector<float> shif
   if (inner == 0 || size % inner != 0 || scale.size() != shift.size()) {
     throw std::invalid_argument("affine: wrong number of scales");
   }
-  return append<AffineNode>(activation, {input}, in, size / inner, std::move(scale), std::move(shift));
+  return append<AffineNode>(activation, {input}, in, size / inner, std::move(scale), std::move(shift),
+                            in.size() == 3 ? static_cast<int>(in[1]) : 1);
 }
 
 int Program::activate(int input, Activation activation) {
   const Shape in = shape(input);
   shapes_.push_back(in);
   channels_last_.push_back(channels_last_[static_cast<size_t>(input)]);
-  nodes_.push_back(
-      std::make_unique<ActivationNode>(kernels_, std::vector<int>{input}, output(), activation, element_count(in)));
+  nodes_.push_back(std::make_unique<ActivationNode>(kernels_, std::vector<int>{input}, output(), activation,
+                                                    element_count(in), height(output())));
   return output();
 }
 

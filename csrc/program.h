@@ -67,6 +67,8 @@ class Program {
   bool differentiable() const { return differentiable_; }
   const std::vector<Shape>& shapes() const { return shapes_; }
   const std::vector<std::unique_ptr<Node>>& nodes() const { return nodes_; }
+  // The rows of an image that lie one after the other in memory; 1 for all other values.
+  int height(int value) const;
   bool channels_last(int value) const { return channels_last_[static_cast<size_t>(value)]; }
   int output() const { return static_cast<int>(shapes_.size()) - 1; }
   bool rounds() const { return rounds_; }  // factors of some convolution to bfloat16

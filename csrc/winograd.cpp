@@ -112,15 +112,26 @@ void Winograd::transform_outputs(const Operands& operands, const float* products
   }
 }
 
-void Winograd::run(const Operands& operands, Share share, float* scratch) const {
+void Winograd::run_tiles(const Operands& operands, int64_t first, int64_t last, float* scratch) const {
   float* products = scratch + kPositions * in_stride_;
-  const int64_t total = operands.images * tiles_y_ * tiles_x_, end = share.end(total);
-  for (int64_t first = share.begin(total); first < end; first += chunk_) {
-    const int count = static_cast<int>(std::min<int64_t>(chunk_, end - first));
+  for (; first < last; first += chunk_) {
+    const int count = static_cast<int>(std::min<int64_t>(chunk_, last - first));
     transform_inputs(operands, first, count, scratch);
     product_.run(0, kPositions, count, scratch, in_stride_, products, out_stride_, nullptr);
     transform_outputs(operands, products, first, count);
   }
+}
+
+void Winograd::run(const Operands& operands, Share share, float* scratch) const {
+  const int64_t total = operands.images * tiles_y_ * tiles_x_;
+  run_tiles(operands, share.begin(total), share.end(total), scratch);
+}
+
+// As many tiles as go through all three stages together, or most of them.
+int Winograd::row_step() const { return kOut * std::max(1, chunk_ / tiles_x_); }
+
+void Winograd::run_rows(const Operands& operands, int first_row, int last_row, float* scratch) const {
+  run_tiles(operands, int64_t{first_row / kOut} * tiles_x_, int64_t{ceil_div(last_row, kOut)} * tiles_x_, scratch);
 }
 
 }  // namespace fastinv

@@ -21,10 +21,13 @@ class Winograd : public Convolution {
 
   void run(const Operands& operands, Share share, float* scratch) const override;
   int64_t scratch_floats() const override;
+  int row_step() const override;
+  void run_rows(const Operands& operands, int first_row, int last_row, float* scratch) const override;
   std::string algorithm() const override;
 
  private:
   void pack(const WeightAt& weight, const float* bias);
+  void run_tiles(const Operands& operands, int64_t first, int64_t last, float* scratch) const;
   void transform_inputs(const Operands& operands, int64_t first, int count, float* transformed) const;
   void transform_outputs(const Operands& operands, const float* products, int64_t first, int count) const;
 

@@ -261,6 +261,7 @@ def _describe(network: Network, launches: Sequence[int], engine: _core.Engine) -
         row["activation"] = step.activation.kind if own else "identity"
         row["split"] = "images, and within one" if shares_image else "images"
         row["images"] = engine.block
+        row["strips"] = engine.strips
         row["flops"] = network.costs[index].flops if own else 0
         row["bytes"] = network.costs[index].bytes if own else 0
         plan.append(row | {"source": step.source})
