@@ -115,6 +115,20 @@ struct WinogradOutputArgs {
 };
 
 // The transforms of one tile of a polyphase convolution, of one axis (3 or 5 positions) or two (9 or 25).
+constexpr int kMaxQuadraticRows = 16;
+
+// Rows of 2·AᵀA·z + c, from a copy of z with zeros around it.
+struct QuadraticArgs {
+  const float* in;  // what the first row tap of the first of these rows reads
+  int64_t in_row;   // floats from row to row
+  const float* constant;
+  float* out;
+  int64_t row;           // floats in a row of `constant` and `out`
+  const float* weights;  // [vector of the row][group][offset][tap][lane]
+  const int64_t* offset;
+  int32_t offsets, groups, taps, rows;
+};
+
 // The points ±a and ±b of F(4, 2). These multiply rounding errors by 1.7 along an axis; the usual 0, ±1 and 2 by 2.5
 // (the root of the mean of Aᵀ²·(Bᵀ² ∘ G²) over random inputs). All that the transforms multiply by is exact in float32.
 constexpr float kNearPoint = 0.375f, kFarPoint = 1.25f;
@@ -293,10 +307,12 @@ struct Kernels {
   int max_vectors;                         // vectors of output channels in a correlate tile
   int dot_pixels[kMaxDotOutputs + 1];      // tile pixels of the dot form, by number of outputs
   int planar_rows[kMaxPlanarOutputs + 1];  // most rows of a planar tile, likewise
+  int quadratic_rows;                      // likewise
 
   void (*correlate)(const CorrelateArgs&);
   void (*correlate_dot)(const CorrelateArgs&);
   void (*planar)(const PlanarArgs&);
+  void (*quadratic)(const QuadraticArgs&);
   void (*bfloat16_product)(const Bfloat16ProductArgs&);  // null where the instruction set has none
   void (*depthwise)(const DepthwiseArgs&);
   // Winograd's input transform of one tile: 36 pixels to 36 positions, position_stride floats apart.

@@ -314,6 +314,7 @@ PYBIND11_MODULE(_core, m) {
       .def("solve", &solve, py::arg("features").noconvert(), py::arg("init").noconvert(),
            "(z, objective, steps, converged), one entry per image.")
       .def("describe", [](const Solver& s) { return describe(s.program()); })
+      .def_property_readonly("quadratic", &Solver::quadratic, "Whether steps take the gradient from a quadratic form.")
       .def_property_readonly("isa", [](const Solver& s) { return std::string(s.program().kernels().isa); })
       .def_property_readonly("workspace_bytes", &Solver::workspace_bytes, "Memory of one thread.");
 }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "quadratic.h"
 #include "share.h"
 
 namespace fastinv {
@@ -61,6 +62,10 @@ class Node {
 
   // Whether the shares of a single image's work are of about the same size; else one worker does all of it.
   virtual bool shares_image() const { return false; }
+
+  // Σ (forward(z) − v)² as a quadratic form of images z [H, W, C], where that can be had and pays; once prepared for
+  // backward passes.
+  virtual Quadratic* quadratic() { return nullptr; }
 
   // What runs: kernel and, where there is a choice, its form.
   virtual std::string describe() const = 0;

@@ -67,6 +67,9 @@ void ConvolutionNode::forward_rows(const Frame& values, Rows rows) const {
 void ConvolutionNode::prepare_backward() {
   gradient_ = make_convolution(kernels, geometry_.adjoint(), weight_at(weight_.data(), true), nullptr,
                                convolution_->row_major(), nullptr);
+  if (inputs.size() == 1 && activation.kind == ActivationKind::kIdentity && Quadratic::pays(geometry_)) {
+    quadratic_ = std::make_unique<Quadratic>(kernels, geometry_, weight_at(weight_.data(), false));
+  }
   weight_ = {};
 }
 

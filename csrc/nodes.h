@@ -23,6 +23,7 @@ class ConvolutionNode : public Node {
   bool shares_image() const override { return true; }
   void prepare_backward() override;
   void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  Quadratic* quadratic() override { return quadratic_.get(); }
   std::string describe() const override;
 
  private:
@@ -33,6 +34,7 @@ class ConvolutionNode : public Node {
   std::vector<float> weight_;  // until prepare_backward
   const std::unique_ptr<const Convolution> convolution_;
   std::unique_ptr<const Convolution> gradient_;
+  std::unique_ptr<Quadratic> quadratic_;
 };
 
 // Rows of `in` floats to rows of `out`: the rows of all images of a block go through one kernel.

@@ -6,12 +6,16 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "nodes.h"
 #include "threads.h"
 
 namespace fastinv {
 
 Solver::Solver(Program program, Recipe recipe, int threads)
-    : program_(std::move(program)), recipe_(std::move(recipe)), threads_(threads) {
+    : program_(std::move(program)),
+      recipe_(std::move(recipe)),
+      threads_(threads),
+      watched_(recipe_.tolerance > 0.0 || recipe_.keep_best) {
   const Shape& image = program_.shapes().front();
   if (!program_.differentiable()) throw std::invalid_argument("the program was not built for gradients");
   if (image.size() != 3) throw std::invalid_argument("the edge must take images [C, H, W]");
@@ -26,9 +30,15 @@ Solver::Solver(Program program, Recipe recipe, int threads)
       high_.insert(high_.end(), recipe_.high.begin(), recipe_.high.end());
     }
   }
+  const auto& nodes = program_.nodes();
+  const bool alone =
+      !nodes.empty() && std::all_of(nodes.begin(), nodes.end() - 1, [](const std::unique_ptr<Node>& node) {
+        return dynamic_cast<const LayoutNode*>(node.get()) != nullptr;
+      });
+  if (alone) quadratic_ = nodes.back()->quadratic();
+  if (quadratic_ && recipe_.tv_beta == 2.0 && !watched_) smooth_ = quadratic_->add_total_variation(recipe_.tv_weight);
   std::vector<bool> written(program_.shapes().size(), false);
   written[static_cast<size_t>(program_.output())] = true;
-  const auto& nodes = program_.nodes();
   first_.resize(nodes.size());
   for (size_t k = nodes.size(); k-- > 0;) {
     for (int input : nodes[k]->inputs) {
@@ -41,6 +51,7 @@ Solver::Solver(Program program, Recipe recipe, int threads)
 int64_t Solver::workspace_bytes() const {
   int64_t floats = 0;
   for (int64_t stride : stride_) floats += 2 * stride;
+  if (quadratic_) floats += stride_.front() + quadratic_->scratch_floats();
   return (floats + stride_.back() + 4 * stride_.front() + tv_scratch_floats() + program_.scratch_floats()) *
          int64_t{sizeof(float)};
 }
@@ -63,6 +74,10 @@ std::unique_ptr<Solver::Workspace> Solver::make_workspace() const {
   w->second = next(stride_.front());
   w->largest = next(stride_.front());
   w->best = next(stride_.front());
+  if (quadratic_) {
+    w->constant = next(stride_.front());
+    w->copy = next(quadratic_->scratch_floats());
+  }
   w->scratch = next(tv_scratch_floats());
   return w;
 }
@@ -90,6 +105,13 @@ void Solver::backward(Workspace& w) const {
       node.backward(values, grads, input, first_[k][input]);
     }
   }
+}
+
+void Solver::gradient_at_zero(Workspace& w) const {
+  std::fill_n(w.values.front(), stride_.front(), 0.0f);
+  objective(w);
+  backward(w);
+  std::copy_n(w.grads.front(), stride_.front(), w.constant);
 }
 
 void Solver::step(Workspace& w, int64_t t) const {
@@ -125,8 +147,9 @@ bool Solver::solve_image(Workspace& w, const float* features, const float* init,
   const bool turned = result.size() == 3 && program_.channels_last(program_.output());
   const int64_t result_rows = turned ? result[0] : 1;
   float* z = w.values.front();
-  kernels.transpose(init, size / image[0], z, image[0], image[0], size / image[0]);
   kernels.transpose(features, out_size / result_rows, w.features, result_rows, result_rows, out_size / result_rows);
+  if (quadratic_) gradient_at_zero(w);
+  kernels.transpose(init, size / image[0], z, image[0], image[0], size / image[0]);
   std::fill_n(w.first, size, 0.0f);
   std::fill_n(w.second, size, 0.0f);
   std::fill_n(w.largest, size, 0.0f);
@@ -143,10 +166,11 @@ bool Solver::solve_image(Workspace& w, const float* features, const float* init,
   report = {};
   for (;;) {
     if (poll()) return false;
-    double value = objective(w);
     // The last iterate needs its objective, but no gradient of the network.
-    if (report.steps < recipe_.steps) backward(w);
-    if (recipe_.tv_weight > 0.0) value += kernels.total_variation(tv);
+    const bool last = report.steps == recipe_.steps;
+    double value = !quadratic_ || watched_ || last ? objective(w) : 0.0;
+    if (!last) quadratic_ ? quadratic_->gradient(z, w.constant, w.grads.front(), w.copy) : backward(w);
+    if (recipe_.tv_weight > 0.0 && (last || !smooth_)) value += kernels.total_variation(tv);
     if (recipe_.keep_best && value < best) {
       best = value;
       std::copy_n(z, size, w.best);
@@ -157,7 +181,7 @@ bool Solver::solve_image(Workspace& w, const float* features, const float* init,
     }
     before = value;
     report.objective = recipe_.keep_best && best < value ? best : value;
-    if (report.converged || report.steps == recipe_.steps) break;
+    if (report.converged || last) break;
     step(w, ++report.steps);
   }
   const bool earlier = recipe_.keep_best && best < before;

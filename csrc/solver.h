@@ -40,19 +40,21 @@ class Solver {
              const std::function<bool()>& interrupted);
 
   const Program& program() const { return program_; }
+  bool quadratic() const { return quadratic_ != nullptr; }
   int64_t workspace_bytes() const;
 
  private:
   struct Workspace {
     Buffer memory, node_scratch;
     std::vector<float*> values, grads;
-    float *features, *first, *second, *largest, *best, *scratch;
+    float *features, *first, *second, *largest, *best, *constant, *copy, *scratch;
   };
 
   int64_t tv_scratch_floats() const;
   std::unique_ptr<Workspace> make_workspace() const;
   double objective(Workspace& w) const;  // forward, and the gradients of the residual at the output
   void backward(Workspace& w) const;
+  void gradient_at_zero(Workspace& w) const;  // to w.constant
   void step(Workspace& w, int64_t t) const;
   template <class Poll>
   bool solve_image(Workspace& w, const float* features, const float* init, float* out, ImageReport& report,
@@ -64,6 +66,9 @@ class Solver {
   std::vector<float> low_, high_;         // bounds of every element, in the internal layout, or empty
   std::vector<std::vector<bool>> first_;  // by node and input: whether backward writes first to that gradient
   std::vector<int64_t> stride_;
+  Quadratic* quadratic_ = nullptr;  // of the edge, where that is one convolution
+  bool watched_;                    // whether the objective is needed after every step
+  bool smooth_ = false;             // whether the quadratic form holds the total variation too
   WorkspacePool<Workspace> workspaces_;
 };
 

@@ -381,6 +381,37 @@ def test_a_fork_while_another_thread_compiles() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
+# Memory
+
+PEAK = """
+import re, sys
+import numpy as np, torch
+import fastinv
+from fastinv.models import make_decoder
+
+def memory(kind):
+    return int(re.search(kind + r":\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+network = fastinv.export(make_decoder((8, 24, 24), (1, 28, 28)).eval(), torch.zeros(2, 8, 24, 24))
+inverter = fastinv.InverseNetwork(network, 0.5, 0.5)
+one = np.random.default_rng(0).standard_normal((1, 8, 24, 24)).astype(sys.argv[1])
+features = np.broadcast_to(one, (100_000, 8, 24, 24))  # 1.8 GB as float32, and none of it here
+fastinv.invert(features[:1], inverter)
+before = memory("VmRSS")
+images, report = fastinv.invert(features, inverter, dtype=sys.argv[2], return_report=True)
+assert (images[0] == images[-1]).all()
+print(memory("VmHWM") - before - images.nbytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of its memory")
+@pytest.mark.parametrize(("features", "images"), [("float32", "float32"), ("float64", "uint8"), ("float16", "float32")])
+def test_memory_is_the_images_and_a_constant(features: str, images: str) -> None:
+    command = [sys.executable, "-c", PEAK, features, images]
+    done = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
+    assert int(done.stdout) < 64 * 2**20
+
+
 # The package
 
 

@@ -30,6 +30,7 @@ static_assert(kMaxVectors == FASTINV_MAX_VECTORS);
 #include "kernels/planar.h"
 #include "kernels/polyphase.h"
 #include "kernels/pool.h"
+#include "kernels/quadratic.h"
 #include "kernels/rmle.h"
 #include "kernels/transpose.h"
 #include "kernels/winograd.h"
@@ -43,9 +44,11 @@ const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
     kMaxVectors,
     {kDotPixels[0], kDotPixels[1], kDotPixels[2], kDotPixels[3], kDotPixels[4]},
     {kPlanarRows[0], kPlanarRows[1], kPlanarRows[2], kPlanarRows[3], kPlanarRows[4]},
+    kQuadraticRows,
     correlate,
     correlate_dot,
     planar,
+    quadratic,
     bfloat16_product,
     depthwise,
     winograd_input,

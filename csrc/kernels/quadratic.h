@@ -1,0 +1,75 @@
+// The gradient of ‖A·z + b − v‖² without A: 2·AᵀA·z + c, for a convolution A of stride 1; see csrc/quadratic.h.
+//
+// Rows of [H, W, C] are one stretch of floats, the vector runs along it, and what differs from lane to lane (channels,
+// columns near the border) is in the weights. A register tile is kRows rows of one vector; a row of z is loaded once
+// for each offset, and serves kTaps row taps.
+#pragma once
+
+constexpr int kQuadraticRows = FASTINV_MAX_VECTORS > 2 ? kMaxQuadraticRows : 8;
+
+template <int kRows, int kTaps>
+void quadratic_tile(const QuadraticArgs& a, int64_t at, int lanes, const float* weights) {
+  V acc[kRows];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    acc[r] = r < a.rows ? load_first(a.constant + r * a.row + at, lanes) : zero();
+  }
+  V tap_sums[kTaps];  // a single row has one sum for each tap: it would wait for itself otherwise
+#pragma GCC unroll 5
+  for (int i = 0; i < kTaps; ++i) tap_sums[i] = zero();
+  const float* in = a.in + at;
+  for (int g = 0; g < a.groups; ++g, in += kTaps * a.in_row) {
+    for (int o = 0; o < a.offsets; ++o, weights += kTaps * kWidth) {
+      const float* x = in + a.offset[o];
+      V w[kTaps];
+#pragma GCC unroll 5
+      for (int i = 0; i < kTaps; ++i) w[i] = load(weights + i * kWidth);
+#pragma GCC unroll 20
+      for (int r = 0; r < kRows + kTaps - 1; ++r, x += a.in_row) {
+        const V row = load(x);
+#pragma GCC unroll 5
+        for (int i = 0; i < kTaps; ++i) {
+          if (r - i < 0 || r - i >= kRows) continue;
+          if (kRows == 1) {
+            tap_sums[i] = fma(row, w[i], tap_sums[i]);
+          } else {
+            acc[r - i] = fma(row, w[i], acc[r - i]);
+          }
+        }
+      }
+    }
+  }
+  if (kRows == 1) {
+#pragma GCC unroll 5
+    for (int i = 0; i < kTaps; ++i) acc[0] = add(acc[0], tap_sums[i]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    if (r < a.rows) store_first(a.out + r * a.row + at, acc[r], lanes);
+  }
+}
+
+using QuadraticTile = void (*)(const QuadraticArgs&, int64_t, int, const float*);
+
+template <int kTaps>
+QuadraticTile quadratic_tile_for(int rows) {
+  if (rows == 1) return quadratic_tile<1, kTaps>;
+  if (rows <= 4) return quadratic_tile<4, kTaps>;
+  if constexpr (kQuadraticRows > 8) {
+    if (rows > 12) return quadratic_tile<16, kTaps>;
+    if (rows > 10) return quadratic_tile<12, kTaps>;
+    if (rows > 8) return quadratic_tile<10, kTaps>;
+  }
+  return quadratic_tile<8, kTaps>;
+}
+
+void quadratic(const QuadraticArgs& a) {
+  const QuadraticTile tile = a.taps == 1   ? quadratic_tile_for<1>(a.rows)
+                             : a.taps == 3 ? quadratic_tile_for<3>(a.rows)
+                                           : quadratic_tile_for<5>(a.rows);
+  const float* weights = a.weights;
+  for (int64_t at = 0; at < a.row; at += kWidth) {
+    tile(a, at, a.row - at < kWidth ? static_cast<int>(a.row - at) : kWidth, weights);
+    weights += int64_t{a.groups} * a.offsets * a.taps * kWidth;
+  }
+}
