@@ -16,6 +16,7 @@ from fastinv.backends.base import CompiledNetwork, CompiledSolver, Report
 from fastinv.errors import BackendError, FeatureError, NetworkError
 from fastinv.inverters import RMLE, InverseNetwork, channelwise
 from fastinv.network import Network
+from fastinv.simplify import with_denormalisation
 
 Array = npt.NDArray[np.float32]
 
@@ -118,7 +119,12 @@ class Solver:
         self._compiled = compiled
         self._mean = channelwise(recipe.mean, recipe.image_shape)
         self._std = channelwise(recipe.std, recipe.image_shape)
-        self._init = self._start(recipe.init, 1)
+        self._init: Array | Engine
+        if isinstance(recipe.init, InverseNetwork):
+            pixels = with_denormalisation(recipe.init.network, recipe.init.mean, recipe.init.std)
+            self._init = compile(pixels, backend, "float32", threads)
+        else:
+            self._init = self._start(recipe.init, 1)
 
     def solve(
         self, features: Any, init: Any = None, *, scale: Any = None, zero_point: Any = None
@@ -137,8 +143,10 @@ class Solver:
         starts = self._init if init is None else self._start(init, len(source))
 
         def run(source: tensors.Source, start: int, stop: int, out: npt.NDArray[Any]) -> Report:
-            single = starts.ndim == len(self.recipe.image_shape)
-            return self._solve(source.chunk(start, stop), out, starts if single else starts[start:stop])
+            own = starts
+            if not isinstance(starts, Engine) and starts.ndim > len(self.recipe.image_shape):
+                own = starts[start:stop]
+            return self._solve(source.chunk(start, stop), out, own)
 
         result, out = tensors.allocate((len(source), *self.recipe.image_shape), "float32", source.torch)
         return result, sweep(run, self.empty_report, source, out, self.batch_size)
@@ -147,7 +155,9 @@ class Solver:
         """Write the images for rows start to stop into `out` [stop - start, ...], float32 or uint8, in any layout."""
         return self._solve(source.chunk(start, stop), out, self._init)
 
-    def _solve(self, features: Array, out: npt.NDArray[Any], start: Array) -> Report:
+    def _solve(self, features: Array, out: npt.NDArray[Any], start: Array | Engine) -> Report:
+        if isinstance(start, Engine):
+            start = self._start(start(features), len(features))
         z, report = self._compiled.solve(features, start)
         # The objective tells of an image that diverged.
         with tensors.staged(out) as part, np.errstate(over="ignore", invalid="ignore"):

@@ -6,8 +6,9 @@
 
 The document is JSON in a string: format version, fastinv version, kind, recipe, graph (`Network.graph`),
 provenance and a SHA-256. Weight `name` of step k is the tensor "k.name"; an rMLE's start that is an array is the
-tensor "init". The checksum only catches accidents: a hostile file carries the right one, so nothing is believed
-for its sake.
+tensor "init"; one that is an inverse network stands in the recipe with kind, recipe, graph and provenance of its
+own, and its tensors begin with "init.". The checksum only catches accidents: a hostile file carries the right one, so
+nothing is believed for its sake.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from fastinv.ops.base import MAX_RANK
 FORMAT = 1
 MAX_HEADER = 2**23  # bytes
 MAX_DATA = 2**32  # bytes
-KEYS = {"format", "fastinv", "kind", "recipe", "graph", "provenance", "sha256"}
+PART = {"kind", "recipe", "graph", "provenance"}  # of every inverter
+KEYS = {"format", "fastinv", "sha256"} | PART
 TENSOR = "tensor"  # stands in the recipe for a field kept as a tensor of its name
 
 _WEIGHT = re.compile(r"(0|[1-9][0-9]{0,3})\.([a-z_]{1,40})")
@@ -63,25 +65,30 @@ def encode(inverter: Inverter) -> bytes:
     """`inverter` as the bytes of a `.finv` file."""
     from safetensors.numpy import save
 
-    network: Network = getattr(inverter, inverter.network_field)
-    recipe = inverter.recipe()
-    tensors = {name: value for name, value in recipe.items() if isinstance(value, np.ndarray)}
-    document = {
-        "format": FORMAT,
-        "fastinv": fastinv.__version__,
-        "kind": inverter.kind,
-        "recipe": recipe | dict.fromkeys(tensors, TENSOR),
-        "graph": network.graph(),
-        "provenance": dict(inverter.provenance),
-    }
-    for index, step in enumerate(network.steps):
-        tensors |= {f"{index}.{name}": value for name, value in step.weights.items()}
+    tensors: dict[str, npt.NDArray[np.float32]] = {}
+    document = {"format": FORMAT, "fastinv": fastinv.__version__} | _part(inverter, "", tensors)
     document["sha256"] = checksum(document, tensors)
     data = save(tensors, {"fastinv": strict_json.dumps(document)})
     header = int.from_bytes(data[:8], "little")
     _expect(header <= MAX_HEADER, f"a header of {header} bytes, at most {MAX_HEADER} fit: shorten the provenance")
     _expect(len(data) - header - 8 <= MAX_DATA, f"more than {MAX_DATA} bytes of weights do not fit a .finv file")
     return data
+
+
+def _part(inverter: Inverter, prefix: str, tensors: dict[str, npt.NDArray[np.float32]]) -> dict[str, Any]:
+    """An inverter as JSON values; what does not fit there goes to `tensors`, by names that begin with the prefix."""
+    recipe = inverter.recipe()
+    for name, value in recipe.items():
+        if isinstance(value, np.ndarray):
+            tensors[prefix + name] = value
+            recipe[name] = TENSOR
+        elif isinstance(value, Inverter):
+            recipe[name] = _part(value, f"{prefix}{name}.", tensors)
+    network: Network = getattr(inverter, inverter.network_field)
+    for index, step in enumerate(network.steps):
+        tensors |= {f"{prefix}{index}.{name}": value for name, value in step.weights.items()}
+    graph, provenance = network.graph(), dict(inverter.provenance)
+    return {"kind": inverter.kind, "recipe": recipe, "graph": graph, "provenance": provenance}
 
 
 def checksum(document: Mapping[str, Any], tensors: Tensors) -> str:
@@ -207,7 +214,7 @@ def _integers(values: Any, low: int) -> bool:
 
 def _inverter(document: Mapping[str, Any], tensors: Tensors) -> Inverter:
     kind = document["kind"]
-    _expect(kind in INVERTERS, f"kind {kind!r:.40}, expected one of {', '.join(INVERTERS)}")
+    _expect(isinstance(kind, str) and kind in INVERTERS, f"kind {kind!r:.40}, expected one of {', '.join(INVERTERS)}")
     cls = INVERTERS[kind]
     rest = dict(tensors)
     recipe = _recipe(cls, document["recipe"], rest)
@@ -238,9 +245,29 @@ def _recipe(cls: type[Inverter], raw: Mapping[str, Any], tensors: dict[str, npt.
         if value == TENSOR and _is_array(hints[name]):
             _expect(name in tensors, f"recipe: the tensor {name!r} is missing")
             recipe[name] = tensors.pop(name)
+        elif isinstance(value, dict) and (nested := _inverter_class(hints[name])) is not None:
+            recipe[name] = _nested(nested, name, value, tensors)
         else:
             _expect(_has_type(value, hints[name]), f"recipe: {name} is {value!r:.80}, of a wrong type")
     return recipe
+
+
+def _nested(
+    cls: type[Inverter], name: str, part: Mapping[str, Any], tensors: dict[str, npt.NDArray[np.float32]]
+) -> Inverter:
+    """An inverter in a recipe, of this class; takes its tensors out of `tensors`."""
+    _expect(set(part) == PART, f"recipe: {name}: keys {sorted(part)!r:.300}, expected {sorted(PART)}")
+    _expect(part["kind"] == cls.kind, f"recipe: {name}: kind {part['kind']!r:.40}, expected {cls.kind}")
+    for key in ("recipe", "provenance"):
+        _expect(isinstance(part[key], dict), f"recipe: {name}: {key} is not a dict")
+    prefix = f"{name}."
+    own = [tensor for tensor in tensors if tensor.startswith(prefix)]
+    return _inverter(part, {tensor.removeprefix(prefix): tensors.pop(tensor) for tensor in own})
+
+
+def _inverter_class(hint: Any) -> type[Inverter] | None:
+    options = (option for option in typing.get_args(hint) if isinstance(option, type))
+    return next((option for option in options if issubclass(option, Inverter)), None)
 
 
 def _is_array(hint: Any) -> bool:

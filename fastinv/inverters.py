@@ -119,7 +119,8 @@ class RMLE(Inverter):
         tv_weight: λ, weight of the total variation; 0 switches it off.
         tv_beta: β >= 1, exponent of the total variation.
         optimizer: "adam", "amsgrad" or "sgd".
-        init: the start in pixels: a number, or an array [C, H, W].
+        init: the start in pixels: a number, an array [C, H, W], or an `InverseNetwork` for the same features, whose
+            images are refined.
         clamp: pixel bounds kept after every step, or None for free iterates.
         keep: "last" returns the last iterate, "best" the one of lowest objective.
         tolerance: an image stops when its objective changes by no more than this, relatively; 0: never.
@@ -143,7 +144,7 @@ class RMLE(Inverter):
     tv_weight: float = 0.1
     tv_beta: float = 2.0
     optimizer: str = "adam"
-    init: float | npt.NDArray[np.float32] = 0.5
+    init: float | npt.NDArray[np.float32] | InverseNetwork = 0.5
     clamp: tuple[float, float] | None = (0.0, 1.0)
     keep: str = "last"
     tolerance: float = 0.0
@@ -181,7 +182,7 @@ class RMLE(Inverter):
         if self.clamp is not None:
             object.__setattr__(self, "clamp", _floats("clamp", self.clamp, (2,)))
             expect(self.clamp[0] <= self.clamp[1], f"clamp {self.clamp}, expected (low, high) with low <= high")
-        object.__setattr__(self, "init", _start(self.init, self.input_shape))
+        object.__setattr__(self, "init", _start(self.init, self.feature_shape, self.input_shape))
 
     @property
     def feature_shape(self) -> Shape:
@@ -230,6 +231,8 @@ def _hashable(value: Any) -> Any:
     """A field as a JSON value; networks and arrays by their content."""
     if isinstance(value, Network):
         return value.fingerprint
+    if isinstance(value, Inverter):
+        return value.fingerprint
     if isinstance(value, np.ndarray):
         return hashlib.sha256(value.data).hexdigest()
     return dict(value) if isinstance(value, Mapping) else value
@@ -249,15 +252,22 @@ def _provenance(value: Any) -> Mapping[str, Any]:
         raise NetworkError(f"provenance: {error}; expected names with plain JSON values") from None
 
 
-def _start(value: Any, shape: Shape) -> float | npt.NDArray[np.float32]:
-    """rMLE's start in pixels: a number, or a read-only copy [C, H, W]."""
+def _start(value: Any, features: Shape, shape: Shape) -> float | npt.NDArray[np.float32] | InverseNetwork:
+    """rMLE's start in pixels: a number, a read-only copy [C, H, W], or what gives one for each image."""
+    if isinstance(value, InverseNetwork):
+        found = f"{list(value.feature_shape)} to {list(value.image_shape)}"
+        fits = (value.feature_shape, value.image_shape) == (features, shape)
+        expect(fits, f"init takes features {found}, expected {list(features)} to {list(shape)}")
+        return value
     if isinstance(value, (int, float, np.integer, np.floating)):
         return _floats("init", value, (1,))[0]
     try:
         with np.errstate(over="ignore"):
             start: npt.NDArray[np.float32] = np.array(value, dtype=np.float32, order="C")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise NetworkError(f"init: {error}; expected a number or an array {list(shape)} of pixels") from None
+        raise NetworkError(
+            f"init: {error}; expected a number, an array {list(shape)} of pixels or an InverseNetwork"
+        ) from None
     expect(
         start.shape == shape,
         f"init has shape {list(start.shape)}, expected a number or an array {list(shape)}",

@@ -401,3 +401,22 @@ def test_chunks_fill_the_threads_and_stay_short() -> None:
     small = fastinv.compile(Network((1, 2, 2), ()), "torch")
     assert small.batch_size >= 4 * cores
     assert solver("torch", steps=10_000_000).batch_size == 4 * cores
+
+
+@pytest.mark.parametrize("torch_features", [False, True])
+def test_a_start_from_an_inverse_network(backend: str, torch_features: bool) -> None:
+    network = inverse_network(mean=0.3, std=(0.5, 0.25, 0.1))
+    recipe = rmle(init=network, clamp=(0.0, 1.0))
+    x: Any = features(7)
+    starts = fastinv.invert(x, network, backend=backend)
+    expected, reported = fastinv.compile(rmle(clamp=(0.0, 1.0)), backend).solve(x, init=starts)
+    made = fastinv.compile(recipe, backend)
+    images, report = made.solve(torch.from_numpy(x) if torch_features else x)
+    np.testing.assert_allclose(np.asarray(images), expected, atol=1e-4)
+    np.testing.assert_allclose(report.objective, reported.objective, rtol=1e-4)
+    again = fastinv.invert(x, recipe, backend=backend, batch_size=3)
+    np.testing.assert_allclose(again, expected, atol=1e-4)
+    unrefined, _ = fastinv.compile(rmle(init=network, steps=0), backend).solve(x)
+    np.testing.assert_allclose(unrefined, starts, atol=1e-6)
+    grey, _ = made.solve(x, init=0.5)  # a start at the call comes first
+    assert not np.array_equal(grey, expected)

@@ -64,7 +64,9 @@ def refused(data: bytes, message: str = ".", memory: int = 2**24) -> None:
 # What is written is read
 
 
-@pytest.mark.parametrize("inverter", [inverse_network(), rmle()], ids=["inverse_network", "rmle"])
+@pytest.mark.parametrize(
+    "inverter", [inverse_network(), rmle(), rmle(init=inverse_network())], ids=["inverse_network", "rmle", "warm rmle"]
+)
 def test_round_trip(inverter: fastinv.Inverter, tmp_path: Path) -> None:
     inverter.save(tmp_path / "a.finv")
     again = fastinv.load(str(tmp_path / "a.finv"))
@@ -464,6 +466,38 @@ def test_hostile_recipes_with_the_right_checksum(name: str) -> None:
         hostile = copy.deepcopy(document)
         hostile["recipe"][name] = value
         refused(join(entries, hostile, blob))
+
+
+NESTED: dict[str, Callable[[Any], None]] = {
+    "kind": set_in("kind", to="rmle"),
+    "kind-list": set_in("kind", to=["inverse_network"]),
+    "key-missing": lambda part: part.pop("graph"),
+    "key-unknown": set_in("start", to=1),
+    "recipe-null": set_in("recipe", to=None),
+    "recipe-field": set_in("recipe", "steps", to=3),
+    "provenance": set_in("provenance", to=[1]),
+    "graph": set_in("graph", to={}),
+    "std": set_in("recipe", "std", to=[0.0]),
+    "shape": set_in("graph", "input_shape", to=[2, 5, 6]),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_hostile_starts_with_the_right_checksum(name: str) -> None:
+    entries, document, blob = split(finv.encode(rmle(init=inverse_network())))
+    NESTED[name](document["recipe"]["init"])
+    refused(join(entries, document, blob))
+
+
+def test_a_start_needs_its_own_tensors() -> None:
+    entries, document, blob = split(finv.encode(rmle(init=inverse_network())))
+    assert {name for name in entries if name.startswith("init.")} == {
+        f"init.{k}.{w}" for k in "01" for w in ("weight", "bias")
+    }
+    for name, new in (("init.0.bias", "init.2.bias"), ("init.0.bias", "init.init.bias"), ("init.0.bias", "2.bias")):
+        refused(join({new if key == name else key: value for key, value in entries.items()}, document, blob))
+    document["recipe"]["init"] = 0.5
+    refused(join(entries, document, blob))
 
 
 ENTRIES: dict[str, Callable[[Any], None]] = {

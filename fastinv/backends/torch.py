@@ -126,7 +126,6 @@ class TorchSolver:
                 tv_weight=recipe.tv_weight,
                 tv_beta=recipe.tv_beta,
                 optimizer=recipe.optimizer,
-                init=recipe.init,
                 clamp=recipe.clamp,
                 keep=recipe.keep,
                 tolerance=recipe.tolerance,

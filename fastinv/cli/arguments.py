@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 
 from fastinv.inverters import Inverter
 
@@ -33,6 +34,14 @@ def numbers(text: str) -> float | list[float]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a number or several, as in 0.1,0.2") from None
     return values[0] if len(values) == 1 else values
+
+
+def start(text: str) -> float | Path:
+    """A number, or a path."""
+    try:
+        return float(text)
+    except ValueError:
+        return Path(text)
 
 
 def add_compile_arguments(parser: argparse.ArgumentParser) -> None:

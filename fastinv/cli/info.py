@@ -11,6 +11,7 @@ import numpy as np
 
 import fastinv
 from fastinv.cli.arguments import shapes, table
+from fastinv.inverters import Inverter
 from fastinv.network import Network
 
 
@@ -26,6 +27,13 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(found, indent=2) if args.json else as_text(found))
 
 
+def _as_json(value: Any) -> Any:
+    """A value of a recipe; large ones by their kind."""
+    if isinstance(value, np.ndarray):
+        return f"array {list(value.shape)}"
+    return f"{value.kind} {value.fingerprint[:16]}" if isinstance(value, Inverter) else value
+
+
 def describe(path: str, backend: str = "auto", measure: bool = False) -> dict[str, Any]:
     """What `path` holds, as JSON values."""
     inverter = fastinv.load(path)
@@ -38,10 +46,7 @@ def describe(path: str, backend: str = "auto", measure: bool = False) -> dict[st
         "shapes": shapes(inverter),
         "feature_shape": list(inverter.feature_shape),
         "image_shape": list(inverter.image_shape),
-        "recipe": {
-            name: f"array {list(value.shape)}" if isinstance(value, np.ndarray) else value
-            for name, value in recipe.items()
-        },
+        "recipe": {name: _as_json(value) for name, value in recipe.items()},
         "ops": dict(Counter(step.op.name for step in network.steps)),
         "parameters": network.parameters,
         "flops": network.flops,

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinv.cli.arguments import integer, plural, positive
+from fastinv.cli.arguments import integer, plural, positive, start
 from fastinv.cli.demo import add_data_argument
 from fastinv.cli.files import expect_place, make_folder
 from fastinv.errors import DataError
@@ -27,7 +27,7 @@ ATTACKS = {
     "fit_shadow": "black-box: learn a stand-in for the edge from queries, then rmle",
 }
 TRAINING = ("epochs", "batch_size", "lr", "optimizer")  # options of the attacks' training
-SOLVER = ("steps", "lr", "tv_weight", "tv_beta", "optimizer")  # options of rMLE
+SOLVER = ("steps", "lr", "tv_weight", "tv_beta", "optimizer", "init")  # options of rMLE
 SCORED = {"inverse_network": 1000}  # test images that are recovered and scored
 SCORED_RMLE = 8
 
@@ -75,6 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rmle.add_argument("--rmle-tv-weight", type=float)
     rmle.add_argument("--rmle-tv-beta", type=float)
     rmle.add_argument("--rmle-optimizer", choices=("adam", "amsgrad", "sgd"))
+    rmle.add_argument(
+        "--rmle-init", type=start, help="a pixel value, or the .finv file of an inverse network to refine"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -89,6 +92,8 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     experiment = Experiment.on(args.data, args.seed)
     at = experiment.split_point(args.split)
+    if isinstance(args.rmle_init, Path):
+        args.rmle_init = _inverse_network_in(args.rmle_init)
     if args.attack != "inverse_network" and args.architecture == "different":
         shadow_edge(at)  # refuses a split point that it has no other structure for
     target = experiment.target(args.target_epochs, file=args.target, checkpoint=_checkpoint(args, "target"))
@@ -103,6 +108,16 @@ def run(args: argparse.Namespace) -> None:
         truth = experiment.held_out(count)
         recovered = fastinv.invert(split.features(truth), inverter, threads=args.threads, progress=True)
         print(f"{plural(len(truth), 'test image')} recovered: {Scores.of(truth, recovered)}")
+
+
+def _inverse_network_in(path: Path) -> Inverter:
+    import fastinv
+    from fastinv.errors import FormatError
+
+    found = fastinv.load(path)
+    if not isinstance(found, fastinv.InverseNetwork):
+        raise FormatError(f"{path}: holds an {found.kind}, expected an inverse network to start rMLE from")
+    return found
 
 
 def _check(args: argparse.Namespace) -> None:
