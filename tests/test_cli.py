@@ -329,6 +329,24 @@ def test_train(
     assert "4 test images recovered: PSNR" in capsys.readouterr().out
 
 
+def test_train_rmle_from_an_inverse_network(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["train", "--data", digits, "--target-epochs", 1, "--score", 0, "--target", tmp_path / "target.pt"]
+    first, second = tmp_path / "network.finv", tmp_path / "rmle.finv"
+    assert run(*common, "--epochs", 1, "-o", first) == 0
+    refine = [*common, "--attack", "rmle", "--rmle-steps", 2]
+    assert run(*refine, "--rmle-init", first, "-o", second) == 0
+    inverter = fastinv.load(second)
+    assert isinstance(inverter, fastinv.RMLE)
+    assert inverter.init == fastinv.load(first)
+    capsys.readouterr()
+    assert run("info", second) == 0
+    assert 'init "inverse_network' in capsys.readouterr().out
+    assert run(*refine, "--rmle-init", "0.25", "-o", second) == 0
+    assert fastinv.load(second).recipe()["init"] == 0.25
+    fails(capsys, "holds an rmle, expected an inverse network", *refine, "--rmle-init", second, "-o", first)
+    fails(capsys, "nowhere", *refine, "--rmle-init", tmp_path / "nowhere.finv", "-o", first)
+
+
 def test_train_repeats_keeps_its_target_and_resumes(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

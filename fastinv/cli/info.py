@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import fastinv
-from fastinv.cli.arguments import shapes, table
+from fastinv.cli.arguments import plural, shapes, table
 from fastinv.inverters import Inverter
 from fastinv.network import Network
 
@@ -68,7 +68,7 @@ def as_text(found: dict[str, Any]) -> str:
         f"FLOPs       {found['flops']:,} an {per}",
         f"recipe      {_pairs(found['recipe'])}",
         f"provenance  {_pairs(found['provenance']) or 'none'}",
-        f"plan        {found['backend']}, {found['isa']}",
+        f"plan        {', '.join([found['backend'], found['isa'], *_unit(found['plan'])])}",
     ]
     header = ["step", "op", "kernel", "activation", "output", "FLOPs"]
     measured = found["plan"] and "seconds" in found["plan"][0]
@@ -79,6 +79,18 @@ def as_text(found: dict[str, Any]) -> str:
         if measured:
             rows[-1] += [f"{e['seconds'] * 1e6:.1f}", f"{e['gflops']:.0f}" if e["flops"] else ""]
     return "\n".join([*lines, table(header, rows)])
+
+
+def _unit(plan: list[dict[str, Any]]) -> list[str]:
+    """What goes through all layers at once, where the backend says it."""
+    if not plan or "images" not in plan[0]:
+        return []
+    first = plan[0]
+    return (
+        [f"{first['strips']} strips an image"]
+        if first["strips"] > 1
+        else [f"{plural(first['images'], 'image')} at once"]
+    )
 
 
 def _pairs(values: dict[str, Any]) -> str:
