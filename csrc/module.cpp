@@ -302,9 +302,21 @@ PYBIND11_MODULE(_core, m) {
              const OptimizerKind kind = optimizer == "sgd"       ? OptimizerKind::kSgd
                                         : optimizer == "amsgrad" ? OptimizerKind::kAmsgrad
                                                                  : OptimizerKind::kAdam;
-             Recipe recipe = {kind,           steps,          lr,      beta1,     beta2,    eps,
-                              momentum,       tv_weight,      tv_beta, tolerance, patience, keep_best,
-                              std::move(low), std::move(high)};
+             Recipe recipe = {kind,
+                              steps,
+                              lr,
+                              beta1,
+                              beta2,
+                              eps,
+                              momentum,
+                              tv_weight,
+                              tv_beta,
+                              tolerance,
+                              patience,
+                              keep_best,
+                              optimizer == "exact",
+                              std::move(low),
+                              std::move(high)};
              return std::make_unique<Solver>(std::move(program), std::move(recipe), threads);
            }),
            py::arg("program"), py::kw_only(), py::arg("optimizer"), py::arg("steps"), py::arg("lr"), py::arg("beta1"),

@@ -10,6 +10,22 @@
 #include "threads.h"
 
 namespace fastinv {
+namespace {
+
+double dot(const float* a, const float* b, int64_t size) {
+  constexpr int64_t kLanes = 16;  // sums side by side, which the compiler puts into vectors
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] += static_cast<double>(a[i + l]) * static_cast<double>(b[i + l]);
+  }
+  double total = 0.0;
+  for (; i < size; ++i) total += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  for (const double lane : lanes) total += lane;
+  return total;
+}
+
+}  // namespace
 
 Solver::Solver(Program program, Recipe recipe, int threads)
     : program_(std::move(program)),
@@ -36,7 +52,8 @@ Solver::Solver(Program program, Recipe recipe, int threads)
         return dynamic_cast<const LayoutNode*>(node.get()) != nullptr;
       });
   if (alone) quadratic_ = nodes.back()->quadratic();
-  if (quadratic_ && recipe_.tv_beta == 2.0 && !watched_) smooth_ = quadratic_->add_total_variation(recipe_.tv_weight);
+  if (quadratic_ && recipe_.tv_beta == 2.0 && (recipe_.exact || !watched_))
+    smooth_ = quadratic_->add_total_variation(recipe_.tv_weight);
   std::vector<bool> written(program_.shapes().size(), false);
   written[static_cast<size_t>(program_.output())] = true;
   first_.resize(nodes.size());
@@ -107,6 +124,18 @@ void Solver::backward(Workspace& w) const {
   }
 }
 
+TotalVariationArgs Solver::total_variation(Workspace& w) const {
+  const Shape& image = program_.shapes().front();
+  return {w.values.front(),
+          w.grads.front(),
+          w.scratch,
+          static_cast<int32_t>(image[1]),
+          static_cast<int32_t>(image[2]),
+          static_cast<int32_t>(image[0]),
+          static_cast<float>(recipe_.tv_weight),
+          static_cast<float>(recipe_.tv_beta)};
+}
+
 void Solver::gradient_at_zero(Workspace& w) const {
   std::fill_n(w.values.front(), stride_.front(), 0.0f);
   objective(w);
@@ -138,6 +167,71 @@ void Solver::step(Workspace& w, int64_t t) const {
   program_.kernels().optimizer(args);
 }
 
+// What follows from a direction d by the quadratic part of the objective: its gradient is H·z + c, and this H·d.
+void Solver::times_hessian(Workspace& w, const float* direction) const {
+  const int64_t size = element_count(program_.shapes().front());
+  float *z = w.values.front(), *result = w.grads.front();
+  if (knows_hessian()) {
+    quadratic_->gradient(direction, w.constant, result, w.copy);
+    return;
+  }
+  // Features are edge(0) here, so c is 0 but for rounding; that must not be large beside the direction, which shrinks.
+  const double length = std::sqrt(dot(direction, direction, size) / static_cast<double>(size));
+  const float unit = length > 0.0 ? static_cast<float>(1.0 / length) : 1.0f;
+  for (int64_t i = 0; i < size; ++i) z[i] = unit * direction[i];
+  objective(w);
+  backward(w);
+  if (recipe_.tv_weight > 0.0) program_.kernels().total_variation(total_variation(w));
+  for (int64_t i = 0; i < size; ++i) result[i] *= static_cast<float>(length);
+}
+
+// Hestenes and Stiefel 1952. Starts at z, ends there, and leaves the features changed.
+template <class Poll>
+bool Solver::conjugate_gradients(Workspace& w, ImageReport& report, const Poll& poll) const {
+  constexpr double kExact = 1e-6;  // of the first residual
+  constexpr int kStalled = 50;     // steps without a new lowest residual: rounding is all that is left
+  const int64_t size = element_count(program_.shapes().front());
+  float *z = w.values.front(), *residual = w.first, *direction = w.second, *solution = w.largest;
+  objective(w);
+  backward(w);
+  if (recipe_.tv_weight > 0.0) program_.kernels().total_variation(total_variation(w));
+  for (int64_t i = 0; i < size; ++i) direction[i] = residual[i] = -w.grads.front()[i];
+  std::copy_n(z, size, solution);
+  std::fill_n(z, size, 0.0f);
+  if (knows_hessian()) {
+    std::fill_n(w.constant, size, 0.0f);
+  } else {
+    objective(w);
+    std::copy_n(w.values.back(), element_count(program_.shapes().back()), w.features);
+  }
+  double before = dot(residual, residual, size);
+  const double goal = kExact * kExact * before;
+  double lowest = before;
+  int idle = 0;
+  for (report.converged = before <= goal; !report.converged && report.steps < recipe_.steps; ++report.steps) {
+    if (idle == kStalled) break;
+    if (poll()) return false;
+    times_hessian(w, direction);
+    const float* image = w.grads.front();
+    const double curvature = dot(direction, image, size);
+    if (!(curvature > 0.0)) break;  // in the null space, or too large for float32
+    const float step = static_cast<float>(before / curvature);
+    for (int64_t i = 0; i < size; ++i) {
+      solution[i] += step * direction[i];
+      residual[i] -= step * image[i];
+    }
+    const double after = dot(residual, residual, size);
+    const float keep = static_cast<float>(after / before);
+    for (int64_t i = 0; i < size; ++i) direction[i] = residual[i] + keep * direction[i];
+    before = after;
+    idle = before < lowest ? 0 : idle + 1;
+    lowest = std::min(lowest, before);
+    report.converged = before <= goal;
+  }
+  std::copy_n(solution, size, z);
+  return true;
+}
+
 template <class Poll>
 bool Solver::solve_image(Workspace& w, const float* features, const float* init, float* out, ImageReport& report,
                          const Poll& poll) const {
@@ -147,23 +241,26 @@ bool Solver::solve_image(Workspace& w, const float* features, const float* init,
   const bool turned = result.size() == 3 && program_.channels_last(program_.output());
   const int64_t result_rows = turned ? result[0] : 1;
   float* z = w.values.front();
-  kernels.transpose(features, out_size / result_rows, w.features, result_rows, result_rows, out_size / result_rows);
-  if (quadratic_) gradient_at_zero(w);
+  const auto load_features = [&] {
+    kernels.transpose(features, out_size / result_rows, w.features, result_rows, result_rows, out_size / result_rows);
+  };
+  load_features();
+  if (quadratic_ && !recipe_.exact) gradient_at_zero(w);
   kernels.transpose(init, size / image[0], z, image[0], image[0], size / image[0]);
   std::fill_n(w.first, size, 0.0f);
   std::fill_n(w.second, size, 0.0f);
   std::fill_n(w.largest, size, 0.0f);
-  const TotalVariationArgs tv = {z,
-                                 w.grads.front(),
-                                 w.scratch,
-                                 static_cast<int32_t>(image[1]),
-                                 static_cast<int32_t>(image[2]),
-                                 static_cast<int32_t>(image[0]),
-                                 static_cast<float>(recipe_.tv_weight),
-                                 static_cast<float>(recipe_.tv_beta)};
+  const TotalVariationArgs tv = total_variation(w);
   double before = 0.0, best = INFINITY;
   int64_t calm = 0;  // evaluations in a row within the tolerance
   report = {};
+  if (recipe_.exact) {
+    if (!conjugate_gradients(w, report, poll)) return false;
+    load_features();
+    report.objective = objective(w) + (recipe_.tv_weight > 0.0 ? kernels.total_variation(tv) : 0.0);
+    kernels.transpose(z, image[0], out, size / image[0], size / image[0], image[0]);
+    return true;
+  }
   for (;;) {
     if (poll()) return false;
     // The last iterate needs its objective, but no gradient of the network.

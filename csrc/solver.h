@@ -19,6 +19,7 @@ struct Recipe {
   double tolerance;
   int64_t patience;
   bool keep_best;
+  bool exact;  // the minimum by conjugate gradients instead of the optimizer's steps; for quadratic objectives
   std::vector<float> low, high;  // bounds of z for every channel, or empty
 };
 
@@ -54,8 +55,13 @@ class Solver {
   std::unique_ptr<Workspace> make_workspace() const;
   double objective(Workspace& w) const;  // forward, and the gradients of the residual at the output
   void backward(Workspace& w) const;
-  void gradient_at_zero(Workspace& w) const;  // to w.constant
+  TotalVariationArgs total_variation(Workspace& w) const;  // at z, added to its gradient
+  void gradient_at_zero(Workspace& w) const;               // to w.constant
   void step(Workspace& w, int64_t t) const;
+  bool knows_hessian() const { return quadratic_ && (smooth_ || recipe_.tv_weight == 0.0); }
+  void times_hessian(Workspace& w, const float* direction) const;  // to the gradient of the image
+  template <class Poll>
+  bool conjugate_gradients(Workspace& w, ImageReport& report, const Poll& poll) const;
   template <class Poll>
   bool solve_image(Workspace& w, const float* features, const float* init, float* out, ImageReport& report,
                    const Poll& poll) const;

@@ -17,9 +17,11 @@ import numpy.typing as npt
 from fastinv import strict_json
 from fastinv.errors import FormatError, NetworkError
 from fastinv.network import Network
+from fastinv.ops.activation import IDENTITY
 from fastinv.ops.base import Shape, expect
 
-OPTIMIZERS = ("adam", "amsgrad", "sgd")
+METHODS = ("adam", "amsgrad", "sgd", "exact")
+OPTIMIZERS = (*METHODS, "auto")
 KEEP = ("last", "best")
 MAX_ITERATIONS = 10_000_000
 MAX_FLOAT = float(np.finfo(np.float32).max)
@@ -114,11 +116,12 @@ class RMLE(Inverter):
         edge: the edge (or shadow), exported: normalised images [C, H, W] to features.
         input_shape: shape of one image; must be the edge's input shape.
         mean, std: the target's input normalisation.
-        steps: optimizer steps.
+        steps: optimizer steps, at most.
         lr: step size, in normalised units.
         tv_weight: λ, weight of the total variation; 0 switches it off.
         tv_beta: β >= 1, exponent of the total variation.
-        optimizer: "adam", "amsgrad" or "sgd".
+        optimizer: "adam", "amsgrad", "sgd"; "exact", the minimum itself by conjugate gradients, where the objective is
+            quadratic: an affine edge, β 2 or λ 0, no clamp; "auto": "exact" where it can be had, else "adam".
         init: the start in pixels: a number, an array [C, H, W], or an `InverseNetwork` for the same features, whose
             images are refined.
         clamp: pixel bounds kept after every step, or None for free iterates.
@@ -182,7 +185,26 @@ class RMLE(Inverter):
         if self.clamp is not None:
             object.__setattr__(self, "clamp", _floats("clamp", self.clamp, (2,)))
             expect(self.clamp[0] <= self.clamp[1], f"clamp {self.clamp}, expected (low, high) with low <= high")
+        obstacle = self._obstacle() if self.optimizer == "exact" else None
+        expect(obstacle is None, f"optimizer 'exact' needs a quadratic objective, but {obstacle}: take 'adam'")
         object.__setattr__(self, "init", _start(self.init, self.feature_shape, self.input_shape))
+
+    @property
+    def method(self) -> str:
+        """The optimizer; what "auto" stands for."""
+        if self.optimizer != "auto":
+            return self.optimizer
+        return "exact" if self._obstacle() is None else "adam"
+
+    def _obstacle(self) -> str | None:
+        """Why the objective is not quadratic; None where it is."""
+        for index, step in enumerate(self.edge.steps):
+            if not step.op.affine or step.activation != IDENTITY:
+                kind = step.op.name if not step.op.affine else step.activation.kind
+                return f"step {index} of the edge is no affine map ({kind})"
+        if self.clamp is not None:
+            return f"clamp is {self.clamp}, not None"
+        return f"tv_beta is {self.tv_beta}, not 2" if self.tv_weight > 0 and self.tv_beta != 2 else None
 
     @property
     def feature_shape(self) -> Shape:

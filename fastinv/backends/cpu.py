@@ -131,7 +131,7 @@ class CpuSolver:
             low, high = (((np.float32(bound) - mean) / std).tolist() for bound in recipe.clamp)
         self._solver = _core.Solver(
             Lowering(recipe.edge, differentiable=True).program,
-            optimizer=recipe.optimizer,
+            optimizer=recipe.method,
             steps=recipe.steps,
             lr=recipe.lr,
             beta1=recipe.betas[0],

@@ -125,7 +125,7 @@ class TorchSolver:
                 lr=recipe.lr,
                 tv_weight=recipe.tv_weight,
                 tv_beta=recipe.tv_beta,
-                optimizer=recipe.optimizer,
+                optimizer=recipe.method,
                 clamp=recipe.clamp,
                 keep=recipe.keep,
                 tolerance=recipe.tolerance,

@@ -10,6 +10,7 @@ from fastinv.cli.arguments import integer, plural, positive, start
 from fastinv.cli.demo import add_data_argument
 from fastinv.cli.files import expect_place, make_folder
 from fastinv.errors import DataError
+from fastinv.inverters import OPTIMIZERS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rmle.add_argument("--rmle-lr", type=float)
     rmle.add_argument("--rmle-tv-weight", type=float)
     rmle.add_argument("--rmle-tv-beta", type=float)
-    rmle.add_argument("--rmle-optimizer", choices=("adam", "amsgrad", "sgd"))
+    rmle.add_argument("--rmle-optimizer", choices=OPTIMIZERS)
     rmle.add_argument(
         "--rmle-init", type=start, help="a pixel value, or the .finv file of an inverse network to refine"
     )

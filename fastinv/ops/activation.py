@@ -17,6 +17,7 @@ class Activation(Op):
     """The activation `kind` with up to two parameters `a` and `b` (see `KINDS`); zero where it has none."""
 
     name: ClassVar[str] = "activation"
+    affine: ClassVar[bool] = False
     kind: str = "identity"
     a: float = 0.0
     b: float = 0.0

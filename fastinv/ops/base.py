@@ -52,6 +52,7 @@ class Op(ABC):
     """Base of all ops. Subclasses are frozen dataclasses; their fields are the op's attributes."""
 
     name: ClassVar[str]
+    affine: ClassVar[bool] = True  # in all its inputs together
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))

@@ -19,6 +19,7 @@ class MaxPool2d(Op):
     """Maximum of every window of [C, H, W]; PyTorch's rules for padding and `ceil_mode`."""
 
     name: ClassVar[str] = "max_pool2d"
+    affine: ClassVar[bool] = False
     kernel: Pair = (2, 2)
     stride: Pair = (2, 2)
     padding: Pair = (0, 0)

@@ -18,6 +18,7 @@ class Mul(Binary):
     """a · b of two values."""
 
     name: ClassVar[str] = "mul"
+    affine: ClassVar[bool] = False
 
     def reference(self, inputs: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return inputs[0] * inputs[1]
