@@ -41,7 +41,7 @@ SAMPLE = 0.005  # seconds that one sample lasts at least, for the clock's sake
 MAX_ELEMENTS = 2**26  # in the largest value of a batch: what does not fit is timed with fewer images
 MAX_FLOPS = 2**37  # likewise of one call: a second or so of PyTorch on two cores
 
-SOLVER_STEPS = 10
+SOLVER_STEPS = 50
 DECODERS: dict[str, tuple[Shape, Shape]] = {
     "MNIST conv1": ((8, 24, 24), (1, 28, 28)),
     "MNIST ReLU2": ((16, 8, 8), (1, 28, 28)),
