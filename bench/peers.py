@@ -50,7 +50,8 @@ MAX_FLOPS = 2**36  # of a call, for each thread
 # cold, and often on the core of the one that woke them.
 BURST = 0.03  # seconds of calls, at least
 PAUSE = 0.15
-NOISE = 0.1  # of the peak, from round to round, at most: more than that is told
+NOISE = 0.1  # of the peak, from round to round, at most: rounds with more are repeated, and what is left is told
+MOST_ROUNDS = 3  # for each that counts
 
 
 @dataclass(frozen=True)
@@ -145,26 +146,40 @@ def measure(subject: Subject, wanted: int, contenders: Sequence[Contender], thre
 
 
 def race(calls: Mapping[str, Call], repeat: int, peak: Callable[[], float]) -> tuple[dict[str, float], list[float]]:
-    """Median seconds of one call of each, from bursts in an order that varies from round to round; and the peaks."""
+    """Median seconds of one call of each, from bursts in an order that varies from round to round; and the peaks.
+
+    A round counts by the lower of the peaks before and after it. Where others use the machine (in a virtual one the
+    cores may be two threads of a single real one for a while), disturbed rounds are repeated, and the quietest count.
+    """
     counts = {}
     for name, call in calls.items():
         time.sleep(PAUSE)
         call()
         counts[name] = max(1, math.ceil(BURST / _seconds(call, 3)))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    peaks = []
+    rounds: list[tuple[float, dict[str, float]]] = []
     order = list(calls)
     shuffle = random.Random(0).shuffle
-    for _ in range(repeat):
+
+    def warm_peak() -> float:
         time.sleep(PAUSE)
         peak()
-        peaks.append(peak())
+        return peak()
+
+    def quiet() -> list[tuple[float, dict[str, float]]]:
+        most = max((speed for speed, _ in rounds), default=0.0)
+        return [entry for entry in rounds if entry[0] >= (1 - NOISE) * most]
+
+    while len(quiet()) < repeat and len(rounds) < MOST_ROUNDS * repeat:
         shuffle(order)
+        before = warm_peak()
+        times = {}
         for name in order:
             time.sleep(PAUSE)
             _seconds(calls[name], counts[name])
-            samples[name].append(_seconds(calls[name], counts[name]))
-    return {name: statistics.median(times) for name, times in samples.items()}, peaks
+            times[name] = _seconds(calls[name], counts[name])
+        rounds.append((min(before, warm_peak()), times))
+    used = sorted(rounds, key=lambda entry: -entry[0])[:repeat]
+    return {name: statistics.median(times[name] for _, times in used) for name in calls}, [speed for speed, _ in used]
 
 
 def _seconds(call: Call, count: int) -> float:

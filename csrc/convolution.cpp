@@ -6,6 +6,7 @@
 #include "correlation.h"
 #include "cost.h"
 #include "planar.h"
+#include "planar_winograd.h"
 #include "polyphase.h"
 #include "winograd.h"
 
@@ -55,6 +56,12 @@ double channels_last_cost(const Kernels& kernels, const Geometry& geometry) {
   return direct_cost(kernels, geometry);
 }
 
+// Images abreast take Planar's form.
+bool prefers_planar_winograd(const Kernels& kernels, const Geometry& geometry, bool abreast) {
+  return !abreast && PlanarWinograd::applies(geometry) &&
+         planar_winograd_cost(kernels, geometry) < planar_cost(kernels, geometry);
+}
+
 }  // namespace
 
 bool prefers_row_major(const Kernels& kernels, const Geometry& geometry, Layout input, bool abreast) {
@@ -62,13 +69,18 @@ bool prefers_row_major(const Kernels& kernels, const Geometry& geometry, Layout 
   const double conversion = layout_cost(kernels, geometry);
   // Of images abreast over one at a time, measured from 8×8 to 28×28; the tiles of 16 registers are too small to gain.
   const double gain = abreast && kernels.max_vectors > 2 ? 0.6 : 1.0;
-  return gain * planar_cost(kernels, geometry) + (input == Layout::kChannelsLast ? conversion : 0.0) <
+  const double own = prefers_planar_winograd(kernels, geometry, abreast) ? planar_winograd_cost(kernels, geometry)
+                                                                         : gain * planar_cost(kernels, geometry);
+  return own + (input == Layout::kChannelsLast ? conversion : 0.0) <
          channels_last_cost(kernels, geometry) + (input == Layout::kRowMajor ? conversion : 0.0);
 }
 
 std::unique_ptr<const Convolution> make_convolution(const Kernels& kernels, const Geometry& geometry,
                                                     const WeightAt& weight, const float* bias, bool row_major,
-                                                    double* rounding) {
+                                                    bool abreast, double* rounding) {
+  if (row_major && prefers_planar_winograd(kernels, geometry, abreast)) {
+    return std::make_unique<PlanarWinograd>(kernels, geometry, weight, bias);
+  }
   if (row_major) return std::make_unique<Planar>(kernels, geometry, weight, bias);
   if (prefers_winograd(kernels, geometry)) {
     return std::make_unique<Winograd>(kernels, geometry, weight, bias);

@@ -78,10 +78,11 @@ bool prefers_row_major(const Kernels& kernels, const Geometry& geometry, Layout 
 
 // The convolution in the algorithm that a cost model of shapes and instruction set finds best: the same network takes
 // the same one, and sums in the same order, on every machine with this instruction set. `bias` is [out_channels] or
-// null; `row_major` asks for one on images [C, H, W]; what `rounding` points to, if
-// anything, is the squared relative error that rounding factors to bfloat16 may still add, and is spent where it gains.
+// null; `row_major` asks for one on images [C, H, W], `abreast` for one that may run on many abreast;
+// what `rounding` points to, if anything, is the squared relative error that rounding factors to bfloat16 may still
+// add, and is spent where it gains.
 std::unique_ptr<const Convolution> make_convolution(const Kernels& kernels, const Geometry& geometry,
                                                     const WeightAt& weight, const float* bias, bool row_major,
-                                                    double* rounding);
+                                                    bool abreast, double* rounding);
 
 }  // namespace fastinv

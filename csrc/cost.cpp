@@ -58,6 +58,14 @@ double planar_cost(const Kernels& kernels, const Geometry& g) {
   return g.groups * products * (1.0 + 0.5 * load) / (filled * kernels.width);
 }
 
+double planar_winograd_cost(const Kernels& kernels, const Geometry& g) {
+  const double tiles = double(ceil_div(g.axis[0].out, 4)) * ceil_div(g.axis[1].out, kernels.width);
+  // The transform of an input channel, most of it stores and the way through L1, fitted to measurements of 2 to 4
+  // output channels; and of an output channel.
+  const double tile = g.in_channels * (6.0 * g.axis[1].kernel * g.out_channels + 40.0) + 20.0 * g.out_channels;
+  return tiles * tile / (double(g.axis[0].out) * g.axis[1].out);
+}
+
 double layout_cost(const Kernels& kernels, const Geometry& g) {
   const double pixels = double(g.axis[0].in) * g.axis[1].in / (double(g.axis[0].out) * g.axis[1].out);
   // Load, four shuffles and store of a vector; beyond L2 it waits for memory.

@@ -13,6 +13,7 @@ double broadcast_cost(const Kernels& kernels, const Geometry& geometry);
 int planar_block(const Geometry& geometry);
 int planar_taps(int outputs, int taps);
 double planar_cost(const Kernels& kernels, const Geometry& geometry);
+double planar_winograd_cost(const Kernels& kernels, const Geometry& geometry);
 
 // What it costs to bring the input from [C, H, W] to [H, W, C].
 double layout_cost(const Kernels& kernels, const Geometry& geometry);

@@ -181,6 +181,27 @@ struct PlanarArgs {
 
 constexpr int kMaxPlanarOutputs = 4;
 
+// Four output rows by F(4, 3) along the columns; pointers to images point at the first row read or written.
+struct PlanarWinogradArgs {
+  const float* in;
+  float* out;
+  const float* addend;   // as above
+  const float* weights;  // [block of channels][pass][in channel][taps_x][position][channel]
+  const float* bias;     // [channel]
+  float* transformed;    // [in channel of a chunk][6][pitch] and one margin more: rows from `margin` on, zeros between
+  float* products;       // [block of channels][6][channel][products_row]
+  int64_t margin, pitch, products_row;
+  int32_t in_channels, in_h, in_w;
+  int32_t out_channels, out_h, out_w;
+  int32_t taps_x, shift_x;
+  int32_t block, chunk;  // channels at once: output, at most kMaxPlanarOutputs, and input
+  int32_t in_row;        // number of the first row read
+  int32_t rows;          // output rows inside the image
+  const float* next;     // as above
+  int32_t next_step;     // for each input channel
+  Activation activation;
+};
+
 // ---- pooling and resampling -------------------------------------------------------------------------------------
 
 struct PoolArgs {
@@ -303,15 +324,17 @@ constexpr int kPeakChains = 12;
 
 struct Kernels {
   const char* isa;
-  int width;                               // floats in a vector
-  int max_vectors;                         // vectors of output channels in a correlate tile
-  int dot_pixels[kMaxDotOutputs + 1];      // tile pixels of the dot form, by number of outputs
-  int planar_rows[kMaxPlanarOutputs + 1];  // most rows of a planar tile, likewise
-  int quadratic_rows;                      // likewise
+  int width;                                             // floats in a vector
+  int max_vectors;                                       // vectors of output channels in a correlate tile
+  int dot_pixels[kMaxDotOutputs + 1];                    // tile pixels of the dot form, by number of outputs
+  int planar_rows[kMaxPlanarOutputs + 1];                // most rows of a planar tile, likewise
+  int planar_winograd_positions[kMaxPlanarOutputs + 1];  // positions in a pass, by number of outputs
+  int quadratic_rows;
 
   void (*correlate)(const CorrelateArgs&);
   void (*correlate_dot)(const CorrelateArgs&);
   void (*planar)(const PlanarArgs&);
+  void (*planar_winograd)(const PlanarWinogradArgs&);
   void (*quadratic)(const QuadraticArgs&);
   void (*bfloat16_product)(const Bfloat16ProductArgs&);  // null where the instruction set has none
   void (*depthwise)(const DepthwiseArgs&);

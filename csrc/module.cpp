@@ -82,11 +82,15 @@ std::vector<std::pair<std::string, bool>> describe(const Program& program) {
   return lines;
 }
 
+// Whether it is [n, *shape].
+bool fits(const py::array& a, const Shape& shape, py::ssize_t n) {
+  return a.ndim() == static_cast<py::ssize_t>(shape.size()) + 1 && a.shape(0) == n &&
+         std::equal(shape.begin(), shape.end(), a.shape() + 1);
+}
+
 void check_batch(const char* name, const py::array& a, const Shape& shape, py::ssize_t n) {
   if (!(a.flags() & py::array::c_style)) throw std::invalid_argument(std::string(name) + ": not contiguous");
-  const bool fits = a.ndim() == static_cast<py::ssize_t>(shape.size()) + 1 && a.shape(0) == n &&
-                    std::equal(shape.begin(), shape.end(), a.shape() + 1);
-  if (!fits) throw std::invalid_argument(std::string(name) + ": wrong shape");
+  if (!fits(a, shape, n)) throw std::invalid_argument(std::string(name) + ": wrong shape");
 }
 
 // The type of features that come as an array of this one; bfloat16 comes as its bits, uint16.
@@ -118,6 +122,26 @@ bool run_engine(Engine& engine, const py::array& in, py::array& out, const Float
   const py::gil_scoped_release release;
   if (result == Dtype::kUint8) return engine.run(source, static_cast<uint8_t*>(to), n);
   return engine.run(source, static_cast<float*>(to), n);
+}
+
+// The results for a numpy array that the engine can read where it lies; None for anything else, and for NaN or Inf.
+py::object run_plain(Engine& engine, const py::object& x, py::ssize_t most) {
+  namespace numpy = py::detail;
+  if (Py_TYPE(x.ptr()) != numpy::npy_api::get().PyArray_Type_) return py::none();
+  const auto in = py::reinterpret_borrow<py::array>(x);
+  const Shape &features = engine.program().shapes().front(), &image = engine.program().shapes().back();
+  const bool plain = (in.flags() & numpy::npy_api::NPY_ARRAY_ALIGNED_) != 0 && py::isinstance<FloatArray>(in);
+  if (!plain || in.ndim() == 0 || in.shape(0) > most || !fits(in, features, in.shape(0))) return py::none();
+  std::vector<py::ssize_t> shape = {in.shape(0)};
+  shape.insert(shape.end(), image.begin(), image.end());
+  FloatArray out(shape);
+  const Source source = {in.data(), Dtype::kFloat32, {}, {}};
+  float* to = out.mutable_data();
+  const bool finite = [&] {
+    const py::gil_scoped_release release;
+    return engine.run(source, to, shape.front());
+  }();
+  return finite ? py::object(std::move(out)) : py::none();
 }
 
 py::tuple solve(Solver& solver, const FloatArray& features, const FloatArray& init) {
@@ -285,6 +309,8 @@ PYBIND11_MODULE(_core, m) {
       .def("run", &run_engine, py::arg("x"), py::arg("out"), py::arg("scale").noconvert() = FloatArray(0),
            py::arg("zero_point").noconvert() = FloatArray(0),
            "Features of any type to floats or bytes. False when they hold NaN or Inf: the results mean nothing.")
+      .def("run_plain", &run_plain, py::arg("x"), py::arg("most"),
+           "New results for at most so many features in a plain float32 array; None for any other, and for NaN or Inf.")
       .def(
           "describe", [](const Engine& e) { return describe(e.program()); },
           "For every launch the kernel, and whether threads share a single image.")

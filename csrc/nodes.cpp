@@ -12,10 +12,10 @@ namespace fastinv {
 
 ConvolutionNode::ConvolutionNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
                                  const Geometry& geometry, const float* weight, const float* bias, bool row_major,
-                                 double* rounding, bool keep_weight)
+                                 bool abreast, double* rounding, bool keep_weight)
     : Node(kernels, std::move(inputs), output, activation),
       geometry_(geometry),
-      convolution_(make_convolution(kernels, geometry, weight_at(weight, false), bias, row_major, rounding)) {
+      convolution_(make_convolution(kernels, geometry, weight_at(weight, false), bias, row_major, abreast, rounding)) {
   if (keep_weight) {
     const int64_t size = int64_t{geometry.in_channels} * geometry.out_channels / geometry.groups *
                          geometry.axis[0].kernel * geometry.axis[1].kernel;
@@ -66,7 +66,7 @@ void ConvolutionNode::forward_rows(const Frame& values, Rows rows) const {
 
 void ConvolutionNode::prepare_backward() {
   gradient_ = make_convolution(kernels, geometry_.adjoint(), weight_at(weight_.data(), true), nullptr,
-                               convolution_->row_major(), nullptr);
+                               convolution_->row_major(), false, nullptr);
   if (inputs.size() == 1 && activation.kind == ActivationKind::kIdentity && Quadratic::pays(geometry_)) {
     quadratic_ = std::make_unique<Quadratic>(kernels, geometry_, weight_at(weight_.data(), false));
   }

@@ -11,8 +11,8 @@ namespace fastinv {
 class ConvolutionNode : public Node {
  public:
   ConvolutionNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
-                  const Geometry& geometry, const float* weight, const float* bias, bool row_major, double* rounding,
-                  bool keep_weight);
+                  const Geometry& geometry, const float* weight, const float* bias, bool row_major, bool abreast,
+                  double* rounding, bool keep_weight);
   void forward(const Frame& values, int64_t images, Share share) const override;
   bool runs_abreast() const override { return convolution_->row_major() && inputs.size() == 1; }
   void forward_abreast(const float* in, float* out) const override { convolution_->run_abreast(in, out, activation); }

@@ -168,7 +168,7 @@ int Program::convolution(int input, const float* weight, const float* bias, int 
   if (addend >= 0) inputs.push_back(in_layout(addend, !row_major));
   const double rounding = rounding_;
   const int value = append_in<ConvolutionNode>(!row_major, activation, std::move(inputs), std::move(output), g, weight,
-                                               bias, row_major, &rounding_, differentiable_);
+                                               bias, row_major, abreast_, &rounding_, differentiable_);
   rounds_ = rounds_ || rounding_ < rounding;
   return value;
 }

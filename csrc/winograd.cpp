@@ -8,13 +8,6 @@ namespace fastinv {
 namespace {
 
 constexpr int kOut = 4, kIn = 6, kPositions = kIn * kIn;
-constexpr double kG[kIn][3] = {{1.0 / 4, 0, 0},
-                               {-1.0 / 6, -1.0 / 6, -1.0 / 6},
-                               {-1.0 / 6, 1.0 / 6, -1.0 / 6},
-                               {1.0 / 24, 1.0 / 12, 1.0 / 6},
-                               {1.0 / 24, -1.0 / 12, 1.0 / 6},
-                               {0, 0, 1}};
-
 // Transformed inputs and products of a chunk of tiles should stay in L2 (1 MiB on Zen 4) beside the weights of one
 // position; with fewer tiles the weights would be read more often from farther away.
 constexpr int64_t kChunkFloats = 640 * 1024 / sizeof(float);
@@ -63,13 +56,14 @@ void Winograd::pack(const WeightAt& weight, const float* bias) {
           rows[u][x] = 0.0;
           for (int y = 0; y < 3; ++y) {
             // A transposed convolution of stride 1 is a plain one with its taps turned round.
-            rows[u][x] += kG[u][y] * (g.transposed ? weight(0, o, i, 2 - y, 2 - x) : weight(0, o, i, y, x));
+            rows[u][x] += kWinogradG[u][y] * (g.transposed ? weight(0, o, i, 2 - y, 2 - x) : weight(0, o, i, y, x));
           }
         }
       }
       for (int u = 0; u < kIn; ++u) {
         for (int v = 0; v < kIn; ++v) {
-          product_.set(u * kIn + v, i, o, rows[u][0] * kG[v][0] + rows[u][1] * kG[v][1] + rows[u][2] * kG[v][2]);
+          product_.set(u * kIn + v, i, o,
+                       rows[u][0] * kWinogradG[v][0] + rows[u][1] * kWinogradG[v][1] + rows[u][2] * kWinogradG[v][2]);
         }
       }
     }

@@ -12,6 +12,13 @@
 
 namespace fastinv {
 
+constexpr double kWinogradG[6][3] = {{1.0 / 4, 0, 0},
+                                     {-1.0 / 6, -1.0 / 6, -1.0 / 6},
+                                     {-1.0 / 6, 1.0 / 6, -1.0 / 6},
+                                     {1.0 / 24, 1.0 / 12, 1.0 / 6},
+                                     {1.0 / 24, -1.0 / 12, 1.0 / 6},
+                                     {0, 0, 1}};
+
 class Winograd : public Convolution {
  public:
   // Whether the geometry is a 3×3 convolution of stride 1 (transposed or not) without groups or dilation.

@@ -420,3 +420,25 @@ def test_a_start_from_an_inverse_network(backend: str, torch_features: bool) -> 
     np.testing.assert_allclose(unrefined, starts, atol=1e-6)
     grey, _ = made.solve(x, init=0.5)  # a start at the call comes first
     assert not np.array_equal(grey, expected)
+
+
+def test_plain_arrays_take_the_short_way_to_the_same_results(backend: str) -> None:
+    """A plain array is read where it lies; whatever else holds the same numbers goes another way."""
+    made = engine(backend)
+    x = features(5)
+    plain = made(x)
+    bytes_off = np.frombuffer(b"\0" + x.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.shape)
+    assert not bytes_off.flags.aligned
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    for other in (
+        np.asfortranarray(x),
+        x.astype(">f4"),
+        x.view(np.recarray),
+        bytes_off,
+        read_only,
+        torch.from_numpy(x),
+    ):
+        assert np.array_equal(np.asarray(made(other)), plain)
+    assert plain.flags.owndata
+    assert made(x[:0]).shape == (0, *NETWORK.output_shape)

@@ -142,8 +142,19 @@ def test_batches_are_cut(peers: ModuleType) -> None:
     assert "batch 5 (of 2,048: more take too long or too much memory)" in str(peers.Outcome("x", 5, 2048))
 
 
+PEAKS_A_ROUND = 4  # before and after the bursts, each with one to warm up
+
+
+@pytest.mark.parametrize("others", [[100.0] * 2, [100.0, 50.0, 100.0]], ids=["quiet", "one of four disturbed"])
+def test_disturbed_rounds_are_repeated(peers: ModuleType, others: list[float]) -> None:
+    peaks = iter([peak for peak in [100.0, *others] for _ in range(PEAKS_A_ROUND)])
+    _, used = peers.race({"a": lambda: None}, 3, lambda: next(peaks))
+    assert used == [100.0] * 3
+    assert next(peaks, None) is None
+
+
 def test_a_busy_machine_is_told(peers: ModuleType, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    peaks = iter([100.0] * 5 + [50.0])
+    peaks = iter([100.0] * PEAKS_A_ROUND + [50.0] * (3 * peers.MOST_ROUNDS - 1) * PEAKS_A_ROUND)
     monkeypatch.setattr(_core, "fma_peak", lambda *given: next(peaks))
     outcome = peers.measure(subject, 1, [peers.fastinv("float32")], threads=1, repeat=3)
     assert "busy" in str(outcome)

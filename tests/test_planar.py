@@ -86,3 +86,40 @@ def test_the_papers_shallow_decoders_stay_row_major() -> None:
     for features, image in (((8, 24, 24), (1, 28, 28)), ((64, 32, 32), (3, 32, 32))):
         network = export(make_decoder(features, image).eval(), torch.zeros(2, *features))
         assert kernels(network) == ["planar"]
+
+
+def winograd(layers: list[nn.Module], shape: tuple[int, ...]) -> None:
+    """Check the layers, of which the first runs as F(4, 3)."""
+    check(layers, shape)
+    network = export(nn.Sequential(*layers).eval(), torch.zeros(2, *shape))
+    assert fastinv.compile(network, backend="cpu").describe()[0]["kernel"].startswith("planar winograd 4x")
+
+
+@pytest.mark.parametrize("outputs", [3, 4, 6, 7, 8])
+@pytest.mark.parametrize("size", [(29, 64), (34, 66), (63, 47), (32, 95)])
+def test_winograd(isa: str, outputs: int, size: tuple[int, int]) -> None:
+    """Heights of whole tiles and ragged ones, widths of one vector and of several."""
+    winograd([nn.Conv2d(40, outputs, 3, padding=1)], (40, *size))
+    winograd([nn.ConvTranspose2d(37, outputs, 3, padding=1), nn.ReLU()], (37, *size))
+
+
+@pytest.mark.parametrize("taps", [3, 4, 5, 8])
+@pytest.mark.parametrize("padding", [(0, 0), (2, 3)])
+def test_winograd_of_other_widths(isa: str, taps: int, padding: tuple[int, int]) -> None:
+    winograd([nn.Conv2d(17, 3, (3, taps), padding=padding), nn.Sigmoid()], (17, 31, 80))
+    if padding[1] < taps:
+        check([nn.ConvTranspose2d(17, 3, (3, taps), padding=padding)], (17, 31, 80))
+
+
+def test_winograd_adds_in_its_epilogue(isa: str) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(16, 4, 3, padding=1)
+            self.second = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            return torch.relu(self.second(y) + y)
+
+    winograd([Residual()], (16, 62, 67))

@@ -28,6 +28,7 @@ static_assert(kMaxVectors == FASTINV_MAX_VECTORS);
 #include "kernels/elementwise.h"
 #include "kernels/peak.h"
 #include "kernels/planar.h"
+#include "kernels/planar_winograd.h"
 #include "kernels/polyphase.h"
 #include "kernels/pool.h"
 #include "kernels/quadratic.h"
@@ -44,10 +45,13 @@ const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
     kMaxVectors,
     {kDotPixels[0], kDotPixels[1], kDotPixels[2], kDotPixels[3], kDotPixels[4]},
     {kPlanarRows[0], kPlanarRows[1], kPlanarRows[2], kPlanarRows[3], kPlanarRows[4]},
+    {kPlanarWinogradPositions[0], kPlanarWinogradPositions[1], kPlanarWinogradPositions[2], kPlanarWinogradPositions[3],
+     kPlanarWinogradPositions[4]},
     kQuadraticRows,
     correlate,
     correlate_dot,
     planar,
+    planar_winograd,
     quadratic,
     bfloat16_product,
     depthwise,

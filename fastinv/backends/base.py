@@ -45,6 +45,13 @@ class CompiledNetwork(Protocol):
     def run(self, x: Array, out: Array) -> None:
         """Write the network's results for `x` (C-contiguous, any N >= 0) into `out` (C-contiguous)."""
 
+    def run_plain(self, x: Any, most: int) -> Array | None:
+        """The results, in new memory, for at most `most` features in a plain numpy array, not checked yet: on a small
+        network the way through `run_raw` would take as long as the network itself.
+
+        None where `x` is anything else than the backend can read where it lies, or holds NaN or Inf.
+        """
+
     def run_raw(self, rows: Source, out: npt.NDArray[Any]) -> bool:
         """Like `run`, for features of any type and layout, not checked yet, and results as float32 or uint8 (see
         `fastinv.tensors.staged`).

@@ -94,6 +94,7 @@ class CpuNetwork:
         self._network = network
         self._launches = lowering.launches
         self.isa = self._engine.isa
+        self.run_plain = self._engine.run_plain
 
     def run(self, x: Array, out: Array) -> None:
         self._engine.run(x, out)

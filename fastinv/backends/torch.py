@@ -72,6 +72,9 @@ class TorchNetwork:
                 y = self._module(torch.from_numpy(part).to(self._dtype))
                 out[start : start + self._chunk] = y.float().numpy()
 
+    def run_plain(self, x: Any, most: int) -> Array | None:
+        return None
+
     def run_raw(self, rows: Source, out: npt.NDArray[Any]) -> bool:
         return False
 
