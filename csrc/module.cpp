@@ -323,32 +323,22 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<Solver>(m, "Solver", "The rMLE loop over a differentiable program, which it takes over.")
       .def(py::init([](Program& program, const std::string& optimizer, int64_t steps, double lr, double beta1,
-                       double beta2, double eps, double momentum, double tv_weight, double tv_beta, double tolerance,
-                       int64_t patience, bool keep_best, std::vector<float> low, std::vector<float> high, int threads) {
+                       double beta2, double eps, double momentum, bool cosine, double tv_weight, double tv_beta,
+                       double tolerance, int64_t patience, bool keep_best, std::vector<float> low,
+                       std::vector<float> high, int threads) {
              const OptimizerKind kind = optimizer == "sgd"       ? OptimizerKind::kSgd
                                         : optimizer == "amsgrad" ? OptimizerKind::kAmsgrad
                                                                  : OptimizerKind::kAdam;
-             Recipe recipe = {kind,
-                              steps,
-                              lr,
-                              beta1,
-                              beta2,
-                              eps,
-                              momentum,
-                              tv_weight,
-                              tv_beta,
-                              tolerance,
-                              patience,
-                              keep_best,
-                              optimizer == "exact",
-                              std::move(low),
-                              std::move(high)};
+             Recipe recipe = {
+                 kind,           steps,          lr,      beta1,     beta2,    eps,       momentum,
+                 cosine,         tv_weight,      tv_beta, tolerance, patience, keep_best, optimizer == "exact",
+                 std::move(low), std::move(high)};
              return std::make_unique<Solver>(std::move(program), std::move(recipe), threads);
            }),
            py::arg("program"), py::kw_only(), py::arg("optimizer"), py::arg("steps"), py::arg("lr"), py::arg("beta1"),
-           py::arg("beta2"), py::arg("eps"), py::arg("momentum"), py::arg("tv_weight"), py::arg("tv_beta"),
-           py::arg("tolerance"), py::arg("patience"), py::arg("keep_best"), py::arg("low"), py::arg("high"),
-           py::arg("threads"))
+           py::arg("beta2"), py::arg("eps"), py::arg("momentum"), py::arg("cosine"), py::arg("tv_weight"),
+           py::arg("tv_beta"), py::arg("tolerance"), py::arg("patience"), py::arg("keep_best"), py::arg("low"),
+           py::arg("high"), py::arg("threads"))
       .def("solve", &solve, py::arg("features").noconvert(), py::arg("init").noconvert(),
            "(z, objective, steps, converged), one entry per image.")
       .def("describe", [](const Solver& s) { return describe(s.program()); })

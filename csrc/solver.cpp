@@ -12,6 +12,8 @@
 namespace fastinv {
 namespace {
 
+constexpr double kPi = 3.14159265358979323846;
+
 double dot(const float* a, const float* b, int64_t size) {
   constexpr int64_t kLanes = 16;  // sums side by side, which the compiler puts into vectors
   double lanes[kLanes] = {};
@@ -160,7 +162,9 @@ void Solver::step(Workspace& w, int64_t t) const {
   args.beta1 = static_cast<float>(recipe_.beta1);
   args.beta2 = static_cast<float>(recipe_.beta2);
   args.eps = static_cast<float>(recipe_.eps);
-  args.step_size = static_cast<float>(recipe_.lr / correction1);
+  const double done = static_cast<double>(t - 1) / static_cast<double>(recipe_.steps);
+  const double lr = recipe_.cosine ? recipe_.lr * 0.5 * (1.0 + std::cos(kPi * done)) : recipe_.lr;
+  args.step_size = static_cast<float>(lr / correction1);
   args.root_correction2 = static_cast<float>(std::sqrt(correction2));
   args.momentum = static_cast<float>(recipe_.momentum);
   args.first_step = t == 1;

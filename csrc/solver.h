@@ -15,6 +15,7 @@ struct Recipe {
   OptimizerKind optimizer;
   int64_t steps;
   double lr, beta1, beta2, eps, momentum;
+  bool cosine;  // the step size falls to 0 in half a wave
   double tv_weight, tv_beta;
   double tolerance;
   int64_t patience;

@@ -87,6 +87,7 @@ class Solver:
         beta2: float,
         eps: float,
         momentum: float,
+        cosine: bool,
         tv_weight: float,
         tv_beta: float,
         tolerance: float,

@@ -41,6 +41,7 @@ MAX_HEADER = 2**23  # bytes
 MAX_DATA = 2**32  # bytes
 PART = {"kind", "recipe", "graph", "provenance"}  # of every inverter
 KEYS = {"format", "fastinv", "sha256"} | PART
+LATER = {"schedule"}  # fields of a recipe that older files lack, and leave at their defaults
 TENSOR = "tensor"  # stands in the recipe for a field kept as a tensor of its name
 
 _WEIGHT = re.compile(r"(0|[1-9][0-9]{0,3})\.([a-z_]{1,40})")
@@ -239,7 +240,8 @@ def _recipe(cls: type[Inverter], raw: Mapping[str, Any], tensors: dict[str, npt.
     """The recipe's fields in their exact types; takes those kept as tensors out of `tensors`."""
     hints = typing.get_type_hints(cls)
     names = {field.name for field in dataclasses.fields(cls)} - {cls.network_field, "provenance"}
-    _expect(set(raw) == names, f"recipe: fields {sorted(raw)!r:.300}, expected {sorted(names)}")
+    found = set(raw) | LATER
+    _expect(set(raw) <= names and names <= found, f"recipe: fields {sorted(raw)!r:.300}, expected {sorted(names)}")
     recipe = dict(raw)
     for name, value in raw.items():
         if value == TENSOR and _is_array(hints[name]):

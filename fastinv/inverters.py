@@ -23,6 +23,7 @@ from fastinv.ops.base import Shape, expect
 METHODS = ("adam", "amsgrad", "sgd", "exact")
 OPTIMIZERS = (*METHODS, "auto")
 KEEP = ("last", "best")
+SCHEDULES = ("constant", "cosine")
 MAX_ITERATIONS = 10_000_000
 MAX_FLOAT = float(np.finfo(np.float32).max)
 MAX_PROVENANCE = 2**20  # characters of JSON
@@ -130,6 +131,8 @@ class RMLE(Inverter):
         patience: consecutive steps for which that must hold.
         betas, eps: of Adam and AMSGrad.
         momentum: of SGD.
+        schedule: "constant", or "cosine": step k of n, from 0, has size lr · (1 + cos(π·k/n)) / 2, so that the last
+            steps settle what the first ones stir up.
         provenance: free JSON values that say where the edge comes from.
 
     Raises:
@@ -155,6 +158,7 @@ class RMLE(Inverter):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 0.0
+    schedule: str = "constant"
 
     def __post_init__(self) -> None:
         _freeze_common(self)
@@ -176,7 +180,7 @@ class RMLE(Inverter):
             ("momentum", 0.0, 1.0),
         ):
             _freeze_number(self, name, low, high)
-        for name, choices in (("optimizer", OPTIMIZERS), ("keep", KEEP)):
+        for name, choices in (("optimizer", OPTIMIZERS), ("keep", KEEP), ("schedule", SCHEDULES)):
             value = getattr(self, name)
             known = isinstance(value, str) and value in choices
             expect(known, f"{name} {value!r:.80}, expected one of {', '.join(choices)}")

@@ -178,6 +178,8 @@ def test_trajectory_follows_the_definition(edge: str, isa: str) -> None:
         {"optimizer": "amsgrad"},
         {"optimizer": "sgd", "lr": 1e-4},
         {"optimizer": "sgd", "lr": 1e-4, "momentum": 0.9},
+        {"schedule": "cosine"},
+        {"schedule": "cosine", "optimizer": "sgd", "lr": 1e-4},
         {"clamp": None},
         {"clamp": (0.2, 0.7)},
         {"betas": (0.5, 0.9), "eps": 1e-3},

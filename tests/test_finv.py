@@ -452,6 +452,7 @@ RECIPES: dict[str, Any] = {
     "betas": [[0.9], [0.9, 1.0], [-0.1, 0.9], [0, 0], None],
     "eps": [-1e-8, 2.0, None],
     "momentum": [-0.5, 1.5, False],
+    "schedule": ["linear", None, 1],
     "tolerance": [-1.0, None],
     "patience": [0, 1.0, 10**9],
     "input_shape": [[3, 6], [3, 6, 6], [3.0, 6.0, 5.0], [], None, "365"],
@@ -466,6 +467,12 @@ def test_hostile_recipes_with_the_right_checksum(name: str) -> None:
         hostile = copy.deepcopy(document)
         hostile["recipe"][name] = value
         refused(join(entries, hostile, blob))
+
+
+def test_a_file_from_before_there_were_schedules_reads_as_constant() -> None:
+    entries, document, blob = split(finv.encode(rmle(schedule="constant")))
+    del document["recipe"]["schedule"]
+    assert read_bytes(join(entries, document, blob)) == rmle(schedule="constant")
 
 
 NESTED: dict[str, Callable[[Any], None]] = {

@@ -87,6 +87,7 @@ CHANGES: list[dict[str, Any]] = [
     {"betas": (0.5, 0.5)},
     {"eps": 1e-3},
     {"momentum": 0.5},
+    {"schedule": "cosine"},
     {"provenance": {"seed": 1}},
 ]
 
@@ -143,6 +144,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"momentum": 1.5}, "momentum 1.5"),
     ({"optimizer": "lion"}, "optimizer 'lion', expected one of adam, amsgrad, sgd"),
     ({"optimizer": None}, "optimizer None"),
+    ({"schedule": "linear"}, "schedule 'linear', expected one of constant, cosine"),
     ({"keep": "first"}, "keep 'first', expected one of last, best"),
     ({"betas": (0.9, 1.0)}, "betas .* in"),
     ({"betas": 0.9}, "betas 0.9, expected 2"),

@@ -88,6 +88,13 @@ def reference(edge, features, start, steps: int, beta: float, weight: float, mak
     return iterates, objectives
 
 
+def falling(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer with PyTorch's cosine schedule over 12 steps."""
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=12)
+    optimizer.register_step_post_hook(lambda *_: schedule.step())
+    return optimizer
+
+
 RECIPES = {
     "adam": ({"lr": 0.05}, lambda p: torch.optim.Adam(p, lr=0.05)),
     "amsgrad": (
@@ -98,6 +105,7 @@ RECIPES = {
         {"lr": 0.1, "optimizer": "sgd", "momentum": 0.9},
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     ),
+    "cosine": ({"lr": 0.2, "schedule": "cosine"}, lambda p: falling(torch.optim.Adam(p, lr=0.2))),
 }
 
 
@@ -150,6 +158,7 @@ def test_rmle_of_nothing_and_without_steps() -> None:
     ("options", "error", "message"),
     [
         ({"optimizer": "newton"}, NetworkError, "optimizer 'newton'"),
+        ({"schedule": "linear"}, NetworkError, "schedule 'linear'"),
         ({"keep": "first"}, NetworkError, "keep 'first'"),
         ({"steps": -1}, NetworkError, "steps -1"),
         ({"lr": -1.0}, NetworkError, "lr -1"),

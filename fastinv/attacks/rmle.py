@@ -5,6 +5,7 @@ This is the definition: compiled solvers are held to what it computes in float64
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from fastinv.backends.base import Report
 from fastinv.errors import FeatureError, NetworkError
-from fastinv.inverters import KEEP, METHODS
+from fastinv.inverters import KEEP, METHODS, SCHEDULES
 from fastinv.ops.base import Shape
 
 # The paper's recipes by split point. λ and β are not fixed by it: β 2 is the published code's, λ was chosen on
@@ -73,6 +74,7 @@ def rmle(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     momentum: float = 0.0,
+    schedule: str = "constant",
     start: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Report]:
     """Minimise Σ(edge(z) − v)² + tv_weight · TV_β(z) for every image by itself.
@@ -83,7 +85,7 @@ def rmle(
         input_shape: [C, H, W].
         start: normalised z to start from, [C, H, W] or [N, C, H, W], instead of `init`.
         mean, std, steps, lr, tv_weight, tv_beta, optimizer, init, clamp, keep, tolerance, patience, betas, eps,
-            momentum: as in `fastinv.RMLE`.
+            momentum, schedule: as in `fastinv.RMLE`.
 
     Returns:
         The normalised images z [N, C, H, W] and a report; its objective is that of the returned iterate.
@@ -94,6 +96,8 @@ def rmle(
     """
     if optimizer not in METHODS or keep not in KEEP:
         raise NetworkError(f"rmle: optimizer {optimizer!r}, keep {keep!r}; expected {METHODS} and {KEEP}")
+    if schedule not in SCHEDULES:
+        raise NetworkError(f"rmle: schedule {schedule!r}, expected one of {SCHEDULES}")
     if optimizer == "exact" and (clamp is not None or (tv_weight > 0 and tv_beta != 2)):
         raise NetworkError(f"rmle: clamp {clamp}, tv_beta {tv_beta}; 'exact' needs None and 2, and an affine edge")
     if steps < 0 or min(lr, tv_weight, tolerance) < 0 or tv_beta < 1 or patience < 1:
@@ -148,6 +152,8 @@ def rmle(
             break
         (z.grad,) = torch.autograd.grad(value.sum(), [z])  # images are independent: each gets its own gradient
         frozen = z.detach()[~active].clone()
+        if schedule == "cosine":
+            optim.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
         optim.step()
         with torch.no_grad():
             if bounds is not None:

@@ -139,6 +139,7 @@ class CpuSolver:
             beta2=recipe.betas[1],
             eps=recipe.eps,
             momentum=recipe.momentum,
+            cosine=recipe.schedule == "cosine",
             tv_weight=recipe.tv_weight,
             tv_beta=recipe.tv_beta,
             tolerance=recipe.tolerance,

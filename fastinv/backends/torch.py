@@ -136,6 +136,7 @@ class TorchSolver:
                 betas=recipe.betas,
                 eps=recipe.eps,
                 momentum=recipe.momentum,
+                schedule=recipe.schedule,
             )
         return z.float().numpy(), report
 

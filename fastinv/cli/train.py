@@ -10,7 +10,7 @@ from fastinv.cli.arguments import integer, plural, positive, start
 from fastinv.cli.demo import add_data_argument
 from fastinv.cli.files import expect_place, make_folder
 from fastinv.errors import DataError
-from fastinv.inverters import OPTIMIZERS
+from fastinv.inverters import OPTIMIZERS, SCHEDULES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +28,7 @@ ATTACKS = {
     "fit_shadow": "black-box: learn a stand-in for the edge from queries, then rmle",
 }
 TRAINING = ("epochs", "batch_size", "lr", "optimizer")  # options of the attacks' training
-SOLVER = ("steps", "lr", "tv_weight", "tv_beta", "optimizer", "init")  # options of rMLE
+SOLVER = ("steps", "lr", "tv_weight", "tv_beta", "optimizer", "schedule", "init")  # options of rMLE
 SCORED = {"inverse_network": 1000}  # test images that are recovered and scored
 SCORED_RMLE = 8
 
@@ -76,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rmle.add_argument("--rmle-tv-weight", type=float)
     rmle.add_argument("--rmle-tv-beta", type=float)
     rmle.add_argument("--rmle-optimizer", choices=OPTIMIZERS)
+    rmle.add_argument("--rmle-schedule", choices=SCHEDULES, help="of the step size")
     rmle.add_argument(
         "--rmle-init", type=start, help="a pixel value, or the .finv file of an inverse network to refine"
     )
