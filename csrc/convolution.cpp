@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <utility>
+#include <vector>
 
 #include "correlation.h"
 #include "cost.h"
@@ -30,6 +31,22 @@ int Geometry::first_row_read(int row) const {
 int Geometry::last_row_read(int row) const {
   const Axis& a = axis[0];
   return transposed ? (row + a.padding) / a.stride : row * a.stride - a.padding + (a.kernel - 1) * a.dilation;
+}
+
+bool Geometry::reads_all() const {
+  for (const Axis& a : axis) {
+    std::vector<bool> read(static_cast<size_t>(a.in));
+    for (int o = 0; o < a.out; ++o) {
+      for (int k = 0; k < a.kernel; ++k) {
+        const int scaled = o + a.padding - k * a.dilation;
+        const int i = transposed ? scaled / a.stride : o * a.stride - a.padding + k * a.dilation;
+        const bool there = i >= 0 && i < a.in && (!transposed || (scaled >= 0 && scaled % a.stride == 0));
+        if (there) read[static_cast<size_t>(i)] = true;
+      }
+    }
+    if (std::find(read.begin(), read.end(), false) != read.end()) return false;
+  }
+  return true;
 }
 
 namespace {

@@ -28,6 +28,9 @@ struct Geometry {
   // The first input row that output row `row` reads, and the last; they may lie outside.
   int first_row_read(int row) const;
   int last_row_read(int row) const;
+
+  // Whether every input is read for some output.
+  bool reads_all() const;
 };
 
 // weight(group, output channel in the group, input channel in the group, row tap, column tap)

@@ -56,11 +56,12 @@ class Engine {
   bool run(const Source& in, float* out, uint8_t* bytes, int64_t n);
   bool shares_images(int64_t n) const;
   void run_abreast(Workspace& workspace, int64_t first) const;
-  bool read(Workspace& workspace, const Source& in, int64_t first, int64_t images, Share share) const;
+  void read(Workspace& workspace, const Source& in, int64_t first, int64_t images, Share share) const;
 
   const Program program_;
   const int threads_;
   const int64_t flops_;
+  const bool reveals_nonfinite_;          // in the output, which is smaller than the input, or hotter in the cache
   std::vector<int64_t> stride_;           // floats from image to image, by value
   std::vector<int64_t> offset_;           // of the value in the arena, for one image
   int64_t arena_size_ = 0;                // for one image

@@ -60,6 +60,9 @@ class Node {
   // where `first`, adds to what is there otherwise.
   virtual void backward(const Frame& values, const Frame& grads, size_t input, bool first) const = 0;
 
+  // Whether an input value that is not finite always leaves one in the output that is not.
+  virtual bool reveals_nonfinite() const { return false; }
+
   // Whether the shares of a single image's work are of about the same size; else one worker does all of it.
   virtual bool shares_image() const { return false; }
 

@@ -21,6 +21,9 @@ class ConvolutionNode : public Node {
   Rows rows_read(size_t input, Rows rows) const override;
   void forward_rows(const Frame& values, Rows rows) const override;
   bool shares_image() const override { return true; }
+  bool reveals_nonfinite() const override {
+    return activation.kind == ActivationKind::kIdentity && geometry_.reads_all();
+  }
   void prepare_backward() override;
   void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
   Quadratic* quadratic() override { return quadratic_.get(); }
@@ -154,6 +157,7 @@ class LayoutNode : public Node {
   void forward(const Frame& values, int64_t images, Share share) const override;
   void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
   int64_t scratch_floats() const override { return rows_ * columns_; }
+  bool reveals_nonfinite() const override { return true; }
   bool shares_image() const override { return rows_ != 1 && columns_ != 1; }
   std::string describe() const override { return rows_ == 1 || columns_ == 1 ? "copy" : "layout"; }
 

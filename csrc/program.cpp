@@ -69,16 +69,18 @@ Program::Program(const Kernels& kernels, Shape input, bool differentiable, bool 
   channels_last_.push_back(differentiable);
 }
 
-// Nodes one after the other, all of which can.
-bool Program::runs_abreast() const {
-  if (!abreast_) return false;
+bool Program::is_chain_of(bool (Node::*property)() const) const {
   int before = 0;
   for (const auto& node : nodes_) {
-    if (!node->runs_abreast() || node->inputs.front() != before) return false;
+    if (!((*node).*property)() || node->inputs.front() != before) return false;
     before = node->output;
   }
   return true;
 }
+
+bool Program::runs_abreast() const { return abreast_ && is_chain_of(&Node::runs_abreast); }
+
+bool Program::reveals_nonfinite() const { return is_chain_of(&Node::reveals_nonfinite); }
 
 int64_t Program::scratch_floats() const {
   int64_t most = 0;

@@ -74,10 +74,13 @@ class Program {
   bool rounds() const { return rounds_; }  // factors of some convolution to bfloat16
   bool has_linear() const { return has_linear_; }
   bool runs_abreast() const;
+  bool reveals_nonfinite() const;  // whether no input value that is not finite can hide from the output
   int64_t scratch_floats() const;  // the most that a node needs
 
  private:
   const Shape& shape(int value) const;
+  // Whether the nodes are a chain, each with this property.
+  bool is_chain_of(bool (Node::*property)() const) const;
   // The value in this layout, converted where it is not; values of other ranks are in both.
   int in_layout(int value, bool channels_last);
   bool same_in_both(int value) const;

@@ -79,20 +79,20 @@ class Pool {
 
   // Runs the job on `helpers` pool threads beside the caller. `busy` must be held.
   void run(Job& job, int helpers) {
-    bool asleep;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      while (started_ < helpers) {
-        const int worker = ++started_;
-        std::thread([this, worker] { serve(worker); }).detach();
-      }
-      job_ = &job;
-      helpers_ = helpers;
-      running_.store(helpers, std::memory_order_relaxed);
-      generation_.fetch_add(1, std::memory_order_release);
-      asleep = sleepers_ > 0;
+    while (started_ < helpers) {
+      const int worker = ++started_;
+      std::thread([this, worker] { serve(worker); }).detach();
     }
-    if (asleep) wake_.notify_all();
+    job_ = &job;
+    running_.store(helpers, std::memory_order_relaxed);
+    const uint64_t before = call_.load(std::memory_order_relaxed);
+    call_ = (before / kMostHelpers + 1) * kMostHelpers + static_cast<uint64_t>(helpers);
+    // A thread counts itself among the sleepers before it looks for a call for the last time: it sees this one, or is
+    // seen here.
+    if (sleepers_ > 0) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      wake_.notify_all();
+    }
     job.run(0, helpers + 1);
     if (!watch(kWatch, [this] { return running_.load(std::memory_order_acquire) == 0; })) {
       std::unique_lock<std::mutex> lock(mutex_);
@@ -102,24 +102,23 @@ class Pool {
     }
   }
 
+  static constexpr uint64_t kMostHelpers = 1 << 16;
+
  private:
   void serve(int worker) {
-    uint64_t seen = 0;
-    for (;;) {
-      watch(kWatch, [&] { return generation_.load(std::memory_order_acquire) != seen; });
-      Job* job;
-      int helpers;
-      {
+    uint64_t seen = 0, call = 0;
+    const auto called = [&] { return (call = call_) != seen; };
+    for (;; seen = call) {
+      // No mutex on this way: the caller would still hold it, and this thread go to sleep after all.
+      if (!watch(kWatch, called)) {
         std::unique_lock<std::mutex> lock(mutex_);
         ++sleepers_;
-        wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
+        wake_.wait(lock, called);
         --sleepers_;
-        seen = generation_.load(std::memory_order_relaxed);
-        helpers = helpers_;
-        job = job_;
       }
-      if (worker > helpers) continue;
-      job->run(worker, helpers + 1);
+      const auto helpers = static_cast<int>(call % kMostHelpers);
+      if (worker > helpers) continue;  // nor may it look at the job, which nobody keeps for it
+      job_->run(worker, helpers + 1);
       // The job may be gone after the last decrement; the mutex is for a caller that has gone to sleep meanwhile.
       if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
         const std::lock_guard<std::mutex> lock(mutex_);
@@ -131,12 +130,11 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   Job* job_ = nullptr;
-  int helpers_ = 0;
   int started_ = 0;
-  int sleepers_ = 0;
   bool waiting_ = false;
+  std::atomic<int> sleepers_{0};
   std::atomic<int> running_{0};
-  std::atomic<uint64_t> generation_{0};
+  std::atomic<uint64_t> call_{0};  // the number of the last one · kMostHelpers + the helpers called
 };
 
 // Never destroyed: pool threads may outlive main(). After fork() the child has none of the threads and perhaps a

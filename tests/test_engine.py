@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checks import ISAS, randn
 from samples import FEATURES, IMAGE, features, inverse_network, rmle
+from torch import nn
 
 import fastinv
 from fastinv import BackendError, Engine, FeatureError, Network, NetworkError, Solver, Step
 from fastinv.backends import BACKENDS, select
+from fastinv.export import export
 from fastinv.ops.activation import Activation
 
 NETWORK = inverse_network().network
@@ -231,6 +234,47 @@ def test_features_must_be_finite(value: float, dtype: str) -> None:
         made(x)
     with pytest.raises(FeatureError, match="image 29"):
         engine("auto")(torch.from_numpy(x).bfloat16())
+
+
+AFFINE = {
+    "every input counts": nn.ConvTranspose2d(3, 2, 3, padding=1),
+    "large": nn.ConvTranspose2d(3, 2, 3, 2, 1),
+    "chain": nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 1, 5, padding=2)),
+    "some are never read": nn.Conv2d(3, 2, 1, 2),
+    "the border is never read": nn.ConvTranspose2d(3, 2, 3, 1, 3),
+    "hidden by ReLU": nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", AFFINE)
+def test_no_value_that_is_not_finite_hides(monkeypatch: pytest.MonkeyPatch, isa: str, name: str) -> None:
+    """Wherever it lies: compiled networks may look for it in their results instead."""
+    monkeypatch.setenv("FASTINV_ISA", isa)
+    shape = (3, 30, 38) if name == "large" else (3, 8, 10)
+    made = fastinv.compile(export(AFFINE[name].eval(), torch.zeros(2, *shape)), backend="cpu", threads=2)
+    for count, step in ((1, 1), (37, 97)):
+        x = randn(count, *shape)
+        for at in range(0, x.size, step * (7 if name == "large" else 1)):
+            broken = x.copy()
+            broken.flat[at] = (np.nan, np.inf, -np.inf)[at % 3]
+            image = at // (x.size // count)
+            with pytest.raises(FeatureError, match=f"hold 1 values that are NaN or Inf .* image {image}"):
+                made(broken)
+            if at % 5 == 0:
+                with pytest.raises(FeatureError, match=f"image {image}"):
+                    made(broken.astype(np.float16))
+
+
+@pytest.mark.parametrize("count", [1, 37])
+def test_finite_features_may_overflow(count: int) -> None:
+    """What is computed from them is not their fault."""
+    module = nn.Conv2d(3, 1, 3, padding=1)
+    nn.init.ones_(module.weight)
+    made = fastinv.compile(export(module.eval(), torch.zeros(2, 3, 8, 10)), backend="cpu")
+    images = made(np.full((count, 3, 8, 10), 3e38, np.float32))
+    assert images.shape == (count, 1, 8, 10)
+    assert not np.isfinite(images).all()
 
 
 def test_a_float64_that_float32_cannot_hold() -> None:
