@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
+from contenders import forget
 
 from fastinv.backends.torch import torch_threads
 from fastinv.benchmark import Subject, call, compiled, contenders
@@ -33,6 +35,14 @@ def race(request: pytest.FixtureRequest, benchmark, monkeypatch: pytest.MonkeyPa
 
     with torch_threads(THREADS):
         yield run
+
+
+@pytest.fixture
+def same_terms() -> Iterator[None]:
+    """What the contenders of the peers harness need around them."""
+    with torch_threads(THREADS), torch.no_grad():
+        yield
+    forget()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

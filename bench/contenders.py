@@ -1,14 +1,18 @@
-"""What the peers harness compares: fastinv, and other ways to run the same module on this processor.
+"""What the peers harness compares: fastinv, and other ways to do the same on this processor.
 
 All have the same job: float32 features [N, C, H, W], as a torch tensor or as the numpy array over the same memory,
 whichever they take. What they convert first is part of their time; the result may be of any layout and type. Each
 is built for the one shape that is timed, with the same number of threads, and otherwise set up for single calls as
 its own documentation recommends. Build and call them within `torch_threads` and `torch.no_grad`.
+
+`PEERS` run a network; `SOLVER_PEERS` optimise through one, and their calls take a number of steps.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import importlib.util
 import io
 import logging
@@ -21,10 +25,11 @@ from typing import Any
 
 import torch
 
-from fastinv.benchmark import Subject
-from fastinv.engine import compile
+from fastinv.benchmark import CHECKED, SOLVER_TOLERANCE, Subject
+from fastinv.engine import Solver, compile
+from fastinv.inverters import RMLE
 
-Call = Callable[[], Any]
+Call = Callable[..., Any]
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}  # relative, against float64
 
 
@@ -138,6 +143,121 @@ PEERS = [
     Contender("ONNX Runtime", _onnx_runtime, packages=("onnxruntime", "onnx", "onnxscript")),
     Contender("OpenVINO", _openvino, packages=("openvino", "onnx", "onnxscript")),
 ]
+
+
+# ---- rMLE by Adam, for an image whose normalised values are its pixels, and β 2 ------------------------------------
+
+
+def fastinv_solver() -> Contender:
+    """The solver of the cpu backend."""
+
+    def build(subject: Subject, x: torch.Tensor, threads: int) -> Call:
+        recipe = _recipe(subject)
+
+        @functools.cache
+        def solver(steps: int) -> Solver:
+            return compile(dataclasses.replace(recipe, steps=steps), "cpu", threads=threads)
+
+        return lambda steps=recipe.steps: solver(steps).solve(x.numpy())[0]
+
+    return Contender("fastinv", build)
+
+
+def _recipe(subject: Subject) -> RMLE:
+    assert subject.recipe is not None
+    assert subject.recipe.tv_beta == 2.0
+    return subject.recipe
+
+
+def _problem(
+    subject: Subject, x: torch.Tensor, layout: torch.memory_format
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
+    """The objective, summed over the images, and where they start."""
+    recipe = _recipe(subject)
+    edge = copy.deepcopy(subject.eager).requires_grad_(False).to(memory_format=layout)  # type: ignore[call-overload]
+    features = x.contiguous(memory_format=layout)
+
+    def objective(z: torch.Tensor) -> torch.Tensor:
+        residual = (edge(z) - features).square().sum()
+        down, right = z[:, :, 1:] - z[:, :, :-1], z[..., 1:] - z[..., :-1]
+        return residual + recipe.tv_weight * (down.square().sum() + right.square().sum())
+
+    start = torch.tensor(recipe.init).expand(len(x), *recipe.image_shape)
+    return objective, start.contiguous(memory_format=layout)
+
+
+def _adam(layout: torch.memory_format, subject: Subject, x: torch.Tensor, threads: int) -> Call:
+    recipe = _recipe(subject)
+    objective, start = _problem(subject, x, layout)
+
+    def call(steps: int = recipe.steps) -> torch.Tensor:
+        z = start.clone().requires_grad_()
+        optimizer = torch.optim.Adam([z], lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+        with torch.enable_grad():
+            for _ in range(steps):
+                optimizer.zero_grad()
+                objective(z).backward()
+                optimizer.step()
+        return z.detach().clamp(0, 1)
+
+    return call
+
+
+def _compiled_adam(layout: torch.memory_format, freeze: bool, subject: Subject, x: torch.Tensor, threads: int) -> Call:
+    """The whole step in one graph. Within no_grad it holds no call of autograd, so that weights can be frozen in."""
+    import torch._inductor.config as settings
+
+    recipe = _recipe(subject)
+    objective, start = _problem(subject, x, layout)
+    beta1, beta2 = recipe.betas
+
+    def step(
+        z: torch.Tensor, first: torch.Tensor, second: torch.Tensor, size: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        gradient = torch.func.grad(objective)(z)
+        first = torch.lerp(first, gradient, 1 - beta1)
+        second = beta2 * second + (1 - beta2) * gradient.square()
+        return z - size * first / (second.sqrt() * scale + recipe.eps), first, second
+
+    compiled = torch.compile(step, dynamic=False, mode="max-autotune" if freeze else "default")
+
+    def call(steps: int = recipe.steps) -> torch.Tensor:
+        z, first, second = start, torch.zeros_like(start), torch.zeros_like(start)
+        for t in range(1, steps + 1):
+            size, scale = recipe.lr / (1 - beta1**t), (1 - beta2**t) ** -0.5
+            z, first, second = compiled(z, first, second, torch.tensor(size), torch.tensor(scale))
+        return z.clamp(0, 1)
+
+    with _quiet(), settings.patch(freezing=freeze):
+        call(1)
+    return call
+
+
+SOLVER_PEERS = [
+    Contender("eager", partial(_adam, torch.contiguous_format)),
+    Contender("eager channels-last", partial(_adam, torch.channels_last)),
+    Contender("torch.compile", partial(_compiled_adam, torch.contiguous_format, False)),
+    Contender("torch.compile channels-last", partial(_compiled_adam, torch.channels_last, False)),
+    Contender("torch.compile max", partial(_compiled_adam, torch.channels_last, True)),
+]
+
+
+# ---- for both ------------------------------------------------------------------------------------------------------
+
+
+def prepared(contender: Contender, subject: Subject, x: torch.Tensor, threads: int) -> tuple[float, Call]:
+    """The contender's error (of all steps of rMLE, on a few images), and what is timed."""
+    if subject.recipe is None:
+        call = contender.build(subject, x, threads)
+        return error(subject, x, call()), call
+    few = x[:CHECKED]
+    wrong = error(subject, few, contender.build(subject, few, threads)())
+    return wrong, contender.build(subject, x, threads)
+
+
+def tolerance(contender: Contender, subject: Subject) -> float:
+    """The error that it may have."""
+    return TOLERANCES[contender.precision] if subject.recipe is None else SOLVER_TOLERANCE
 
 
 def error(subject: Subject, x: torch.Tensor, result: Any, images: int = 16) -> float:

@@ -1,6 +1,7 @@
 """Time fastinv beside other engines: same network, batch, data and threads; every result checked against float64.
 
     python bench/peers.py --case CIFAR --batch 1,256 --threads 2
+    python bench/peers.py --rmle --case ReLU2 --batch 64
 
 needs `pip install '.[peers]'`; what is not installed is named and left out.
 """
@@ -24,11 +25,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import PEERS, TOLERANCES, Call, Contender, error, fastinv, forget
+from contenders import (
+    PEERS,
+    SOLVER_PEERS,
+    TOLERANCES,
+    Call,
+    Contender,
+    fastinv,
+    fastinv_solver,
+    forget,
+    prepared,
+    tolerance,
+)
 
 from fastinv import _core, benchmark
 from fastinv.backends.torch import torch_threads
@@ -43,6 +56,8 @@ PACKAGES = ("fastinv", "torch", "onnxruntime", "onnx", "openvino")
 # Several contenders hold all values of a whole batch at the same time, and the slowest calls should take two seconds.
 MAX_BYTES = 2**31  # of all values of a batch in float32
 MAX_FLOPS = 2**36  # of a call, for each thread
+SOLVER_FLOPS = 2**38  # of a call of rMLE: the most of LEAST_STEPS steps, or as many as fit
+LEAST_STEPS = 2
 
 # After a call the threads of ONNX Runtime and OpenMP spin for a while, to be quick at the next one. Within a burst of
 # calls that is part of the contender's speed. The next contender's would suffer from it: hence the pause before every
@@ -64,10 +79,11 @@ class Row:
     precision: str
     error: float  # relative, against float64
     seconds: float
-    images_per_second: float
+    images_per_second: float  # of rMLE: image-steps
     gflops: float  # of the direct form: an algorithm that needs fewer may pass the peak
     percent_of_peak: float  # of float32 multiply-adds, measured in the same rounds
     ratio: float | None  # to the best float32 peer; None where there is none
+    steps: int | None = None  # of rMLE
 
 
 @dataclass
@@ -90,7 +106,8 @@ class Outcome:
 
 def as_table(rows: Sequence[Row]) -> str:
     """One line a contender."""
-    header = ["", "error", "images/s", "GFLOP/s", "% of peak", "to best peer"]
+    rate = "images/s" if rows[0].steps is None else "image-steps/s"
+    header = ["", "error", rate, "GFLOP/s", "% of peak", "to best peer"]
     return table(
         header,
         [
@@ -110,8 +127,23 @@ def as_table(rows: Sequence[Row]) -> str:
 def fitting(subject: Subject, wanted: int, threads: int) -> int:
     """As many images as wanted, or as fit."""
     by_memory = MAX_BYTES // (4 * sum(map(math.prod, subject.network.shapes)))
-    by_time = MAX_FLOPS * threads // max(1, subject.network.flops)
-    return max(1, min(wanted, by_memory, by_time))
+    flops, most = subject.network.flops, MAX_FLOPS
+    if subject.recipe is not None:
+        flops, most = with_steps(subject, LEAST_STEPS).flops, SOLVER_FLOPS
+    return max(1, min(wanted, by_memory, most * threads // max(1, flops)))
+
+
+def with_steps(subject: Subject, steps: int) -> Subject:
+    """The subject for another number of steps."""
+    assert subject.recipe is not None
+    return dataclasses.replace(subject, recipe=dataclasses.replace(subject.recipe, steps=steps))
+
+
+def fitting_steps(subject: Subject, batch: int, threads: int) -> int:
+    """As many steps as the recipe's, or as fit: each takes the same time."""
+    assert subject.recipe is not None
+    by_time = SOLVER_FLOPS * threads // max(1, batch * with_steps(subject, 1).flops)
+    return max(LEAST_STEPS, min(subject.recipe.steps, by_time))
 
 
 def measure(subject: Subject, wanted: int, contenders: Sequence[Contender], threads: int, repeat: int) -> Outcome:
@@ -119,20 +151,20 @@ def measure(subject: Subject, wanted: int, contenders: Sequence[Contender], thre
     with torch_threads(threads), torch.no_grad():
         outcome = Outcome(subject.name, fitting(subject, wanted, threads), wanted)
         x = subject.inputs(outcome.batch)
+        steps = None if subject.recipe is None else fitting_steps(subject, outcome.batch, threads)
         calls: dict[str, Call] = {}
         errors: dict[str, float] = {}
         for contender in contenders:
             try:
-                call = contender.build(subject, x, threads)
-                errors[contender.name] = error(subject, x, call())
+                errors[contender.name], call = prepared(contender, subject, x, threads)
             except Exception as reason:  # whatever a peer raises; of ours, only that it does not offer something
                 if contender.ours and not isinstance(reason, BackendError):
                     raise
                 line = str(reason).strip().partition("\n")[0]
                 outcome.notes.append(f"{contender.name} cannot run it: {type(reason).__name__}: {line:.200}")
                 continue
-            if errors[contender.name] <= TOLERANCES[contender.precision]:
-                calls[contender.name] = call
+            if errors[contender.name] <= tolerance(contender, subject):
+                calls[contender.name] = call if steps is None else partial(call, steps)
             else:
                 outcome.notes.append(f"{contender.name} is wrong by {errors[contender.name]:.1g}, and not timed")
                 outcome.wrong |= contender.ours
@@ -140,8 +172,9 @@ def measure(subject: Subject, wanted: int, contenders: Sequence[Contender], thre
         seconds, peaks = race(calls, repeat, lambda: _core.fma_peak(isa, threads, BURST))
     if min(peaks) < (1 - NOISE) * max(peaks):
         outcome.notes.append(f"The peak varied, {min(peaks):.0f} to {max(peaks):.0f} GFLOP/s: a busy machine?")
-    timed = [contender for contender in contenders if contender.name in calls]
-    outcome.rows = as_rows(subject, outcome.batch, timed, seconds, errors, statistics.median(peaks))
+    timed = subject if steps is None else with_steps(subject, steps)
+    right = [contender for contender in contenders if contender.name in calls]
+    outcome.rows = as_rows(timed, outcome.batch, right, seconds, errors, statistics.median(peaks))
     return outcome
 
 
@@ -199,14 +232,15 @@ def as_rows(
 ) -> list[Row]:
     """Rates and ratios from times. The best peer in float32 is what all are compared with."""
     peers = [seconds[c.name] for c in contenders if not c.ours and c.precision == "float32"]
+    steps = None if subject.recipe is None else subject.recipe.steps
     rows = []
     for contender in contenders:
         taken = seconds[contender.name]
-        gflops = 1e-9 * batch * subject.network.flops / taken
+        gflops = 1e-9 * batch * subject.flops / taken
         ratio = min(peers) / taken if peers else None
-        rates = batch / taken, gflops, 100 * gflops / peak, ratio
+        rates = batch * (steps or 1) / taken, gflops, 100 * gflops / peak, ratio
         name, precision = contender.name, contender.precision
-        rows.append(Row(subject.name, batch, name, precision, errors[name], taken, *rates))
+        rows.append(Row(subject.name, batch, name, precision, errors[name], taken, *rates, steps))
     return rows
 
 
@@ -215,13 +249,13 @@ def choose(cases: Sequence[Subject], wanted: Sequence[str]) -> list[Subject]:
     return [case for case in cases if not wanted or any(part.lower() in case.name.lower() for part in wanted)]
 
 
-def named(text: str) -> list[Contender]:
-    """Peers by their names, as in `eager,onnxruntime`; capitals, spaces and hyphens do not count."""
-    known = {_plain(peer.name): peer for peer in PEERS}
+def named(text: str, peers: Sequence[Contender]) -> list[Contender]:
+    """Some of these by their names, as in `eager,onnxruntime`; capitals, spaces and hyphens do not count."""
+    known = {_plain(peer.name): peer for peer in peers}
     try:
         return [known[_plain(name)] for name in text.split(",")]
     except KeyError as name:
-        raise argparse.ArgumentTypeError(f"no peer {name}, expected some of {', '.join(known)}") from None
+        raise ValueError(f"no peer {name}, expected some of {', '.join(known)}") from None
 
 
 def _plain(name: str) -> str:
@@ -285,9 +319,10 @@ def as_json(facts: Mapping[str, Any], rows: Sequence[Row], indent: int | None = 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     result.add_argument("--case", nargs="+", default=[], metavar="NAME", help="parts of names; all where left out")
-    result.add_argument("--batch", type=positives, default=[1, 32, 256, 2048], help="images at once, or as many as fit")
+    result.add_argument("--rmle", action="store_true", help="time steps of rMLE instead of decoders")
+    result.add_argument("--batch", type=positives, help="images at once, or as many as fit, as in 1,256")
     result.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)), help="of each contender")
-    result.add_argument("--peers", type=named, default=PEERS, help="as in eager,onnxruntime; all where left out")
+    result.add_argument("--peers", help="as in eager,onnxruntime; all where left out")
     result.add_argument("--precision", default="float32", help="fastinv's, as in float32,bfloat16")
     result.add_argument("--repeat", type=positive, default=7, help="bursts of each, in turns; medians count")
     result.add_argument("--json", metavar="FILE", type=Path, help="write the results there, too, after every case")
@@ -301,12 +336,19 @@ def main() -> int:
     precisions = args.precision.split(",")
     if unknown := set(precisions) - set(TOLERANCES):
         arguments.error(f"--precision {', '.join(unknown)}, expected some of {', '.join(TOLERANCES)}")
-    cases = choose(list(benchmark.decoders()), args.case)
+    cases = choose(list(benchmark.solvers() if args.rmle else benchmark.decoders()), args.case)
     if not cases:
         arguments.error(f"--case: no name holds {' or '.join(args.case)}")
     if args.json is not None:
         expect_place(args.json)
-    contenders = list(present([*map(fastinv, precisions), *args.peers]))
+    ours = [fastinv_solver()] if args.rmle else list(map(fastinv, precisions))
+    peers = SOLVER_PEERS if args.rmle else PEERS
+    try:
+        peers = peers if args.peers is None else named(args.peers, peers)
+    except ValueError as unknown_peer:
+        arguments.error(f"--peers: {unknown_peer}")
+    contenders = list(present([*ours, *peers]))
+    batches = args.batch or ([1, 64, 512] if args.rmle else [1, 32, 256, 2048])
     facts = surroundings(args.threads)
     print(f"{facts['cpu']}, {facts['isa']}, threads {args.threads}, medians of {args.repeat} bursts")
     rows: list[Row] = []
@@ -314,7 +356,7 @@ def main() -> int:
     try:
         for subject in cases:
             done: set[int] = set()
-            for wanted in args.batch:
+            for wanted in batches:
                 batch = fitting(subject, wanted, args.threads)
                 if batch in done:
                     print(f"\n{subject.name}, batch {wanted:,}: only {batch:,} fit, see above")

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
-from contenders import PEERS, TOLERANCES, Contender, error, fastinv, forget
+from conftest import THREADS
+from contenders import PEERS, Contender, fastinv, prepared, tolerance
 from peers import fitting
 
 from fastinv import benchmark
-from fastinv.backends.torch import torch_threads
 from fastinv.benchmark import Subject
 
 SUBJECTS = benchmark.decoders
 BATCH = 32
-THREADS = 1
 
 
-@pytest.fixture(autouse=True)
-def _same_terms() -> Iterator[None]:
-    with torch_threads(THREADS), torch.no_grad():
-        yield
-    forget()
-
-
+@pytest.mark.usefixtures("same_terms")
 @pytest.mark.parametrize("contender", [fastinv("float32"), *PEERS], ids=lambda c: c.name.replace(" ", "-"))
 def test_peer(subject: Subject, contender: Contender, benchmark) -> None:
     if (reason := contender.missing()) is not None:
         pytest.skip(reason)
     benchmark.group = subject.name
     x = subject.inputs(fitting(subject, BATCH, THREADS))
-    call = contender.build(subject, x, THREADS)
-    assert error(subject, x, call()) <= TOLERANCES[contender.precision]
+    error, call = prepared(contender, subject, x, THREADS)
+    assert error <= tolerance(contender, subject)
     benchmark(call)

@@ -25,7 +25,7 @@ from fastinv.engine import Engine, Solver, compile
 from fastinv.errors import BackendError
 from fastinv.export import export
 from fastinv.inverters import RMLE
-from fastinv.models import cifar_net, lenet5, make_decoder, resnet_decoder
+from fastinv.models import cifar_net, lenet5, make_decoder, resnet_decoder, resnet_edge
 from fastinv.network import Network, Step
 from fastinv.ops import OPS
 from fastinv.ops.activation import IDENTITY, Activation
@@ -65,10 +65,14 @@ class Subject:
     exact: torch.nn.Module
     recipe: RMLE | None = None  # for rMLE through the network, instead of the network itself
 
+    @property
+    def flops(self) -> int:
+        """Of one image, direct form: of a run, or of all steps of rMLE, each forward and back to the image."""
+        return self.network.flops * (1 if self.recipe is None else 2 * self.recipe.steps)
+
     def batch(self, wanted: int) -> int:
         """As many images as wanted, or as fit."""
-        passes = 1 if self.recipe is None else 3 * self.recipe.steps  # a backward pass costs about two
-        by_work = MAX_FLOPS // max(1, self.network.flops * passes)
+        by_work = MAX_FLOPS // max(1, self.flops)
         return max(1, min(wanted, MAX_ELEMENTS // max(map(math.prod, self.network.shapes)), by_work))
 
     def inputs(self, count: int) -> torch.Tensor:
@@ -125,11 +129,12 @@ def ops() -> Iterator[Subject]:
 
 
 def solvers(steps: int = SOLVER_STEPS) -> Iterator[Subject]:
-    """rMLE through the paper's edges, from a random start."""
+    """rMLE through the paper's edges, and through the first layers of ResNet-18, from a random start."""
     torch.manual_seed(0)
     for target, image, splits in (
         (lenet5(), (1, 28, 28), ("conv1", "ReLU2")),
         (cifar_net(), (3, 32, 32), ("conv11", "ReLU22", "ReLU32")),
+        (resnet_edge(), (3, 64, 64), ("layer1",)),
     ):
         start = np.random.default_rng(0).random(image, np.float32)
         for at in splits:

@@ -234,3 +234,18 @@ def resnet_decoder() -> nn.Sequential:
     )
     initialise(decoder)
     return decoder
+
+
+def resnet_edge() -> nn.Sequential:
+    """ResNet-18 from conv1 to layer1, images [3, H, W] to features [64, H/4, W/4], for benchmarks."""
+    edge = nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+            bn1=nn.BatchNorm2d(64),
+            relu=nn.ReLU(),
+            maxpool=nn.MaxPool2d(3, 2, 1),
+            layer1=nn.Sequential(ResidualBlock(64, norm=True), ResidualBlock(64, norm=True)),
+        )
+    )
+    initialise(edge)
+    return edge

@@ -118,9 +118,10 @@ def test_our_own_bugs_are_raised(peers: ModuleType, subject: Subject) -> None:
 def test_every_result_is_checked_from_first_to_last_image(peers: ModuleType, subject: Subject) -> None:
     x = subject.inputs(40)
     result = subject.run_eager(x).numpy()
-    assert peers.error(subject, x, result) < 1e-4
+    error = importlib.import_module("contenders").error
+    assert error(subject, x, result) < 1e-4
     result[-1] = 0
-    assert peers.error(subject, x, result) > 0.1
+    assert error(subject, x, result) > 0.1
 
 
 def test_bursts_take_turns(peers: ModuleType) -> None:
@@ -140,6 +141,40 @@ def test_batches_are_cut(peers: ModuleType) -> None:
     assert 4 * cut * sum(map(math.prod, large.network.shapes)) <= peers.MAX_BYTES
     assert peers.fitting(large, 2048, 1) * large.network.flops <= peers.MAX_FLOPS
     assert "batch 5 (of 2,048: more take too long or too much memory)" in str(peers.Outcome("x", 5, 2048))
+
+
+def solver_subject(name: str) -> Subject:
+    return next(subject for subject in benchmark.solvers() if name in subject.name)
+
+
+def test_steps_are_cut(peers: ModuleType) -> None:
+    small, large = solver_subject("conv1,"), solver_subject("ReLU32")
+    assert peers.fitting_steps(small, 64, 1) == small.recipe.steps
+    assert peers.fitting(large, 10**6, 1) < 10**6
+    batch = peers.fitting(large, 512, 1)
+    steps = peers.fitting_steps(large, batch, 1)
+    assert peers.LEAST_STEPS <= steps < large.recipe.steps
+    assert batch * steps * large.flops <= peers.SOLVER_FLOPS * large.recipe.steps
+
+
+def test_solvers_agree_and_are_timed(peers: ModuleType) -> None:
+    """All but the compiled ones, which take long to build."""
+    contenders = [peers.fastinv_solver(), *(peer for peer in peers.SOLVER_PEERS if "compile" not in peer.name)]
+    outcome = peers.measure(solver_subject("conv1,"), 3, contenders, threads=1, repeat=1)
+    assert [row.contender for row in outcome.rows] == ["fastinv", "eager", "eager channels-last"]
+    assert all(row.error < 1e-4 and row.steps == benchmark.SOLVER_STEPS for row in outcome.rows)
+    first = outcome.rows[0]
+    assert first.images_per_second == pytest.approx(3 * first.steps / first.seconds)
+    assert "image-steps/s" in str(outcome)
+
+
+def test_a_wrong_solver_is_told(peers: ModuleType) -> None:
+    def build(subject: Subject, x: torch.Tensor, threads: int) -> Callable[[], Any]:
+        return lambda: subject.run_eager(x) + 0.01
+
+    outcome = peers.measure(solver_subject("conv1,"), 2, [peers.Contender("fastinv", build)], threads=1, repeat=1)
+    assert outcome.wrong
+    assert not outcome.rows
 
 
 PEAKS_A_ROUND = 4  # before and after the bursts, each with one to warm up
@@ -180,12 +215,12 @@ def test_a_missing_peer_is_named(peers: ModuleType, capsys: pytest.CaptureFixtur
 
 
 def test_names(peers: ModuleType) -> None:
-    assert [peer.name for peer in peers.named("onnxruntime,Eager Channels-Last")] == [
+    assert [peer.name for peer in peers.named("onnxruntime,Eager Channels-Last", peers.PEERS)] == [
         "ONNX Runtime",
         "eager channels-last",
     ]
-    with pytest.raises(Exception, match="no peer 'tvm', expected some of eager"):
-        peers.named("eager,tvm")
+    with pytest.raises(ValueError, match="no peer 'tvm', expected some of eager"):
+        peers.named("eager,tvm", peers.SOLVER_PEERS)
     cases = list(benchmark.decoders())
     assert peers.choose(cases, []) == cases
     assert [case.name for case in peers.choose(cases, ["relu22", "style"])] == ["CIFAR ReLU22", "ResNet-18 style"]
@@ -233,7 +268,21 @@ def test_interrupted_runs_keep_what_they_have(
         assert [row["contender"] for row in json.loads(text)["rows"]] == ["fastinv", "eager"]
 
 
-@pytest.mark.parametrize("options", [["--case", "nothing"], ["--precision", "int3"], ["--batch", "0"]])
+def test_command_for_rmle(peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "rows.json"
+    options = ["--rmle", "--case", "ReLU2,", "--batch", "2", "--peers", "eager", "--repeat", "1", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench/peers.py", *options, "--json", str(target)])
+    assert peers.main() == 0
+    rows = json.loads(target.read_text())["rows"]
+    assert [(row["case"], row["contender"]) for row in rows] == [
+        ("rMLE ReLU2, 50 steps", "fastinv"),
+        ("rMLE ReLU2, 50 steps", "eager"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "options", [["--case", "nothing"], ["--precision", "int3"], ["--batch", "0"], ["--peers", "tvm"]]
+)
 def test_wrong_usage(peers: ModuleType, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["bench/peers.py", *options])
     with pytest.raises(SystemExit) as stop:

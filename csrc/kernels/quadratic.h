@@ -14,9 +14,6 @@ void quadratic_tile(const QuadraticArgs& a, int64_t at, int lanes, const float* 
   for (int r = 0; r < kRows; ++r) {
     acc[r] = r < a.rows ? load_first(a.constant + r * a.row + at, lanes) : zero();
   }
-  V tap_sums[kTaps];  // a single row has one sum for each tap: it would wait for itself otherwise
-#pragma GCC unroll 5
-  for (int i = 0; i < kTaps; ++i) tap_sums[i] = zero();
   const float* in = a.in + at;
   for (int g = 0; g < a.groups; ++g, in += kTaps * a.in_row) {
     for (int o = 0; o < a.offsets; ++o, weights += kTaps * kWidth) {
@@ -26,22 +23,13 @@ void quadratic_tile(const QuadraticArgs& a, int64_t at, int lanes, const float* 
       for (int i = 0; i < kTaps; ++i) w[i] = load(weights + i * kWidth);
 #pragma GCC unroll 20
       for (int r = 0; r < kRows + kTaps - 1; ++r, x += a.in_row) {
-        const V row = load(x);
+        const V row = load_once(x);
 #pragma GCC unroll 5
         for (int i = 0; i < kTaps; ++i) {
-          if (r - i < 0 || r - i >= kRows) continue;
-          if (kRows == 1) {
-            tap_sums[i] = fma(row, w[i], tap_sums[i]);
-          } else {
-            acc[r - i] = fma(row, w[i], acc[r - i]);
-          }
+          if (r - i >= 0 && r - i < kRows) acc[r - i] = fma(row, w[i], acc[r - i]);
         }
       }
     }
-  }
-  if (kRows == 1) {
-#pragma GCC unroll 5
-    for (int i = 0; i < kTaps; ++i) acc[0] = add(acc[0], tap_sums[i]);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
@@ -49,11 +37,27 @@ void quadratic_tile(const QuadraticArgs& a, int64_t at, int lanes, const float* 
   }
 }
 
+// A single row, one row tap after the other: with a single sum every product would wait for the one before.
+void quadratic_row(const QuadraticArgs& a, int64_t at, int lanes, const float* weights) {
+  constexpr int kSums = 4;
+  V sums[kSums] = {load_first(a.constant + at, lanes), zero(), zero(), zero()};
+  const float* in = a.in + at;
+  for (int g = 0; g < a.groups; ++g, in += a.in_row) {
+    int o = 0;
+    for (; o + kSums <= a.offsets; o += kSums, weights += kSums * kWidth) {
+#pragma GCC unroll 4
+      for (int s = 0; s < kSums; ++s) sums[s] = fma(load(in + a.offset[o + s]), load(weights + s * kWidth), sums[s]);
+    }
+    for (; o < a.offsets; ++o, weights += kWidth) sums[0] = fma(load(in + a.offset[o]), load(weights), sums[0]);
+  }
+  store_first(a.out + at, add(add(sums[0], sums[1]), add(sums[2], sums[3])), lanes);
+}
+
 using QuadraticTile = void (*)(const QuadraticArgs&, int64_t, int, const float*);
 
 template <int kTaps>
 QuadraticTile quadratic_tile_for(int rows) {
-  if (rows == 1) return quadratic_tile<1, kTaps>;
+  if (kTaps == 1 && rows == 1) return quadratic_row;
   if (rows <= 4) return quadratic_tile<4, kTaps>;
   if constexpr (kQuadraticRows > 8) {
     if (rows > 12) return quadratic_tile<16, kTaps>;

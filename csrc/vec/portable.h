@@ -24,6 +24,7 @@ FASTINV_INLINE V load(const float* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
+FASTINV_INLINE V load_once(const float* p) { return load(p); }
 FASTINV_INLINE V load_first(const float* p, int n) {
   if (n == kWidth) return load(p);
   V v = {};

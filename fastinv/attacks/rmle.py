@@ -54,6 +54,7 @@ EXACT = 1e-6  # of the first residual
 STALLED = 50  # steps without a new lowest residual: rounding is all that is left
 
 
+@torch.enable_grad()
 def rmle(
     edge: Callable[[torch.Tensor], torch.Tensor],
     features: torch.Tensor,
