@@ -312,8 +312,8 @@ struct OptimizerArgs {
   int64_t size;
   OptimizerKind kind;
   float beta1, beta2, eps;
-  float step_size;         // Adam: lr / (1 − β1^t); SGD: lr
-  float root_correction2;  // Adam: sqrt(1 − β2^t)
+  float step_size;   // Adam: lr / (1 − β1^t); SGD: lr
+  float root_scale;  // Adam: 1 / sqrt(1 − β2^t)
   float momentum;
   bool first_step;
 };
@@ -364,6 +364,8 @@ struct Kernels {
   // Adds weight · ∇TV_β(z) to grad; returns weight · TV_β(z).
   double (*total_variation)(const TotalVariationArgs&);
   void (*optimizer)(const OptimizerArgs&);
+  double (*dot)(const float* a, const float* b, int64_t size);
+  void (*add_scaled)(float scale, const float* from, float* to, int64_t size);  // to += scale · from
   // rounds × kPeakChains multiply-adds of whole vectors in registers, for the speed's sake; the result means nothing.
   float (*fma_peak)(int64_t rounds, float start);
 };

@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <numeric>
+#include <optional>
 
 #include "engine.h"
 #include "isa.h"
@@ -144,7 +145,8 @@ py::object run_plain(Engine& engine, const py::object& x, py::ssize_t most) {
   return finite ? py::object(std::move(out)) : py::none();
 }
 
-py::tuple solve(Solver& solver, const FloatArray& features, const FloatArray& init) {
+// Ctrl-C ends it early; what else a signal's handler or `progress` raises comes through.
+py::tuple solve(Solver& solver, const FloatArray& features, const FloatArray& init, const py::object& progress) {
   const Shape &image = solver.program().shapes().front(), &feature = solver.program().shapes().back();
   const py::ssize_t n = features.ndim() > 0 ? features.shape(0) : 0;
   check_batch("features", features, feature, n);
@@ -164,22 +166,29 @@ py::tuple solve(Solver& solver, const FloatArray& features, const FloatArray& in
   std::vector<ImageReport> reports(static_cast<size_t>(n));
   const float *from = features.data(), *start = init.data();
   float* to = out.mutable_data();
-  bool finished;
+  std::optional<py::error_already_set> raised;
+  const auto poll = [&](const Progress& so_far) {
+    const py::gil_scoped_acquire acquire;
+    try {
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      if (!progress.is_none()) progress(so_far.images, so_far.steps);
+    } catch (py::error_already_set& error) {
+      raised = std::move(error);
+    }
+    return raised.has_value();
+  };
   {
     const py::gil_scoped_release release;
-    finished = solver.solve(from, start, shared ? 0 : size, to, reports.data(), n, [] {
-      const py::gil_scoped_acquire acquire;
-      return PyErr_CheckSignals() != 0;
-    });
+    solver.solve({from, start, shared ? 0 : size, to, reports.data(), n}, poll);
   }
-  if (!finished) throw py::error_already_set();
+  if (raised && !raised->matches(PyExc_KeyboardInterrupt)) throw std::move(*raised);
   for (py::ssize_t i = 0; i < n; ++i) {
     const ImageReport& report = reports[static_cast<size_t>(i)];
     objective.mutable_at(i) = report.objective;
     steps.mutable_at(i) = report.steps;
     converged.mutable_at(i) = report.converged;
   }
-  return py::make_tuple(out, objective, steps, converged);
+  return py::make_tuple(out, objective, steps, converged, !raised);
 }
 
 double fma_peak(const std::string& isa, int threads, double seconds) {
@@ -325,24 +334,30 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init([](Program& program, const std::string& optimizer, int64_t steps, double lr, double beta1,
                        double beta2, double eps, double momentum, bool cosine, double tv_weight, double tv_beta,
                        double tolerance, int64_t patience, bool keep_best, std::vector<float> low,
-                       std::vector<float> high, int threads) {
+                       std::vector<float> high, int threads, int64_t block) {
              const OptimizerKind kind = optimizer == "sgd"       ? OptimizerKind::kSgd
                                         : optimizer == "amsgrad" ? OptimizerKind::kAmsgrad
                                                                  : OptimizerKind::kAdam;
-             Recipe recipe = {
-                 kind,           steps,          lr,      beta1,     beta2,    eps,       momentum,
-                 cosine,         tv_weight,      tv_beta, tolerance, patience, keep_best, optimizer == "exact",
-                 std::move(low), std::move(high)};
-             return std::make_unique<Solver>(std::move(program), std::move(recipe), threads);
+             const Method method = optimizer == "exact"   ? Method::kExact
+                                   : optimizer == "lbfgs" ? Method::kLbfgs
+                                                          : Method::kDescent;
+             Recipe recipe = {method,         kind,           steps,     lr,      beta1,     beta2,    eps,
+                              momentum,       cosine,         tv_weight, tv_beta, tolerance, patience, keep_best,
+                              std::move(low), std::move(high)};
+             return std::make_unique<Solver>(std::move(program), std::move(recipe), threads, block);
            }),
            py::arg("program"), py::kw_only(), py::arg("optimizer"), py::arg("steps"), py::arg("lr"), py::arg("beta1"),
            py::arg("beta2"), py::arg("eps"), py::arg("momentum"), py::arg("cosine"), py::arg("tv_weight"),
            py::arg("tv_beta"), py::arg("tolerance"), py::arg("patience"), py::arg("keep_best"), py::arg("low"),
-           py::arg("high"), py::arg("threads"))
-      .def("solve", &solve, py::arg("features").noconvert(), py::arg("init").noconvert(),
-           "(z, objective, steps, converged), one entry per image.")
+           py::arg("high"), py::arg("threads"), py::arg("block") = 0)
+      .def(
+          "solve", &solve, py::arg("features").noconvert(), py::arg("init").noconvert(),
+          py::arg("progress") = py::none(),
+          "(z, objective, steps, converged), one entry per image, and whether it came to the end. `progress` is called "
+          "with the images done and the steps of all images so far, ten times a second.")
       .def("describe", [](const Solver& s) { return describe(s.program()); })
       .def_property_readonly("quadratic", &Solver::quadratic, "Whether steps take the gradient from a quadratic form.")
       .def_property_readonly("isa", [](const Solver& s) { return std::string(s.program().kernels().isa); })
+      .def_property_readonly("block", &Solver::block, "Images a thread has in flight.")
       .def_property_readonly("workspace_bytes", &Solver::workspace_bytes, "Memory of one thread.");
 }

@@ -56,9 +56,9 @@ class Node {
   // Builds what backward needs; called once, and only for programs that are differentiated.
   virtual void prepare_backward() {}
 
-  // Takes the gradient of the output, before the activation, to input number `input`, for one image. Writes it
-  // where `first`, adds to what is there otherwise.
-  virtual void backward(const Frame& values, const Frame& grads, size_t input, bool first) const = 0;
+  // Takes the gradients of the output, before the activation, to input number `input`, for the block's first `images`
+  // images. Writes them where `first`, adds to what is there otherwise.
+  virtual void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const = 0;
 
   // Whether an input value that is not finite always leaves one in the output that is not.
   virtual bool reveals_nonfinite() const { return false; }

@@ -73,15 +73,21 @@ void ConvolutionNode::prepare_backward() {
   weight_ = {};
 }
 
-void ConvolutionNode::backward(const Frame&, const Frame& grads, size_t input, bool first) const {
-  const float* from = grads.at(output);
-  float* to = grads.at(inputs[input]);
+void ConvolutionNode::backward(const Frame&, const Frame& grads, int64_t images, size_t input, bool first) const {
+  const int target = inputs[input];
   if (input == 0) {
-    gradient_->run({from, 0, to, 0, first ? nullptr : to, 0, 1, {}}, {}, grads.scratch);
+    float* to = grads.at(target);
+    const int64_t step = grads.stride[target];
+    gradient_->run({grads.at(output), grads.stride[output], to, step, first ? nullptr : to, step, images, {}}, {},
+                   grads.scratch);
     return;
   }
   const int64_t size = int64_t{geometry_.out_channels} * geometry_.axis[0].out * geometry_.axis[1].out;
-  first ? void(std::copy_n(from, size, to)) : kernels.add(from, to, size);
+  for (int64_t i = 0; i < images; ++i) {
+    const float* from = grads.at(output, i);
+    float* to = grads.at(target, i);
+    first ? void(std::copy_n(from, size, to)) : kernels.add(from, to, size);
+  }
 }
 
 int64_t ConvolutionNode::scratch_floats() const {
@@ -168,8 +174,15 @@ void LinearNode::prepare_backward() {
   weight_ = {};
 }
 
-void LinearNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
-  gradient_->run(grads.at(output), out_, grads.at(inputs[0]), in_, 0, rows_, !first, {});
+void LinearNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first) const {
+  const int from = output, to = inputs[0];
+  if (rows_ == 1) {
+    gradient_->run(grads.at(from), grads.stride[from], grads.at(to), grads.stride[to], 0, images, !first, {});
+    return;
+  }
+  for (int64_t i = 0; i < images; ++i) {
+    gradient_->run(grads.at(from, i), out_, grads.at(to, i), in_, 0, rows_, !first, {});
+  }
 }
 
 std::string LinearNode::describe() const { return matrix_->dot() ? "linear dot" : "linear broadcast"; }
@@ -190,13 +203,15 @@ void MaxPoolNode::forward(const Frame& values, int64_t images, Share share) cons
   }
 }
 
-void MaxPoolNode::backward(const Frame& values, const Frame& grads, size_t, bool first) const {
+void MaxPoolNode::backward(const Frame& values, const Frame& grads, int64_t images, size_t, bool first) const {
   PoolArgs pool = geometry_;
-  pool.in = values.at(inputs[0]);
-  pool.out = values.at(output);
-  float* grad_in = grads.at(inputs[0]);
-  if (first) std::memset(grad_in, 0, static_cast<size_t>(input_size_) * sizeof(float));
-  kernels.max_pool_gradient({pool, grads.at(output), grad_in});
+  for (int64_t i = 0; i < images; ++i) {
+    pool.in = values.at(inputs[0], i);
+    pool.out = values.at(output, i);
+    float* grad_in = grads.at(inputs[0], i);
+    if (first) std::memset(grad_in, 0, static_cast<size_t>(input_size_) * sizeof(float));
+    kernels.max_pool_gradient({pool, grads.at(output, i), grad_in});
+  }
 }
 
 SparseMatrix SparseMatrix::transposed() const {
@@ -237,17 +252,19 @@ void ResampleNode::prepare_backward() {
   columns_transposed_ = columns_.transposed();
 }
 
-void ResampleNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
-  kernels.resample({grads.at(output),
-                    grads.at(inputs[0]),
-                    columns_transposed_.columns,
-                    rows_transposed_.rows(),
-                    columns_transposed_.rows(),
-                    channels_,
-                    rows_transposed_.view(),
-                    columns_transposed_.view(),
-                    !first,
-                    {}});
+void ResampleNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first) const {
+  for (int64_t i = 0; i < images; ++i) {
+    kernels.resample({grads.at(output, i),
+                      grads.at(inputs[0], i),
+                      columns_transposed_.columns,
+                      rows_transposed_.rows(),
+                      columns_transposed_.rows(),
+                      channels_,
+                      rows_transposed_.view(),
+                      columns_transposed_.view(),
+                      !first,
+                      {}});
+  }
 }
 
 // ---- rearranging
@@ -271,8 +288,11 @@ void GatherNode::prepare_backward() {
   for (size_t i = 0; i < index_.size(); ++i) inverse_[static_cast<size_t>(index_[i])] = static_cast<int32_t>(i);
 }
 
-void GatherNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
-  kernels.gather(grads.at(output), inverse_.data(), grads.at(inputs[0]), static_cast<int64_t>(inverse_.size()), !first);
+void GatherNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first) const {
+  const auto size = static_cast<int64_t>(inverse_.size());
+  for (int64_t i = 0; i < images; ++i) {
+    kernels.gather(grads.at(output, i), inverse_.data(), grads.at(inputs[0], i), size, !first);
+  }
 }
 
 ConcatNode::ConcatNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
@@ -295,17 +315,19 @@ void ConcatNode::forward(const Frame& values, int64_t images, Share share) const
   }
 }
 
-void ConcatNode::backward(const Frame&, const Frame& grads, size_t input, bool first) const {
+void ConcatNode::backward(const Frame&, const Frame& grads, int64_t images, size_t input, bool first) const {
   int64_t at = 0;
   for (size_t k = 0; k < input; ++k) at += chunks_[k];
   const int64_t chunk = chunks_[input];
-  const float* from = grads.at(output) + at;
-  float* to = grads.at(inputs[input]);
-  for (int64_t o = 0; o < outer_; ++o, from += total_, to += chunk) {
-    if (first) {
-      std::memcpy(to, from, static_cast<size_t>(chunk) * sizeof(float));
-    } else {
-      kernels.add(from, to, chunk);
+  for (int64_t i = 0; i < images; ++i) {
+    const float* from = grads.at(output, i) + at;
+    float* to = grads.at(inputs[input], i);
+    for (int64_t o = 0; o < outer_; ++o, from += total_, to += chunk) {
+      if (first) {
+        std::memcpy(to, from, static_cast<size_t>(chunk) * sizeof(float));
+      } else {
+        kernels.add(from, to, chunk);
+      }
     }
   }
 }
@@ -328,18 +350,20 @@ void BinaryNode::forward(const Frame& values, int64_t images, Share share) const
   }
 }
 
-void BinaryNode::backward(const Frame& values, const Frame& grads, size_t input, bool first) const {
+void BinaryNode::backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const {
   BinaryGradientArgs args = {};
-  args.grad_out = grads.at(output);
-  args.grad_a = grads.at(inputs[input]);
-  args.b = values.at(inputs[1 - input]);
   args.kind = geometry_.kind;
   args.rank = geometry_.rank;
   std::copy_n(geometry_.size, kMaxRank, args.size);
   std::copy_n(input == 0 ? geometry_.stride_a : geometry_.stride_b, kMaxRank, args.stride_a);
   std::copy_n(input == 0 ? geometry_.stride_b : geometry_.stride_a, kMaxRank, args.stride_b);
-  if (first) std::memset(args.grad_a, 0, static_cast<size_t>(sizes_[input]) * sizeof(float));
-  kernels.binary_gradient(args);
+  for (int64_t i = 0; i < images; ++i) {
+    args.grad_out = grads.at(output, i);
+    args.grad_a = grads.at(inputs[input], i);
+    args.b = values.at(inputs[1 - input], i);
+    if (first) std::memset(args.grad_a, 0, static_cast<size_t>(sizes_[input]) * sizeof(float));
+    kernels.binary_gradient(args);
+  }
 }
 
 AffineNode::AffineNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
@@ -363,15 +387,11 @@ void AffineNode::forward_rows(const Frame& values, Rows rows) const {
                   (rows.end - rows.begin) * pixels, size, false, activation});
 }
 
-void AffineNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
-  kernels.affine({grads.at(output),
-                  grads.at(inputs[0]),
-                  scale_.data(),
-                  nullptr,
-                  outer_,
-                  static_cast<int64_t>(scale_.size()),
-                  !first,
-                  {}});
+void AffineNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first) const {
+  const auto size = static_cast<int64_t>(scale_.size());
+  for (int64_t i = 0; i < images; ++i) {
+    kernels.affine({grads.at(output, i), grads.at(inputs[0], i), scale_.data(), nullptr, outer_, size, !first, {}});
+  }
 }
 
 LayoutNode::LayoutNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int64_t rows,
@@ -419,10 +439,12 @@ void LayoutNode::forward_rows(const Frame& values, Rows rows) const {
   }
 }
 
-void LayoutNode::backward(const Frame&, const Frame& grads, size_t, bool first) const {
-  float* to = first ? grads.at(inputs[0]) : grads.scratch;
-  kernels.transpose(grads.at(output), rows_, to, columns_, columns_, rows_);
-  if (!first) kernels.add(to, grads.at(inputs[0]), rows_ * columns_);
+void LayoutNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first) const {
+  for (int64_t i = 0; i < images; ++i) {
+    float* to = first ? grads.at(inputs[0], i) : grads.scratch;
+    kernels.transpose(grads.at(output, i), rows_, to, columns_, columns_, rows_);
+    if (!first) kernels.add(to, grads.at(inputs[0], i), rows_ * columns_);
+  }
 }
 
 ActivationNode::ActivationNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation own,
@@ -441,13 +463,15 @@ void ActivationNode::forward_rows(const Frame& values, Rows rows) const {
                    (rows.end - rows.begin) * row, own_);
 }
 
-void ActivationNode::backward(const Frame& values, const Frame& grads, size_t, bool first) const {
-  float* grad = grads.at(output);  // not read again after this
-  kernels.activate_gradient(values.at(inputs[0]), values.at(output), grad, size_, own_);
-  if (first) {
-    std::memcpy(grads.at(inputs[0]), grad, static_cast<size_t>(size_) * sizeof(float));
-  } else {
-    kernels.add(grad, grads.at(inputs[0]), size_);
+void ActivationNode::backward(const Frame& values, const Frame& grads, int64_t images, size_t, bool first) const {
+  for (int64_t i = 0; i < images; ++i) {
+    float* grad = grads.at(output, i);  // not read again after this
+    kernels.activate_gradient(values.at(inputs[0], i), values.at(output, i), grad, size_, own_);
+    if (first) {
+      std::memcpy(grads.at(inputs[0], i), grad, static_cast<size_t>(size_) * sizeof(float));
+    } else {
+      kernels.add(grad, grads.at(inputs[0], i), size_);
+    }
   }
 }
 

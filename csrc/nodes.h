@@ -25,7 +25,7 @@ class ConvolutionNode : public Node {
     return activation.kind == ActivationKind::kIdentity && geometry_.reads_all();
   }
   void prepare_backward() override;
-  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
   Quadratic* quadratic() override { return quadratic_.get(); }
   std::string describe() const override;
 
@@ -47,7 +47,7 @@ class LinearNode : public Node {
              int out, const float* weight, const float* bias, bool keep_weight);
   void forward(const Frame& values, int64_t images, Share share) const override;
   void prepare_backward() override;
-  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
   std::string describe() const override;
 
  private:
@@ -64,7 +64,7 @@ class MaxPoolNode : public Node {
   MaxPoolNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
               const PoolArgs& geometry, int64_t input_size);
   void forward(const Frame& values, int64_t images, Share share) const override;
-  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
   std::string describe() const override { return "max_pool"; }
 
  private:
@@ -78,7 +78,7 @@ class ResampleNode : public Node {
                SparseMatrix rows, SparseMatrix columns);
   void forward(const Frame& values, int64_t images, Share share) const override;
   void prepare_backward() override;
-  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
   std::string describe() const override { return "resample"; }
 
  private:
@@ -93,7 +93,7 @@ class GatherNode : public Node {
              std::vector<int32_t> index);
   void forward(const Frame& values, int64_t images, Share share) const override;
   void prepare_backward() override;
-  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
   std::string describe() const override { return "gather"; }
 
  private:
@@ -107,7 +107,7 @@ class ConcatNode : public Node {
   ConcatNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int64_t outer,
              std::vector<int64_t> chunks);
   void forward(const Frame& values, int64_t images, Share share) const override;
-  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
   std::string describe() const override { return "concat"; }
 
  private:
@@ -122,7 +122,7 @@ class BinaryNode : public Node {
   BinaryNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
              const BinaryArgs& geometry, int64_t size_a, int64_t size_b);
   void forward(const Frame& values, int64_t images, Share share) const override;
-  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
   std::string describe() const override { return geometry_.kind == BinaryKind::kAdd ? "add" : "mul"; }
 
  private:
@@ -137,7 +137,7 @@ class AffineNode : public Node {
   int row_step() const override { return height_ > 1 && outer_ % height_ == 0 ? 1 : 0; }
   void forward_rows(const Frame& values, Rows rows) const override;
   void forward(const Frame& values, int64_t images, Share share) const override;
-  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
   std::string describe() const override { return "affine"; }
 
  private:
@@ -155,7 +155,7 @@ class LayoutNode : public Node {
   int row_step() const override { return height_ > 1 ? 1 : 0; }
   void forward_rows(const Frame& values, Rows rows) const override;
   void forward(const Frame& values, int64_t images, Share share) const override;
-  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
   int64_t scratch_floats() const override { return rows_ * columns_; }
   bool reveals_nonfinite() const override { return true; }
   bool shares_image() const override { return rows_ != 1 && columns_ != 1; }
@@ -174,7 +174,7 @@ class ActivationNode : public Node {
   int row_step() const override { return height_ > 1 ? 1 : 0; }
   void forward_rows(const Frame& values, Rows rows) const override;
   void forward(const Frame& values, int64_t images, Share share) const override;
-  void backward(const Frame& values, const Frame& grads, size_t input, bool first) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
   std::string describe() const override { return "activation"; }
 
  private:

@@ -1,17 +1,29 @@
 // The rMLE loop: z* = argmin Σ(edge(z) − v)² + weight · TV_β(z), image by image (He et al. 2019, Algorithm 1).
+//
+// A worker has a block of images in flight, whose passes through the network share weights. An image that is done
+// leaves its slot to another one, so that each result depends on nothing but its own features and start.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <vector>
 
+#include "lbfgs.h"
 #include "program.h"
 #include "workspace.h"
 
 namespace fastinv {
 
+enum class Method {
+  kDescent,  // steps of the optimizer
+  kLbfgs,
+  kExact  // the minimum of a quadratic objective by conjugate gradients
+};
+
 struct Recipe {
+  Method method;
   OptimizerKind optimizer;
   int64_t steps;
   double lr, beta1, beta2, eps, momentum;
@@ -20,62 +32,115 @@ struct Recipe {
   double tolerance;
   int64_t patience;
   bool keep_best;
-  bool exact;  // the minimum by conjugate gradients instead of the optimizer's steps; for quadratic objectives
   std::vector<float> low, high;  // bounds of z for every channel, or empty
 };
 
 struct ImageReport {
-  double objective = 0.0;
-  int64_t steps = 0;
-  bool converged = false;
+  double objective;
+  int64_t steps;
+  bool converged;
 };
+
+// Images done, and steps of all images, so far.
+struct Progress {
+  int64_t images, steps;
+};
+
+// Asked now and then, by the calling thread alone; true stops.
+using Poll = std::function<bool(const Progress&)>;
 
 class Solver {
  public:
   // The program must be differentiable and its input [C, H, W].
-  Solver(Program program, Recipe recipe, int threads);
+  // `block`: images that a worker has in flight, at most; 0: as many as suit.
+  Solver(Program program, Recipe recipe, int threads, int64_t block = 0);
 
-  // features: [n, *output shape]; init: [C, H, W], or [n, C, H, W] with init_stride = C·H·W; out: [n, C, H, W].
-  // `interrupted` is asked now and then, by the calling thread alone; once it says yes, solve returns early with
-  // false and the images unfinished.
-  bool solve(const float* features, const float* init, int64_t init_stride, float* out, ImageReport* reports, int64_t n,
-             const std::function<bool()>& interrupted);
+  // What to solve: features [n, *output shape]; init [C, H, W], or [n, C, H, W] with init_stride = C·H·W.
+  struct Batch {
+    const float* features;
+    const float* init;
+    int64_t init_stride;
+    float* out;            // [n, C, H, W]
+    ImageReport* reports;  // of images not begun: objective NaN, and no steps
+    int64_t n;
+  };
+
+  // False when it was stopped. Images in flight are then written as they are, with the steps they have had; those not
+  // begun are where they would have begun.
+  bool solve(const Batch& batch, const Poll& poll);
 
   const Program& program() const { return program_; }
   bool quadratic() const { return quadratic_ != nullptr; }
+  int64_t block() const { return block_; }
   int64_t workspace_bytes() const;
 
  private:
-  struct Workspace {
-    Buffer memory, node_scratch;
-    std::vector<float*> values, grads;
-    float *features, *first, *second, *largest, *best, *constant, *copy, *scratch;
+  struct Slot {
+    int64_t image;
+    ImageReport report;
+    double objective;  // of the last evaluation
+    double best;       // the lowest objective, where that iterate is kept
+    int64_t calm;      // evaluations in a row within the tolerance
+    std::unique_ptr<Lbfgs> lbfgs;
   };
 
+  struct Workspace {
+    Buffer memory, node_scratch;
+    std::vector<float*> values, grads;                        // of the block
+    float *features, *first, *second, *largest, *best;        // likewise
+    float *constant = nullptr, *copy = nullptr, *tv_scratch;  // for one image
+    std::vector<Slot> slots;
+  };
+
+  // What all workers of a call share.
+  struct Call {
+    const Batch& batch;
+    const Poll& poll;
+    std::atomic<int64_t> next{0}, images{0}, steps{0};
+    std::atomic<int> working{0};
+    std::atomic<bool> stop{false};
+  };
+  class Watch;
+
+  int64_t plan_block(int64_t most) const;
+  int64_t image_floats() const;  // in flight
+  int64_t memory_floats() const;
   int64_t tv_scratch_floats() const;
   std::unique_ptr<Workspace> make_workspace() const;
-  double objective(Workspace& w) const;  // forward, and the gradients of the residual at the output
-  void backward(Workspace& w) const;
-  TotalVariationArgs total_variation(Workspace& w) const;  // at z, added to its gradient
-  void gradient_at_zero(Workspace& w) const;               // to w.constant
-  void step(Workspace& w, int64_t t) const;
+  void work(Workspace& w, Call& call, bool caller) const;
+
+  float* at(float* block, int64_t slot, size_t value = 0) const;
+  void begin(Workspace& w, const Batch& batch, int64_t slot, int64_t image) const;
+  void evaluate(Workspace& w, int64_t active) const;  // the slots' objectives, and the gradients at the images
+  bool advance(Workspace& w, int64_t slot) const;     // a step; false when the image is done
+  void finish(Workspace& w, const Batch& batch, int64_t slot) const;
+  void move(Workspace& w, int64_t from, int64_t to) const;
+
+  void load_features(Workspace& w, const float* features, int64_t slot) const;
+  void forward(Workspace& w, int64_t images) const;
+  double residual(Workspace& w, int64_t slot) const;  // and its gradient at the network's output
+  void backward(Workspace& w, int64_t images) const;
+  double total_variation(Workspace& w, int64_t slot) const;  // at z; its gradient is added
+  void step(Workspace& w, int64_t slot) const;
+  bool is_last(const Slot& slot) const { return slot.report.steps == recipe_.steps; }
+  bool advance_lbfgs(Workspace& w, int64_t slot) const;
+  bool is_calm(Slot& slot, double before, double after) const;
+
   bool knows_hessian() const { return quadratic_ && (smooth_ || recipe_.tv_weight == 0.0); }
   void times_hessian(Workspace& w, const float* direction) const;  // to the gradient of the image
-  template <class Poll>
-  bool conjugate_gradients(Workspace& w, ImageReport& report, const Poll& poll) const;
-  template <class Poll>
-  bool solve_image(Workspace& w, const float* features, const float* init, float* out, ImageReport& report,
-                   const Poll& poll) const;
+  bool conjugate_gradients(Workspace& w, Call& call, Watch& watch) const;
 
   const Program program_;
   const Recipe recipe_;
   const int threads_;
   std::vector<float> low_, high_;         // bounds of every element, in the internal layout, or empty
   std::vector<std::vector<bool>> first_;  // by node and input: whether backward writes first to that gradient
-  std::vector<int64_t> stride_;
-  Quadratic* quadratic_ = nullptr;  // of the edge, where that is one convolution
-  bool watched_;                    // whether the objective is needed after every step
-  bool smooth_ = false;             // whether the quadratic form holds the total variation too
+  std::vector<int64_t> stride_;           // floats from image to image, by value
+  Quadratic* quadratic_ = nullptr;        // of the edge, where that is one convolution
+  bool watched_;                          // whether the objective is needed after every step
+  bool smooth_ = false;                   // whether the quadratic form holds the total variation too
+  int64_t block_ = 1;                     // images that a worker has in flight
+  std::vector<float> at_zero_;            // what the edge makes of an image of zeros, where there is a quadratic form
   WorkspacePool<Workspace> workspaces_;
 };
 

@@ -1,5 +1,7 @@
 """The compiled CPU engine of fastinv."""
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -96,14 +98,17 @@ class Solver:
         low: list[float],
         high: list[float],
         threads: int,
+        block: int = 0,
     ) -> None: ...
     def solve(
-        self, features: _Floats, init: _Floats
-    ) -> tuple[_Floats, npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]: ...
+        self, features: _Floats, init: _Floats, progress: Callable[[int, int], object] | None = None
+    ) -> tuple[_Floats, npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.bool_], bool]: ...
     @property
     def quadratic(self) -> bool: ...
     def describe(self) -> list[tuple[str, bool]]: ...
     @property
     def isa(self) -> str: ...
+    @property
+    def block(self) -> int: ...
     @property
     def workspace_bytes(self) -> int: ...

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, overload
 
 import numpy as np
@@ -12,8 +13,8 @@ import numpy.typing as npt
 
 from fastinv import tensors
 from fastinv.backends import select
-from fastinv.backends.base import CompiledNetwork, CompiledSolver, Report
-from fastinv.errors import BackendError, FeatureError, NetworkError
+from fastinv.backends.base import CompiledNetwork, CompiledSolver, Progress, Report
+from fastinv.errors import BackendError, FeatureError, Interrupted, NetworkError
 from fastinv.inverters import RMLE, InverseNetwork, channelwise
 from fastinv.network import Network
 from fastinv.simplify import with_denormalisation
@@ -69,7 +70,9 @@ class Engine:
             self._run(source, start, stop, out[start:stop])
         return result
 
-    def run(self, source: tensors.Source, start: int, stop: int, out: npt.NDArray[Any]) -> Report:
+    def run(
+        self, source: tensors.Source, start: int, stop: int, out: npt.NDArray[Any], tell: Progress | None = None
+    ) -> Report:
         """Write the results for rows start to stop into `out` [stop - start, ...], float32 or uint8, in any layout."""
         self._run(source, start, stop, out)
         count = stop - start
@@ -131,7 +134,13 @@ class Solver:
             self._init = self._start(recipe.init, 1)
 
     def solve(
-        self, features: Any, init: Any = None, *, scale: Any = None, zero_point: Any = None
+        self,
+        features: Any,
+        init: Any = None,
+        *,
+        scale: Any = None,
+        zero_point: Any = None,
+        progress: bool | Progress = False,
     ) -> tuple[Any, Report]:
         """Images [N, C, H, W], pixels in [0, 1], of features [N, *feature_shape], with a report on each.
 
@@ -139,35 +148,45 @@ class Solver:
             features: as an `Engine` takes them; the images are of the same kind.
             init: the start in pixels: a number, [C, H, W], or [N, C, H, W]; None: the recipe's.
             scale, zero_point: of quantised features.
+            progress: as of `invert`.
 
         Raises:
             FeatureError: features or a start of a wrong kind, shape, dtype or device, or with NaN or Inf.
+            Interrupted: Ctrl-C; with what was done by then.
         """
         source = tensors.source(features, self.recipe.feature_shape, scale=scale, zero_point=zero_point)
         starts = self._init if init is None else self._start(init, len(source))
 
-        def run(source: tensors.Source, start: int, stop: int, out: npt.NDArray[Any]) -> Report:
+        def run(source: tensors.Source, start: int, stop: int, out: npt.NDArray[Any], tell: Progress | None) -> Report:
             own = starts
             if not isinstance(starts, Engine) and starts.ndim > len(self.recipe.image_shape):
                 own = starts[start:stop]
-            return self._solve(source.chunk(start, stop), out, own)
+            return self._solve(source.chunk(start, stop), out, own, tell)
 
         result, out = tensors.allocate((len(source), *self.recipe.image_shape), "float32", source.torch)
-        return result, sweep(run, self.empty_report, source, out, self.batch_size)
+        return result, sweep(run, self.empty_report, source, result, out, self.batch_size, progress)
 
-    def run(self, source: tensors.Source, start: int, stop: int, out: npt.NDArray[Any]) -> Report:
-        """Write the images for rows start to stop into `out` [stop - start, ...], float32 or uint8, in any layout."""
-        return self._solve(source.chunk(start, stop), out, self._init)
+    def run(
+        self, source: tensors.Source, start: int, stop: int, out: npt.NDArray[Any], tell: Progress | None = None
+    ) -> Report:
+        """Write the images for rows start to stop into `out` [stop - start, ...], float32 or uint8, in any layout.
 
-    def _solve(self, features: Array, out: npt.NDArray[Any], start: Array | Engine) -> Report:
+        After Ctrl-C `Interrupted` has those begun, and the report on them.
+        """
+        return self._solve(source.chunk(start, stop), out, self._init, tell)
+
+    def _solve(self, features: Array, out: npt.NDArray[Any], start: Array | Engine, tell: Progress | None) -> Report:
         if isinstance(start, Engine):
             start = self._start(start(features), len(features))
-        z, report = self._compiled.solve(features, start)
+        z, report, finished = self._compiled.solve(features, start, tell)
+        begun = len(z) if finished else _begun(report)
         # The objective tells of an image that diverged.
-        with tensors.staged(out) as part, np.errstate(over="ignore", invalid="ignore"):
-            np.multiply(z, self._std, out=part)
+        with tensors.staged(out[:begun]) as part, np.errstate(over="ignore", invalid="ignore"):
+            np.multiply(z[:begun], self._std, out=part)
             np.add(part, self._mean, out=part)
             np.clip(part, 0.0, 1.0, out=part)
+        if not finished:
+            raise Interrupted(out, begun, report)
         return report
 
     def _start(self, init: Any, count: int) -> Array:
@@ -240,38 +259,71 @@ def compile(
 
 
 def sweep(
-    run: Callable[[tensors.Source, int, int, npt.NDArray[Any]], Report],
+    run: Callable[[tensors.Source, int, int, npt.NDArray[Any], Progress | None], Report],
     empty_report: Report,
     source: tensors.Source,
+    images: Any,
     out: npt.NDArray[Any],
     batch_size: int,
-    progress: bool = False,
+    progress: bool | Progress = False,
 ) -> Report:
     """Run a batch chunk by chunk into `out` [N, ...].
 
     Args:
-        run: takes the batch, the first and the last image of a chunk, and where their results go.
+        run: takes the batch, the first and the last image of a chunk, where their results go, and what to tell.
         empty_report: what the report is joined to.
         source: the batch.
+        images: what the caller gets, in the memory of `out`.
         out: float32, or uint8 for 255 times the result, rounded (NaN becomes 0); in any layout.
         batch_size: images in a chunk.
-        progress: whether to show a progress bar.
+        progress: as of `invert`.
+
+    Raises:
+        Interrupted: Ctrl-C; with what was done by then.
     """
     reports = [empty_report]
-    with _bar(len(source), progress) as bar:
-        for start, stop in tensors.chunks(len(source), batch_size):
-            reports.append(run(source, start, stop, out[start:stop]))
-            if bar is not None:
-                bar.update(stop - start)
+    done = steps = 0
+    with _progress(len(source), progress) as tell:
+
+        def tell_within(images: int, more: int) -> None:
+            assert tell is not None
+            tell(done + images, steps + more)
+
+        try:
+            for start, stop in tensors.chunks(len(source), batch_size):
+                reports.append(run(source, start, stop, out[start:stop], tell and tell_within))
+                done, steps = stop, steps + int(reports[-1].steps.sum())
+                if tell is not None:
+                    tell(done, steps)
+        except KeyboardInterrupt as stopped:
+            begun = done
+            if isinstance(stopped, Interrupted):  # within a chunk, whose report it has
+                reports.append(stopped.report)
+                begun += stopped.begun
+            report = _join(reports)
+            raise Interrupted(images, begun, _filled(report, len(source) - len(report.steps))) from None
     return _join(reports)
 
 
-def _bar(total: int, progress: bool) -> Any:
-    if not progress:
-        return nullcontext()
+@contextmanager
+def _progress(total: int, progress: bool | Progress) -> Iterator[Progress | None]:
+    """What is told of images and steps: the caller's function, a progress bar, or None."""
+    if callable(progress) or not progress:
+        yield progress or None
+        return
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="image", desc="invert")
+    since = time.perf_counter()
+    with tqdm(total=total, unit="image", desc="invert") as bar:
+
+        def show(images: int, steps: int) -> None:
+            if steps > images:
+                rate = steps / (time.perf_counter() - since)
+                bar.set_postfix_str(f"{rate:,.0f} steps/s", refresh=False)
+            bar.update(images - bar.n)
+            bar.refresh()
+
+        yield show
 
 
 def _batch_size(network: Network, passes: int, threads: int | None) -> int:
@@ -279,6 +331,19 @@ def _batch_size(network: Network, passes: int, threads: int | None) -> int:
     elements = sum(np.prod(shape, dtype=np.int64) for shape in (network.input_shape, network.output_shape))
     by_work = CHUNK_FLOPS * workers // max(1, network.flops * passes)
     return int(max(IMAGES_PER_THREAD * workers, min(CHUNK_ELEMENTS // elements, by_work)))
+
+
+def _begun(report: Report) -> int:
+    """The images that rMLE began with, the first ones."""
+    assert report.objective is not None
+    return int(((report.steps > 0) | ~np.isnan(report.objective)).sum())
+
+
+def _filled(report: Report, count: int) -> Report:
+    """The report, and on so many images more that were not begun."""
+    objective = None if report.objective is None else np.full(count, np.nan)
+    rest = Report(objective, np.zeros(count, np.int64), np.zeros(count, np.bool_), report.backend, report.isa)
+    return _join([report, rest])
 
 
 def _join(reports: Sequence[Report]) -> Report:

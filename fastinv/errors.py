@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastinv.backends.base import Report
+
 
 class FastinvError(Exception):
     """Base class of all errors that fastinv raises on purpose."""
@@ -37,3 +42,20 @@ class DataError(FastinvError, ValueError):
 
 class TrainingError(FastinvError, RuntimeError):
     """Training cannot start or go on: options that do not fit, a checkpoint of another run, divergence."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended `invert` or `Solver.solve` early; what was done by then is here.
+
+    Attributes:
+        images: what would have been returned. The pixels of images not begun are 0, or what they were in an `out` of
+            the caller's.
+        begun: how many images there are; those of rMLE that were being solved are as far as they had come.
+        report: on all images; those not begun have taken 0 steps, and have the objective NaN.
+    """
+
+    def __init__(self, images: Any, begun: int, report: Report) -> None:
+        super().__init__(f"interrupted: the first {begun:,} of {len(report.steps):,} images are in this error's images")
+        self.images = images
+        self.begun = begun
+        self.report = report

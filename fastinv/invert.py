@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastinv import tensors
+from fastinv.backends.base import Progress
 from fastinv.engine import Engine, Solver, compile, sweep
 from fastinv.errors import BackendError, FeatureError, NetworkError
 from fastinv.inverters import RMLE, InverseNetwork, Inverter, load
@@ -72,7 +73,7 @@ def invert(
     precision: str = "float32",
     threads: int | None = None,
     batch_size: int | None = None,
-    progress: bool = False,
+    progress: bool | Progress = False,
     out: Any = None,
     device: str | None = None,
     dtype: str = "float32",
@@ -91,9 +92,10 @@ def invert(
         return_report: whether to return (images, report) with objective, steps and convergence of each image.
         backend, precision, threads: as of `fastinv.compile`.
         batch_size: images that are converted and run at once; None chooses. It does not change the result.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar; or a function that is called after every chunk, in rMLE ten times a
+            second, with the images done and the optimizer steps of all images so far.
         out: where to write the images, [N, C, H, W] of type `dtype`; it is returned. After an error its
-            content is undefined.
+            content is undefined, after `Interrupted` it is not.
         device: None or "cpu".
         dtype: "float32", or "uint8" for round(255 · x).
         scale, zero_point: a quantised q stands for (q - zero_point) * scale; numbers, or one a channel.
@@ -103,6 +105,7 @@ def invert(
         FormatError: the inverter's file is missing, damaged or hostile.
         NetworkError: there is no inverter, or it is none.
         BackendError: the backend, precision, device or number of threads cannot be had here.
+        Interrupted: Ctrl-C; with what was done by then.
     """
     if device is not None and str(device) != "cpu":
         raise BackendError(f"device {device!r:.40}: this version runs on the CPU only; pass None or 'cpu'")
@@ -118,7 +121,8 @@ def invert(
     else:
         images, view = out, _writable(out, shape, dtype, source)
     machine = _machine(found, backend, precision, threads)
-    report = sweep(machine.run, machine.empty_report, source, view, batch_size or machine.batch_size, progress=progress)
+    chunk = batch_size or machine.batch_size
+    report = sweep(machine.run, machine.empty_report, source, images, view, chunk, progress)
     return (images, report) if return_report else images
 
 

@@ -20,7 +20,7 @@ from fastinv.network import Network
 from fastinv.ops.activation import IDENTITY
 from fastinv.ops.base import Shape, expect
 
-METHODS = ("adam", "amsgrad", "sgd", "exact")
+METHODS = ("adam", "amsgrad", "sgd", "lbfgs", "exact")
 OPTIMIZERS = (*METHODS, "auto")
 KEEP = ("last", "best")
 SCHEDULES = ("constant", "cosine")
@@ -121,8 +121,9 @@ class RMLE(Inverter):
         lr: step size, in normalised units.
         tv_weight: λ, weight of the total variation; 0 switches it off.
         tv_beta: β >= 1, exponent of the total variation.
-        optimizer: "adam", "amsgrad", "sgd"; "exact", the minimum itself by conjugate gradients, where the objective is
-            quadratic: an affine edge, β 2 or λ 0, no clamp; "auto": "exact" where it can be had, else "adam".
+        optimizer: "adam", "amsgrad", "sgd"; "lbfgs", quasi-Newton steps that always make the objective fall, and need
+            no lr; "exact", the minimum itself by conjugate gradients, where the objective is quadratic: an affine edge,
+            β 2 or λ 0, no clamp; "auto": "exact" where it can be had, else "lbfgs".
         init: the start in pixels: a number, an array [C, H, W], or an `InverseNetwork` for the same features, whose
             images are refined.
         clamp: pixel bounds kept after every step, or None for free iterates.
@@ -198,7 +199,7 @@ class RMLE(Inverter):
         """The optimizer; what "auto" stands for."""
         if self.optimizer != "auto":
             return self.optimizer
-        return "exact" if self._obstacle() is None else "adam"
+        return "exact" if self._obstacle() is None else "lbfgs"
 
     def _obstacle(self) -> str | None:
         """Why the objective is not quadratic; None where it is."""

@@ -122,8 +122,8 @@ def as_numpy(x: Any, what: str) -> tuple[npt.NDArray[Any], str, bool]:
 
 
 def allocate(shape: Shape, dtype: str, torch: bool) -> tuple[Any, npt.NDArray[Any]]:
-    """A new array or tensor of this shape, and the same memory as an array."""
-    array: npt.NDArray[Any] = np.empty(shape, dtype)
+    """A new array or tensor of this shape, of zeros, and the same memory as an array."""
+    array: npt.NDArray[Any] = np.zeros(shape, dtype)
     if not torch:
         return array, array
     from torch import from_numpy

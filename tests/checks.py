@@ -9,7 +9,7 @@ import torch
 
 import fastinv
 from fastinv import _core
-from fastinv.backends.cpu import CpuBackend
+from fastinv.backends.cpu import CpuSolver
 from fastinv.backends.torch import as_module
 from fastinv.benchmark import network_of
 from fastinv.inverters import RMLE
@@ -19,6 +19,19 @@ from fastinv.ops.reshape import Reshape
 __all__ = ["ISAS", "check_gradient", "network_of", "randn", "reference", "relative", "run"]
 
 ISAS = [name for name, runnable in _core.isas() if runnable]
+
+
+class InterruptAt:
+    """A progress function that interrupts, as Ctrl-C does, at the call of this number."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+        self.told: list[tuple[int, int]] = []
+
+    def __call__(self, images: int, steps: int) -> None:
+        self.told.append((images, steps))
+        if len(self.told) == self.calls:
+            raise KeyboardInterrupt
 
 
 def randn(*shape: int, seed: int = 0) -> np.ndarray:
@@ -38,8 +51,8 @@ def run(network: Network, x: np.ndarray, threads: int = 1) -> np.ndarray:
     return fastinv.compile(network, backend="cpu", threads=threads)(x)
 
 
-def gradient(network: Network, z: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """∇_z Σ(network(z) − v)² by one step of plain gradient descent with a step size of 1."""
+def gradient(network: Network, z: np.ndarray, features: np.ndarray, block: int) -> np.ndarray:
+    """∇_z Σ(network(z) − v)² by one step of plain gradient descent with a step size of 1, so many images at once."""
     recipe = RMLE(
         network,
         network.input_shape,
@@ -49,7 +62,7 @@ def gradient(network: Network, z: np.ndarray, features: np.ndarray) -> np.ndarra
         optimizer="sgd",
         clamp=None,
     )
-    after, report = CpuBackend().compile_solver(recipe, "float32", 1).solve(features, z)
+    after, report, _ = CpuSolver(recipe, 1, block).solve(features, z)
     assert (report.steps == 1).all()
     return z - after
 
@@ -66,9 +79,11 @@ def check_gradient(network: Network) -> None:
         size = int(np.prod(network.input_shape))
         steps = tuple(dataclasses.replace(s, inputs=tuple(i + 1 for i in s.inputs)) for s in network.steps)
         network = Network((1, 1, size), (Step(Reshape(network.input_shape), (0,)), *steps))
-    z = randn(2, *network.input_shape, seed=1)
-    features = (reference(network, z) + 0.5 * randn(2, *network.output_shape, seed=2)).astype(np.float32)
+    z = randn(3, *network.input_shape, seed=1)
+    features = (reference(network, z) + 0.5 * randn(3, *network.output_shape, seed=2)).astype(np.float32)
     # Where the result barely matters the difference z − after would only show rounding: compare in units of z.
     expected = reference_gradient(network, z, features)
-    error = np.linalg.norm(gradient(network, z, features) - expected)
+    found = gradient(network, z, features, block=1)
+    np.testing.assert_array_equal(gradient(network, z, features, block=2), found)
+    error = np.linalg.norm(found - expected)
     assert error <= 1e-4 * np.linalg.norm(expected) + 1e-6 * np.linalg.norm(z)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -234,6 +235,40 @@ def test_invert_with_rmle_from_the_environment(
     monkeypatch.setenv("FASTINV_INVERTER", str(tmp_path / "rmle.finv"))
     assert run("invert", features, "-o", tmp_path / "o.npy", "--threads", 1, "--backend", "cpu") == 0
     assert "mean objective" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("out", ["o.npy", "images"])
+def test_interrupted_invert_keeps_what_is_done(
+    out: str,
+    finv: Path,
+    features: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    np.save(tmp_path / "o.npy", np.arange(3))
+    original, calls = fastinv.Engine.run, []
+
+    def interrupted_at_the_third(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(fastinv.Engine, "run", interrupted_at_the_third)
+    assert run("invert", features, "-m", finv, "-o", tmp_path / out, "--batch-size", 2, "--dtype", "uint8") == 130
+    partial = tmp_path / f"{out.removesuffix('.npy')}.partial.npy"
+    assert f"interrupted: the first 4 of 5 images are in {partial}" in capsys.readouterr().err
+    np.testing.assert_array_equal(np.load(partial), expected("uint8")[:4])
+    np.testing.assert_array_equal(np.load(tmp_path / "o.npy"), np.arange(3))  # what was there stays
+    assert not (tmp_path / "images").exists()
+    assert run("invert", features, "-m", finv, "-o", tmp_path / "new.npy") == 0
+
+    partial.unlink()
+    calls[:] = [(), ()]
+    assert run("invert", features, "-m", finv, "-o", tmp_path / out) == 130
+    assert "interrupted before the first of 5 images" in capsys.readouterr().err
+    assert not partial.exists()
 
 
 def test_info_and_invert_load_no_torch(finv: Path, features: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checks import InterruptAt
 from samples import FEATURES, IMAGE, features, inverse_network, rmle
 
 import fastinv
@@ -230,6 +231,53 @@ def test_an_interruption_comes_through(monkeypatch: pytest.MonkeyPatch) -> None:
         fastinv.invert(features(5), inverse_network(), progress=True)
     monkeypatch.undo()
     assert fastinv.invert(features(5), inverse_network()).shape == (5, *IMAGE)
+
+
+def test_a_function_is_told_of_progress(backend: str) -> None:
+    told: list[tuple[int, int]] = []
+    options = {"batch_size": 2, "backend": backend, "progress": lambda *args: told.append(args)}
+    fastinv.invert(features(5), inverse_network(), **options)
+    assert told == [(2, 2), (4, 4), (5, 5)]
+    told.clear()
+    steps = rmle().steps
+    fastinv.invert(features(5), rmle(), **options)
+    assert [told[-3], told[-2], told[-1]] == [(2, 2 * steps), (4, 4 * steps), (5, 5 * steps)]
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("given", [False, True])
+def test_an_interruption_gives_what_is_done(kind: str, given: bool) -> None:
+    """Here after the second chunk of three."""
+
+    def stop(images: int, steps: int) -> None:
+        if images == 4:
+            raise KeyboardInterrupt
+
+    x = torch.from_numpy(features(6)) if kind == "torch" else features(6)
+    out = np.full((6, *IMAGE), 7, np.float32) if given else None
+    options = {"batch_size": 2, "out": out, "progress": stop}
+    with pytest.raises(fastinv.Interrupted, match="first 4 of 6") as stopped:
+        fastinv.invert(x, inverse_network(), **options)
+    found = stopped.value
+    assert isinstance(found.images, torch.Tensor if kind == "torch" and not given else np.ndarray)
+    assert (found.images is out) == given
+    np.testing.assert_allclose(found.images[:4], expected_images(features(6))[:4], atol=1e-5)
+    np.testing.assert_array_equal(found.images[4:], np.full((2, *IMAGE), 7 if given else 0))
+    assert (found.begun, list(found.report.steps)) == (4, [1, 1, 1, 1, 0, 0])
+    assert (found.report.objective, list(found.report.converged)) == (None, [True] * 4 + [False] * 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_an_interruption_within_a_chunk_of_rmle(dtype: str) -> None:
+    with pytest.raises(fastinv.Interrupted) as stopped:
+        fastinv.invert(features(5), rmle(steps=10_000_000), backend="cpu", dtype=dtype, progress=InterruptAt(3))
+    found = stopped.value
+    assert 1 <= found.begun < 5
+    assert (found.report.steps > 0).tolist() == [True] * found.begun + [False] * (5 - found.begun)
+    assert np.isnan(found.report.objective).tolist() == [False] * found.begun + [True] * (5 - found.begun)
+    assert not found.images[found.begun :].any()
+    as_far = rmle(steps=int(found.report.steps[0]))
+    np.testing.assert_array_equal(found.images[:1], fastinv.invert(features(1), as_far, backend="cpu", dtype=dtype))
 
 
 # Defaults and files

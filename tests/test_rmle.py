@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,6 +176,48 @@ def test_rmle_refuses_what_makes_no_sense(options: dict, error: type, message: s
     arguments = {"edge": nn.Identity(), "features": torch.zeros(1, 1, 3, 3), "input_shape": (1, 3, 3)}
     with pytest.raises(error, match=message):
         rmle(**(arguments | options))
+
+
+@pytest.mark.parametrize("clamp", [None, (0.0, 1.0)])
+@pytest.mark.parametrize("beta", [1.5, 2.0])
+def test_lbfgs(split: fastinv.Split, beta: float, clamp: tuple[float, float] | None, backend: str) -> None:
+    """Its objective falls at every step, and below Adam's in half as many."""
+    edge = fastinv.export(split.edge, torch.zeros(2, 1, 28, 28))
+    features = split.features(IMAGES)
+
+    def solved(**options: Any) -> tuple[np.ndarray, fastinv.Report]:
+        recipe = fastinv.RMLE(edge, (1, 28, 28), **NORM, clamp=clamp, tv_beta=beta, **options)
+        return fastinv.compile(recipe, backend).solve(features)
+
+    objectives = [solved(optimizer="lbfgs", steps=steps)[1].objective for steps in range(12)]
+    assert all((after < before).all() for before, after in pairwise(objectives))
+    _, adam = solved(steps=200)
+    images, report = solved(optimizer="lbfgs", steps=100)
+    assert (report.objective < adam.objective).all()
+    assert images.min() >= 0
+    assert images.max() <= 1
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_lbfgs_within_bounds_ends_at_the_minimum(backend: str) -> None:
+    """A convex problem: where it ends no element can do better but by leaving its bounds."""
+    torch.manual_seed(0)
+    edge = nn.Conv2d(2, 3, 3, padding=1).eval()
+    network = fastinv.export(edge, torch.zeros(2, 2, 9, 7))
+    v = torch.randn(2, 3, 9, 7)
+    recipe = fastinv.RMLE(network, (2, 9, 7), clamp=(0.3, 0.6), optimizer="lbfgs", steps=1000)
+    images, report = fastinv.compile(recipe, backend).solve(v.numpy())
+    assert report.converged.all()
+    assert (report.steps < 1000).all()
+    z = torch.from_numpy(images).double().requires_grad_(True)
+    f = (edge.double()(z) - v.double()).square().sum() + 0.1 * total_variation(z, 2.0).sum()
+    (g,) = torch.autograd.grad(f, z)
+    inner = (images > 0.3 + 1e-6) & (images < 0.6 - 1e-6)
+    assert 0.1 < inner.mean() < 0.9
+    assert np.abs(g.numpy()[inner]).max() < 0.02 * g.abs().max()
+    assert (g.numpy()[images <= 0.3] >= 0).all()
+    assert (g.numpy()[images >= 0.6] <= 0).all()
+    assert report.objective.sum() == pytest.approx(float(f.detach()), rel=1e-5)
 
 
 def test_presets_make_recipes(split: fastinv.Split) -> None:

@@ -76,6 +76,8 @@ const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
     residual,
     total_variation,
     optimizer,
+    dot,
+    add_scaled,
     fma_peak,
 };
 

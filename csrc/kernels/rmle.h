@@ -99,7 +99,7 @@ FASTINV_INLINE V optimizer_step(const OptimizerArgs& a, int64_t i, int lanes) {
     scale = max(load_first(a.largest + i, lanes), v);
     store_first(a.largest + i, scale, lanes);
   }
-  const V denominator = add(div(sqrt(scale), set1(a.root_correction2)), set1(a.eps));
+  const V denominator = fma(sqrt(scale), set1(a.root_scale), set1(a.eps));
   return sub(z, div(mul(m, set1(a.step_size)), denominator));
 }
 
@@ -109,5 +109,26 @@ void optimizer(const OptimizerArgs& a) {
     V z = optimizer_step(a, i, lanes);
     if (a.low) z = min(max(z, load_first(a.low + i, lanes)), load_first(a.high + i, lanes));
     store_first(a.z + i, z, lanes);
+  }
+}
+
+// In float64, in as many sums side by side as the compiler puts into vectors.
+double dot(const float* a, const float* b, int64_t size) {
+  constexpr int64_t kSums = 16;
+  double sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= size; i += kSums) {
+    for (int64_t k = 0; k < kSums; ++k) sums[k] += static_cast<double>(a[i + k]) * static_cast<double>(b[i + k]);
+  }
+  double total = 0.0;
+  for (; i < size; ++i) total += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+void add_scaled(float scale, const float* from, float* to, int64_t size) {
+  for (int64_t i = 0; i < size; i += kWidth) {
+    const int lanes = size - i < kWidth ? static_cast<int>(size - i) : kWidth;
+    store_first(to + i, fma(load_first(from + i, lanes), set1(scale), load_first(to + i, lanes)), lanes);
   }
 }

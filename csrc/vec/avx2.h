@@ -24,8 +24,8 @@ FASTINV_INLINE __m256i first_lanes(int n) {
 }
 
 FASTINV_INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
-// A load that GCC does not repeat: it would read a plain operand anew for every product, three times as many loads, most
-// of which cross lines.
+// A load that GCC does not repeat: it would read a plain operand anew for every product, three times as many loads,
+// most of which cross lines.
 FASTINV_INLINE V load_once(const float* p) {
   V v = load(p);
   asm("" : "+x"(v));

@@ -22,8 +22,8 @@ constexpr int kDotPixels[] = {0, 6, 6, 5, 4};  // with as many outputs at most 1
 FASTINV_INLINE Mask first_lanes(int n) { return static_cast<Mask>((1u << n) - 1u); }
 
 FASTINV_INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
-// A load that GCC does not repeat: it would read a plain operand anew for every product, three times as many loads, most
-// of which cross lines.
+// A load that GCC does not repeat: it would read a plain operand anew for every product, three times as many loads,
+// most of which cross lines.
 FASTINV_INLINE V load_once(const float* p) {
   V v = load(p);
   asm("" : "+v"(v));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,6 +35,9 @@ class Report:
     converged: npt.NDArray[np.bool_]
     backend: str
     isa: str
+
+
+Progress = Callable[[int, int], object]  # told of the images done so far, and the steps of all images
 
 
 class CompiledNetwork(Protocol):
@@ -70,10 +74,17 @@ class CompiledSolver(Protocol):
     isa: str
     precision: str
 
-    def solve(self, features: Array, init: Array) -> tuple[Array, Report]:
+    def solve(self, features: Array, init: Array, progress: Progress | None = None) -> tuple[Array, Report, bool]:
         """Recover [N, *input_shape] normalised images z from float32 `features` [N, *output_shape].
 
-        `init` is the normalised start: [*input_shape], or one start for each image, [N, *input_shape].
+        Args:
+            init: the normalised start: [*input_shape], or one start for each image, [N, *input_shape].
+            progress: told now and then, in the calling thread, how things stand.
+
+        Returns:
+            The images, the report, and whether it came to the end. A backend may give what it has after Ctrl-C, and
+            False: the first images are solved or as far as they had come, the others, not begun, have taken 0 steps
+            and have the objective NaN.
         """
 
 

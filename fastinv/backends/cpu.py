@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastinv import _core
-from fastinv.backends.base import Array, Report
+from fastinv.backends.base import Array, Progress, Report
 from fastinv.backends.cpu_fusion import (
     chain_of_small_convolutions,
     doubling,
@@ -121,7 +121,7 @@ class CpuSolver:
 
     precision = "float32"
 
-    def __init__(self, recipe: RMLE, threads: int | None) -> None:
+    def __init__(self, recipe: RMLE, threads: int | None, block: int = 0) -> None:
         from fastinv.inverters import channelwise
 
         low: list[float] = []
@@ -148,12 +148,13 @@ class CpuSolver:
             low=low,
             high=high,
             threads=_thread_count(threads),
+            block=block,
         )
         self.isa = self._solver.isa
 
-    def solve(self, features: Array, init: Array) -> tuple[Array, Report]:
-        z, objective, steps, converged = self._solver.solve(features, init)
-        return z, Report(objective, steps, converged, CpuBackend.name, self.isa)
+    def solve(self, features: Array, init: Array, progress: Progress | None = None) -> tuple[Array, Report, bool]:
+        z, objective, steps, converged, finished = self._solver.solve(features, init, progress)
+        return z, Report(objective, steps, converged, CpuBackend.name, self.isa), finished
 
 
 class Lowering:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastinv.backends.base import Array, Report
+from fastinv.backends.base import Array, Progress, Report
 from fastinv.network import Network, Step
 from fastinv.tensors import Source
 
@@ -110,7 +110,7 @@ class TorchSolver:
         self._recipe = recipe
         self._threads = threads
 
-    def solve(self, features: Array, init: Array) -> tuple[Array, Report]:
+    def solve(self, features: Array, init: Array, progress: Progress | None = None) -> tuple[Array, Report, bool]:
         import torch
 
         from fastinv.attacks.rmle import rmle
@@ -138,7 +138,7 @@ class TorchSolver:
                 momentum=recipe.momentum,
                 schedule=recipe.schedule,
             )
-        return z.float().numpy(), report
+        return z.float().numpy(), report, True
 
 
 def as_module(network: Network, dtype: torch.dtype) -> torch.nn.Module:

@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(f"fastinv {args.command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"fastinv {args.command}: {str(stopped) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

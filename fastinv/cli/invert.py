@@ -16,7 +16,7 @@ from fastinv import tensors
 from fastinv.backends.base import Report
 from fastinv.cli import files
 from fastinv.cli.arguments import add_compile_arguments, numbers, plural, positive
-from fastinv.errors import FormatError, NetworkError
+from fastinv.errors import FormatError, Interrupted, NetworkError
 from fastinv.invert import DTYPES
 
 OPTIONS = ("backend", "precision", "threads", "batch_size", "scale", "zero_point")  # of `fastinv.invert`
@@ -50,20 +50,41 @@ def run(args: argparse.Namespace) -> None:
     inverter = fastinv.load(path)
     features = files.read_features(args.features, args.key)
     options = {name: getattr(args, name) for name in OPTIONS}
-    if args.out.suffix == ".npy":
-        with files.replacing(args.out) as temporary:
-            images, report = _recover(features, inverter, temporary, options | {"dtype": args.dtype})
-    elif args.out.suffix:
+    if args.out.suffix not in ("", ".npy"):
         raise FormatError(f"{args.out}: suffix {args.out.suffix!r}, expected .npy, or a folder's name for PNGs")
-    else:
-        files.check_png(inverter.image_shape)
-        with files.replacing(args.out, folder=True) as temporary:
-            array = temporary / "images.npy"
-            images, report = _recover(features, inverter, array, options | {"dtype": "uint8"})
-            for index, image in enumerate(tqdm(images, unit="image", desc="write")):
-                files.write_png(temporary / f"{index:06}.png", image)
-            array.unlink()
+    try:
+        images, report = _write(features, inverter, args.out, options, args.dtype)
+    except Interrupted as stopped:
+        raise KeyboardInterrupt(_keep(stopped, args.out)) from None
     print(f"{args.out}: {_summary(images, report)}")
+
+
+def _write(
+    features: Any, inverter: fastinv.Inverter, out: Path, options: dict[str, Any], dtype: str
+) -> tuple[npt.NDArray[Any], Report]:
+    """Recover the images to `out`, whole or not at all."""
+    if out.suffix == ".npy":
+        with files.replacing(out) as temporary:
+            return _recover(features, inverter, temporary, options | {"dtype": dtype})
+    files.check_png(inverter.image_shape)
+    with files.replacing(out, folder=True) as temporary:
+        array = temporary / "images.npy"
+        images, report = _recover(features, inverter, array, options | {"dtype": "uint8"})
+        for index, image in enumerate(tqdm(images, unit="image", desc="write")):
+            files.write_png(temporary / f"{index:06}.png", image)
+        array.unlink()
+    return images, report
+
+
+def _keep(stopped: Interrupted, out: Path) -> str:
+    """Write the images that there are beside `out`, which stays as it was; the words to say so."""
+    count = f"{stopped.begun:,} of {plural(len(stopped.images), 'image')}"
+    if stopped.begun == 0:
+        return f"interrupted before the first of {count.partition(' of ')[2]}"
+    partial = out.with_name(f"{out.name.removesuffix('.npy')}.partial.npy")
+    with files.replacing(partial) as temporary, open(temporary, "wb") as file:
+        np.save(file, stopped.images[: stopped.begun])
+    return f"interrupted: the first {count} are in {partial}"
 
 
 def _recover(
