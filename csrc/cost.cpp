@@ -5,6 +5,7 @@
 
 #include "buffer.h"
 #include "polyphase.h"
+#include "winograd.h"
 
 namespace fastinv {
 namespace {
@@ -75,10 +76,11 @@ double layout_cost(const Kernels& kernels, const Geometry& g) {
 
 double winograd_cost(const Kernels& kernels, const Geometry& g) {
   const int in = ceil_div(g.in_channels, kernels.width), out = ceil_div(g.out_channels, kernels.width);
-  const double tiles = double(ceil_div(g.axis[0].out, 4)) * ceil_div(g.axis[1].out, 4);
+  const int outputs = winograd_outputs(g.axis[0].kernel);
+  const double tiles = double(ceil_div(g.axis[0].out, outputs)) * ceil_div(g.axis[1].out, outputs);
   // For each tile 36 products, and the transforms: loads, stores and some 150 additions of vectors. Spills and the
   // second pass through memory make them count about double.
-  const double tile = 36.0 * g.in_channels * out + 450.0 * in + 350.0 * out;
+  const double tile = 36.0 * g.in_channels * out + 450.0 * in + (outputs == 4 ? 350.0 : 200.0) * out;
   return tiles * tile / (double(g.axis[0].out) * g.axis[1].out);
 }
 

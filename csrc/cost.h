@@ -20,7 +20,7 @@ double layout_cost(const Kernels& kernels, const Geometry& geometry);
 
 double dot_cost(const Kernels& kernels, const Geometry& geometry);
 
-// Of a 3×3 convolution of stride 1 and one group.
+// Of a 3×3 or 5×5 convolution of stride 1 and one group.
 double winograd_cost(const Kernels& kernels, const Geometry& geometry);
 
 // Of a transposed convolution of stride 2, in one of its forms; the squared relative error of that form, above

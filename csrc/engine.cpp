@@ -5,6 +5,7 @@
 #include <chrono>
 #include <stdexcept>
 
+#include "arena.h"
 #include "threads.h"
 
 namespace fastinv {
@@ -17,21 +18,6 @@ constexpr int64_t kMaxBlock = 32;  // and images that a worker takes at once, on
 // A linear layer reads all its weights once per tile of rows: with fewer images than a tile has rows it would be
 // bound by memory.
 constexpr int64_t kLinearBlock = 2 * kMaxTilePixels;
-
-struct Stretch {
-  int64_t begin, end;
-};
-
-// The lowest offset where `size` floats fit beside `taken`.
-int64_t first_fit(std::vector<Stretch> taken, int64_t size) {
-  std::sort(taken.begin(), taken.end(), [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; });
-  int64_t at = 0;
-  for (const Stretch& stretch : taken) {
-    if (at + size <= stretch.begin) break;
-    at = std::max(at, stretch.end);
-  }
-  return at;
-}
 
 }  // namespace
 
@@ -59,6 +45,7 @@ void Engine::plan_memory() {
     for (int input : nodes[k]->inputs) last_use[static_cast<size_t>(input)] = static_cast<int>(k);
   }
   last_use[static_cast<size_t>(program_.output())] = static_cast<int>(nodes.size());
+  Arena arena;
   for (size_t v = 0; v < shapes.size(); ++v) {
     const bool callers = v == 0 || v + 1 == shapes.size();  // input and output are used where the caller has them
     stride_.push_back(callers ? element_count(shapes[v]) : round_up(element_count(shapes[v]), kLineFloats));
@@ -67,13 +54,10 @@ void Engine::plan_memory() {
       continue;
     }
     // Value v is written by node v − 1: memory of a value last read there cannot be taken yet.
-    std::vector<Stretch> taken;
-    for (size_t u = 1; u < v; ++u) {
-      if (last_use[u] >= static_cast<int>(v) - 1) taken.push_back({offset_[u], offset_[u] + stride_[u]});
-    }
-    offset_.push_back(first_fit(std::move(taken), stride_[v]));
-    arena_size_ = std::max(arena_size_, offset_[v] + stride_[v]);
+    const auto node = static_cast<int>(v) - 1;
+    offset_.push_back(arena.place(stride_[v], node, std::max(node, last_use[v])));
   }
+  arena_size_ = arena.size();
 }
 
 std::unique_ptr<Engine::Workspace> Engine::make_workspace() const {

@@ -101,7 +101,8 @@ struct Bfloat16ProductArgs {
   int32_t rows, in_channels, out_channels;
 };
 
-// Winograd's output transform of one tile: up to 4×4 pixels from 36 products each, position_stride apart.
+// Winograd's output transform of one tile: up to outputs × outputs pixels, 4×4 or 2×2, from 36 products each,
+// position_stride apart.
 struct WinogradOutputArgs {
   const float* products;
   int64_t position_stride;
@@ -110,6 +111,7 @@ struct WinogradOutputArgs {
   const float* addend;  // as above
   int64_t row_stride;   // floats from output row to row
   int32_t channels;
+  int32_t outputs;
   int32_t rows, columns;  // pixels inside the image
   Activation activation;
 };
@@ -210,12 +212,14 @@ struct PoolArgs {
   int32_t in_h, in_w, out_h, out_w, channels;
   int32_t kernel[2], stride[2], padding[2], dilation[2];
   Activation activation;
+  float* index;  // which of its window's positions each result comes from, row by row, the first of several; or null
 };
 
 struct PoolGradientArgs {
-  PoolArgs pool;          // in and out as they were in the forward pass; activation unused
+  PoolArgs pool;          // with the index of the forward pass; in, out and activation unused
   const float* grad_out;  // [out_h, out_w, channels]
-  float* grad_in;         // added to
+  float* grad_in;         // [in_h, in_w, channels]
+  bool accumulate;
 };
 
 // A sparse matrix with one row per output position: entries first[i] .. first[i + 1].
@@ -352,6 +356,11 @@ struct Kernels {
   void (*activate)(const float* in, float* out, int64_t size, Activation);
   // grad[i] *= activation'(x[i]), from x and y = activation(x); x may be y where needs_input() says no.
   void (*activate_gradient)(const float* x, const float* y, float* grad, int64_t size, Activation);
+  // A bit for each value y of a ReLU, leaky ReLU or hardtanh: whether its derivative is 1. And grad times the
+  // derivative.
+  void (*take_gate)(const float* y, int64_t size, Activation, uint8_t* gate);
+  void (*pass_gate)(const uint8_t* gate, Activation, float* grad, int64_t size);
+  int64_t (*gate_bytes)(int64_t size);  // of whole vectors
   // out[j · out_step + i] = in[i · in_step + j] for i < rows, j < columns.
   void (*transpose)(const float* in, int64_t in_step, float* out, int64_t out_step, int64_t rows, int64_t columns);
   bool (*finite)(const float* in, int64_t size);

@@ -17,6 +17,8 @@ struct Frame {
   const int64_t* stride;
   float* scratch = nullptr;  // for the node that runs, as many floats as it asks for
   int64_t ahead = 0;         // images that lie behind the block's at value 0, and are read next
+  float* saved = nullptr;    // what this node's forward pass leaves for its way back; null where there is none
+  int64_t saved_stride = 0;  // floats from image to image
 
   float* at(int value, int64_t image = 0) const { return data[value] + image * stride[value]; }
 };
@@ -57,8 +59,16 @@ class Node {
   virtual void prepare_backward() {}
 
   // Takes the gradients of the output, before the activation, to input number `input`, for the block's first `images`
-  // images. Writes them where `first`, adds to what is there otherwise.
-  virtual void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const = 0;
+  // images. Writes them where `first`, adds to what is there otherwise. Does this share of it, or, where
+  // shares_backward() says no, all.
+  virtual void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
+                        Share share) const = 0;
+  virtual bool shares_backward() const { return false; }
+
+  // Floats of an image that forward leaves for backward, and whether that reads inputs and output again.
+  virtual int64_t saved_floats() const { return 0; }
+  virtual bool reads_inputs_back() const { return false; }
+  virtual bool reads_output_back() const { return false; }
 
   // Whether an input value that is not finite always leaves one in the output that is not.
   virtual bool reveals_nonfinite() const { return false; }

@@ -73,20 +73,22 @@ void ConvolutionNode::prepare_backward() {
   weight_ = {};
 }
 
-void ConvolutionNode::backward(const Frame&, const Frame& grads, int64_t images, size_t input, bool first) const {
+void ConvolutionNode::backward(const Frame&, const Frame& grads, int64_t images, size_t input, bool first,
+                               Share share) const {
   const int target = inputs[input];
   if (input == 0) {
     float* to = grads.at(target);
     const int64_t step = grads.stride[target];
-    gradient_->run({grads.at(output), grads.stride[output], to, step, first ? nullptr : to, step, images, {}}, {},
+    gradient_->run({grads.at(output), grads.stride[output], to, step, first ? nullptr : to, step, images, {}}, share,
                    grads.scratch);
     return;
   }
   const int64_t size = int64_t{geometry_.out_channels} * geometry_.axis[0].out * geometry_.axis[1].out;
+  const int64_t begin = share.begin(size), count = share.end(size) - begin;
   for (int64_t i = 0; i < images; ++i) {
-    const float* from = grads.at(output, i);
-    float* to = grads.at(target, i);
-    first ? void(std::copy_n(from, size, to)) : kernels.add(from, to, size);
+    const float* from = grads.at(output, i) + begin;
+    float* to = grads.at(target, i) + begin;
+    first ? void(std::copy_n(from, count, to)) : kernels.add(from, to, count);
   }
 }
 
@@ -174,7 +176,7 @@ void LinearNode::prepare_backward() {
   weight_ = {};
 }
 
-void LinearNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first) const {
+void LinearNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first, Share) const {
   const int from = output, to = inputs[0];
   if (rows_ == 1) {
     gradient_->run(grads.at(from), grads.stride[from], grads.at(to), grads.stride[to], 0, images, !first, {});
@@ -190,8 +192,8 @@ std::string LinearNode::describe() const { return matrix_->dot() ? "linear dot" 
 // ---- pooling and resampling -----------------------------------------------------------------------------------------
 
 MaxPoolNode::MaxPoolNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
-                         const PoolArgs& geometry, int64_t input_size)
-    : Node(kernels, std::move(inputs), output, activation), geometry_(geometry), input_size_(input_size) {}
+                         const PoolArgs& geometry)
+    : Node(kernels, std::move(inputs), output, activation), geometry_(geometry) {}
 
 void MaxPoolNode::forward(const Frame& values, int64_t images, Share share) const {
   PoolArgs args = geometry_;
@@ -199,18 +201,16 @@ void MaxPoolNode::forward(const Frame& values, int64_t images, Share share) cons
   for (int64_t i = share.begin(images); i < share.end(images); ++i) {
     args.in = values.at(inputs[0], i);
     args.out = values.at(output, i);
+    args.index = values.saved ? values.saved + i * values.saved_stride : nullptr;
     kernels.max_pool(args);
   }
 }
 
-void MaxPoolNode::backward(const Frame& values, const Frame& grads, int64_t images, size_t, bool first) const {
+void MaxPoolNode::backward(const Frame& values, const Frame& grads, int64_t images, size_t, bool first, Share) const {
   PoolArgs pool = geometry_;
   for (int64_t i = 0; i < images; ++i) {
-    pool.in = values.at(inputs[0], i);
-    pool.out = values.at(output, i);
-    float* grad_in = grads.at(inputs[0], i);
-    if (first) std::memset(grad_in, 0, static_cast<size_t>(input_size_) * sizeof(float));
-    kernels.max_pool_gradient({pool, grads.at(output, i), grad_in});
+    pool.index = values.saved + i * values.saved_stride;
+    kernels.max_pool_gradient({pool, grads.at(output, i), grads.at(inputs[0], i), !first});
   }
 }
 
@@ -252,7 +252,7 @@ void ResampleNode::prepare_backward() {
   columns_transposed_ = columns_.transposed();
 }
 
-void ResampleNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first) const {
+void ResampleNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first, Share) const {
   for (int64_t i = 0; i < images; ++i) {
     kernels.resample({grads.at(output, i),
                       grads.at(inputs[0], i),
@@ -288,7 +288,7 @@ void GatherNode::prepare_backward() {
   for (size_t i = 0; i < index_.size(); ++i) inverse_[static_cast<size_t>(index_[i])] = static_cast<int32_t>(i);
 }
 
-void GatherNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first) const {
+void GatherNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first, Share) const {
   const auto size = static_cast<int64_t>(inverse_.size());
   for (int64_t i = 0; i < images; ++i) {
     kernels.gather(grads.at(output, i), inverse_.data(), grads.at(inputs[0], i), size, !first);
@@ -315,7 +315,7 @@ void ConcatNode::forward(const Frame& values, int64_t images, Share share) const
   }
 }
 
-void ConcatNode::backward(const Frame&, const Frame& grads, int64_t images, size_t input, bool first) const {
+void ConcatNode::backward(const Frame&, const Frame& grads, int64_t images, size_t input, bool first, Share) const {
   int64_t at = 0;
   for (size_t k = 0; k < input; ++k) at += chunks_[k];
   const int64_t chunk = chunks_[input];
@@ -350,7 +350,8 @@ void BinaryNode::forward(const Frame& values, int64_t images, Share share) const
   }
 }
 
-void BinaryNode::backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const {
+void BinaryNode::backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
+                          Share) const {
   BinaryGradientArgs args = {};
   args.kind = geometry_.kind;
   args.rank = geometry_.rank;
@@ -387,7 +388,7 @@ void AffineNode::forward_rows(const Frame& values, Rows rows) const {
                   (rows.end - rows.begin) * pixels, size, false, activation});
 }
 
-void AffineNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first) const {
+void AffineNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first, Share) const {
   const auto size = static_cast<int64_t>(scale_.size());
   for (int64_t i = 0; i < images; ++i) {
     kernels.affine({grads.at(output, i), grads.at(inputs[0], i), scale_.data(), nullptr, outer_, size, !first, {}});
@@ -439,7 +440,7 @@ void LayoutNode::forward_rows(const Frame& values, Rows rows) const {
   }
 }
 
-void LayoutNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first) const {
+void LayoutNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first, Share) const {
   for (int64_t i = 0; i < images; ++i) {
     float* to = first ? grads.at(inputs[0], i) : grads.scratch;
     kernels.transpose(grads.at(output, i), rows_, to, columns_, columns_, rows_);
@@ -463,7 +464,8 @@ void ActivationNode::forward_rows(const Frame& values, Rows rows) const {
                    (rows.end - rows.begin) * row, own_);
 }
 
-void ActivationNode::backward(const Frame& values, const Frame& grads, int64_t images, size_t, bool first) const {
+void ActivationNode::backward(const Frame& values, const Frame& grads, int64_t images, size_t, bool first,
+                              Share) const {
   for (int64_t i = 0; i < images; ++i) {
     float* grad = grads.at(output, i);  // not read again after this
     kernels.activate_gradient(values.at(inputs[0], i), values.at(output, i), grad, size_, own_);

@@ -25,7 +25,9 @@ class ConvolutionNode : public Node {
     return activation.kind == ActivationKind::kIdentity && geometry_.reads_all();
   }
   void prepare_backward() override;
-  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
+  bool shares_backward() const override { return true; }
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
+                Share) const override;
   Quadratic* quadratic() override { return quadratic_.get(); }
   std::string describe() const override;
 
@@ -47,7 +49,8 @@ class LinearNode : public Node {
              int out, const float* weight, const float* bias, bool keep_weight);
   void forward(const Frame& values, int64_t images, Share share) const override;
   void prepare_backward() override;
-  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
+                Share) const override;
   std::string describe() const override;
 
  private:
@@ -62,14 +65,15 @@ class LinearNode : public Node {
 class MaxPoolNode : public Node {
  public:
   MaxPoolNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
-              const PoolArgs& geometry, int64_t input_size);
+              const PoolArgs& geometry);
   void forward(const Frame& values, int64_t images, Share share) const override;
-  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
+                Share) const override;
+  int64_t saved_floats() const override { return int64_t{geometry_.out_h} * geometry_.out_w * geometry_.channels; }
   std::string describe() const override { return "max_pool"; }
 
  private:
   const PoolArgs geometry_;
-  const int64_t input_size_;
 };
 
 class ResampleNode : public Node {
@@ -78,7 +82,8 @@ class ResampleNode : public Node {
                SparseMatrix rows, SparseMatrix columns);
   void forward(const Frame& values, int64_t images, Share share) const override;
   void prepare_backward() override;
-  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
+                Share) const override;
   std::string describe() const override { return "resample"; }
 
  private:
@@ -93,7 +98,8 @@ class GatherNode : public Node {
              std::vector<int32_t> index);
   void forward(const Frame& values, int64_t images, Share share) const override;
   void prepare_backward() override;
-  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
+                Share) const override;
   std::string describe() const override { return "gather"; }
 
  private:
@@ -107,7 +113,8 @@ class ConcatNode : public Node {
   ConcatNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int64_t outer,
              std::vector<int64_t> chunks);
   void forward(const Frame& values, int64_t images, Share share) const override;
-  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
+                Share) const override;
   std::string describe() const override { return "concat"; }
 
  private:
@@ -122,7 +129,9 @@ class BinaryNode : public Node {
   BinaryNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
              const BinaryArgs& geometry, int64_t size_a, int64_t size_b);
   void forward(const Frame& values, int64_t images, Share share) const override;
-  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
+                Share) const override;
+  bool reads_inputs_back() const override { return geometry_.kind == BinaryKind::kMul; }
   std::string describe() const override { return geometry_.kind == BinaryKind::kAdd ? "add" : "mul"; }
 
  private:
@@ -137,7 +146,8 @@ class AffineNode : public Node {
   int row_step() const override { return height_ > 1 && outer_ % height_ == 0 ? 1 : 0; }
   void forward_rows(const Frame& values, Rows rows) const override;
   void forward(const Frame& values, int64_t images, Share share) const override;
-  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
+                Share) const override;
   std::string describe() const override { return "affine"; }
 
  private:
@@ -155,7 +165,8 @@ class LayoutNode : public Node {
   int row_step() const override { return height_ > 1 ? 1 : 0; }
   void forward_rows(const Frame& values, Rows rows) const override;
   void forward(const Frame& values, int64_t images, Share share) const override;
-  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
+                Share) const override;
   int64_t scratch_floats() const override { return rows_ * columns_; }
   bool reveals_nonfinite() const override { return true; }
   bool shares_image() const override { return rows_ != 1 && columns_ != 1; }
@@ -174,7 +185,10 @@ class ActivationNode : public Node {
   int row_step() const override { return height_ > 1 ? 1 : 0; }
   void forward_rows(const Frame& values, Rows rows) const override;
   void forward(const Frame& values, int64_t images, Share share) const override;
-  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
+                Share) const override;
+  bool reads_inputs_back() const override { return true; }
+  bool reads_output_back() const override { return true; }
   std::string describe() const override { return "activation"; }
 
  private:

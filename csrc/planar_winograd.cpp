@@ -66,7 +66,8 @@ void PlanarWinograd::pack(const WeightAt& weight) {
               double sum = 0.0;  // of G·g
               for (int y = 0; y < 3; ++y) {
                 // A transposed convolution of stride 1 is a plain one with its taps turned round.
-                sum += kWinogradG[u][y] * (g.transposed ? weight(0, o, i, 2 - y, taps - 1 - x) : weight(0, o, i, y, x));
+                sum +=
+                    winograd_g(3, u, y) * (g.transposed ? weight(0, o, i, 2 - y, taps - 1 - x) : weight(0, o, i, y, x));
               }
               weights_[at] = static_cast<float>(sum);
             }

@@ -197,13 +197,7 @@ int Program::max_pool(int input, Shape output, const PoolSpec& spec, Activation 
   std::copy_n(spec.stride, 2, args.stride);
   std::copy_n(spec.padding, 2, args.padding);
   std::copy_n(spec.dilation, 2, args.dilation);
-  const int64_t size = element_count(in);
-  // The gradient finds the owner of a maximum by comparing it with the result: no activation may come between.
-  if (differentiable_ && activation.kind != ActivationKind::kIdentity) {
-    const int pooled = append<MaxPoolNode>({}, {input}, std::move(output), args, size);
-    return activate(pooled, activation);
-  }
-  return append<MaxPoolNode>(activation, {input}, std::move(output), args, size);
+  return append<MaxPoolNode>(activation, {input}, std::move(output), args);
 }
 
 int Program::resample(int input, SparseMatrix rows, SparseMatrix columns, Activation activation) {

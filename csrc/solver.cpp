@@ -40,13 +40,13 @@ class Solver::Watch {
 
 Solver::Solver(Program program, Recipe recipe, int threads, int64_t block)
     : program_(std::move(program)),
+      passes_(program_),
       recipe_(std::move(recipe)),
       threads_(threads),
       watched_(recipe_.tolerance > 0.0 || recipe_.keep_best || recipe_.method == Method::kLbfgs) {
   const Shape& image = program_.shapes().front();
   if (!program_.differentiable()) throw std::invalid_argument("the program was not built for gradients");
   if (image.size() != 3) throw std::invalid_argument("the edge must take images [C, H, W]");
-  for (const Shape& shape : program_.shapes()) stride_.push_back(round_up(element_count(shape), kLineFloats));
   const auto channels = static_cast<size_t>(image[0]);
   if (!recipe_.low.empty()) {
     if (recipe_.low.size() != channels || recipe_.high.size() != channels) {
@@ -58,15 +58,6 @@ Solver::Solver(Program program, Recipe recipe, int threads, int64_t block)
     }
   }
   const auto& nodes = program_.nodes();
-  std::vector<bool> written(program_.shapes().size(), false);
-  written[static_cast<size_t>(program_.output())] = true;
-  first_.resize(nodes.size());
-  for (size_t k = nodes.size(); k-- > 0;) {
-    for (int input : nodes[k]->inputs) {
-      first_[k].push_back(!written[static_cast<size_t>(input)]);
-      written[static_cast<size_t>(input)] = true;
-    }
-  }
   const bool alone =
       !nodes.empty() && std::all_of(nodes.begin(), nodes.end() - 1, [](const std::unique_ptr<Node>& node) {
         return dynamic_cast<const LayoutNode*>(node.get()) != nullptr;
@@ -79,38 +70,48 @@ Solver::Solver(Program program, Recipe recipe, int threads, int64_t block)
   if (quadratic_) {
     auto w = make_workspace();
     forward(*w, 1);  // memory begins as zeros
-    at_zero_.assign(w->values.back(), w->values.back() + element_count(program_.shapes().back()));
+    at_zero_.assign(w->results, w->results + element_count(program_.shapes().back()));
     std::vector<std::unique_ptr<Workspace>> made;
     made.push_back(std::move(w));
     workspaces_.give_back(std::move(made));
   }
 }
 
-// Weights that several images share are read from the cache once. Where all values of an image stay in it, from step to
-// step, another image would only take their place.
-int64_t Solver::plan_block(int64_t most) const {
-  constexpr int64_t kResident = 1024 * 1024 / sizeof(float);  // L2 of the processors with AVX-512
-  constexpr int64_t kMost = 4;
-  if (quadratic_ || recipe_.method == Method::kExact) return 1;
-  return most > 0 ? most : image_floats() <= kResident ? 1 : kMost;
+// Whether the layers of an image are long enough for threads to meet after each.
+bool Solver::is_large() const {
+  constexpr int64_t kLarge = 256 * 1024 / sizeof(float);
+  return image_floats() > kLarge && !quadratic_ && recipe_.method != Method::kExact;
 }
 
-int64_t Solver::image_floats() const {
-  int64_t floats = stride_.back() + 4 * stride_.front();
-  for (int64_t stride : stride_) floats += 2 * stride;
-  return floats;
+bool Solver::shares_images(int64_t n) const {
+  const int64_t rounds = (n + threads_ - 1) / threads_;
+  return is_large() && rounds <= 4 && 10 * n < 9 * rounds * threads_;
 }
+
+// An image by itself stays in the cache from step to step. But weights want to be read for many pixels at once: where
+// layers of a large edge have few, images share them.
+int64_t Solver::plan_block(int64_t most) const {
+  constexpr int64_t kPixels = 256, kMost = 4;
+  if (quadratic_ || recipe_.method == Method::kExact) return 1;
+  if (most > 0) return most;
+  if (!is_large()) return 1;
+  int64_t fewest = kPixels;
+  for (const Shape& shape : program_.shapes()) fewest = std::min(fewest, shape.size() == 3 ? shape[1] * shape[2] : 1);
+  return std::clamp<int64_t>(kPixels / fewest, 1, kMost);
+}
+
+int64_t Solver::image_floats() const { return passes_.image_floats() + result_stride() + 5 * image_stride(); }
 
 // Of a worker, beside its nodes' scratch memory.
 int64_t Solver::memory_floats() const {
   int64_t floats = block_ * image_floats() + tv_scratch_floats();
-  if (quadratic_) floats += stride_.front() + quadratic_->scratch_floats();
+  if (quadratic_) floats += image_stride() + quadratic_->scratch_floats();
   return floats;
 }
 
 int64_t Solver::workspace_bytes() const {
   int64_t floats = memory_floats() + program_.scratch_floats();
-  if (recipe_.method == Method::kLbfgs) floats += block_ * Lbfgs::floats(stride_.front());
+  if (recipe_.method == Method::kLbfgs) floats += block_ * Lbfgs::floats(image_stride());
   return floats * int64_t{sizeof(float)};
 }
 
@@ -125,61 +126,35 @@ std::unique_ptr<Solver::Workspace> Solver::make_workspace() const {
   w->memory = Buffer(memory_floats());
   float* at = w->memory.data();
   const auto next = [&at](int64_t size) { return std::exchange(at, at + size); };
-  for (int64_t stride : stride_) w->values.push_back(next(block_ * stride));
-  for (int64_t stride : stride_) w->grads.push_back(next(block_ * stride));
-  w->features = next(block_ * stride_.back());
-  w->first = next(block_ * stride_.front());
-  w->second = next(block_ * stride_.front());
-  w->largest = next(block_ * stride_.front());
-  w->best = next(block_ * stride_.front());
+  w->images = next(block_ * image_stride());
+  w->tape = passes_.tape(w->images, next(block_ * passes_.image_floats()), block_);
+  w->gradients = w->tape.grads.front();
+  w->results = w->tape.values.back();
+  w->features = next(block_ * result_stride());
+  w->first = next(block_ * image_stride());
+  w->second = next(block_ * image_stride());
+  w->largest = next(block_ * image_stride());
+  w->best = next(block_ * image_stride());
   w->tv_scratch = next(tv_scratch_floats());
   if (quadratic_) {
-    w->constant = next(stride_.front());
+    w->constant = next(image_stride());
     w->copy = next(quadratic_->scratch_floats());
   }
   w->slots.resize(static_cast<size_t>(block_));
   return w;
 }
 
-float* Solver::at(float* block, int64_t slot, size_t value) const { return block + slot * stride_[value]; }
-
 // ---- the network and the objective ----------------------------------------------------------------------------------
 
-void Solver::forward(Workspace& w, int64_t images) const {
-  const Frame values = {w.values.data(), stride_.data(), w.node_scratch.data()};
-  for (const auto& node : program_.nodes()) node->forward(values, images, {});
-}
-
 double Solver::residual(Workspace& w, int64_t slot) const {
-  const size_t last = stride_.size() - 1;
-  return program_.kernels().residual(at(w.values.back(), slot, last), at(w.features, slot, last),
-                                     at(w.grads.back(), slot, last), element_count(program_.shapes().back()));
-}
-
-void Solver::backward(Workspace& w, int64_t images) const {
-  const Kernels& kernels = program_.kernels();
-  const Frame values = {w.values.data(), stride_.data(), nullptr};
-  const Frame grads = {w.grads.data(), stride_.data(), w.node_scratch.data()};
-  const auto& nodes = program_.nodes();
-  for (size_t k = nodes.size(); k-- > 0;) {
-    const Node& node = *nodes[k];
-    if (node.activation.kind != ActivationKind::kIdentity) {
-      const int64_t size = element_count(program_.shapes()[static_cast<size_t>(node.output)]);
-      for (int64_t i = 0; i < images; ++i) {
-        const float* y = values.at(node.output, i);
-        kernels.activate_gradient(y, y, grads.at(node.output, i), size, node.activation);
-      }
-    }
-    for (size_t input = 0; input < node.inputs.size(); ++input) {
-      node.backward(values, grads, images, input, first_[k][input]);
-    }
-  }
+  return program_.kernels().residual(result_at(w.results, slot), result_at(w.features, slot),
+                                     result_at(w.tape.grads.back(), slot), element_count(program_.shapes().back()));
 }
 
 double Solver::total_variation(Workspace& w, int64_t slot) const {
   if (recipe_.tv_weight == 0.0) return 0.0;
   const Shape& image = program_.shapes().front();
-  return program_.kernels().total_variation({at(w.values.front(), slot), at(w.grads.front(), slot), w.tv_scratch,
+  return program_.kernels().total_variation({image_at(w.images, slot), image_at(w.gradients, slot), w.tv_scratch,
                                              static_cast<int32_t>(image[1]), static_cast<int32_t>(image[2]),
                                              static_cast<int32_t>(image[0]), static_cast<float>(recipe_.tv_weight),
                                              static_cast<float>(recipe_.tv_beta)});
@@ -189,10 +164,10 @@ void Solver::load_features(Workspace& w, const float* features, int64_t slot) co
   const Shape& result = program_.shapes().back();
   const int64_t rows = result.size() == 3 && program_.channels_last(program_.output()) ? result[0] : 1;
   const int64_t columns = element_count(result) / rows;
-  program_.kernels().transpose(features, columns, at(w.features, slot, stride_.size() - 1), rows, rows, columns);
+  program_.kernels().transpose(features, columns, result_at(w.features, slot), rows, rows, columns);
 }
 
-void Solver::evaluate(Workspace& w, int64_t active) const {
+void Solver::evaluate(Workspace& w, int64_t active, const Crew& crew) const {
   if (quadratic_) {  // one image in flight
     Slot& slot = w.slots.front();
     slot.objective = 0.0;
@@ -200,19 +175,30 @@ void Solver::evaluate(Workspace& w, int64_t active) const {
       forward(w, 1);
       slot.objective = residual(w, 0);
     }
-    if (!is_last(slot)) quadratic_->gradient(w.values.front(), w.constant, w.grads.front(), w.copy);
+    if (!is_last(slot)) quadratic_->gradient(w.images, w.constant, w.gradients, w.copy);
     if (is_last(slot) || !smooth_) slot.objective += total_variation(w, 0);
     return;
   }
-  forward(w, active);
-  bool steps = false;  // the last iterates need their objectives, but no gradient
-  for (int64_t i = 0; i < active; ++i) {
-    Slot& slot = w.slots[static_cast<size_t>(i)];
-    slot.objective = residual(w, i);
-    steps = steps || !is_last(slot);
+  passes_.forward(w.tape, active, crew);
+  const auto slots = w.slots.begin();
+  // The last iterates need their objectives, but no gradient.
+  const bool steps = std::any_of(slots, slots + active, [this](const Slot& slot) { return !is_last(slot); });
+  if (crew.share.index == 0) {
+    for (int64_t i = 0; i < active; ++i) slots[i].objective = residual(w, i);
   }
-  if (steps) backward(w, active);
-  for (int64_t i = 0; i < active; ++i) w.slots[static_cast<size_t>(i)].objective += total_variation(w, i);
+  crew.meet();
+  if (steps) passes_.backward(w.tape, active, crew);
+  if (crew.share.index > 0) return;
+  for (int64_t i = 0; i < active; ++i) slots[i].objective += total_variation(w, i);
+}
+
+// What the others of a crew do while the first one works.
+void Solver::help(Workspace& w, const Crew& crew, const std::atomic<int64_t>& active) const {
+  for (;;) {
+    crew.meet();
+    if (active == 0) return;
+    evaluate(w, active, crew);
+  }
 }
 
 // ---- one image ------------------------------------------------------------------------------------------------------
@@ -227,15 +213,15 @@ void Solver::begin(Workspace& w, const Batch& batch, int64_t index, int64_t imag
   slot.calm = 0;
   load_features(w, batch.features + image * out_size, index);
   if (quadratic_ && recipe_.method != Method::kExact) {  // the gradient at zero
-    std::copy(at_zero_.begin(), at_zero_.end(), w.values.back());
+    std::copy(at_zero_.begin(), at_zero_.end(), w.results);
     residual(w, 0);
     backward(w, 1);
-    std::copy_n(w.grads.front(), size, w.constant);
+    std::copy_n(w.gradients, size, w.constant);
   }
-  float* z = at(w.values.front(), index);
+  float* z = image_at(w.images, index);
   program_.kernels().transpose(batch.init + image * batch.init_stride, size / shape[0], z, shape[0], shape[0],
                                size / shape[0]);
-  for (float* moments : {w.first, w.second, w.largest}) std::fill_n(at(moments, index), size, 0.0f);
+  for (float* moments : {w.first, w.second, w.largest}) std::fill_n(image_at(moments, index), size, 0.0f);
   if (recipe_.method != Method::kLbfgs) return;
   if (!slot.lbfgs) {
     slot.lbfgs = std::make_unique<Lbfgs>(program_.kernels(), size, low_.empty() ? nullptr : low_.data(),
@@ -259,7 +245,7 @@ bool Solver::advance(Workspace& w, int64_t index) const {
   report.objective = slot.objective;
   if (recipe_.keep_best && slot.objective < slot.best) {
     slot.best = slot.objective;
-    std::copy_n(at(w.values.front(), index), stride_.front(), at(w.best, index));
+    std::copy_n(image_at(w.images, index), image_stride(), image_at(w.best, index));
   }
   report.converged = report.steps > 0 && is_calm(slot, before, slot.objective);
   if (report.converged || is_last(slot)) return false;
@@ -272,7 +258,7 @@ bool Solver::advance_lbfgs(Workspace& w, int64_t index) const {
   Slot& slot = w.slots[static_cast<size_t>(index)];
   ImageReport& report = slot.report;
   Lbfgs& lbfgs = *slot.lbfgs;
-  const Lbfgs::Verdict verdict = lbfgs.next(slot.objective, at(w.values.front(), index), at(w.grads.front(), index));
+  const Lbfgs::Verdict verdict = lbfgs.next(slot.objective, image_at(w.images, index), image_at(w.gradients, index));
   const double before = report.objective;
   const bool accepted = lbfgs.steps() > report.steps;
   report.objective = lbfgs.objective();
@@ -287,11 +273,11 @@ void Solver::step(Workspace& w, int64_t index) const {
   const double correction1 = adam ? 1.0 - std::pow(recipe_.beta1, static_cast<double>(t)) : 1.0;
   const double correction2 = adam ? 1.0 - std::pow(recipe_.beta2, static_cast<double>(t)) : 1.0;
   OptimizerArgs args = {};
-  args.z = at(w.values.front(), index);
-  args.grad = at(w.grads.front(), index);
-  args.first = at(w.first, index);
-  args.second = at(w.second, index);
-  args.largest = at(w.largest, index);
+  args.z = image_at(w.images, index);
+  args.grad = image_at(w.gradients, index);
+  args.first = image_at(w.first, index);
+  args.second = image_at(w.second, index);
+  args.largest = image_at(w.largest, index);
   args.low = low_.empty() ? nullptr : low_.data();
   args.high = high_.empty() ? nullptr : high_.data();
   args.size = element_count(program_.shapes().front());
@@ -313,12 +299,12 @@ void Solver::finish(Workspace& w, const Batch& batch, int64_t index) const {
   const Shape& shape = program_.shapes().front();
   const int64_t size = element_count(shape), pixels = size / shape[0];
   const Slot& slot = w.slots[static_cast<size_t>(index)];
-  const float* z = at(w.values.front(), index);
+  const float* z = image_at(w.images, index);
   ImageReport& report = batch.reports[slot.image];
   report = slot.report;
   if (recipe_.method == Method::kLbfgs) z = slot.lbfgs->best();
   if (recipe_.keep_best && slot.best < report.objective) {
-    z = at(w.best, index);
+    z = image_at(w.best, index);
     report.objective = slot.best;
   }
   program_.kernels().transpose(z, shape[0], batch.out + slot.image * size, pixels, pixels, shape[0]);
@@ -328,10 +314,10 @@ void Solver::finish(Workspace& w, const Batch& batch, int64_t index) const {
 void Solver::move(Workspace& w, int64_t from, int64_t to) const {
   if (from == to) return;
   std::swap(w.slots[static_cast<size_t>(from)], w.slots[static_cast<size_t>(to)]);
-  for (float* block : {w.values.front(), w.first, w.second, w.largest, w.best}) {
-    std::copy_n(at(block, from), stride_.front(), at(block, to));
+  for (float* block : {w.images, w.first, w.second, w.largest, w.best}) {
+    std::copy_n(image_at(block, from), image_stride(), image_at(block, to));
   }
-  std::copy_n(at(w.features, from, stride_.size() - 1), stride_.back(), at(w.features, to, stride_.size() - 1));
+  std::copy_n(result_at(w.features, from), result_stride(), result_at(w.features, to));
 }
 
 // ---- quadratic objectives -------------------------------------------------------------------------------------------
@@ -340,7 +326,7 @@ void Solver::move(Workspace& w, int64_t from, int64_t to) const {
 void Solver::times_hessian(Workspace& w, const float* direction) const {
   const Kernels& kernels = program_.kernels();
   const int64_t size = element_count(program_.shapes().front());
-  float *z = w.values.front(), *result = w.grads.front();
+  float *z = w.images, *result = w.gradients;
   if (knows_hessian()) {
     quadratic_->gradient(direction, w.constant, result, w.copy);
     return;
@@ -364,19 +350,19 @@ bool Solver::conjugate_gradients(Workspace& w, Call& call, Watch& watch) const {
   const int64_t size = element_count(program_.shapes().front()), out_size = element_count(program_.shapes().back());
   Slot& slot = w.slots.front();
   ImageReport& report = slot.report;
-  float *z = w.values.front(), *residual_left = w.first, *direction = w.second, *solution = w.largest;
+  float *z = w.images, *residual_left = w.first, *direction = w.second, *solution = w.largest;
   forward(w, 1);
   residual(w, 0);
   backward(w, 1);
   total_variation(w, 0);
-  for (int64_t i = 0; i < size; ++i) direction[i] = residual_left[i] = -w.grads.front()[i];
+  for (int64_t i = 0; i < size; ++i) direction[i] = residual_left[i] = -w.gradients[i];
   std::copy_n(z, size, solution);
   std::fill_n(z, size, 0.0f);
   if (knows_hessian()) {
     std::fill_n(w.constant, size, 0.0f);
   } else {
     forward(w, 1);
-    std::copy_n(w.values.back(), out_size, w.features);
+    std::copy_n(w.results, out_size, w.features);
   }
   double before = kernels.dot(residual_left, residual_left, size);
   const double goal = kExact * kExact * before;
@@ -387,7 +373,7 @@ bool Solver::conjugate_gradients(Workspace& w, Call& call, Watch& watch) const {
     stopped = watch.stopped();
     if (stopped || idle == kStalled) break;
     times_hessian(w, direction);
-    const float* image = w.grads.front();
+    const float* image = w.gradients;
     const double curvature = kernels.dot(direction, image, size);
     if (!(curvature > 0.0)) break;  // in the null space, or too large for float32
     const float step = static_cast<float>(before / curvature);
@@ -411,7 +397,7 @@ bool Solver::conjugate_gradients(Workspace& w, Call& call, Watch& watch) const {
 
 // ---- many images ----------------------------------------------------------------------------------------------------
 
-void Solver::work(Workspace& w, Call& call, bool caller) const {
+void Solver::work(Workspace& w, Call& call, bool caller, const Crew& crew) const {
   const Batch& batch = call.batch;
   Watch watch(call, caller);
   int64_t active = 0;
@@ -432,7 +418,9 @@ void Solver::work(Workspace& w, Call& call, bool caller) const {
       call.images += done;
       continue;
     }
-    evaluate(w, active);
+    if (crew.barrier) call.active = active;
+    crew.meet();
+    evaluate(w, active, crew);
     int64_t steps = 0;
     for (int64_t slot = active; slot-- > 0;) {
       const ImageReport& report = w.slots[static_cast<size_t>(slot)].report;
@@ -461,20 +449,32 @@ bool Solver::solve(const Batch& batch, const Poll& poll) {
     batch.reports[i] = {std::numeric_limits<double>::quiet_NaN(), 0, false};
     std::copy_n(batch.init + i * batch.init_stride, size, batch.out + i * size);
   }
-  const int workers = static_cast<int>(std::min<int64_t>(threads_, batch.n));
+  const bool together = shares_images(batch.n);
+  const int workers = together ? threads_ : static_cast<int>(std::min<int64_t>(threads_, batch.n));
   auto workspaces = workspaces_.take(workers, [this] { return make_workspace(); });
   Call call = {batch, poll};
   call.working = workers;
+  Barrier barrier;
   run_team(workers, [&](int worker, int team) {
+    Workspace& own = *workspaces[static_cast<size_t>(worker)];
+    Crew crew = alone(own);
+    if (together && team > 1) crew = {{worker, team}, own.node_scratch.data(), &barrier};
+    if (crew.barrier && worker > 0) return help(*workspaces.front(), crew, call.active);
+    const auto dismiss = [&] {
+      call.active = 0;
+      crew.meet();
+    };
     if (worker == 0) call.working -= workers - team;  // those whom another caller has
     try {
-      work(*workspaces[static_cast<size_t>(worker)], call, worker == 0);
+      work(own, call, worker == 0, crew);
     } catch (...) {
       call.stop = true;
       --call.working;
+      if (crew.barrier) dismiss();
       throw;
     }
     --call.working;
+    if (crew.barrier) return dismiss();
     if (worker > 0) return;
     // The last images may take the others long: the caller must be able to stop them.
     Watch watch(call, true);

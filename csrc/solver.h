@@ -1,7 +1,8 @@
 // The rMLE loop: z* = argmin Σ(edge(z) − v)² + weight · TV_β(z), image by image (He et al. 2019, Algorithm 1).
 //
 // A worker has a block of images in flight, whose passes through the network share weights. An image that is done
-// leaves its slot to another one, so that each result depends on nothing but its own features and start.
+// leaves its slot to another one, so that each result depends on nothing but its own features and start. Where there
+// are fewer large images than threads, all threads go through the network with each.
 #pragma once
 
 #include <atomic>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "lbfgs.h"
+#include "passes.h"
 #include "program.h"
 #include "workspace.h"
 
@@ -86,8 +88,10 @@ class Solver {
 
   struct Workspace {
     Buffer memory, node_scratch;
-    std::vector<float*> values, grads;                        // of the block
-    float *features, *first, *second, *largest, *best;        // likewise
+    Passes::Tape tape;
+    float *images, *gradients;                                // of the block: z, and the objective's gradient there
+    float* results;                                           // of the network, until the way back
+    float *features, *first, *second, *largest, *best;        // of the block
     float *constant = nullptr, *copy = nullptr, *tv_scratch;  // for one image
     std::vector<Slot> slots;
   };
@@ -97,6 +101,7 @@ class Solver {
     const Batch& batch;
     const Poll& poll;
     std::atomic<int64_t> next{0}, images{0}, steps{0};
+    std::atomic<int64_t> active{0};  // images that a crew is to go through with; 0 ends it
     std::atomic<int> working{0};
     std::atomic<bool> stop{false};
   };
@@ -107,19 +112,27 @@ class Solver {
   int64_t memory_floats() const;
   int64_t tv_scratch_floats() const;
   std::unique_ptr<Workspace> make_workspace() const;
-  void work(Workspace& w, Call& call, bool caller) const;
+  void work(Workspace& w, Call& call, bool caller, const Crew& crew) const;
 
-  float* at(float* block, int64_t slot, size_t value = 0) const;
+  int64_t image_stride() const { return passes_.stride(0); }
+  int64_t result_stride() const { return passes_.stride(static_cast<size_t>(program_.output())); }
+  float* image_at(float* block, int64_t slot) const { return block + slot * image_stride(); }
+  float* result_at(float* block, int64_t slot) const { return block + slot * result_stride(); }
   void begin(Workspace& w, const Batch& batch, int64_t slot, int64_t image) const;
-  void evaluate(Workspace& w, int64_t active) const;  // the slots' objectives, and the gradients at the images
-  bool advance(Workspace& w, int64_t slot) const;     // a step; false when the image is done
+  // The slots' objectives, and the gradients at the images.
+  void evaluate(Workspace& w, int64_t active, const Crew& crew) const;
+  bool is_large() const;
+  bool shares_images(int64_t n) const;  // whether all threads go through the network with each of n images
+  void help(Workspace& w, const Crew& crew, const std::atomic<int64_t>& active) const;
+  bool advance(Workspace& w, int64_t slot) const;  // a step; false when the image is done
   void finish(Workspace& w, const Batch& batch, int64_t slot) const;
   void move(Workspace& w, int64_t from, int64_t to) const;
 
   void load_features(Workspace& w, const float* features, int64_t slot) const;
-  void forward(Workspace& w, int64_t images) const;
+  void forward(Workspace& w, int64_t images) const { passes_.forward(w.tape, images, alone(w)); }
   double residual(Workspace& w, int64_t slot) const;  // and its gradient at the network's output
-  void backward(Workspace& w, int64_t images) const;
+  void backward(Workspace& w, int64_t images) const { passes_.backward(w.tape, images, alone(w)); }
+  static Crew alone(Workspace& w) { return {{}, w.node_scratch.data()}; }
   double total_variation(Workspace& w, int64_t slot) const;  // at z; its gradient is added
   void step(Workspace& w, int64_t slot) const;
   bool is_last(const Slot& slot) const { return slot.report.steps == recipe_.steps; }
@@ -131,16 +144,15 @@ class Solver {
   bool conjugate_gradients(Workspace& w, Call& call, Watch& watch) const;
 
   const Program program_;
+  const Passes passes_;
   const Recipe recipe_;
   const int threads_;
-  std::vector<float> low_, high_;         // bounds of every element, in the internal layout, or empty
-  std::vector<std::vector<bool>> first_;  // by node and input: whether backward writes first to that gradient
-  std::vector<int64_t> stride_;           // floats from image to image, by value
-  Quadratic* quadratic_ = nullptr;        // of the edge, where that is one convolution
-  bool watched_;                          // whether the objective is needed after every step
-  bool smooth_ = false;                   // whether the quadratic form holds the total variation too
-  int64_t block_ = 1;                     // images that a worker has in flight
-  std::vector<float> at_zero_;            // what the edge makes of an image of zeros, where there is a quadratic form
+  std::vector<float> low_, high_;  // bounds of every element, in the internal layout, or empty
+  Quadratic* quadratic_ = nullptr;  // of the edge, where that is one convolution
+  bool watched_;                    // whether the objective is needed after every step
+  bool smooth_ = false;             // whether the quadratic form holds the total variation too
+  int64_t block_ = 1;               // images that a worker has in flight
+  std::vector<float> at_zero_;      // what the edge makes of an image of zeros, where there is a quadratic form
   WorkspacePool<Workspace> workspaces_;
 };
 

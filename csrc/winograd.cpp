@@ -7,29 +7,39 @@
 namespace fastinv {
 namespace {
 
-constexpr int kOut = 4, kIn = 6, kPositions = kIn * kIn;
+constexpr int kIn = kWinogradPoints, kPositions = kIn * kIn;
 // Transformed inputs and products of a chunk of tiles should stay in L2 (1 MiB on Zen 4) beside the weights of one
 // position; with fewer tiles the weights would be read more often from farther away.
-constexpr int64_t kChunkFloats = 640 * 1024 / sizeof(float);
+constexpr int64_t kChunkFloats = 448 * 1024 / sizeof(float);
 constexpr int64_t kMaxChunk = 32;  // in tiles of the product's rows; more would not make weights cheaper
 
 }  // namespace
 
+double winograd_g(int taps, int point, int tap) {
+  constexpr double kPoint[] = {0, 1, -1, 2, -2}, kScale[] = {1.0 / 4, -1.0 / 6, -1.0 / 6, 1.0 / 24, 1.0 / 24};
+  if (point == kIn - 1) return tap == taps - 1 ? 1.0 : 0.0;  // ∞
+  double power = kScale[point];
+  for (int i = 0; i < tap; ++i) power *= kPoint[point];
+  return power;
+}
+
 bool Winograd::applies(const Geometry& g) {
-  const auto fits = [](const Axis& a) { return a.kernel == 3 && a.stride == 1 && a.dilation == 1; };
-  return g.groups == 1 && fits(g.axis[0]) && fits(g.axis[1]);
+  const auto fits = [&g](const Axis& a) { return a.kernel == g.axis[0].kernel && a.stride == 1 && a.dilation == 1; };
+  return g.groups == 1 && (g.axis[0].kernel == 3 || g.axis[0].kernel == 5) && fits(g.axis[0]) && fits(g.axis[1]);
 }
 
 Winograd::Winograd(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias)
     : kernels_(kernels),
       geometry_(geometry),
-      tiles_y_(ceil_div(geometry.axis[0].out, kOut)),
-      tiles_x_(ceil_div(geometry.axis[1].out, kOut)),
+      taps_(geometry.axis[0].kernel),
+      outputs_(winograd_outputs(taps_)),
+      tiles_y_(ceil_div(geometry.axis[0].out, outputs_)),
+      tiles_x_(ceil_div(geometry.axis[1].out, outputs_)),
       product_(kernels, geometry.in_channels, geometry.out_channels, kPositions, false),
       zeros_(geometry.in_channels) {
   for (int axis = 0; axis < 2; ++axis) {
     const int padding = geometry.axis[axis].padding;
-    padding_[axis] = geometry.transposed ? 2 - padding : padding;
+    padding_[axis] = geometry.transposed ? taps_ - 1 - padding : padding;
   }
   const int64_t fitting = kChunkFloats / (kPositions * int64_t{geometry.in_channels + geometry.out_channels});
   chunk_ = static_cast<int>(std::clamp<int64_t>(fitting / kMaxTilePixels, 1, kMaxChunk)) * kMaxTilePixels;
@@ -41,7 +51,10 @@ Winograd::Winograd(const Kernels& kernels, const Geometry& geometry, const Weigh
 
 int64_t Winograd::scratch_floats() const { return kPositions * (in_stride_ + out_stride_); }
 
-std::string Winograd::algorithm() const { return "winograd 4x4, chunk " + std::to_string(chunk_); }
+std::string Winograd::algorithm() const {
+  const std::string tile = std::to_string(outputs_);
+  return "winograd " + tile + "x" + tile + ", chunk " + std::to_string(chunk_);
+}
 
 void Winograd::pack(const WeightAt& weight, const float* bias) {
   const Geometry& g = geometry_;
@@ -50,20 +63,22 @@ void Winograd::pack(const WeightAt& weight, const float* bias) {
   if (bias) std::copy_n(bias, out, bias_.data());
   for (int o = 0; o < out; ++o) {
     for (int i = 0; i < in; ++i) {
-      double rows[kIn][3];  // G·g
+      double rows[kIn][kIn];  // G·g
       for (int u = 0; u < kIn; ++u) {
-        for (int x = 0; x < 3; ++x) {
+        for (int x = 0; x < taps_; ++x) {
           rows[u][x] = 0.0;
-          for (int y = 0; y < 3; ++y) {
+          for (int y = 0; y < taps_; ++y) {
             // A transposed convolution of stride 1 is a plain one with its taps turned round.
-            rows[u][x] += kWinogradG[u][y] * (g.transposed ? weight(0, o, i, 2 - y, 2 - x) : weight(0, o, i, y, x));
+            const double w = g.transposed ? weight(0, o, i, taps_ - 1 - y, taps_ - 1 - x) : weight(0, o, i, y, x);
+            rows[u][x] += winograd_g(taps_, u, y) * w;
           }
         }
       }
       for (int u = 0; u < kIn; ++u) {
         for (int v = 0; v < kIn; ++v) {
-          product_.set(u * kIn + v, i, o,
-                       rows[u][0] * kWinogradG[v][0] + rows[u][1] * kWinogradG[v][1] + rows[u][2] * kWinogradG[v][2]);
+          double sum = 0.0;
+          for (int x = 0; x < taps_; ++x) sum += rows[u][x] * winograd_g(taps_, v, x);
+          product_.set(u * kIn + v, i, o, sum);
         }
       }
     }
@@ -77,7 +92,7 @@ void Winograd::transform_inputs(const Operands& operands, int64_t first, int cou
     const int64_t image = (first + t) / total;
     const int tile = static_cast<int>((first + t) % total);
     const float* in = operands.in + image * operands.in_stride;
-    const int y0 = tile / tiles_x_ * kOut - padding_[0], x0 = tile % tiles_x_ * kOut - padding_[1];
+    const int y0 = tile / tiles_x_ * outputs_ - padding_[0], x0 = tile % tiles_x_ * outputs_ - padding_[1];
     const float* pixels[kPositions];
     for (int u = 0; u < kIn; ++u) {
       for (int v = 0; v < kIn; ++v) {
@@ -96,13 +111,13 @@ void Winograd::transform_outputs(const Operands& operands, const float* products
   for (int t = 0; t < count; ++t) {
     const int64_t image = (first + t) / total;
     const int tile = static_cast<int>((first + t) % total);
-    const int y = tile / tiles_x_ * kOut, x = tile % tiles_x_ * kOut;
+    const int y = tile / tiles_x_ * outputs_, x = tile % tiles_x_ * outputs_;
     const int64_t at = (int64_t{y} * columns.out + x) * channels;
     kernels_.winograd_output({products + int64_t{t} * channels, out_stride_, bias_.data(),
                               operands.out + image * operands.out_stride + at,
                               operands.addend ? operands.addend + image * operands.addend_stride + at : nullptr,
-                              int64_t{columns.out} * channels, channels, std::min(kOut, rows.out - y),
-                              std::min(kOut, columns.out - x), operands.activation});
+                              int64_t{columns.out} * channels, channels, outputs_, std::min(outputs_, rows.out - y),
+                              std::min(outputs_, columns.out - x), operands.activation});
   }
 }
 
@@ -122,10 +137,11 @@ void Winograd::run(const Operands& operands, Share share, float* scratch) const 
 }
 
 // As many tiles as go through all three stages together, or most of them.
-int Winograd::row_step() const { return kOut * std::max(1, chunk_ / tiles_x_); }
+int Winograd::row_step() const { return outputs_ * std::max(1, chunk_ / tiles_x_); }
 
 void Winograd::run_rows(const Operands& operands, int first_row, int last_row, float* scratch) const {
-  run_tiles(operands, int64_t{first_row / kOut} * tiles_x_, int64_t{ceil_div(last_row, kOut)} * tiles_x_, scratch);
+  run_tiles(operands, int64_t{first_row / outputs_} * tiles_x_, int64_t{ceil_div(last_row, outputs_)} * tiles_x_,
+            scratch);
 }
 
 }  // namespace fastinv

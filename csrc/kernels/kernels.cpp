@@ -26,6 +26,7 @@ static_assert(kMaxVectors == FASTINV_MAX_VECTORS);
 #include "kernels/correlate.h"
 #include "kernels/depthwise.h"
 #include "kernels/elementwise.h"
+#include "kernels/gate.h"
 #include "kernels/peak.h"
 #include "kernels/planar.h"
 #include "kernels/planar_winograd.h"
@@ -67,6 +68,9 @@ const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
     affine,
     activate,
     activate_gradient,
+    take_gate,
+    pass_gate,
+    gate_bytes,
     transpose,
     finite,
     widen,

@@ -39,27 +39,52 @@ FASTINV_INLINE void for_each_window(const PoolArgs& a, Body body) {
 
 // out[i, j, c] = max over the window of in
 void max_pool(const PoolArgs& a) {
+  if (!a.index) {
+    for_each_window(a, [&](const Window& w, int64_t out, int c, int lanes) {
+      V best = set1(-__builtin_inff());
+      for (int u = w.u0; u < w.u1; ++u) {
+        for (int v = w.v0; v < w.v1; ++v) best = max(best, load_first(a.in + pixel_at(a, w, u, v) + c, lanes));
+      }
+      store_first(a.out + out, activate(best, a.activation), lanes);
+    });
+    return;
+  }
   for_each_window(a, [&](const Window& w, int64_t out, int c, int lanes) {
-    V best = set1(-__builtin_inff());
+    V best = set1(-__builtin_inff()), index = set1(-1.0f);
     for (int u = w.u0; u < w.u1; ++u) {
-      for (int v = w.v0; v < w.v1; ++v) best = max(best, load_first(a.in + pixel_at(a, w, u, v) + c, lanes));
+      for (int v = w.v0; v < w.v1; ++v) {
+        const V x = load_first(a.in + pixel_at(a, w, u, v) + c, lanes);
+        const Mask better = less(best, x);
+        best = select(better, x, best);
+        index = select(better, set1(static_cast<float>(u * a.kernel[1] + v)), index);
+      }
     }
     store_first(a.out + out, activate(best, a.activation), lanes);
+    store_first(a.index + out, index, lanes);
   });
 }
 
 // The gradient goes to the first input of the window that equals the maximum, as in PyTorch.
 void max_pool_gradient(const PoolGradientArgs& args) {
   const PoolArgs& a = args.pool;
+  bool apart = true, covers = true;  // windows; all inputs
+  for (int axis = 0; axis < 2; ++axis) {
+    const int in = axis == 0 ? a.in_h : a.in_w, out = axis == 0 ? a.out_h : a.out_w;
+    apart = apart && a.dilation[axis] == 1 && a.stride[axis] >= a.kernel[axis];
+    covers = covers && a.padding[axis] == 0 && a.stride[axis] == a.kernel[axis] && out * a.stride[axis] == in;
+  }
+  const bool writes = apart && !args.accumulate;  // each input at most once
+  if (!args.accumulate && !(apart && covers)) {
+    memset(args.grad_in, 0,
+           sizeof(float) * static_cast<size_t>(a.in_h) * static_cast<size_t>(a.in_w) * static_cast<size_t>(a.channels));
+  }
   for_each_window(a, [&](const Window& w, int64_t out, int c, int lanes) {
-    const V best = load_first(a.out + out, lanes);
-    V left = load_first(args.grad_out + out, lanes);  // what has found no owner yet
+    const V index = load_first(a.index + out, lanes), grad = load_first(args.grad_out + out, lanes);
     for (int u = w.u0; u < w.u1; ++u) {
       for (int v = w.v0; v < w.v1; ++v) {
-        const int64_t in = pixel_at(a, w, u, v) + c;
-        const Mask owner = equal(load_first(a.in + in, lanes), best);
-        store_first(args.grad_in + in, add(load_first(args.grad_in + in, lanes), select(owner, left, zero())), lanes);
-        left = select(owner, zero(), left);
+        float* to = args.grad_in + pixel_at(a, w, u, v) + c;
+        const V own = select(equal(index, set1(static_cast<float>(u * a.kernel[1] + v))), grad, zero());
+        store_first(to, writes ? own : add(load_first(to, lanes), own), lanes);
       }
     }
   });

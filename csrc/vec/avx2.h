@@ -110,6 +110,16 @@ FASTINV_INLINE Mask less_equal(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ
 FASTINV_INLINE Mask equal(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
 FASTINV_INLINE V select(Mask m, V a, V b) { return _mm256_blendv_ps(b, a, m); }
 
+FASTINV_INLINE Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
+
+// A bit for each lane.
+constexpr int kMaskBytes = 1;
+FASTINV_INLINE void store_mask(uint8_t* p, Mask m) { *p = static_cast<uint8_t>(_mm256_movemask_ps(m)); }
+FASTINV_INLINE Mask load_mask(const uint8_t* p) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(*p), lane), lane));
+}
+
 FASTINV_INLINE V gather(const float* base, const int32_t* index) {
   return _mm256_i32gather_ps(base, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), 4);
 }

@@ -87,6 +87,13 @@ FASTINV_INLINE Mask less_equal(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_
 FASTINV_INLINE Mask equal(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 FASTINV_INLINE V select(Mask m, V a, V b) { return _mm512_mask_blend_ps(m, b, a); }
 
+FASTINV_INLINE Mask both(Mask a, Mask b) { return a & b; }
+
+// A bit for each lane.
+constexpr int kMaskBytes = 2;
+FASTINV_INLINE void store_mask(uint8_t* p, Mask m) { *reinterpret_cast<uint16_t*>(p) = m; }
+FASTINV_INLINE Mask load_mask(const uint8_t* p) { return *reinterpret_cast<const uint16_t*>(p); }
+
 FASTINV_INLINE V gather(const float* base, const int32_t* index) {
   return _mm512_i32gather_ps(_mm512_loadu_si512(index), base, 4);
 }

@@ -61,6 +61,18 @@ FASTINV_INLINE Mask less_equal(V a, V b) { return a <= b; }
 FASTINV_INLINE Mask equal(V a, V b) { return a == b; }
 FASTINV_INLINE V select(Mask m, V a, V b) { return m ? a : b; }
 
+FASTINV_INLINE Mask both(Mask a, Mask b) { return a & b; }
+
+// A bit for each lane.
+constexpr int kMaskBytes = 1;
+FASTINV_INLINE void store_mask(uint8_t* p, Mask m) {
+  *p = static_cast<uint8_t>((m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8));
+}
+FASTINV_INLINE Mask load_mask(const uint8_t* p) {
+  const Mask lane = {1, 2, 4, 8};
+  return ((Mask{} + *p) & lane) == lane;
+}
+
 FASTINV_INLINE V min(V a, V b) { return a < b ? a : b; }
 FASTINV_INLINE V max(V a, V b) { return a > b ? a : b; }
 FASTINV_INLINE V sqrt(V a) { return V{sqrtf(a[0]), sqrtf(a[1]), sqrtf(a[2]), sqrtf(a[3])}; }
