@@ -12,11 +12,23 @@ from fastinv import _core
 from fastinv.backends.cpu import CpuSolver
 from fastinv.backends.torch import as_module
 from fastinv.benchmark import network_of
+from fastinv.export import export
 from fastinv.inverters import RMLE
 from fastinv.network import Network, Step
 from fastinv.ops.reshape import Reshape
 
-__all__ = ["ISAS", "check_gradient", "network_of", "randn", "reference", "relative", "run"]
+__all__ = [
+    "ISAS",
+    "InterruptAt",
+    "check_gradient",
+    "exported",
+    "kernels",
+    "network_of",
+    "randn",
+    "reference",
+    "relative",
+    "run",
+]
 
 ISAS = [name for name, runnable in _core.isas() if runnable]
 
@@ -40,6 +52,16 @@ def randn(*shape: int, seed: int = 0) -> np.ndarray:
 
 def relative(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+
+
+def exported(shape: tuple[int, ...], *layers: torch.nn.Module) -> Network:
+    """The layers as a network for inputs of this shape."""
+    return export(torch.nn.Sequential(*layers).eval(), torch.zeros(2, *shape))
+
+
+def kernels(network: Network) -> list[str]:
+    """What the cpu backend runs, launch by launch."""
+    return [row["kernel"] for row in fastinv.compile(network, backend="cpu").describe()]
 
 
 def reference(network: Network, x: np.ndarray) -> np.ndarray:

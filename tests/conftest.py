@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import ISAS
 from hypothesis import settings
 
 from fastinv.backends import BACKENDS
@@ -24,6 +25,13 @@ AVAILABLE = [backend.name for backend in BACKENDS if backend.available() is None
 @pytest.fixture(params=AVAILABLE)
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that runs here, by name."""
+    return str(request.param)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every instruction set that runs here, by name, as the one that the cpu backend takes."""
+    monkeypatch.setenv("FASTINV_ISA", request.param)
     return str(request.param)
 
 

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from checks import ISAS, InterruptAt, check_gradient, network_of, randn, reference, relative, run
+from checks import InterruptAt, check_gradient, network_of, randn, reference, relative, run
 
 import fastinv
 from fastinv import _core
@@ -39,12 +39,6 @@ ACTIVATIONS = [
         "clamp": (-0.3, 0.4),
     }.items()
 ]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FASTINV_ISA", request.param)
-    return str(request.param)
 
 
 def test_tables_cover_every_op_and_activation() -> None:

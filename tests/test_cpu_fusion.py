@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from checks import ISAS, check_gradient, randn, relative, run
+from checks import check_gradient, randn, relative, run
 from torch import nn
 
 import fastinv
@@ -14,12 +14,6 @@ from fastinv.export import export
 from fastinv.models import make_decoder
 
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FASTINV_ISA", request.param)
-    return str(request.param)
 
 
 def plan(module: nn.Module, shape: tuple[int, ...]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from checks import ISAS, randn, reference, relative, run
+from checks import randn, reference, relative, run
 from torch import nn
 
 import fastinv
@@ -13,12 +13,6 @@ from fastinv.export import export
 from fastinv.models import make_decoder
 
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FASTINV_ISA", request.param)
-    return str(request.param)
 
 
 def kernels(network: fastinv.Network) -> list[str]:

@@ -5,33 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from checks import ISAS, check_gradient, randn, reference, relative, run
+from checks import check_gradient, exported, kernels, randn, reference, relative, run
 from torch import nn
 
-import fastinv
-from fastinv.export import export
 from fastinv.models import make_decoder
 
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FASTINV_ISA", request.param)
-    return str(request.param)
-
-
-def network_of(shape: tuple[int, ...], *layers: nn.Module) -> fastinv.Network:
-    torch.manual_seed(0)
-    return export(nn.Sequential(*layers).eval(), torch.zeros(2, *shape))
-
-
-def kernels(network: fastinv.Network) -> list[str]:
-    return [row["kernel"] for row in fastinv.compile(network, backend="cpu").describe()]
-
-
 def check(shape: tuple[int, ...], *layers: nn.Module, batches: tuple[int, ...] = (3,)) -> str:
-    network = network_of(shape, *layers)
+    network = exported(shape, *layers)
     for batch in batches:
         x = randn(batch, *shape)
         y = run(network, x)
@@ -83,7 +66,7 @@ def test_activation(isa: str, activation: nn.Module) -> None:
 def test_gradient_of_a_strided_convolution(isa: str, size: tuple[int, int], padding: int) -> None:
     """Its adjoint is a transposed convolution, whose last rows may have no taps inside."""
     for kernel in (3, 4):
-        check_gradient(network_of((48, *size), nn.Conv2d(48, 64, kernel, 2, padding)))
+        check_gradient(exported((48, *size), nn.Conv2d(48, 64, kernel, 2, padding)))
 
 
 def test_gradient_is_added(isa: str) -> None:
@@ -96,13 +79,13 @@ def test_gradient_is_added(isa: str) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.down(x) + self.skip(x)
 
-    check_gradient(network_of((48, 12, 14), Both()))
+    check_gradient(exported((48, 12, 14), Both()))
 
 
 def test_an_image_has_one_answer(isa: str) -> None:
     """Bit for bit, whatever the batch, the place in it, its cut and the number of threads."""
     for size, kernel, tile in (((9, 8), 4, "4x4"), ((8, 8), 3, "4x4"), ((2, 2), 3, "2x2")):
-        network = network_of((128, *size), nn.ConvTranspose2d(128, 72, kernel, 2, 1, 1), nn.ReLU())
+        network = exported((128, *size), nn.ConvTranspose2d(128, 72, kernel, 2, 1, 1), nn.ReLU())
         assert f"polyphase winograd {tile}" in kernels(network)
         x = randn(29, 128, *size)
         whole = run(network, x, threads=2)
@@ -114,5 +97,5 @@ def test_an_image_has_one_answer(isa: str) -> None:
 
 def test_the_papers_deep_decoders_use_it(isa: str) -> None:
     for features, layers in (((128, 16, 16), 1), ((128, 8, 8), 2)):
-        network = network_of(features, make_decoder(features, (3, 32, 32)))
+        network = exported(features, make_decoder(features, (3, 32, 32)))
         assert kernels(network).count("polyphase winograd 4x4") == layers

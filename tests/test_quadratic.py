@@ -7,19 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checks import ISAS, check_gradient, randn, relative
+from checks import check_gradient, randn, relative
 from torch import nn
 
 import fastinv
 from fastinv.attacks.rmle import rmle
 from fastinv.export import export
 from fastinv.inverters import RMLE
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FASTINV_ISA", request.param)
-    return str(request.param)
 
 
 def network_of(module: nn.Module, shape: tuple[int, ...]) -> fastinv.Network:
