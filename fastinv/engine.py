@@ -251,7 +251,7 @@ def compile(
             f"threads {threads!r:.40}, expected an integer from 1 to {MAX_THREADS}, or None for all cores"
         )
     if isinstance(what, RMLE):
-        chosen, precision = select(backend, precision, what.edge.steps, solver=True)
+        chosen, precision = select(backend, precision, what.edge.steps, solver=True, method=what.method)
         return Solver(what, chosen.name, chosen.compile_solver(what, precision, threads), threads)
     network = what.network if isinstance(what, InverseNetwork) else what
     chosen, precision = select(backend, precision, network.steps)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fastinv.backends.cuda import CudaBackend
+from fastinv.backends.cuda import CudaBackend, CudaNetwork
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.backends.cuda_nodes import places
 from fastinv.backends.cuda_plan import Arena, Buffer, Ending, Stage
+from fastinv.backends.cuda_solver import CudaSolver
+from fastinv.inverters import RMLE
 from fastinv.network import Network
 
 DEVICE = "cpu" if CudaBackend().available() else "cuda"
@@ -60,3 +62,12 @@ def gradient(network: Network, z: np.ndarray, features: np.ndarray, precision: s
     out = torch.full(inside.shape, float("nan"), device=DEVICE, dtype=inside.dtype)
     _run([*to.forward(), *back], len(z), {to.input: inside, result: out})
     return _loaded(out, network.input_shape)
+
+
+def network_on(network: Network, precision: str = "float32", most: int = 64) -> CudaNetwork:
+    """The whole path of the GPU backend, on `DEVICE`."""
+    return CudaNetwork(network, precision, torch.device(DEVICE), most)
+
+
+def solver_on(recipe: RMLE, precision: str = "float32", most: int = 64) -> CudaSolver:
+    return CudaSolver(recipe, precision, torch.device(DEVICE), most=most)

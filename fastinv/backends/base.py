@@ -89,9 +89,14 @@ class CompiledSolver(Protocol):
 
 
 class Backend(Protocol):
-    """One way to run networks. `BACKENDS` lists them, best first."""
+    """One way to run networks. `BACKENDS` lists them, best first.
+
+    Attributes:
+        methods: the optimizers that its solvers have.
+    """
 
     name: str
+    methods: tuple[str, ...]
 
     def precisions(self, solver: bool) -> tuple[str, ...]:
         """What it computes networks in here, or solvers; the first, the fastest within its bound, is "auto"."""

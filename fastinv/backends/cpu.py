@@ -24,6 +24,7 @@ from fastinv.backends.cpu_fusion import (
     upsampling_convolution,
 )
 from fastinv.errors import BackendError
+from fastinv.inverters import METHODS
 from fastinv.network import Network, Step
 from fastinv.ops.activation import IDENTITY, Activation
 from fastinv.ops.affine import Affine
@@ -67,6 +68,7 @@ class CpuBackend:
     """C++ kernels for AVX-512, AVX2 and any other processor; see `fastinv.backends.base.Backend`."""
 
     name = "cpu"
+    methods = METHODS
 
     def precisions(self, solver: bool) -> tuple[str, ...]:
         return ("bfloat16", "float32") if not solver and _core.has_bfloat16(_isa()) else ("float32",)

@@ -1,13 +1,317 @@
-"""The GPU backend: Triton kernels of `fastinv.kernels`."""
+"""The GPU backend: Triton kernels of `fastinv.kernels`, launched as CUDA graphs."""
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastinv import tensors
+from fastinv.backends.base import Array
+from fastinv.backends.cuda_device import Streams, halving, isa_of, missing, repeatable
+from fastinv.backends.cuda_lowering import LOWERINGS, PRECISIONS, Lowering
+from fastinv.backends.cuda_nodes import ConvolutionNode, Node
+from fastinv.backends.cuda_plan import Arena, Buffer, Stage, bucket
+from fastinv.network import Network, Step
+from fastinv.ops.base import Shape
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastinv.backends.cuda_solver import CudaSolver
+    from fastinv.inverters import RMLE
+
+MOST_IMAGES = 4096  # at once
+MOST_BYTES = 2**31  # of the arena and of all that goes with a batch
+MOST_ELEMENTS = 2**31 - 1  # of a tensor: the kernels' offsets are 32-bit
+
+FLOATS = ("float32", "float16", "bfloat16")
+RAW_DTYPES = (*FLOATS, "uint8", "int8")
 
 
 class CudaBackend:
-    name = "cuda"
+    """NVIDIA GPUs from Ampere on; see `fastinv.backends.base.Backend`."""
+
+    methods = ("adam", "amsgrad", "sgd")
+
+    def __init__(self, index: int = 0) -> None:
+        self.index = index
+        self.name = f"cuda:{index}" if index else "cuda"
+
+    def on(self, index: int) -> CudaBackend:
+        """The same on another GPU."""
+        return CudaBackend(index)
+
+    def precisions(self, solver: bool) -> tuple[str, ...]:
+        return ("float32", "tf32", "bfloat16") if solver else tuple(PRECISIONS)
 
     def available(self) -> str | None:
-        return "no GPU"
+        return missing(self.index)
+
+    def supports(self, step: Step) -> bool:
+        return step.op.name in LOWERINGS
+
+    def compile(self, network: Network, precision: str, threads: int | None) -> CudaNetwork:
+        import torch
+
+        return CudaNetwork(network, precision, torch.device("cuda", self.index))
+
+    def compile_solver(self, recipe: RMLE, precision: str, threads: int | None) -> CudaSolver:
+        import torch
+
+        from fastinv.backends.cuda_solver import CudaSolver
+
+        return CudaSolver(recipe, precision, torch.device("cuda", self.index), self.name)
+
+
+@dataclass(eq=False)
+class Slot:
+    """Memory for one batch on its way: on the host, pinned, and on the device, as bytes."""
+
+    host_in: torch.Tensor
+    host_out: torch.Tensor
+    host_flag: torch.Tensor
+    features: torch.Tensor
+    results: torch.Tensor
+    flag: torch.Tensor
+    wait: Any = None  # for the batch that is on its way
+    rows: tuple[int, int] = (0, 0)
+
+
+@dataclass(eq=False)
+class Memory:
+    """The arena, and two slots: one is filled and emptied while the other is computed on."""
+
+    arena: torch.Tensor
+    slots: tuple[Slot, Slot]
+
+
+class CudaNetwork:
+    """A network compiled for one device.
+
+    Args:
+        most: images at once, at most.
+    """
+
+    def __init__(self, network: Network, precision: str, device: torch.device, most: int = MOST_IMAGES) -> None:
+        self.precision = precision
+        self.isa = isa_of(device)
+        self._network = network
+        self._device = device
+        self._lowering = Lowering(network, device, PRECISIONS[precision])
+        self._features, self._results, self._flag = (Buffer(0, "float32") for _ in range(3))
+        self._scale, self._zero_point = Buffer(0, "float32"), Buffer(0, "float32")
+        self._outside = (self._features, self._results, self._flag, self._scale, self._zero_point)
+        self._arena = Arena(self._stages(), self._outside)
+        self._most = fitting(self._arena, network, most)
+        self._memory: Memory | None = None
+        self._bound: dict[tuple[Any, ...], Any] = {}
+        self._streams: Streams | None = None
+        self._quantised: tuple[torch.Tensor, ...] = ()
+        self._lock = threading.Lock()
+
+    def run(self, x: Array, out: Array) -> None:
+        self._stream(tensors.Source(x, "float32", False), out)
+
+    def run_plain(self, x: Any, most: int) -> Any:
+        if self._mine(x) and x.ndim == len(self._network.input_shape) + 1:
+            if tuple(x.shape[1:]) == self._network.input_shape and str(x.dtype).removeprefix("torch.") in FLOATS:
+                return self.run_device(x, "float32")
+        return None
+
+    def run_raw(self, rows: tensors.Source, out: npt.NDArray[Any]) -> bool:
+        return rows.dtype in RAW_DTYPES and self._stream(rows, out)
+
+    def run_device(self, x: torch.Tensor, dtype: str) -> torch.Tensor | None:
+        """Results [N, *output_shape] for x [N, *input_shape] on this device, computed where it lies, on the current
+        stream; None where it holds NaN or Inf."""
+        import torch
+
+        network, count = self._network, len(x)
+        out = torch.empty((count, *network.output_shape), dtype=getattr(torch, dtype), device=self._device)
+        flag = torch.zeros(1, dtype=torch.int32, device=self._device)
+        x = x.contiguous()
+        with self._lock:
+            start = 0
+            while start < count:
+                memory = self._ready()  # may lower `_most`
+                stop = min(start + self._most, count)
+                outside = {self._features: x[start:stop], self._results: out[start:stop], self._flag: flag}
+                for launch in self._arena.bind(stop - start, memory.arena, self._all(outside)):
+                    launch()
+                start = stop
+            wrong = bool(flag.item())  # waits: the arena is free again
+        return None if wrong else out
+
+    def describe(self, measure: bool = False) -> list[dict[str, Any]]:
+        network = self._network
+        plan = []
+        for index, node in zip(self._lowering.steps, self._lowering.nodes, strict=True):
+            step = network.steps[index]
+            cost = network.costs[index]
+            row = {"step": index, "op": step.op.name, "kernel": _kernel_name(node), "output": network.shapes[index + 1]}
+            row |= {"activation": step.activation.kind, "flops": cost.flops, "bytes": cost.bytes}
+            plan.append(row | {"source": step.source})
+        return plan
+
+    def _stages(self) -> list[Stage]:
+        """From features [N, *input_shape] of any type, through the nodes, to results [N, *output_shape]."""
+        from fastinv.kernels.triton.layout import launch_channels_first, launch_channels_last
+
+        to, network = self._lowering, self._network
+
+        def features(tensors: Any) -> Any:
+            flag, scale, zero_point = (tensors(b) for b in (self._flag, self._scale, self._zero_point))
+            sizes = door(network.input_shape)
+            return launch_channels_last(tensors(self._features), tensors(to.input), *sizes, scale, zero_point, flag)
+
+        def results(tensors: Any) -> Any:
+            return launch_channels_first(tensors(to.output), tensors(self._results), *door(network.output_shape))
+
+        first = Stage(features, (self._features,), (to.input,))
+        last = to.nodes[-1] if to.nodes else None
+        used = [source for node in to.nodes for source in node.inputs]
+        shape = network.output_shape
+        if isinstance(last, ConvolutionNode) and last.output is to.output and len(shape) == 3 and to.output not in used:
+            if last.ending.addend is None:  # it can write the results where they are to be
+                pixels, channels = door(shape)
+                last.output = self._results
+                last.out_strides = (pixels * channels, shape[2], 1, pixels)
+                return [first, *to.forward()]
+        return [first, *to.forward(), Stage(results, (to.output,), (self._results,))]
+
+    def _all(self, outside: dict[Buffer, Any]) -> dict[Buffer, Any]:
+        return {buffer: outside.get(buffer) for buffer in self._outside}
+
+    def _mine(self, x: Any) -> bool:
+        device = getattr(x, "device", None)
+        return getattr(device, "type", None) == "cuda" and device == self._device
+
+    def _ready(self) -> Memory:
+        if self._memory is None:
+            self._memory, self._most = halving(self._allocate, self._most)
+        return self._memory
+
+    def _allocate(self, images: int) -> Memory:
+        import torch
+
+        pinned = self._device.type == "cuda"
+        sizes = [4 * images * int(np.prod(s)) for s in (self._network.input_shape, self._network.output_shape)]
+
+        def slot() -> Slot:
+            host = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in (*sizes, 4)]
+            device = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in (*sizes, 4)]
+            return Slot(*host, *device)
+
+        arena = torch.empty(max(1, self._arena.bytes(images)), dtype=torch.uint8, device=self._device)
+        return Memory(arena, (slot(), slot()))
+
+    def _stream(self, rows: tensors.Source, out: npt.NDArray[Any]) -> bool:
+        """Features from the host, results to it, while the batch between them is computed; False on NaN or Inf."""
+        with self._lock:
+            memory = self._ready()
+            self._streams = self._streams or Streams(self._device)
+            scale = self._constants(rows)
+            good = True
+            for number, (start, stop) in enumerate(tensors.chunks(len(rows), self._most)):
+                slot = memory.slots[number % 2]
+                good &= _collect(slot, out)
+                self._send(slot, rows.data[start:stop], rows.dtype, scale, out.dtype.name)
+                slot.rows = (start, stop)
+            for slot in memory.slots:
+                good &= _collect(slot, out)
+            return good
+
+    def _send(self, slot: Slot, part: npt.NDArray[Any], dtype: str, scale: Any, result: str) -> None:
+        """Start a batch on its way."""
+        assert self._streams is not None
+        streams, count = self._streams, len(part)
+        images = bucket(count, self._most)
+        run = self._launched(slot, images, dtype, scale, result)
+        size = part.dtype.itemsize * part.size
+        slot.host_in[:size].numpy().view(part.dtype).reshape(part.shape)[...] = part
+        with streams.on("in"):
+            slot.features[:size].copy_(slot.host_in[:size], non_blocking=True)
+            slot.features[size : size // count * images].zero_()  # the rest of the bucket is computed on, too
+        streams.after("compute", "in")
+        with streams.on("compute"):
+            slot.flag.zero_()
+            run()
+        streams.after("out", "compute")
+        size = count * int(np.prod(self._network.output_shape)) * np.dtype(result).itemsize
+        with streams.on("out"):
+            slot.host_out[:size].copy_(slot.results[:size], non_blocking=True)
+            slot.host_flag.copy_(slot.flag, non_blocking=True)
+        slot.wait = streams.mark("out")
+
+    def _launched(self, slot: Slot, images: int, dtype: str, scale: Any, result: str) -> Any:
+        """The whole run for so many images in a slot."""
+        import torch
+
+        assert self._memory is not None
+        key = (id(slot), images, dtype, scale is not None, result)
+        if key not in self._bound:
+            network = self._network
+            shapes = (images, *network.input_shape), (images, *network.output_shape)
+            views = []
+            for memory, shape, name in zip((slot.features, slot.results), shapes, (dtype, result), strict=True):
+                kind: torch.dtype = getattr(torch, name)
+                views.append(memory[: int(np.prod(shape)) * kind.itemsize].view(kind).view(shape))
+            outside = {self._features: views[0], self._results: views[1], self._flag: slot.flag.view(torch.int32)}
+            if scale is not None:
+                outside |= {self._scale: scale[0], self._zero_point: scale[1]}
+            launches = self._arena.bind(images, self._memory.arena, self._all(outside))
+            self._bound[key] = repeatable(launches, self._device)
+        return self._bound[key]
+
+    def _constants(self, rows: tensors.Source) -> Any:
+        """Scale and zero point on the device, one entry for each channel; always in the same memory, as graphs need."""
+        import torch
+
+        if rows.scale is None or rows.zero_point is None:
+            return None
+        shape = self._network.input_shape
+        if not self._quantised:
+            channels = door(shape)[1]
+            self._quantised = tuple(torch.empty(channels, device=self._device) for _ in range(2))
+        for tensor, values in zip(self._quantised, (rows.scale, rows.zero_point), strict=True):
+            whole = np.broadcast_to(values, shape)
+            # The channel's number, or where an element is its own channel the element's.
+            tensor.copy_(torch.from_numpy((whole[:, 0, 0] if len(shape) == 3 else whole.ravel()).copy()))
+        return self._quantised
+
+
+def fitting(arena: Arena, network: Network, most: int) -> int:
+    """As many images as the kernels' offsets and a modest amount of memory allow."""
+    doors = 2 * 4 * sum(int(np.prod(shape)) for shape in (network.input_shape, network.output_shape))
+    by_memory = MOST_BYTES // (arena.bytes(64) // 64 + doors)
+    largest = max(arena.largest(), *(int(np.prod(shape)) for shape in (network.input_shape, network.output_shape)))
+    return max(1, min(most, by_memory, MOST_ELEMENTS // largest))
+
+
+def door(shape: Shape) -> tuple[int, int]:
+    """Pixels and channels of a value: all of it is channels where it is no image."""
+    size = int(np.prod(shape))
+    return (size // shape[0], shape[0]) if len(shape) == 3 else (1, size)
+
+
+def _collect(slot: Slot, out: npt.NDArray[Any]) -> bool:
+    """Wait for the batch in a slot, if there is one, and take its results; False where its features were not finite."""
+    if slot.wait is None:
+        return True
+    slot.wait()
+    slot.wait = None
+    start, stop = slot.rows
+    part = out[start:stop]
+    part[...] = slot.host_out[: part.size * part.dtype.itemsize].numpy().view(part.dtype).reshape(part.shape)
+    return not slot.host_flag.numpy().any()
+
+
+def _kernel_name(node: Node) -> str:
+    kernel = getattr(node, "kernel", None)
+    tile = getattr(kernel, "tile", None)
+    name = type(kernel).__name__
+    return f"{name} {tile.m}x{tile.n}x{tile.k}" if tile else name

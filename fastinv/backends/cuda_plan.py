@@ -105,12 +105,13 @@ class Arena:
         """Elements of the largest buffer, for one image."""
         return max((buffer.elements for buffer in self._spans), default=1)
 
-    def bind(self, images: int, memory: torch.Tensor, outside: Mapping[Buffer, Any]) -> list[Any]:
+    def bind(self, images: int, memory: torch.Tensor, outside: Mapping[Buffer, Any]) -> list[Callable[[], None]]:
         """The launches, for tensors in `memory` (uint8, of `bytes(images)` or more) and those given."""
         import torch
 
         offsets, _ = self._layout(images)
-        tensors: dict[Buffer | None, Any] = {None: None, **outside}
+        tensors: dict[Buffer | None, Any] = {None: None}
+        tensors.update(outside)
         for buffer, offset in zip(self._spans, offsets, strict=True):
             dtype: torch.dtype = getattr(torch, buffer.dtype)
             length = images * buffer.elements * dtype.itemsize

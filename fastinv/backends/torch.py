@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastinv.backends.base import Array, Progress, Report
+from fastinv.inverters import METHODS
 from fastinv.network import Network, Step
 from fastinv.tensors import Source
 
@@ -27,6 +28,7 @@ class TorchBackend:
     """Plain PyTorch on the CPU; see `fastinv.backends.base.Backend`. float64 is for tests and comparisons."""
 
     name = "torch"
+    methods = METHODS
 
     def precisions(self, solver: bool) -> tuple[str, ...]:
         return ("float32", "bfloat16", "float64")
