@@ -1,7 +1,7 @@
 """Compile Triton launches for a GPU that is not there. Not to be imported where Triton interprets.
 
-Each launch is specialised as `triton.jit` would: integers that are 1 become constants, those divisible by 16 and all pointers
-are said to be.
+Each launch is specialised as `triton.jit` would: integers that are 1 become constants, those divisible by 16 and all
+pointers are said to be.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 import triton
+from fastinv.kernels.triton.launch import Launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from fastinv.kernels.triton.launch import Launch
 
 TYPES = {
     torch.float32: "*fp32",

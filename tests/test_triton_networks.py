@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ from checks import InterruptAt, randn, reference, relative
 
 pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
 
-from interpreter import network_on, solver_on
+from interpreter import DEVICE, network_on, solver_on
 
 from fastinv import tensors
 from fastinv.attacks.rmle import rmle
@@ -83,3 +81,123 @@ def check_solver(recipe: RMLE, count: int = 2, most: int = 64, within: float = 1
 @pytest.mark.parametrize("name", ["conv1", "ReLU2", "conv11", "ReLU22", "ReLU32"])
 def test_rmle_through_the_paper_s_edges(name: str, edges: dict[str, Network]) -> None:
     check_solver(recipe_for(edges[name]), count=1)
+
+
+def small_edge() -> Network:
+    torch.manual_seed(1)
+    module = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
+    return export(module.eval(), torch.zeros(2, 2, 6, 8))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 0},
+        {"steps": 5, "optimizer": "amsgrad", "betas": (0.5, 0.6)},
+        {"steps": 4, "optimizer": "sgd", "momentum": 0.9, "lr": 1e-3},
+        {"steps": 5, "optimizer": "sgd", "lr": 1e-3, "schedule": "cosine"},
+        {"steps": 4, "schedule": "cosine", "tv_beta": 1.0, "tv_weight": 0.3},
+        {"steps": 3, "tv_beta": 3.0},
+        {"steps": 6, "lr": 1.5, "clamp": (0.2, 0.7), "mean": (0.5, 0.4), "std": (0.5, 0.3)},
+        {"steps": 9, "lr": 1.5, "keep": "best", "tv_weight": 0.0},
+        {"steps": 12, "lr": 0.3, "tolerance": 0.2, "patience": 2},
+        {"steps": 12, "lr": 0.3, "tolerance": 0.2, "keep": "best"},
+    ],
+    ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()),
+)
+def test_rmle_options(options) -> None:
+    """In batches of 2, the last of which is not full."""
+    check_solver(recipe_for(small_edge(), **options), count=3, most=2)
+
+
+def test_rmle_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastinv.backends.cuda_solver.LOOK", 2)
+    told: list[tuple[int, int]] = []
+    solver = solver_on(recipe_for(small_edge(), steps=8), most=2)
+    start, features = randn(3, 2, 6, 8), randn(3, 4, 3, 4)
+    solver.solve(features, start, lambda images, steps: told.append((images, steps)))
+    assert told == [(0, 8), (0, 16), (2, 20), (2, 24)]
+
+
+def test_rmle_keeps_what_ctrl_c_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastinv.backends.cuda_solver.LOOK", 2)
+    recipe = recipe_for(small_edge(), steps=8)
+    start, features = randn(5, 2, 6, 8), randn(5, 4, 3, 4)
+    z, report, finished = solver_on(recipe, most=2).solve(features, start, InterruptAt(3))
+    assert not finished
+    np.testing.assert_array_equal(report.steps, [8, 8, 4, 4, 0])
+    assert np.isnan(report.objective[4])
+    halfway = recipe_for(small_edge(), steps=4)
+    expected, told, _ = solver_on(halfway, most=2).solve(features[2:4], start[2:4])
+    np.testing.assert_array_equal(z[2:4], expected)
+    np.testing.assert_array_equal(report.objective[2:4], told.objective)
+
+
+def test_an_image_has_one_answer_in_any_batch() -> None:
+    network = small_edge()
+    x = randn(7, 2, 6, 8)
+    whole = np.empty((7, 4, 3, 4), np.float32)
+    network_on(network).run(x, whole)
+    for most in (1, 2, 3):
+        out = np.empty_like(whole)
+        network_on(network, most=most).run(x, out)
+        np.testing.assert_array_equal(out, whole)
+    network_on(network).run(x[:0], whole[:0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "uint8", "int8"])
+def test_features_of_any_type(dtype: str) -> None:
+    network = small_edge()
+    values = randn(3, 2, 6, 8)
+    options = {}
+    x = torch.from_numpy(values).to(torch.bfloat16 if dtype == "bfloat16" else torch.float16)
+    if dtype in ("uint8", "int8"):
+        x = torch.from_numpy((values * 20 + 60).astype(dtype))
+        options = {"scale": [0.05, 0.1], "zero_point": [60, 50]}
+    elif dtype == "float32":
+        x = torch.from_numpy(np.ascontiguousarray(values[::-1])).permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)
+    source = tensors.source(x, network.input_shape, **options)
+    out = np.empty((3, 4, 3, 4), np.float32)
+    assert network_on(network, most=2).run_raw(source, out)
+    assert relative(out, reference(network, source.chunk(0, 3))) < 1e-5
+
+
+def test_results_as_bytes() -> None:
+    network = decoder("MNIST ReLU2")
+    x = 3 * randn(2, *network.input_shape)
+    out = np.empty((2, *network.output_shape), np.uint8)
+    assert network_on(network).run_raw(tensors.source(x, network.input_shape), out)
+    expected = np.rint(np.clip(reference(network, x), 0, 1) * 255)
+    assert np.abs(out - expected).max() <= 1
+    assert (out == expected).mean() > 0.99
+    assert len(np.unique(out)) > 100
+
+
+def test_what_is_not_finite_is_seen() -> None:
+    network, out = small_edge(), np.empty((3, 4, 3, 4), np.float32)
+    compiled = network_on(network, most=2)
+    x = randn(3, 2, 6, 8)
+    for value in (np.nan, np.inf, -np.inf):
+        bad = x.copy()
+        bad[2, 1, 3, 3] = value
+        assert not compiled.run_raw(tensors.source(bad, network.input_shape), out)
+    assert compiled.run_raw(tensors.source(x, network.input_shape), out)
+    assert relative(out, reference(network, x)) < 1e-5
+
+
+def test_tensors_on_the_device_stay_there() -> None:
+    network = small_edge()
+    compiled = network_on(network, most=2)
+    x = torch.from_numpy(randn(5, 2, 6, 8)).to(DEVICE)
+    y = compiled.run_plain(x, 5)
+    assert y.device == x.device
+    assert relative(y.cpu().numpy(), reference(network, x.cpu().numpy())) < 1e-5
+    x[4, 0, 0, 0] = torch.nan
+    assert compiled.run_plain(x, 5) is None
+
+
+def test_the_plan_is_told() -> None:
+    plan = network_on(decoder("CIFAR ReLU22")).describe()
+    assert [row["op"] for row in plan] == ["conv_transpose2d", "conv_transpose2d"]
+    assert [row["kernel"] for row in plan] == ["Convolution 128x64x32", "DirectConvolution"]
+    assert sum(row["flops"] for row in plan) == decoder("CIFAR ReLU22").flops

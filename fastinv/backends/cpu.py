@@ -68,7 +68,7 @@ class CpuBackend:
     """C++ kernels for AVX-512, AVX2 and any other processor; see `fastinv.backends.base.Backend`."""
 
     name = "cpu"
-    methods = METHODS
+    methods: tuple[str, ...] = METHODS
 
     def precisions(self, solver: bool) -> tuple[str, ...]:
         return ("bfloat16", "float32") if not solver and _core.has_bfloat16(_isa()) else ("float32",)

@@ -35,7 +35,7 @@ RAW_DTYPES = (*FLOATS, "uint8", "int8")
 class CudaBackend:
     """NVIDIA GPUs from Ampere on; see `fastinv.backends.base.Backend`."""
 
-    methods = ("adam", "amsgrad", "sgd")
+    methods: tuple[str, ...] = ("adam", "amsgrad", "sgd")
 
     def __init__(self, index: int = 0) -> None:
         self.index = index
@@ -71,12 +71,8 @@ class CudaBackend:
 class Slot:
     """Memory for one batch on its way: on the host, pinned, and on the device, as bytes."""
 
-    host_in: torch.Tensor
-    host_out: torch.Tensor
-    host_flag: torch.Tensor
-    features: torch.Tensor
-    results: torch.Tensor
-    flag: torch.Tensor
+    host: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # features, results, and the flag of what is not finite
+    device: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     wait: Any = None  # for the batch that is on its way
     rows: tuple[int, int] = (0, 0)
 
@@ -117,10 +113,9 @@ class CudaNetwork:
         self._stream(tensors.Source(x, "float32", False), out)
 
     def run_plain(self, x: Any, most: int) -> Any:
-        if self._mine(x) and x.ndim == len(self._network.input_shape) + 1:
-            if tuple(x.shape[1:]) == self._network.input_shape and str(x.dtype).removeprefix("torch.") in FLOATS:
-                return self.run_device(x, "float32")
-        return None
+        if getattr(x, "device", None) != self._device or str(x.dtype).removeprefix("torch.") not in FLOATS:
+            return None
+        return self.run_device(x, "float32") if tuple(x.shape[1:]) == self._network.input_shape else None
 
     def run_raw(self, rows: tensors.Source, out: npt.NDArray[Any]) -> bool:
         return rows.dtype in RAW_DTYPES and self._stream(rows, out)
@@ -173,26 +168,27 @@ class CudaNetwork:
 
         first = Stage(features, (self._features,), (to.input,))
         last = to.nodes[-1] if to.nodes else None
-        used = [source for node in to.nodes for source in node.inputs]
-        shape = network.output_shape
-        if isinstance(last, ConvolutionNode) and last.output is to.output and len(shape) == 3 and to.output not in used:
-            if last.ending.addend is None:  # it can write the results where they are to be
-                pixels, channels = door(shape)
-                last.output = self._results
-                last.out_strides = (pixels * channels, shape[2], 1, pixels)
-                return [first, *to.forward()]
+        read = {source for node in to.nodes for source in node.inputs}
+        if (
+            isinstance(last, ConvolutionNode)
+            and last.output is to.output
+            and to.output not in read
+            and last.ending.addend is None
+            and len(network.output_shape) == 3
+        ):  # it can write the results where they are to be
+            pixels, channels = door(network.output_shape)
+            last.output = self._results
+            last.out_strides = (pixels * channels, network.output_shape[2], 1, pixels)
+            return [first, *to.forward()]
         return [first, *to.forward(), Stage(results, (to.output,), (self._results,))]
 
     def _all(self, outside: dict[Buffer, Any]) -> dict[Buffer, Any]:
         return {buffer: outside.get(buffer) for buffer in self._outside}
 
-    def _mine(self, x: Any) -> bool:
-        device = getattr(x, "device", None)
-        return getattr(device, "type", None) == "cuda" and device == self._device
-
     def _ready(self) -> Memory:
         if self._memory is None:
-            self._memory, self._most = halving(self._allocate, self._most)
+            fresh, self._most = halving(self._allocate, self._most)
+            self._memory = fresh
         return self._memory
 
     def _allocate(self, images: int) -> Memory:
@@ -204,7 +200,7 @@ class CudaNetwork:
         def slot() -> Slot:
             host = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in (*sizes, 4)]
             device = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in (*sizes, 4)]
-            return Slot(*host, *device)
+            return Slot((host[0], host[1], host[2]), (device[0], device[1], device[2]))
 
         arena = torch.empty(max(1, self._arena.bytes(images)), dtype=torch.uint8, device=self._device)
         return Memory(arena, (slot(), slot()))
@@ -232,19 +228,19 @@ class CudaNetwork:
         images = bucket(count, self._most)
         run = self._launched(slot, images, dtype, scale, result)
         size = part.dtype.itemsize * part.size
-        slot.host_in[:size].numpy().view(part.dtype).reshape(part.shape)[...] = part
+        slot.host[0][:size].numpy().view(part.dtype).reshape(part.shape)[...] = part
         with streams.on("in"):
-            slot.features[:size].copy_(slot.host_in[:size], non_blocking=True)
-            slot.features[size : size // count * images].zero_()  # the rest of the bucket is computed on, too
+            slot.device[0][:size].copy_(slot.host[0][:size], non_blocking=True)
+            slot.device[0][size : size // count * images].zero_()  # the rest of the bucket is computed on, too
         streams.after("compute", "in")
         with streams.on("compute"):
-            slot.flag.zero_()
+            slot.device[2].zero_()
             run()
         streams.after("out", "compute")
         size = count * int(np.prod(self._network.output_shape)) * np.dtype(result).itemsize
         with streams.on("out"):
-            slot.host_out[:size].copy_(slot.results[:size], non_blocking=True)
-            slot.host_flag.copy_(slot.flag, non_blocking=True)
+            slot.host[1][:size].copy_(slot.device[1][:size], non_blocking=True)
+            slot.host[2].copy_(slot.device[2], non_blocking=True)
         slot.wait = streams.mark("out")
 
     def _launched(self, slot: Slot, images: int, dtype: str, scale: Any, result: str) -> Any:
@@ -257,10 +253,10 @@ class CudaNetwork:
             network = self._network
             shapes = (images, *network.input_shape), (images, *network.output_shape)
             views = []
-            for memory, shape, name in zip((slot.features, slot.results), shapes, (dtype, result), strict=True):
+            for memory, shape, name in zip((slot.device[0], slot.device[1]), shapes, (dtype, result), strict=True):
                 kind: torch.dtype = getattr(torch, name)
                 views.append(memory[: int(np.prod(shape)) * kind.itemsize].view(kind).view(shape))
-            outside = {self._features: views[0], self._results: views[1], self._flag: slot.flag.view(torch.int32)}
+            outside = {self._features: views[0], self._results: views[1], self._flag: slot.device[2].view(torch.int32)}
             if scale is not None:
                 outside |= {self._scale: scale[0], self._zero_point: scale[1]}
             launches = self._arena.bind(images, self._memory.arena, self._all(outside))
@@ -306,8 +302,8 @@ def _collect(slot: Slot, out: npt.NDArray[Any]) -> bool:
     slot.wait = None
     start, stop = slot.rows
     part = out[start:stop]
-    part[...] = slot.host_out[: part.size * part.dtype.itemsize].numpy().view(part.dtype).reshape(part.shape)
-    return not slot.host_flag.numpy().any()
+    part[...] = slot.host[1][: part.size * part.dtype.itemsize].numpy().view(part.dtype).reshape(part.shape)
+    return not slot.host[2].numpy().any()
 
 
 def _kernel_name(node: Node) -> str:

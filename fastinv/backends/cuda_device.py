@@ -84,7 +84,7 @@ def repeatable(launches: Sequence[Callable[[], None]], device: torch.device) -> 
     if device.type != "cuda":
         return run
     with torch.cuda.device(device):
-        side = torch.cuda.Stream(device)
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             run()
@@ -125,7 +125,8 @@ class Streams:
 
         self._streams: dict[str, Any] = {}
         if device.type == "cuda":
-            self._streams = {name: torch.cuda.Stream(device) for name in ("in", "compute", "out")}
+            make: Any = torch.cuda.Stream
+            self._streams = {name: make(device) for name in ("in", "compute", "out")}
 
     def on(self, name: str) -> AbstractContextManager[Any]:
         """What is launched within goes to this stream."""

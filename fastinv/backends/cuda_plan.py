@@ -111,7 +111,7 @@ class Arena:
 
         offsets, _ = self._layout(images)
         tensors: dict[Buffer | None, Any] = {None: None}
-        tensors.update(outside)
+        tensors.update(outside.items())
         for buffer, offset in zip(self._spans, offsets, strict=True):
             dtype: torch.dtype = getattr(torch, buffer.dtype)
             length = images * buffer.elements * dtype.itemsize

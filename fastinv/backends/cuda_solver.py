@@ -82,7 +82,8 @@ class CudaSolver:
 
     def _ready(self) -> Batch:
         if self._batch is None:
-            self._batch, self._most = halving(self._allocate, self._most)
+            fresh, self._most = halving(self._allocate, self._most)
+            self._batch = fresh
         return self._batch
 
     def _allocate(self, images: int) -> Batch:
@@ -191,8 +192,7 @@ class Batch:
     def _look(self, progress: Progress | None, done: int, steps_done: int) -> bool:
         """Tell how things stand; whether any image still runs."""
         if progress is not None:
-            running = self._of("running")
-            progress(done, steps_done + int(self._of("taken").sum()) - int((running == 1).sum()))
+            progress(done, steps_done + int(self._of("taken").sum()))
         return self._solver._recipe.tolerance == 0 or bool((self._of("running") == 1).any())
 
     def _pair(self) -> None:

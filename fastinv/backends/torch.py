@@ -28,7 +28,7 @@ class TorchBackend:
     """Plain PyTorch on the CPU; see `fastinv.backends.base.Backend`. float64 is for tests and comparisons."""
 
     name = "torch"
-    methods = METHODS
+    methods: tuple[str, ...] = METHODS
 
     def precisions(self, solver: bool) -> tuple[str, ...]:
         return ("float32", "bfloat16", "float64")

@@ -1,8 +1,9 @@
 """Convolutions, transposed convolutions and dense layers as matrix products, forward and back to the input.
 
-The rows of the product are the pixels of all images, its columns the output channels of a group; the matrix of what each
-pixel sees is never formed, its tiles are gathered (implicit GEMM, as in cuDNN: Chetlur et al. 2014). All phases of a strided
-transposed convolution run in one launch, those of the same pixels side by side, so that what they share stays in the cache.
+The rows of the product are the pixels of all images, its columns the output channels of a group; the matrix of what
+each pixel sees is never formed, its tiles are gathered (implicit GEMM, as in cuDNN: Chetlur et al. 2014). All phases of
+a strided transposed convolution run in one launch, those of the same pixels side by side, so that what they share stays
+in the cache.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import Any
 
 import triton
 import triton.language as tl
-
 from fastinv.kernels.triton.epilogue import Epilogue, finish, stored
 from fastinv.kernels.triton.geometry import PHASE, Geometry, packed
 from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
@@ -30,9 +30,9 @@ def _convolution_kernel(
 ):  # fmt: skip
     """out[n, i·step + row, j·step + column, o] = finish(bias[o] + Σ_{t,c} w[o, t, c] · x[n, iy(i, t), ix(j, t), c]).
 
-    x: [images, height, width, groups · channels] and out: [images, out_height, out_width, groups · outputs], both with any
-    strides; addend and saved as out, contiguous. w, phases: `packed` and `Geometry.table`. With FLAT the tiles of the sum run
-    over taps and channels together, else over the channels of one tap; with FULL those fill their tiles.
+    x: [images, height, width, groups · channels] and out: [images, out_height, out_width, groups · outputs], both with
+    any strides; addend and saved as out, contiguous. w, phases: `packed` and `Geometry.table`. With FLAT the tiles of
+    the sum run over taps and channels together, else over the channels of one tap; with FULL those fill their tiles.
     """
     program = tl.program_id(0)
     per_pixels = column_tiles * groups * PHASES
@@ -113,9 +113,9 @@ class Tile:
 def tile_for(outputs: int, products: int, itemsize: int, precision: str, flat: bool) -> Tile:
     """The tile for so many output channels a group and products an output, by the size of an input in bytes.
 
-    128 rows are two wgmma of 64, one for each 4 warps: with all rows on 4 warps the addresses spill out of the registers,
-    as they do with more products at a time where tiles run over taps and channels. 64 two-byte inputs are the 128 bytes that
-    shared memory swizzles best. Without tensor cores (float32, "ieee") a tile's sums have to be few.
+    128 rows are two wgmma of 64, one for each 4 warps: with all rows on 4 warps the addresses spill out of the
+    registers, as they do with more products at a time where tiles run over taps and channels. 64 two-byte inputs are
+    the 128 bytes that shared memory swizzles best. Without tensor cores (float32, "ieee") a tile's sums have to be few.
     """
     strict = precision == "ieee" and itemsize == 4
     most_n, most_k = (64, 16) if strict else (128, 64) if itemsize == 2 else (64, 32)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import triton
 import triton.language as tl
-
 from fastinv.kernels.triton.epilogue import Epilogue, finish, stored
 from fastinv.kernels.triton.geometry import PHASE, Geometry
 from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
@@ -78,7 +77,7 @@ def _grouped_kernel(
     PHASE: tl.constexpr, PHASES: tl.constexpr, KIND: tl.constexpr, BYTES: tl.constexpr,
     BM: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """The same for many small groups (depthwise: channels = outputs = 1): w[t, c, o], o over the outputs of all groups."""
+    """The same for many small groups (depthwise: channels = outputs = 1): w[t, c, o], o over the outputs of all."""
     rest = tl.program_id(0) % (column_tiles * PHASES)
     phase = phases + rest // column_tiles * PHASE
     row, column = tl.load(phase), tl.load(phase + 1)

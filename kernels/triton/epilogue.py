@@ -1,7 +1,7 @@
 """How every kernel ends: y = activation(x + addend), or on the way back g = (x + addend) · activation'(saved).
 
-The activations are those of `fastinv.ops.activation`, by name. libdevice is avoided: the interpreter has none. All of it is
-computed in float32.
+The activations are those of `fastinv.ops.activation`, by name. libdevice is avoided: the interpreter has none. All of
+it is computed in float32.
 """
 
 from __future__ import annotations

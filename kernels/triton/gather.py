@@ -1,4 +1,4 @@
-"""Elementwise ops, and all that moves elements: add, mul, affine, concat, reshape, permute, activations, forward and back.
+"""Elementwise ops, and all that moves elements: add, mul, affine, concat, permute, activations, …; forward and back.
 
 One kernel does them all: tables say for one image which elements of the inputs make an element of the output.
 """
@@ -10,7 +10,6 @@ from typing import Any
 
 import triton
 import triton.language as tl
-
 from fastinv.kernels.triton.epilogue import Epilogue, finish, slope
 from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
 
@@ -23,11 +22,11 @@ def _gather_kernel(
     elements, count, x_size, y_size, out_size, period, terms,
     OP: tl.constexpr, SLOPE: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[n, out_index[j]] = finish(scale[j % period] · Σ_t op(x[n, x_index[t, j]], y[n, y_index[t, j]]) + shift[j % period]).
+    """out[n, out_index[j]] = finish(scale[q] · Σ_t op(x[n, x_index[t, j]], y[n, y_index[t, j]]) + shift[q]).
 
-    For each image n and 0 <= j < count. op: "copy" (no y), "add", "mul", or "slope", x · SLOPE'(y). An index that is None is
-    j itself (then there is one term), a scale or shift that is None is left out. x: [N, x_size], y: [N, y_size], out,
-    addend and saved: [N, out_size].
+    For each image n and 0 <= j < count; q = j % period. op: "copy" (no y), "add", "mul", or "slope", x · SLOPE'(y). An
+    index that is None is j itself (then there is one term), a scale or shift that is None is left out. x: [N, x_size],
+    y: [N, y_size], out, addend and saved: [N, out_size].
     """
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = p < elements

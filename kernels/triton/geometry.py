@@ -1,8 +1,8 @@
 """What a convolution reads: one description for plain, strided, dilated and transposed ones, forward and back.
 
-Output (i·step + row) of an axis sums taps t = 0 .. count − 1, which read input i·stride + first + t·spacing. A transposed
-convolution of stride s has s such phases on each axis, each with the taps that reach it; any other has one. Going back to
-the input turns the one kind into the other.
+Output (i·step + row) of an axis sums taps t = 0 .. count − 1, which read input i·stride + first + t·spacing. A
+transposed convolution of stride s has s such phases on each axis, each with the taps that reach it; any other has one.
+Going back to the input turns the one kind into the other.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Geometry:
         return max(y.rows * x.rows for y, x in self.phases())
 
     def table(self, offsets: list[int]) -> npt.NDArray[np.int32]:
-        """[phases, PHASE]: row, column, rows, columns, taps down and across, first row and column, offset of its weights."""
+        """[phases, PHASE]: row, column, rows, columns, taps down and across, first row and column, its weights' place."""
         rows = [
             (y.row, x.row, y.rows, x.rows, len(y.taps), len(x.taps), y.first, x.first, offset, 0)
             for (y, x), offset in zip(self.phases(), offsets, strict=True)
@@ -102,9 +102,9 @@ def _phases(outputs: int, kernel: int, stride: int, padding: int, dilation: int)
 def packed(parts: Iterator[Weight], outputs: int, inputs: int | None, multiple: int) -> tuple[Any, list[int]]:
     """The weights of all phases as the matrix kernel reads them, and where each phase begins.
 
-    A phase is [groups, O', K]: the products that make an output lie side by side, so that tensor cores take them without a
-    transposition (wgmma has none for tf32). O' is rounded up to `outputs`. With `inputs`, C is rounded up to it and K is
-    taps · C'; without, K is taps · C. K is rounded up to `multiple`. What is added is zero.
+    A phase is [groups, O', K]: the products that make an output lie side by side, so that tensor cores take them
+    without a transposition (wgmma has none for tf32). O' is O rounded up to `outputs`. With `inputs`, C is rounded up
+    to it and K is taps · C'; without, K is taps · C. K is rounded up to `multiple`. What is added is zero.
     """
     flat: list[Weight] = []
     offsets = []

@@ -6,7 +6,6 @@ from typing import Any
 
 import triton
 import triton.language as tl
-
 from fastinv.kernels.triton.epilogue import stored
 from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
 

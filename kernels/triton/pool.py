@@ -6,7 +6,6 @@ from typing import Any
 
 import triton
 import triton.language as tl
-
 from fastinv.kernels.triton.epilogue import Epilogue, finish
 from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
 
@@ -22,8 +21,8 @@ def _max_pool_kernel(
 ):  # fmt: skip
     """out[n, i, j, c] = max over taps (u, v) of x[n, i·stride + u·dilation − top, …, c]; padding never wins.
 
-    x: [N, height, width, C], out: [N, out_height, out_width, C]. tap, int16 like out, or None: u · KX + v of the maximum; of
-    equal ones the first, as in PyTorch, and of NaNs the last.
+    x: [N, height, width, C], out: [N, out_height, out_width, C]. tap, int16 like out, or None: u · KX + v of the
+    maximum; of equal ones the first, as in PyTorch, and of NaNs the last.
     """
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = p < elements

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import triton
 import triton.language as tl
-
 from fastinv.kernels.triton.epilogue import Epilogue, finish
 from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
 
@@ -26,7 +25,7 @@ def _resample_kernel(
 ):  # fmt: skip
     """out[n, i, j, c] = finish(Σ_{u,v} R[i, u] · C[j, v] · x[n, row_first[i] + u, column_first[j] + v, c]).
 
-    x: [N, height, width, C], out: [N, out_height, out_width, C]; R: [out_height, row_taps], C: [out_width, column_taps].
+    x: [N, height, width, C], out: [N, out_height, out_width, C]; R: [out_height, row_taps], C: likewise of columns.
     """
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = p < elements

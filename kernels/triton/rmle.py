@@ -1,7 +1,7 @@
 """rMLE around the edge: residual, objective and stopping test, and the fused step (paper, Algorithm 1).
 
-No kernel asks for the number of the step: each image counts its own, so that one CUDA graph of a step can be launched again
-and again. Images that are done stay as they are.
+No kernel asks for the number of the step: each image counts its own, so that one CUDA graph of a step can be launched
+again and again. Images that are done stay as they are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 
 import triton
 import triton.language as tl
-
 from fastinv.kernels.triton.epilogue import Epilogue, finish
 from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
 
@@ -71,8 +70,9 @@ def _objective_kernel(
 ):  # fmt: skip
     """The objective of one image, Σ part + tv_weight · Σ (dy² + dx²)^(β/2), and what follows from it.
 
-    z, best (KEEP: of the lowest objective): float32 [N, size]; value, best_value: float32 [N]; calm (evaluations in a row
-    within the tolerance), running (`RUNNING`, …), taken (steps): int32 [N]. An image that runs on is given its next step.
+    z, best (KEEP: of the lowest objective): float32 [N, size]; value, best_value: float32 [N]; calm (evaluations in a
+    row within the tolerance), running (`RUNNING`, …), taken (steps): int32 [N]. An image that runs on is given its
+    next step.
     """
     n = tl.program_id(0)
     if tl.load(running + n) == 1:
@@ -117,7 +117,8 @@ def _step_kernel(
 
     z, out (another tensor: neighbours read z) and the moments first, second, third (of AMSGrad): float32 [N, size].
     rates: float32 [steps, 2], for Adam lr_t / (1 − β1^t) and (1 − β2^t)^(−1/2), for SGD lr_t. low, high: float32
-    [channels], or None. rest1, rest2: 1 − β1, 1 − β2. Adam: Kingma and Ba 2015; AMSGrad: Reddi et al. 2018; both as in PyTorch.
+    [channels], or None. rest1, rest2: 1 − β1, 1 − β2. Adam: Kingma and Ba 2015; AMSGrad: Reddi et al. 2018; both as in
+    PyTorch.
     """
     n = tl.program_id(0) // tiles
     k = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -236,8 +237,8 @@ class Rule:
             "z": z, "gradient": gradient, "out": out, "first": state.first, "second": state.second,
             "third": state.third, "rates": self.rates, "running": state.running, "taken": state.taken,
             "low": self.low, "high": self.high, "size": size, **self._sides, "tiles": ceil_div(size, block),
-            "rest1": 1 - self.beta1, "beta2": self.beta2, "rest2": 1 - self.beta2, "eps": self.eps, "momentum": self.momentum,
-            "tv_weight": self.tv_weight, "half_beta": self.tv_beta / 2,
+            "rest1": 1 - self.beta1, "beta2": self.beta2, "rest2": 1 - self.beta2, "eps": self.eps,
+            "momentum": self.momentum, "tv_weight": self.tv_weight, "half_beta": self.tv_beta / 2,
         }  # fmt: skip
         constants = {**self._constants, "OPTIMIZER": self.optimizer, "BLOCK": block}
         return Launch(_step_kernel, len(z) * ceil_div(size, block), args, constants)
