@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MOST_IMAGES = 4096  # at once
 MOST_BYTES = 2**31  # of the arena and of all that goes with a batch
+FEW = 64  # channels that a convolution can write in the user's order: with more, the addresses spill
 MOST_ELEMENTS = 2**31 - 1  # of a tensor: the kernels' offsets are 32-bit
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -175,6 +176,7 @@ class CudaNetwork:
             and to.output not in read
             and last.ending.addend is None
             and len(network.output_shape) == 3
+            and network.output_shape[0] <= FEW
         ):  # it can write the results where they are to be
             pixels, channels = door(network.output_shape)
             last.output = self._results

@@ -64,7 +64,7 @@ class Geometry:
         return max(y.rows * x.rows for y, x in self.phases())
 
     def table(self, offsets: list[int]) -> npt.NDArray[np.int32]:
-        """[phases, PHASE]: row, column, rows, columns, taps down and across, first row and column, its weights' place."""
+        """[phases, PHASE]: row, column, rows, columns, taps down and across, first row and column, weights' place."""
         rows = [
             (y.row, x.row, y.rows, x.rows, len(y.taps), len(x.taps), y.first, x.first, offset, 0)
             for (y, x), offset in zip(self.phases(), offsets, strict=True)
