@@ -15,6 +15,7 @@ from fastinv import tensors
 from fastinv.attacks.rmle import rmle
 from fastinv.backends.torch import as_module
 from fastinv.benchmark import DECODERS
+from fastinv.errors import FeatureError
 from fastinv.export import export
 from fastinv.inverters import RMLE
 from fastinv.models import cifar_net, lenet5, make_decoder
@@ -189,11 +190,12 @@ def test_tensors_on_the_device_stay_there() -> None:
     network = small_edge()
     compiled = network_on(network, most=2)
     x = torch.from_numpy(randn(5, 2, 6, 8)).to(DEVICE)
-    y = compiled.run_plain(x, 5)
+    y = compiled.run_there(x, "float32")
     assert y.device == x.device
     assert relative(y.cpu().numpy(), reference(network, x.cpu().numpy())) < 1e-5
     x[4, 0, 0, 0] = torch.nan
-    assert compiled.run_plain(x, 5) is None
+    with pytest.raises(FeatureError, match="NaN or Inf"):
+        compiled.run_there(x, "float32")
 
 
 def test_the_plan_is_told() -> None:

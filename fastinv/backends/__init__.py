@@ -55,7 +55,7 @@ def select(
 
 def _numbered(name: str) -> tuple[Backend, ...]:
     """The backends; with a name as "cuda:1", that GPU in place of the first."""
-    kind, _, number = name.partition(":")
+    kind, _, number = str(name).partition(":")
     if kind != "cuda" or not (number.isascii() and number.isdigit() and len(number) < 4):
         return BACKENDS
     return tuple(b.on(int(number)) if isinstance(b, CudaBackend) else b for b in BACKENDS)

@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from fastinv import tensors
 from fastinv.backends.base import Array
-from fastinv.backends.cuda_device import Streams, halving, isa_of, missing, repeatable
+from fastinv.backends.cuda_device import Streams, halving, isa_of, missing, on_device, repeatable
 from fastinv.backends.cuda_lowering import LOWERINGS, PRECISIONS, Lowering
 from fastinv.backends.cuda_nodes import ConvolutionNode, Node
 from fastinv.backends.cuda_plan import Arena, Buffer, Stage, bucket
+from fastinv.errors import FeatureError
 from fastinv.network import Network, Step
 from fastinv.ops.base import Shape
 
@@ -29,8 +30,7 @@ MOST_BYTES = 2**31  # of the arena and of all that goes with a batch
 FEW = 64  # channels that a convolution can write in the user's order: with more, the addresses spill
 MOST_ELEMENTS = 2**31 - 1  # of a tensor: the kernels' offsets are 32-bit
 
-FLOATS = ("float32", "float16", "bfloat16")
-RAW_DTYPES = (*FLOATS, "uint8", "int8")
+RAW_DTYPES = ("float32", "float16", "bfloat16", "uint8", "int8")
 
 
 class CudaBackend:
@@ -56,16 +56,17 @@ class CudaBackend:
         return step.op.name in LOWERINGS
 
     def compile(self, network: Network, precision: str, threads: int | None) -> CudaNetwork:
-        import torch
-
-        return CudaNetwork(network, precision, torch.device("cuda", self.index))
+        return CudaNetwork(network, precision, self._device())
 
     def compile_solver(self, recipe: RMLE, precision: str, threads: int | None) -> CudaSolver:
-        import torch
-
         from fastinv.backends.cuda_solver import CudaSolver
 
-        return CudaSolver(recipe, precision, torch.device("cuda", self.index), self.name)
+        return CudaSolver(recipe, precision, self._device(), self.name)
+
+    def _device(self) -> torch.device:
+        import torch
+
+        return torch.device("cuda", self.index)
 
 
 @dataclass(eq=False)
@@ -114,23 +115,26 @@ class CudaNetwork:
         self._stream(tensors.Source(x, "float32", False), out)
 
     def run_plain(self, x: Any, most: int) -> Any:
-        if getattr(x, "device", None) != self._device or str(x.dtype).removeprefix("torch.") not in FLOATS:
+        if not tensors.on_gpu(x) or x.device != self._device:
             return None
-        return self.run_device(x, "float32") if tuple(x.shape[1:]) == self._network.input_shape else None
+        return self.run_there(tensors.features_there(x, self._network.input_shape), "float32")
 
     def run_raw(self, rows: tensors.Source, out: npt.NDArray[Any]) -> bool:
         return rows.dtype in RAW_DTYPES and self._stream(rows, out)
 
-    def run_device(self, x: torch.Tensor, dtype: str) -> torch.Tensor | None:
-        """Results [N, *output_shape] for x [N, *input_shape] on this device, computed where it lies, on the current
-        stream; None where it holds NaN or Inf."""
+    def run_there(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
+        """Results [N, *output_shape] for x [N, *input_shape] on this device, contiguous, computed where it lies, on the
+        current stream.
+
+        Raises:
+            FeatureError: x holds NaN or Inf.
+        """
         import torch
 
         network, count = self._network, len(x)
         out = torch.empty((count, *network.output_shape), dtype=getattr(torch, dtype), device=self._device)
         flag = torch.zeros(1, dtype=torch.int32, device=self._device)
-        x = x.contiguous()
-        with self._lock:
+        with self._lock, on_device(self._device):
             start = 0
             while start < count:
                 memory = self._ready()  # may lower `_most`
@@ -140,7 +144,9 @@ class CudaNetwork:
                     launch()
                 start = stop
             wrong = bool(flag.item())  # waits: the arena is free again
-        return None if wrong else out
+        if wrong:
+            raise FeatureError("features hold NaN or Inf: drop or mend these images")
+        return out
 
     def describe(self, measure: bool = False) -> list[dict[str, Any]]:
         network = self._network
@@ -209,7 +215,7 @@ class CudaNetwork:
 
     def _stream(self, rows: tensors.Source, out: npt.NDArray[Any]) -> bool:
         """Features from the host, results to it, while the batch between them is computed; False on NaN or Inf."""
-        with self._lock:
+        with self._lock, on_device(self._device):
             memory = self._ready()
             self._streams = self._streams or Streams(self._device)
             scale = self._constants(rows)

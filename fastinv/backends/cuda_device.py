@@ -73,6 +73,13 @@ def isa_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Within, launches and new streams go to this device."""
+    import torch
+
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def repeatable(launches: Sequence[Callable[[], None]], device: torch.device) -> Callable[[], None]:
     """The launches as one call: a CUDA graph. They are run once here, which compiles them."""
     import torch
@@ -83,7 +90,7 @@ def repeatable(launches: Sequence[Callable[[], None]], device: torch.device) -> 
 
     if device.type != "cuda":
         return run
-    with torch.cuda.device(device):
+    with on_device(device):
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):

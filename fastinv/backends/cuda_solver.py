@@ -11,7 +11,7 @@ import numpy as np
 
 from fastinv.backends.base import Array, Progress, Report
 from fastinv.backends.cuda import MOST_IMAGES, fitting
-from fastinv.backends.cuda_device import halving, isa_of, repeatable
+from fastinv.backends.cuda_device import halving, isa_of, on_device, repeatable
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.backends.cuda_plan import Arena, Buffer, Ending, Stage, bucket
 from fastinv.inverters import RMLE, channelwise
@@ -61,15 +61,27 @@ class CudaSolver:
         self._lock = threading.Lock()
 
     def solve(self, features: Array, init: Array, progress: Progress | None = None) -> tuple[Array, Report, bool]:
+        import torch
+
+        own = [torch.from_numpy(np.array(values, np.float32)) for values in (features, init)]
+        z, report, finished = self.solve_there(own[0], own[1], progress)
+        return z.cpu().numpy(), report, finished
+
+    def solve_there(
+        self, features: torch.Tensor, init: torch.Tensor, progress: Progress | None = None
+    ) -> tuple[torch.Tensor, Report, bool]:
+        """As `solve`, for tensors anywhere; the images are on this device."""
+        import torch
+
         shape = self._recipe.input_shape
         count = len(features)
-        z = np.zeros((count, *shape), np.float32)
+        z = torch.zeros((count, *shape), device=self._device)
         objective = np.full(count, np.nan)
         taken = np.zeros(count, np.int64)
         converged = np.zeros(count, np.bool_)
-        starts = np.broadcast_to(init, z.shape)
+        starts = init.expand(z.shape)
         start, finished = 0, True
-        with self._lock:
+        with self._lock, on_device(self._device):
             while start < count and finished:
                 batch = self._ready()  # may lower `_most`
                 stop = min(start + self._most, count)
@@ -135,22 +147,19 @@ class Batch:
         self._graphs: dict[int, Callable[[], None]] = {}
         self._images = self._here = 0
 
-    def load(self, features: Array, starts: Array) -> None:
+    def load(self, features: torch.Tensor, starts: torch.Tensor) -> None:
         """Features [n, *feature_shape] and starts [n, C, H, W], in the user's order."""
-        import torch
-
-        solver = self._solver
-        self._images = bucket(len(features), solver._most)
+        solver, count = self._solver, len(features)
+        self._images = bucket(count, solver._most)
         self._here = 0
         for tensor in self._tensors.values():
             tensor.zero_()
         for buffer, values in ((solver._target, features), (solver._lowering.input, starts)):
-            inner = values.transpose(0, 2, 3, 1) if values.ndim == 4 else values
-            rows = np.array(inner, np.float32, order="C").reshape(len(values), -1)
-            self._tensors[buffer][: len(values)] = torch.from_numpy(rows).to(solver._device)
-        self._of("best")[: len(features)] = self._tensors[solver._lowering.input][: len(features)]
+            inner = values.permute(0, 2, 3, 1) if values.ndim == 4 else values
+            self._tensors[buffer][:count].copy_(inner.reshape(count, -1))
+        self._of("best")[:count] = self._tensors[solver._lowering.input][:count]
         self._of("best_value").fill_(math.inf)
-        self._of("running")[: len(features)] = 1
+        self._of("running")[:count] = 1
 
     def solve(self, progress: Progress | None, done: int, steps_done: int) -> bool:
         """Take all steps; False when Ctrl-C cut them short."""
@@ -172,13 +181,13 @@ class Batch:
         self._of("taken").sub_((running == 1).int())  # they were given a step that is not taken
         return finished
 
-    def results(self, count: int) -> tuple[Array, Any, Any, Any]:
+    def results(self, count: int) -> tuple[torch.Tensor, Any, Any, Any]:
         """Images z [count, C, H, W], objectives, steps, and which have converged."""
         solver = self._solver
         best = solver._recipe.keep == "best"
         z = self._of("best") if best else self._z()
         channels, height, width = solver._recipe.input_shape
-        images = z[:count].cpu().numpy().reshape(count, height, width, channels).transpose(0, 3, 1, 2)
+        images = z[:count].reshape(count, height, width, channels).permute(0, 3, 1, 2)
         names = ("best_value" if best else "value", "taken", "running")
         value, taken, running = (self._of(name)[:count, 0].cpu().numpy() for name in names)
         return images, value.astype(np.float64), taken.astype(np.int64), running == 0

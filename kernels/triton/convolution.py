@@ -114,15 +114,16 @@ def tile_for(outputs: int, products: int, itemsize: int, precision: str, flat: b
     """The tile for so many output channels a group and products an output, by the size of an input in bytes.
 
     128 rows are two wgmma of 64, one for each 4 warps: with all rows on 4 warps the addresses spill out of the
-    registers, as they do with more products or columns where tiles run over taps and channels. 64 two-byte inputs are
-    the 128 bytes that shared memory swizzles best. Without tensor cores (float32, "ieee") a tile's sums have to be few.
+    registers, as they do with more products or columns where tiles run over taps and channels, or outputs cannot be
+    stored many at a time. 64 two-byte inputs are the 128 bytes that shared memory swizzles best. Without tensor cores
+    (float32, "ieee") a tile's sums have to be few.
     """
     strict = precision == "ieee" and itemsize == 4
     most_n, most_k = (64, 16) if strict else (128, 64) if itemsize == 2 else (64, 32)
     k = most_k // 2 if flat and not strict else most_k
     if flat and precision == "tf32x3":
         k = 16
-    if flat:
+    if flat or outputs % 16 != 0:
         most_n = 64
     n = min(most_n, max(16, power_of_two(outputs)))
     return Tile(64 if strict else 128, n, min(k, max(16, power_of_two(products))), 8, 4 if itemsize == 2 else 3)

@@ -1,0 +1,133 @@
+"""What the cuda backend says and decides where there is no GPU, and its parts that need none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from checks import randn
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastinv
+from fastinv.backends import BACKENDS, cuda_device, select
+from fastinv.backends.cuda import CudaBackend
+from fastinv.backends.cuda_device import halving, missing
+from fastinv.backends.cuda_plan import ALIGNMENT, Arena, Buffer, Stage, bucket, place
+from fastinv.errors import BackendError
+from fastinv.inverters import RMLE
+from fastinv.network import Network, Step
+from fastinv.ops.activation import Activation
+from fastinv.ops.linear import Linear
+
+NETWORK = Network((4,), (Step(Linear(), (0,), {"weight": randn(3, 4), "bias": randn(3)}),))
+EDGE = Network((1, 4, 5), (Step(Activation("relu"), (0,)),))
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_device, "_driver_count", lambda: 0)
+    missing.cache_clear()
+    yield
+    missing.cache_clear()
+
+
+def test_no_gpu_is_told_with_the_alternatives(no_gpu: None) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
+    message = (
+        r"backend 'cuda': no GPU is to be seen .*CUDA_VISIBLE_DEVICES.* Backends that can run this here: cpu, torch"
+    )
+    with pytest.raises(BackendError, match=message):
+        fastinv.compile(NETWORK, backend="cuda")
+    with pytest.raises(BackendError, match=message):
+        fastinv.compile(RMLE(EDGE, (1, 4, 5)), backend="cuda")
+
+
+def test_no_triton_is_told(monkeypatch: pytest.MonkeyPatch, no_gpu: None) -> None:
+    monkeypatch.setattr(cuda_device.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=r"Triton is not installed: pip install 'fastinv\[gpu\]'"):
+        fastinv.compile(NETWORK, backend="cuda")
+
+
+def test_torch_without_cuda_is_told(monkeypatch: pytest.MonkeyPatch, no_gpu: None) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
+    monkeypatch.setattr(cuda_device, "_driver_count", lambda: 2)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in missing(1)
+    assert "there is no GPU 2: 2 can be seen, from 0" in missing(2)
+
+
+def test_auto_falls_to_the_cpu(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTINV_BACKEND", raising=False)
+    assert [backend.name for backend in BACKENDS] == ["cuda", "cpu", "torch"]
+    assert fastinv.compile(NETWORK).backend == "cpu"
+    assert fastinv.compile(RMLE(EDGE, (1, 4, 5))).backend == "cpu"
+
+
+def test_looking_for_a_gpu_loads_nothing() -> None:
+    code = (
+        "import sys, numpy, fastinv; from fastinv.backends import cuda_device; cuda_device._driver_count = lambda: 0;"
+        "from fastinv.network import Network; assert fastinv.compile(Network((4,))).backend == 'cpu';"
+        "assert not {'torch', 'triton'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_solver_it_does_not_have_goes_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaBackend, "available", lambda self: None)
+    monkeypatch.delenv("FASTINV_BACKEND", raising=False)
+    assert select("auto", "float32", EDGE.steps, True, "adam")[0].name == "cuda"
+    assert select("auto", "float32", EDGE.steps, True, "lbfgs")[0].name == "cpu"
+    with pytest.raises(BackendError, match="no optimizer lbfgs, only adam, amsgrad, sgd"):
+        select("cuda", "float32", EDGE.steps, True, "lbfgs")
+    assert select("cuda:1", "float32", EDGE.steps)[0].name == "cuda:1"
+    assert select("cuda", "auto", EDGE.steps)[1] == "bfloat16"
+    assert select("cuda", "auto", EDGE.steps, True)[1] == "float32"
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 9), st.integers(0, 9)), max_size=20))
+def test_buffers_that_live_together_lie_apart(spans) -> None:
+    buffers = [(ALIGNMENT * size, min(a, b), max(a, b)) for size, a, b in spans]
+    offsets, total = place(buffers)
+    for i, (size, first, last) in enumerate(buffers):
+        assert 0 <= offsets[i] <= total - size
+        assert offsets[i] % ALIGNMENT == 0
+        for j in range(i):
+            other, begin, end = buffers[j]
+            if begin <= last and first <= end:
+                assert offsets[i] + size <= offsets[j] or offsets[j] + other <= offsets[i]
+
+
+def test_a_chain_needs_two_buffers() -> None:
+    chain = [Buffer(256, "float32") for _ in range(6)]
+    stages = [Stage(lambda tensors: tensors, (a,), (b,)) for a, b in zip(chain, chain[1:], strict=False)]
+    arena = Arena(stages, (chain[0], chain[-1]))
+    assert arena.bytes(8) == 2 * chain[0].bytes(8)
+    outside = {chain[0]: "in", chain[-1]: "out"}
+    launches = arena.bind(8, torch.empty(arena.bytes(8), dtype=torch.uint8), outside)
+    first = launches[0](chain[1])
+    assert first.shape == (8, 256)
+    assert first.data_ptr() != launches[0](chain[2]).data_ptr()
+    assert first.data_ptr() == launches[0](chain[3]).data_ptr()
+
+
+def test_batches_come_in_powers_of_two() -> None:
+    assert [bucket(n, 100) for n in (1, 2, 3, 64, 65, 100)] == [1, 2, 4, 64, 100, 100]
+
+
+def test_out_of_memory_halves_the_batch() -> None:
+    asked = []
+
+    def allocate(images: int) -> str:
+        asked.append(images)
+        if images > 100:
+            raise torch.OutOfMemoryError("no room")
+        return "memory"
+
+    with pytest.warns(ResourceWarning, match="no room for 500 images at once: going on with 250"):
+        assert halving(allocate, 1000) == ("memory", 62)
+    assert asked == [1000, 500, 250, 125, 62]
+    with pytest.warns(ResourceWarning), pytest.raises(BackendError, match="no room for one image"):
+        halving(lambda images: allocate(1000), 4)
