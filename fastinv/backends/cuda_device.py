@@ -119,7 +119,7 @@ def halving(allocate: Callable[[int], Value], images: int) -> tuple[Value, int]:
                 raise BackendError(f"backend 'cuda': the GPU has no room for one image ({error!s:.200})") from error
         torch.cuda.empty_cache()
         warnings.warn(
-            f"the GPU has no room for {images:,} images at once: going on with {images // 2:,}", ResourceWarning, 3
+            f"the GPU has no room for {images:,} images at once: going on with {images // 2:,}", RuntimeWarning, 3
         )
         images //= 2
 
