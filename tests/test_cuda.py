@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastinv
+from fastinv import benchmark
 from fastinv.backends import BACKENDS, cuda_device, select
 from fastinv.backends.cuda import CudaBackend
 from fastinv.backends.cuda_device import halving, missing
@@ -133,3 +136,53 @@ def test_out_of_memory_halves_the_batch() -> None:
     assert "no room for 500 images at once: going on with 250" in str(told[1].message)
     with pytest.warns(RuntimeWarning), pytest.raises(BackendError, match="no room for one image"):
         halving(lambda images: allocate(1000), 4)
+
+
+# ---- bench/gpu.py ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    return importlib.import_module("gpu")
+
+
+def test_the_gpu_script_says_what_it_lacks(script, no_gpu: None, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert script.main() == 1
+    message = capsys.readouterr().err
+    assert message.startswith("bench/gpu.py needs an NVIDIA GPU: ")
+    assert "Triton is not installed" in message or "no GPU is to be seen" in message
+
+
+def test_the_gpu_script_refuses_an_unknown_precision(script, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--precision", "float32,int3"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "--precision int3, expected some of bfloat16, float16" in capsys.readouterr().err
+
+
+def test_the_gpu_script_compares_like_with_like(script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With contenders and times made up here, on the CPU."""
+    subject = next(benchmark.decoders())
+    x = torch.randn(5, *subject.network.input_shape)
+    times = iter([1e-3, 4e-3, 2e-3])
+    monkeypatch.setattr(script, "inputs_of", lambda subject, batch, dtype: [x.to(dtype)])
+    monkeypatch.setattr(script, "batch_of", lambda subject: 5)
+    monkeypatch.setattr(script, "seconds_of", lambda call, inputs, repeat: next(times))
+    contenders = {
+        "fastinv": lambda subject, x, precision: subject.eager,
+        "eager": lambda subject, x, precision: subject.eager,
+        "wrong": lambda subject, x, precision: lambda x: subject.eager(x) + 1,
+        "absent": lambda subject, x, precision: 1 / 0,
+        "torch.compile": lambda subject, x, precision: subject.eager,
+    }
+    monkeypatch.setattr(script, "NETWORK_CONTENDERS", contenders)
+    top = script.Ceilings(memory=1e12, products={"float32": 5 * subject.flops / 0.5e-3})
+    *notes, ours, eager, compiled = script.measure(subject, "float32", top, 3)
+    assert "wrong is wrong by" in notes[0]
+    assert "absent cannot run it: ZeroDivisionError" in notes[1]
+    assert [row.ratio for row in (ours, eager, compiled)] == [2.0, 0.5, 1.0]
+    assert ours.percent_of_roofline == pytest.approx(50)
+    assert ours.images_per_second == pytest.approx(5000)
+    assert "fastinv" in script.as_table([ours])
