@@ -104,5 +104,5 @@ def test_wrong_features_on_the_gpu(inverse_network: InverseNetwork, rmle: RMLE, 
             fastinv.invert(bad, inverter)
         with pytest.raises(FeatureError, match="out does not fit: expected a tensor"):
             fastinv.invert(x, inverter, out=np.empty((3, *inverter.image_shape), np.float32))
-    with pytest.raises(FeatureError, match="backend 'cpu' .* leave both out"):
+    with pytest.raises(FeatureError, match=r"backend 'cpu' .* leave both out"):
         fastinv.invert(x, inverse_network, backend="cpu")
