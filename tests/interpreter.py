@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
+import triton
 
 from fastinv.backends.cuda import CudaBackend, CudaNetwork
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
@@ -11,7 +13,8 @@ from fastinv.backends.cuda_nodes import places
 from fastinv.backends.cuda_plan import Arena, Buffer, Ending, Stage
 from fastinv.backends.cuda_solver import CudaSolver
 from fastinv.inverters import RMLE
-from fastinv.network import Network
+from fastinv.network import Network, Step
+from fastinv.ops.linear import Linear
 
 DEVICE = "cpu" if CudaBackend().available() else "cuda"
 
@@ -71,3 +74,22 @@ def network_on(network: Network, precision: str = "float32", most: int = 64) -> 
 
 def solver_on(recipe: RMLE, precision: str = "float32", most: int = 64) -> CudaSolver:
     return CudaSolver(recipe, precision, torch.device(DEVICE), most=most)
+
+
+def _probe() -> None:
+    """Triton 3.6 to 3.8 may meet a numpy (2.4 and later) whose scalars their interpreter cannot take."""
+    from triton.runtime.errors import InterpreterError
+
+    identity = Network((2,), (Step(Linear(), (0,), {"weight": np.eye(2), "bias": np.zeros(2)}),))
+    try:
+        forward(identity, np.ones((1, 2), np.float32), "float32")
+    except InterpreterError as error:
+        if "only 0-dimensional arrays" not in str(error):
+            raise
+        pytest.skip(
+            f"Triton {triton.__version__} cannot interpret with numpy {np.__version__}: take Triton 3.9 or numpy 2.3",
+            allow_module_level=True,
+        )
+
+
+_probe()

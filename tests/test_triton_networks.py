@@ -81,7 +81,8 @@ def check_solver(recipe: RMLE, count: int = 2, most: int = 64, within: float = 1
 
 @pytest.mark.parametrize("name", ["conv1", "ReLU2", "conv11", "ReLU22", "ReLU32"])
 def test_rmle_through_the_paper_s_edges(name: str, edges: dict[str, Network]) -> None:
-    check_solver(recipe_for(edges[name]), count=1)
+    steps = 1 if name in ("ReLU22", "ReLU32") else 2  # the interpreter takes seconds for each
+    check_solver(recipe_for(edges[name], steps=steps), count=1)
 
 
 def small_edge() -> Network:
@@ -100,9 +101,9 @@ def small_edge() -> Network:
         {"steps": 4, "schedule": "cosine", "tv_beta": 1.0, "tv_weight": 0.3},
         {"steps": 3, "tv_beta": 3.0},
         {"steps": 6, "lr": 1.5, "clamp": (0.2, 0.7), "mean": (0.5, 0.4), "std": (0.5, 0.3)},
-        {"steps": 9, "lr": 1.5, "keep": "best", "tv_weight": 0.0},
-        {"steps": 12, "lr": 0.3, "tolerance": 0.2, "patience": 2},
-        {"steps": 12, "lr": 0.3, "tolerance": 0.2, "keep": "best"},
+        {"steps": 7, "lr": 1.5, "keep": "best", "tv_weight": 0.0},
+        {"steps": 8, "lr": 0.3, "tolerance": 0.2, "patience": 2},
+        {"steps": 8, "lr": 0.3, "tolerance": 0.2, "keep": "best"},
     ],
     ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()),
 )

@@ -218,7 +218,8 @@ class CudaNetwork:
         with self._lock, on_device(self._device):
             memory = self._ready()
             self._streams = self._streams or Streams(self._device)
-            scale = self._constants(rows)
+            with self._streams.on("compute"):
+                scale = self._constants(rows)
             good = True
             for number, (start, stop) in enumerate(tensors.chunks(len(rows), self._most)):
                 slot = memory.slots[number % 2]

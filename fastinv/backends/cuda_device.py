@@ -80,6 +80,14 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def wait(device: torch.device) -> None:
+    """Wait for what is on the current stream: the next one to use the same memory may be on another."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def repeatable(launches: Sequence[Callable[[], None]], device: torch.device) -> Callable[[], None]:
     """The launches as one call: a CUDA graph. They are run once here, which compiles them."""
     import torch

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastinv.backends.base import Array, Progress, Report
 from fastinv.backends.cuda import MOST_IMAGES, fitting
-from fastinv.backends.cuda_device import halving, isa_of, on_device, repeatable
+from fastinv.backends.cuda_device import halving, isa_of, on_device, repeatable, wait
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.backends.cuda_plan import Arena, Buffer, Ending, Stage, bucket
 from fastinv.inverters import RMLE, channelwise
@@ -90,6 +90,7 @@ class CudaSolver:
                 finished = batch.solve(progress, start, int(taken.sum()))
                 z[part], objective[part], taken[part], converged[part] = batch.results(stop - start)
                 start = stop
+            wait(self._device)
         return z, Report(objective, taken, converged, self._name, self.isa), finished
 
     def _ready(self) -> Batch:
