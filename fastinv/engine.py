@@ -45,7 +45,7 @@ class Engine:
         self.backend = backend
         self.isa = compiled.isa
         self.precision = compiled.precision
-        self.batch_size = _batch_size(network, 1, threads)
+        self.batch_size = compiled.batch_size or _batch_size(network, 1, threads)
         self.empty_report = Report(None, np.empty(0, np.int64), np.empty(0, np.bool_), backend, compiled.isa)
         self._compiled = compiled
 
@@ -130,7 +130,8 @@ class Solver:
         self.backend = backend
         self.isa = compiled.isa
         self.precision = compiled.precision
-        self.batch_size = _batch_size(recipe.edge, 3 * max(1, recipe.steps), threads)  # forward, backward by two
+        passes = 3 * max(1, recipe.steps)  # forward, backward by two
+        self.batch_size = compiled.batch_size or _batch_size(recipe.edge, passes, threads)
         nothing = np.empty(0, np.float64), np.empty(0, np.int64), np.empty(0, np.bool_)
         self.empty_report = Report(*nothing, backend, compiled.isa)
         self._compiled = compiled

@@ -199,6 +199,32 @@ def test_tensors_on_the_device_stay_there() -> None:
         compiled.run_there(x, "float32")
 
 
+def test_a_failed_call_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = small_edge()
+    compiled = network_on(network, most=1)
+    x, out = randn(5, 2, 6, 8), np.empty((5, 4, 3, 4), np.float32)
+    send, calls = compiled._send, []
+
+    def failing(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise RuntimeError("lost")
+        send(*arguments)
+
+    monkeypatch.setattr(compiled, "_send", failing)
+    with pytest.raises(RuntimeError, match="lost"):
+        compiled.run(x, out)
+    one = np.zeros((1, 4, 3, 4), np.float32)
+    compiled.run(x[:1], one)
+    assert relative(one, reference(network, x[:1])) < 1e-5
+
+
+def test_a_gpu_is_given_large_batches(edges: dict[str, Network]) -> None:
+    """What keeps two cores busy for a second would leave a GPU idle."""
+    assert network_on(decoder("CIFAR ReLU22"), most=4096).batch_size == 65536
+    assert solver_on(recipe_for(edges["ReLU22"], steps=500), most=4096).batch_size > 1000
+
+
 def test_the_plan_is_told() -> None:
     plan = network_on(decoder("CIFAR ReLU22")).describe()
     assert [row["op"] for row in plan] == ["conv_transpose2d", "conv_transpose2d"]

@@ -89,6 +89,8 @@ class CpuBackend:
 class CpuNetwork:
     """A network compiled for this machine's instruction set, or the one FASTINV_ISA names."""
 
+    batch_size: int | None = None
+
     def __init__(self, network: Network, precision: str, threads: int | None) -> None:
         lowering = Lowering(network, bfloat16=precision == "bfloat16")
         self.precision = "bfloat16" if lowering.program.rounds else "float32"
@@ -122,6 +124,7 @@ class CpuSolver:
     """The rMLE loop, compiled: it returns to Python only when all images are done."""
 
     precision = "float32"
+    batch_size: int | None = None
 
     def __init__(self, recipe: RMLE, threads: int | None, block: int = 0) -> None:
         from fastinv.inverters import channelwise

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from fastinv.inverters import RMLE
 
 MOST_IMAGES = 4096  # at once
-MOST_BYTES = 2**31  # of the arena and of all that goes with a batch
+MOST_BYTES = 2**32  # of the arena and of all that goes with a batch
+STREAMED_IMAGES = 1024  # at once from the host: a call's first and last such batch overlap with nothing
+STREAMED_BATCHES = 64  # of one call
 FEW = 64  # channels that a convolution can write in the user's order: with more, the addresses spill
 MOST_ELEMENTS = 2**31 - 1  # of a tensor: the kernels' offsets are 32-bit
 
@@ -79,14 +81,6 @@ class Slot:
     rows: tuple[int, int] = (0, 0)
 
 
-@dataclass(eq=False)
-class Memory:
-    """The arena, and two slots: one is filled and emptied while the other is computed on."""
-
-    arena: torch.Tensor
-    slots: tuple[Slot, Slot]
-
-
 class CudaNetwork:
     """A network compiled for one device.
 
@@ -105,7 +99,11 @@ class CudaNetwork:
         self._outside = (self._features, self._results, self._flag, self._scale, self._zero_point)
         self._arena = Arena(self._stages(), self._outside)
         self._most = fitting(self._arena, network, most)
-        self._memory: Memory | None = None
+        self.batch_size: int | None = STREAMED_BATCHES * STREAMED_IMAGES
+        self._memory: torch.Tensor | None = None  # the arena, for `_most` images
+        # One slot is filled and emptied while the other is computed on, with so many images at once.
+        self._slots: tuple[Slot, Slot] | None = None
+        self._streamed = min(self._most, STREAMED_IMAGES)
         self._bound: dict[tuple[Any, ...], Any] = {}
         self._streams: Streams | None = None
         self._quantised: tuple[torch.Tensor, ...] = ()
@@ -140,7 +138,7 @@ class CudaNetwork:
                 memory = self._ready()  # may lower `_most`
                 stop = min(start + self._most, count)
                 outside = {self._features: x[start:stop], self._results: out[start:stop], self._flag: flag}
-                for launch in self._arena.bind(stop - start, memory.arena, self._all(outside)):
+                for launch in self._arena.bind(stop - start, memory, self._all(outside)):
                     launch()
                 start = stop
             wrong = bool(flag.item())  # waits: the arena is free again
@@ -193,49 +191,63 @@ class CudaNetwork:
     def _all(self, outside: dict[Buffer, Any]) -> dict[Buffer, Any]:
         return {buffer: outside.get(buffer) for buffer in self._outside}
 
-    def _ready(self) -> Memory:
+    def _ready(self) -> torch.Tensor:
+        import torch
+
+        def allocate(images: int) -> torch.Tensor:
+            return torch.empty(max(1, self._arena.bytes(images)), dtype=torch.uint8, device=self._device)
+
         if self._memory is None:
-            fresh, self._most = halving(self._allocate, self._most)
-            self._memory = fresh
+            fresh, self._most = halving(allocate, self._most)
+            self._memory, self._streamed = fresh, min(self._streamed, self._most)
         return self._memory
 
-    def _allocate(self, images: int) -> Memory:
+    def _ready_slots(self) -> tuple[Slot, Slot]:
+        if self._slots is None:
+            fresh, self._streamed = halving(lambda images: (self._slot(images), self._slot(images)), self._streamed)
+            self._slots = fresh
+        return self._slots
+
+    def _slot(self, images: int) -> Slot:
         import torch
 
         pinned = self._device.type == "cuda"
         sizes = [4 * images * int(np.prod(s)) for s in (self._network.input_shape, self._network.output_shape)]
-
-        def slot() -> Slot:
-            host = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in (*sizes, 4)]
-            device = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in (*sizes, 4)]
-            return Slot((host[0], host[1], host[2]), (device[0], device[1], device[2]))
-
-        arena = torch.empty(max(1, self._arena.bytes(images)), dtype=torch.uint8, device=self._device)
-        return Memory(arena, (slot(), slot()))
+        host = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in (*sizes, 4)]
+        device = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in (*sizes, 4)]
+        return Slot((host[0], host[1], host[2]), (device[0], device[1], device[2]))
 
     def _stream(self, rows: tensors.Source, out: npt.NDArray[Any]) -> bool:
         """Features from the host, results to it, while the batch between them is computed; False on NaN or Inf."""
         with self._lock, on_device(self._device):
-            memory = self._ready()
+            memory, slots = self._ready(), self._ready_slots()
             self._streams = self._streams or Streams(self._device)
             with self._streams.on("compute"):
                 scale = self._constants(rows)
             good = True
-            for number, (start, stop) in enumerate(tensors.chunks(len(rows), self._most)):
-                slot = memory.slots[number % 2]
-                good &= _collect(slot, out)
-                self._send(slot, rows.data[start:stop], rows.dtype, scale, out.dtype.name)
-                slot.rows = (start, stop)
-            for slot in memory.slots:
-                good &= _collect(slot, out)
+            try:
+                for number, (start, stop) in enumerate(tensors.chunks(len(rows), self._streamed)):
+                    slot = slots[number % 2]
+                    good &= _collect(slot, out)
+                    self._send(slot, memory, rows.data[start:stop], rows.dtype, scale, out.dtype.name)
+                    slot.rows = (start, stop)
+                for slot in slots:
+                    good &= _collect(slot, out)
+            finally:  # what an error leaves on its way is not the next call's
+                for slot in slots:
+                    if slot.wait is not None:
+                        slot.wait()
+                        slot.wait = None
             return good
 
-    def _send(self, slot: Slot, part: npt.NDArray[Any], dtype: str, scale: Any, result: str) -> None:
+    def _send(
+        self, slot: Slot, memory: torch.Tensor, part: npt.NDArray[Any], dtype: str, scale: Any, result: str
+    ) -> None:
         """Start a batch on its way."""
         assert self._streams is not None
         streams, count = self._streams, len(part)
-        images = bucket(count, self._most)
-        run = self._launched(slot, images, dtype, scale, result)
+        images = bucket(count, self._streamed)
+        run = self._launched(slot, memory, images, dtype, scale, result)
         size = part.dtype.itemsize * part.size
         slot.host[0][:size].numpy().view(part.dtype).reshape(part.shape)[...] = part
         with streams.on("in"):
@@ -252,23 +264,22 @@ class CudaNetwork:
             slot.host[2].copy_(slot.device[2], non_blocking=True)
         slot.wait = streams.mark("out")
 
-    def _launched(self, slot: Slot, images: int, dtype: str, scale: Any, result: str) -> Any:
+    def _launched(self, slot: Slot, memory: torch.Tensor, images: int, dtype: str, scale: Any, result: str) -> Any:
         """The whole run for so many images in a slot."""
         import torch
 
-        assert self._memory is not None
         key = (id(slot), images, dtype, scale is not None, result)
         if key not in self._bound:
             network = self._network
             shapes = (images, *network.input_shape), (images, *network.output_shape)
             views = []
-            for memory, shape, name in zip((slot.device[0], slot.device[1]), shapes, (dtype, result), strict=True):
+            for raw, shape, name in zip(slot.device[:2], shapes, (dtype, result), strict=True):
                 kind: torch.dtype = getattr(torch, name)
-                views.append(memory[: int(np.prod(shape)) * kind.itemsize].view(kind).view(shape))
+                views.append(raw[: int(np.prod(shape)) * kind.itemsize].view(kind).view(shape))
             outside = {self._features: views[0], self._results: views[1], self._flag: slot.device[2].view(torch.int32)}
             if scale is not None:
                 outside |= {self._scale: scale[0], self._zero_point: scale[1]}
-            launches = self._arena.bind(images, self._memory.arena, self._all(outside))
+            launches = self._arena.bind(images, memory, self._all(outside))
             self._bound[key] = repeatable(launches, self._device)
         return self._bound[key]
 

@@ -57,6 +57,7 @@ class CudaSolver:
         self._evaluation = Arena(evaluation, self._outside)
         self._step = Arena([*evaluation, *rest], self._outside)
         self._most = fitting(self._step, recipe.edge, most)
+        self.batch_size: int | None = self._most
         self._batch: Batch | None = None
         self._lock = threading.Lock()
 

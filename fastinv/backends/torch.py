@@ -54,6 +54,7 @@ class TorchNetwork:
     """A network as a torch module."""
 
     isa = "torch"
+    batch_size: int | None = None
 
     def __init__(self, network: Network, precision: str, threads: int | None) -> None:
         import torch
@@ -101,6 +102,7 @@ class TorchSolver:
     """rMLE as `fastinv.attacks.rmle` defines it."""
 
     isa = "torch"
+    batch_size: int | None = None
 
     def __init__(self, recipe: RMLE, precision: str, threads: int | None) -> None:
         import torch
