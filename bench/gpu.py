@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastinv import benchmark
@@ -41,6 +42,7 @@ ROTATED = 2**28  # bytes of inputs that are taken in turns: five times the L2 of
 LARGE = 2**30  # bytes of the copy that measures the memory, and sides of the product
 SIDE = 8192
 BATCH = 4096
+HOSTED = 8192  # images of a call from host to host
 STEPS = 20  # of rMLE
 MEMORY = 2**34  # bytes of all float32 values of a batch, at most
 
@@ -64,10 +66,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the GPU reaches here: bytes a second in a copy, FLOPs a second in a large product, by precision."""
+    """What the GPU reaches here: bytes a second in a copy, FLOPs a second in a large product, by precision, and bytes a
+    second from pinned memory of the host."""
 
     memory: float
     products: dict[str, float]
+    host: float
 
     def floor(self, flops: float, bytes_moved: float, precision: str) -> float:
         """Seconds that no implementation of the direct form can be faster than."""
@@ -99,7 +103,10 @@ def ceilings() -> Ceilings:
         with matmul(precision):
             a = torch.randn(SIDE, SIDE, device="cuda", dtype=DTYPES.get(precision, torch.float32))
             products[precision] = 2 * SIDE**3 / seconds_of(a.matmul, [a.T.contiguous()], 5)
-    return Ceilings(memory, products)
+    pinned = torch.empty(LARGE, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(LARGE, dtype=torch.uint8, device="cuda")
+    host = LARGE / seconds_of(lambda x: there.copy_(x, non_blocking=True), [pinned], 5)
+    return Ceilings(memory, products, host)
 
 
 class matmul:
@@ -262,6 +269,29 @@ def measure(subject: Subject, precision: str, top: Ceilings, repeat: int) -> Ite
     torch.cuda.empty_cache()
 
 
+def host_to_host(subject: Subject, precision: str, top: Ceilings, repeat: int) -> Row | str:
+    """fastinv with features and results on the host, float32 both: the roofline is then the way there."""
+    try:
+        engine = compile(subject.network, "cuda", precision)
+        x = torch.randn(HOSTED, *subject.network.input_shape, generator=torch.Generator().manual_seed(0)).numpy()
+        expected = subject.run_eager(torch.from_numpy(x[:CHECKED]), torch.float64).numpy()
+        found = engine(x)
+        error = float(np.linalg.norm(found[:CHECKED] - expected) / np.linalg.norm(expected))
+        if not error <= TOLERANCES[precision]:
+            return f"{subject.name}, {precision}: fastinv, host to host, is wrong by {error:.1g}, and not timed"
+        samples = []
+        for _ in range(repeat):
+            begin = time.perf_counter()
+            engine(x)
+            samples.append(time.perf_counter() - begin)
+    except Exception as reason:  # the others are to be timed all the same
+        return f"{subject.name}, {precision}: fastinv, host to host: {type(reason).__name__}: {reason!s:.200}"
+    taken, flops, moved = statistics.median(samples), HOSTED * subject.flops, x.nbytes + found.nbytes
+    floor = max(top.floor(flops, moved, precision), x.nbytes / top.host)
+    rates = HOSTED / taken, 1e-12 * flops / taken, 1e-9 * moved / taken, 100 * floor / taken
+    return Row(subject.name, HOSTED, "fastinv, host to host", precision, error, taken, *rates)
+
+
 def as_table(rows: Sequence[Row]) -> str:
     header = ["", "precision", "batch", "error", "images/s", "TFLOP/s", "GB/s", "% of roofline", "to best peer"]
     return table(
@@ -311,6 +341,7 @@ def main() -> int:
     facts["ceilings"] = dataclasses.asdict(top)
     products = ", ".join(f"{name} {1e-12 * flops:.0f}" for name, flops in top.products.items())
     print(f"{facts['gpu']}: copy {1e-12 * top.memory:.2f} TB/s; products, TFLOP/s: {products}")
+    print(f"from the host: {1e-9 * top.host:.0f} GB/s")
     rows: list[Row] = []
     for subject in [*benchmark.decoders(), *benchmark.solvers(STEPS)]:
         if args.case and not any(part.lower() in subject.name.lower() for part in args.case):
@@ -322,6 +353,8 @@ def main() -> int:
             if subject.recipe is not None and precision == "float16":
                 continue  # gradients leave its range
             found = list(measure(subject, precision, top, args.repeat))
+            if subject.recipe is None:
+                found.append(host_to_host(subject, precision, top, args.repeat))
             rows += [row for row in found if isinstance(row, Row)]
             print("\n".join(note for note in found if isinstance(note, str)), flush=True)
             if args.json is not None:

@@ -178,7 +178,7 @@ def test_the_gpu_script_compares_like_with_like(script, monkeypatch: pytest.Monk
         "torch.compile": lambda subject, x, precision: subject.eager,
     }
     monkeypatch.setattr(script, "NETWORK_CONTENDERS", contenders)
-    top = script.Ceilings(memory=1e12, products={"float32": 5 * subject.flops / 0.5e-3})
+    top = script.Ceilings(memory=1e12, products={"float32": 5 * subject.flops / 0.5e-3}, host=1e12)
     *notes, ours, eager, compiled = script.measure(subject, "float32", top, 3)
     assert "wrong is wrong by" in notes[0]
     assert "absent cannot run it: ZeroDivisionError" in notes[1]
@@ -186,3 +186,17 @@ def test_the_gpu_script_compares_like_with_like(script, monkeypatch: pytest.Monk
     assert ours.percent_of_roofline == pytest.approx(50)
     assert ours.images_per_second == pytest.approx(5000)
     assert "fastinv" in script.as_table([ours])
+
+
+def test_the_gpu_script_times_the_way_from_host_to_host(script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the cpu backend in the GPU's place, and a host so slow that it is the limit."""
+    subject = next(benchmark.decoders())
+    monkeypatch.setattr(script, "HOSTED", 6)
+    monkeypatch.setattr(script, "compile", lambda network, backend, precision: fastinv.compile(network, "cpu"))
+    bytes_in = 4 * 6 * 8 * 24 * 24
+    top = script.Ceilings(memory=1e12, products={"float32": 1e15}, host=bytes_in / 1e-3)
+    row = script.host_to_host(subject, "float32", top, 3)
+    assert row.error < 1e-4
+    assert row.percent_of_roofline == pytest.approx(100 * 1e-3 / row.seconds)
+    monkeypatch.setattr(script, "compile", lambda network, backend, precision: lambda x: x)
+    assert "host to host" in script.host_to_host(subject, "float32", top, 3)
