@@ -22,8 +22,8 @@ from fastinv.kernels.triton.launch import Launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastinv.backends.cuda import CudaNetwork
 from fastinv.backends.cuda_lowering import PRECISIONS
+from fastinv.backends.cuda_network import CudaNetwork
 from fastinv.backends.cuda_solver import CudaSolver
 from fastinv.benchmark import DECODERS, network_of
 from fastinv.export import export

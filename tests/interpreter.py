@@ -7,8 +7,9 @@ import pytest
 import torch
 import triton
 
-from fastinv.backends.cuda import CudaBackend, CudaNetwork
+from fastinv.backends.cuda import CudaBackend
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
+from fastinv.backends.cuda_network import CudaNetwork
 from fastinv.backends.cuda_nodes import places
 from fastinv.backends.cuda_plan import Arena, Buffer, Ending, Stage
 from fastinv.backends.cuda_solver import CudaSolver

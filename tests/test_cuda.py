@@ -19,6 +19,7 @@ from fastinv import benchmark
 from fastinv.backends import BACKENDS, cuda_device, select
 from fastinv.backends.cuda import CudaBackend
 from fastinv.backends.cuda_device import halving, missing
+from fastinv.backends.cuda_lowering import PRECISIONS
 from fastinv.backends.cuda_plan import ALIGNMENT, Arena, Buffer, Stage, bucket, place
 from fastinv.errors import BackendError
 from fastinv.inverters import RMLE
@@ -89,6 +90,7 @@ def test_a_solver_it_does_not_have_goes_to_the_cpu(monkeypatch: pytest.MonkeyPat
     assert select("cuda:1", "float32", EDGE.steps)[0].name == "cuda:1"
     assert select("cuda", "auto", EDGE.steps)[1] == "bfloat16"
     assert select("cuda", "auto", EDGE.steps, True)[1] == "float32"
+    assert set(CudaBackend().precisions(False)) == set(PRECISIONS)
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 9), st.integers(0, 9)), max_size=20))

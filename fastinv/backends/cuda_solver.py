@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastinv.backends.base import Array, Progress, Report
-from fastinv.backends.cuda import MOST_IMAGES, fitting
 from fastinv.backends.cuda_device import halving, isa_of, on_device, repeatable, wait
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
+from fastinv.backends.cuda_network import MOST_IMAGES, fitting
 from fastinv.backends.cuda_plan import Arena, Buffer, Ending, Stage, bucket
 from fastinv.inverters import RMLE, channelwise
 
