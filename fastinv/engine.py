@@ -45,7 +45,7 @@ class Engine:
         self.backend = backend
         self.isa = compiled.isa
         self.precision = compiled.precision
-        self.batch_size = _batch_size(network, 1, threads)
+        self.batch_size = compiled.batch_size or _batch_size(network, 1, threads)
         self.empty_report = Report(None, np.empty(0, np.int64), np.empty(0, np.bool_), backend, compiled.isa)
         self._compiled = compiled
 
@@ -77,6 +77,16 @@ class Engine:
         self._run(source, start, stop, out)
         count = stop - start
         return Report(None, np.ones(count, np.int64), np.ones(count, np.bool_), self.backend, self.isa)
+
+    def run_there(self, x: Any, dtype: str) -> tuple[Any, Report]:
+        """The results, float32 or uint8, for a batch on the backend's own GPU, as `tensors.features_there` gives it.
+
+        They stay on the GPU. Only the cuda backend has this.
+        """
+        compiled: Any = self._compiled
+        count = len(x)
+        report = Report(None, np.ones(count, np.int64), np.ones(count, np.bool_), self.backend, self.isa)
+        return compiled.run_there(x, dtype), report
 
     def _run(self, source: tensors.Source, start: int, stop: int, out: npt.NDArray[Any]) -> None:
         if not self._compiled.run_raw(source.rows(start, stop), out):
@@ -120,7 +130,8 @@ class Solver:
         self.backend = backend
         self.isa = compiled.isa
         self.precision = compiled.precision
-        self.batch_size = _batch_size(recipe.edge, 3 * max(1, recipe.steps), threads)  # forward, backward by two
+        passes = 3 * max(1, recipe.steps)  # forward, backward by two
+        self.batch_size = compiled.batch_size or _batch_size(recipe.edge, passes, threads)
         nothing = np.empty(0, np.float64), np.empty(0, np.int64), np.empty(0, np.bool_)
         self.empty_report = Report(*nothing, backend, compiled.isa)
         self._compiled = compiled
@@ -174,6 +185,26 @@ class Solver:
         After Ctrl-C `Interrupted` has those begun, and the report on them.
         """
         return self._solve(source.chunk(start, stop), out, self._init, tell)
+
+    def run_there(self, x: Any, dtype: str) -> tuple[Any, Report]:
+        """As of an `Engine`. Ctrl-C raises `Interrupted` with the images begun, on the GPU."""
+        import torch
+
+        if not bool(x.isfinite().all()):
+            raise FeatureError("features hold NaN or Inf: drop or mend these images")
+        mean, std = (torch.from_numpy(np.array(values)).to(x.device) for values in (self._mean, self._std))
+        if isinstance(self._init, Engine):
+            start = (self._init.run_there(x, "float32")[0] - mean) / std
+        else:
+            start = torch.from_numpy(np.array(self._init)).to(x.device)
+        compiled: Any = self._compiled
+        z, report, finished = compiled.solve_there(x, start)
+        images = (z * std + mean).clamp(0, 1)
+        if dtype == "uint8":
+            images = (255 * images).round().nan_to_num().to(torch.uint8)
+        if not finished:
+            raise Interrupted(images, _begun(report), report)
+        return images, report
 
     def _solve(self, features: Array, out: npt.NDArray[Any], start: Array | Engine, tell: Progress | None) -> Report:
         if isinstance(start, Engine):
@@ -251,7 +282,7 @@ def compile(
             f"threads {threads!r:.40}, expected an integer from 1 to {MAX_THREADS}, or None for all cores"
         )
     if isinstance(what, RMLE):
-        chosen, precision = select(backend, precision, what.edge.steps, solver=True)
+        chosen, precision = select(backend, precision, what.edge.steps, solver=True, method=what.method)
         return Solver(what, chosen.name, chosen.compile_solver(what, precision, threads), threads)
     network = what.network if isinstance(what, InverseNetwork) else what
     chosen, precision = select(backend, precision, network.steps)

@@ -85,8 +85,9 @@ def invert(
     The compiled inverter is kept: the next call with an inverter of the same content costs no compilation.
 
     Args:
-        features: a numpy array or a torch tensor on the CPU (the images are of the same kind): float32,
-            float16, bfloat16, float64, or uint8 or int8 with `scale`, in any layout.
+        features: a numpy array or a torch tensor (the images are of the same kind): float32, float16, bfloat16,
+            float64, or uint8 or int8 with `scale`, in any layout. What is on a GPU is inverted there, on the current
+            stream, and the images stay there; threads, batch_size and progress then have no meaning.
         inverter: an inverter or the path of a `.finv` file; None: the one given to `use`, else the file that
             the environment variable FASTINV_INVERTER names.
         return_report: whether to return (images, report) with objective, steps and convergence of each image.
@@ -96,7 +97,7 @@ def invert(
             second, with the images done and the optimizer steps of all images so far.
         out: where to write the images, [N, C, H, W] of type `dtype`; it is returned. After an error its
             content is undefined, after `Interrupted` it is not.
-        device: None or "cpu".
+        device: what computes: "cpu", "cuda" or as in "cuda:1"; None: what `backend` says, or where the features are.
         dtype: "float32", or "uint8" for round(255 · x).
         scale, zero_point: a quantised q stands for (q - zero_point) * scale; numbers, or one a channel.
 
@@ -107,13 +108,18 @@ def invert(
         BackendError: the backend, precision, device or number of threads cannot be had here.
         Interrupted: Ctrl-C; with what was done by then.
     """
-    if device is not None and str(device) != "cpu":
-        raise BackendError(f"device {device!r:.40}: this version runs on the CPU only; pass None or 'cpu'")
+    backend = _backend(backend, device, features)
     if dtype not in DTYPES:
         raise FeatureError(f"dtype {dtype!r:.40}, expected one of {', '.join(DTYPES)}")
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise FeatureError(f"batch_size {batch_size!r:.40}, expected an integer of at least 1, or None")
     found = _resolve(inverter)
+    if tensors.on_gpu(features):
+        batch = tensors.features_there(features, found.feature_shape, scale=scale, zero_point=zero_point)
+        images, report = _machine(found, backend, precision, threads).run_there(batch, dtype)
+        if out is not None:
+            images = _copied(images, out)
+        return (images, report) if return_report else images
     source = tensors.source(features, found.feature_shape, scale=scale, zero_point=zero_point)
     shape = (len(source), *found.image_shape)
     if out is None:
@@ -124,6 +130,38 @@ def invert(
     chunk = batch_size or machine.batch_size
     report = sweep(machine.run, machine.empty_report, source, images, view, chunk, progress)
     return (images, report) if return_report else images
+
+
+def _backend(backend: str | None, device: Any, features: Any) -> str | None:
+    """The backend that these arguments of `invert` ask for together."""
+    free = backend in (None, "auto")
+    if tensors.on_gpu(features):
+        index = features.device.index
+        there = f"cuda:{index}" if index else "cuda"
+        if (free or backend == there) and str(device) in ("None", "cuda", f"cuda:{index}"):
+            return there
+        raise FeatureError(
+            f"features on {features.device}, but backend {backend!r:.40} and device {str(device)!r:.40}: leave both "
+            "out to invert them there, or move them with .cpu()"
+        )
+    if device is None:
+        return backend
+    kind, _, number = str(device).partition(":")
+    if kind not in ("cpu", "cuda") or not (number == "" or number.isdigit()):
+        raise BackendError(f"device {device!r:.40}, expected None, 'cpu', 'cuda' or as in 'cuda:1'")
+    if not free and str(backend).startswith("cuda") != (kind == "cuda"):
+        raise BackendError(f"device {device!r:.40} does not go with backend {backend!r:.40}: leave one of them out")
+    if kind == "cuda":
+        return "cuda" if number in ("", "0") else f"cuda:{int(number)}"
+    return "cpu" if free else backend
+
+
+def _copied(images: Any, out: Any) -> Any:
+    """`out`, a tensor on the images' GPU, with the images."""
+    like = [getattr(out, name, None) for name in ("shape", "dtype", "device")]
+    if like != [images.shape, images.dtype, images.device]:
+        raise FeatureError(f"out does not fit: expected a tensor {list(images.shape)}, {images.dtype}, {images.device}")
+    return out.copy_(images)
 
 
 def _resolve(inverter: Any) -> Inverter:

@@ -7,13 +7,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastinv.errors import FeatureError
 from fastinv.ops.base import Shape
+
+if TYPE_CHECKING:
+    import torch
 
 Array = npt.NDArray[np.float32]
 
@@ -96,6 +99,27 @@ def source(x: Any, shape: Shape, *, scale: Any = None, zero_point: Any = None) -
         raise FeatureError(f"scale {scale!r:.80}, expected numbers above 0")
     zeros = _per_channel("zero_point", 0 if zero_point is None else zero_point, shape)
     return Source(data, dtype, torch, scales, zeros)
+
+
+def on_gpu(x: Any) -> bool:
+    """Whether this is a torch tensor on a GPU."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor) and x.device.type == "cuda"
+
+
+def features_there(x: torch.Tensor, shape: Shape, *, scale: Any = None, zero_point: Any = None) -> torch.Tensor:
+    """A batch on a GPU as the backend takes it, [N, *shape] of float32, float16 or bfloat16, contiguous, on that GPU.
+
+    Raises:
+        FeatureError: as of `source`, but for the device.
+    """
+    import torch
+
+    checked = source(torch.empty((), dtype=x.dtype).expand(x.shape), shape, scale=scale, zero_point=zero_point)
+    if checked.scale is not None and checked.zero_point is not None:
+        scales, zeros = (torch.from_numpy(v.copy()).to(x.device) for v in (checked.scale, checked.zero_point))
+        x = (x.float() - zeros) * scales
+    return (x.float() if x.dtype is torch.float64 else x).detach().contiguous()
 
 
 def as_numpy(x: Any, what: str) -> tuple[npt.NDArray[Any], str, bool]:

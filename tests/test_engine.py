@@ -16,6 +16,7 @@ from torch import nn
 import fastinv
 from fastinv import BackendError, Engine, FeatureError, Network, NetworkError, Solver, Step
 from fastinv.backends import BACKENDS, select
+from fastinv.backends.cuda import CudaBackend
 from fastinv.export import export
 from fastinv.ops.activation import Activation
 
@@ -308,7 +309,8 @@ def test_wrong_scales(dtype: str, options: dict[str, Any], message: str) -> None
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"backend": "cuda"}, BackendError, "'cuda' is not in this version .* can run this here: .*torch"),
+        ({"backend": "cuda:77"}, BackendError, "'cuda:77': .* can run this here: cpu, torch"),
+        ({"backend": "cuda:x"}, BackendError, "'cuda:x' is unknown"),
         ({"backend": "tpu"}, BackendError, "'tpu' is unknown"),
         ({"backend": 3}, BackendError, "3 is unknown"),
         ({"precision": "int4"}, BackendError, "precision 'int4', expected one of auto, float32"),
@@ -316,7 +318,7 @@ def test_wrong_scales(dtype: str, options: dict[str, Any], message: str) -> None
         (
             {"precision": "tf32"},
             BackendError,
-            "no backend can run this: cpu: .*; torch: it has no precision tf32",
+            "no backend can run this: cuda: .*; cpu: .*; torch: it has no precision tf32",
         ),
         ({"precision": "tf32", "backend": "torch"}, BackendError, "'torch': it has no precision tf32 here, only"),
         ({"threads": 0}, BackendError, "threads 0, expected an integer from 1"),
@@ -344,7 +346,8 @@ def test_the_environment_names_the_backend_of_auto(monkeypatch: pytest.MonkeyPat
 
 def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTINV_BACKEND", raising=False)
-    first, last = BACKENDS[0], BACKENDS[-1]
+    monkeypatch.setattr(CudaBackend, "available", lambda self: "no GPU")
+    first, last = BACKENDS[1], BACKENDS[-1]
     monkeypatch.setattr(type(first), "available", lambda self: None)
     assert select("auto", "float32", NETWORK.steps)[0] is first
     monkeypatch.setattr(type(first), "supports", lambda self, step: step.op.name != "activation")

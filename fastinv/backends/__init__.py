@@ -10,25 +10,28 @@ from collections.abc import Sequence
 
 from fastinv.backends.base import Backend
 from fastinv.backends.cpu import CpuBackend
+from fastinv.backends.cuda import CudaBackend
 from fastinv.backends.torch import TorchBackend
 from fastinv.errors import BackendError
 from fastinv.network import Step
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "tf32", "float64")
-PLANNED = ("cuda",)  # names that later versions know
 
-BACKENDS: tuple[Backend, ...] = (CpuBackend(), TorchBackend())
+BACKENDS: tuple[Backend, ...] = (CudaBackend(), CpuBackend(), TorchBackend())
 
 
-def select(name: str | None, precision: str, steps: Sequence[Step], solver: bool = False) -> tuple[Backend, str]:
+def select(
+    name: str | None, precision: str, steps: Sequence[Step], solver: bool = False, method: str = "adam"
+) -> tuple[Backend, str]:
     """The backend to run `steps` on, and the precision to run them in.
 
     Args:
-        name: a backend, which then runs or is refused; None or "auto": the one that the environment variable
-            FASTINV_BACKEND names, else the first that can run the steps.
+        name: a backend, which then runs or is refused; "cuda:1" is the second GPU; None or "auto": the one that the
+            environment variable FASTINV_BACKEND names, else the first that can run the steps.
         precision: a name of `PRECISIONS`; "auto": the fastest that keeps the bounds.
         steps: what has to run.
         solver: whether as the edge of an rMLE solver.
+        method: the solver's optimizer.
 
     Raises:
         BackendError: nothing can run the steps so; the message says what lacks and what the alternatives are.
@@ -37,24 +40,34 @@ def select(name: str | None, precision: str, steps: Sequence[Step], solver: bool
         raise BackendError(f"precision {precision!r:.40}, expected one of {', '.join(PRECISIONS)}")
     if name is None or name == "auto":
         name = os.environ.get("FASTINV_BACKEND") or "auto"
-    for backend in BACKENDS:  # the later ones are not asked: that would load torch
-        if name in ("auto", backend.name) and _lacks(backend, precision, steps, solver) is None:
+    backends = _numbered(name)
+    for backend in backends:  # the later ones are not asked: that would load torch
+        if name in ("auto", backend.name) and _lacks(backend, precision, steps, solver, method) is None:
             return backend, backend.precisions(solver)[0] if precision == "auto" else precision
-    lacks = {backend.name: _lacks(backend, precision, steps, solver) for backend in BACKENDS}
+    lacks = {backend.name: _lacks(backend, precision, steps, solver, method) for backend in backends}
     able = ", ".join(n for n, reason in lacks.items() if reason is None) or "none"
     if name in lacks:
         raise BackendError(f"backend {name!r}: {lacks[name]}. Backends that can run this here: {able}")
     if name == "auto":
         raise BackendError("no backend can run this: " + "; ".join(f"{n}: {reason}" for n, reason in lacks.items()))
-    what = "is not in this version of fastinv" if name in PLANNED else "is unknown"
-    raise BackendError(f"backend {name!r:.40} {what}. Backends that can run this here: {able}")
+    raise BackendError(f"backend {name!r:.40} is unknown. Backends that can run this here: {able}")
 
 
-def _lacks(backend: Backend, precision: str, steps: Sequence[Step], solver: bool) -> str | None:
+def _numbered(name: str) -> tuple[Backend, ...]:
+    """The backends; with a name as "cuda:1", that GPU in place of the first."""
+    kind, _, number = str(name).partition(":")
+    if kind != "cuda" or not (number.isascii() and number.isdigit() and len(number) < 4):
+        return BACKENDS
+    return tuple(b.on(int(number)) if isinstance(b, CudaBackend) else b for b in BACKENDS)
+
+
+def _lacks(backend: Backend, precision: str, steps: Sequence[Step], solver: bool, method: str) -> str | None:
     """Why `backend` cannot run `steps` in `precision`; None when it can."""
     reason = backend.available()
     if reason is not None:
         return reason
+    if solver and method not in backend.methods:
+        return f"it has no optimizer {method}, only {', '.join(backend.methods)}"
     known = backend.precisions(solver)
     if precision not in ("auto", *known):
         return f"it has no precision {precision}{' for solvers' if solver else ''} here, only {', '.join(known)}"

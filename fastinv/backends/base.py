@@ -41,10 +41,15 @@ Progress = Callable[[int, int], object]  # told of the images done so far, and t
 
 
 class CompiledNetwork(Protocol):
-    """A network ready to run: float32 [N, *input_shape] in, float32 [N, *output_shape] out."""
+    """A network ready to run: float32 [N, *input_shape] in, float32 [N, *output_shape] out.
+
+    Attributes:
+        batch_size: how many inputs it should be given at once; None: as many as occupy the threads for a moment.
+    """
 
     isa: str
     precision: str
+    batch_size: int | None
 
     def run(self, x: Array, out: Array) -> None:
         """Write the network's results for `x` (C-contiguous, any N >= 0) into `out` (C-contiguous)."""
@@ -69,10 +74,11 @@ class CompiledNetwork(Protocol):
 
 
 class CompiledSolver(Protocol):
-    """An rMLE loop ready to run."""
+    """An rMLE loop ready to run; `batch_size` as of a network."""
 
     isa: str
     precision: str
+    batch_size: int | None
 
     def solve(self, features: Array, init: Array, progress: Progress | None = None) -> tuple[Array, Report, bool]:
         """Recover [N, *input_shape] normalised images z from float32 `features` [N, *output_shape].
@@ -89,9 +95,14 @@ class CompiledSolver(Protocol):
 
 
 class Backend(Protocol):
-    """One way to run networks. `BACKENDS` lists them, best first."""
+    """One way to run networks. `BACKENDS` lists them, best first.
+
+    Attributes:
+        methods: the optimizers that its solvers have.
+    """
 
     name: str
+    methods: tuple[str, ...]
 
     def precisions(self, solver: bool) -> tuple[str, ...]:
         """What it computes networks in here, or solvers; the first, the fastest within its bound, is "auto"."""

@@ -24,6 +24,7 @@ from fastinv.backends.cpu_fusion import (
     upsampling_convolution,
 )
 from fastinv.errors import BackendError
+from fastinv.inverters import METHODS
 from fastinv.network import Network, Step
 from fastinv.ops.activation import IDENTITY, Activation
 from fastinv.ops.affine import Affine
@@ -67,6 +68,7 @@ class CpuBackend:
     """C++ kernels for AVX-512, AVX2 and any other processor; see `fastinv.backends.base.Backend`."""
 
     name = "cpu"
+    methods: tuple[str, ...] = METHODS
 
     def precisions(self, solver: bool) -> tuple[str, ...]:
         return ("bfloat16", "float32") if not solver and _core.has_bfloat16(_isa()) else ("float32",)
@@ -86,6 +88,8 @@ class CpuBackend:
 
 class CpuNetwork:
     """A network compiled for this machine's instruction set, or the one FASTINV_ISA names."""
+
+    batch_size: int | None = None
 
     def __init__(self, network: Network, precision: str, threads: int | None) -> None:
         lowering = Lowering(network, bfloat16=precision == "bfloat16")
@@ -120,6 +124,7 @@ class CpuSolver:
     """The rMLE loop, compiled: it returns to Python only when all images are done."""
 
     precision = "float32"
+    batch_size: int | None = None
 
     def __init__(self, recipe: RMLE, threads: int | None, block: int = 0) -> None:
         from fastinv.inverters import channelwise

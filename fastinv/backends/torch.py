@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastinv.backends.base import Array, Progress, Report
+from fastinv.inverters import METHODS
 from fastinv.network import Network, Step
 from fastinv.tensors import Source
 
@@ -27,6 +28,7 @@ class TorchBackend:
     """Plain PyTorch on the CPU; see `fastinv.backends.base.Backend`. float64 is for tests and comparisons."""
 
     name = "torch"
+    methods: tuple[str, ...] = METHODS
 
     def precisions(self, solver: bool) -> tuple[str, ...]:
         return ("float32", "bfloat16", "float64")
@@ -52,6 +54,7 @@ class TorchNetwork:
     """A network as a torch module."""
 
     isa = "torch"
+    batch_size: int | None = None
 
     def __init__(self, network: Network, precision: str, threads: int | None) -> None:
         import torch
@@ -99,6 +102,7 @@ class TorchSolver:
     """rMLE as `fastinv.attacks.rmle` defines it."""
 
     isa = "torch"
+    batch_size: int | None = None
 
     def __init__(self, recipe: RMLE, precision: str, threads: int | None) -> None:
         import torch

@@ -46,7 +46,7 @@ def start(text: str) -> float | Path:
 
 def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fastinv.compile`."""
-    parser.add_argument("--backend", default="auto", help="cpu or torch; auto: the first that can run it")
+    parser.add_argument("--backend", default="auto", help="cuda, cpu or torch; auto: the first that can run it")
     parser.add_argument("--precision", default="float32", help="what to compute in")
     parser.add_argument("--threads", type=positive, help="threads to use; all cores where left out")
 

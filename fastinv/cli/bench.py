@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, default=256, help="images at once, or as many as fit")
     parser.add_argument("--threads", type=positive, help="for both sides; all cores where left out")
     parser.add_argument("--repeat", type=positive, default=7, help="samples of each, in turns; medians count")
-    parser.add_argument("--backend", default="auto", help="cpu or torch; auto: the first that can run it")
+    parser.add_argument("--backend", default="auto", help="cuda, cpu or torch; auto: the first that can run it")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the timings there, too")
 
 

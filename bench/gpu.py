@@ -1,0 +1,369 @@
+"""The one script for a machine with an NVIDIA GPU: check the kernels, measure the ceilings, time fastinv and its peers.
+
+    python bench/gpu.py --json bench/results/gpu.json
+
+Everything that is timed is first compared with PyTorch in float64. What does not fit into --minutes is named and left
+out. Inputs are random, and rotate through more memory than the L2 cache has; times are medians of event timings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastinv import benchmark
+from fastinv.backends.cuda import CudaBackend
+from fastinv.benchmark import CHECKED, SOLVER_TOLERANCE, Subject
+from fastinv.cli.arguments import positive, table
+from fastinv.cli.files import expect_place, replacing
+from fastinv.engine import Engine, compile
+
+Call = Callable[[torch.Tensor], Any]
+
+TESTS = sorted((Path(__file__).parents[1] / "tests").glob("test_triton*.py"))
+PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
+TOLERANCES = {"bfloat16": 2e-2, "float16": 2e-2, "tf32": 5e-3, "float32": 1e-4}  # relative, against float64
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # of features and of peers; others: float32
+ROTATED = 2**28  # bytes of inputs that are taken in turns: five times the L2 of an H200
+LARGE = 2**30  # bytes of the copy that measures the memory, and sides of the product
+SIDE = 8192
+BATCH = 4096
+HOSTED = 8192  # images of a call from host to host
+STEPS = 20  # of rMLE
+MEMORY = 2**34  # bytes of all float32 values of a batch, at most
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one contender did with one case. Seconds are of one call on the whole batch."""
+
+    case: str
+    batch: int
+    contender: str
+    precision: str
+    error: float
+    seconds: float
+    images_per_second: float  # of rMLE: image-steps
+    tflops: float  # of the direct form
+    gbytes_per_second: float  # of features in and results out
+    percent_of_roofline: float
+    ratio: float | None = None  # to the best peer of this precision
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the GPU reaches here: bytes a second in a copy, FLOPs a second in a large product, by precision, and bytes a
+    second from pinned memory of the host."""
+
+    memory: float
+    products: dict[str, float]
+    host: float
+
+    def floor(self, flops: float, bytes_moved: float, precision: str) -> float:
+        """Seconds that no implementation of the direct form can be faster than."""
+        return max(flops / self.products[precision], bytes_moved / self.memory)
+
+
+def seconds_of(call: Call, inputs: Sequence[torch.Tensor], repeat: int) -> float:
+    """Median seconds of one call."""
+    for x in (*inputs[:2], inputs[0]):
+        call(x)
+    samples = []
+    for _ in range(repeat):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for x in inputs:
+            call(x)
+        end.record()
+        torch.cuda.synchronize()
+        samples.append(begin.elapsed_time(end) / 1e3 / len(inputs))
+    return statistics.median(samples)
+
+
+def ceilings() -> Ceilings:
+    source = torch.randn(LARGE // 4, device="cuda")
+    target = torch.empty_like(source)
+    memory = 2 * LARGE / seconds_of(target.copy_, [source], 7)
+    products = {}
+    for precision in PRECISIONS:
+        with matmul(precision):
+            a = torch.randn(SIDE, SIDE, device="cuda", dtype=DTYPES.get(precision, torch.float32))
+            products[precision] = 2 * SIDE**3 / seconds_of(a.matmul, [a.T.contiguous()], 5)
+    pinned = torch.empty(LARGE, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(LARGE, dtype=torch.uint8, device="cuda")
+    host = LARGE / seconds_of(lambda x: there.copy_(x, non_blocking=True), [pinned], 5)
+    return Ceilings(memory, products, host)
+
+
+class matmul:
+    """Within, PyTorch's float32 products are computed in this precision."""
+
+    def __init__(self, precision: str) -> None:
+        self._allowed = precision == "tf32"
+
+    def __enter__(self) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self._allowed
+        torch.backends.cudnn.benchmark = True
+
+    def __exit__(self, *reason: object) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def inputs_of(subject: Subject, batch: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """So many batches of inputs, or for rMLE of features, on the GPU, that they do not stay in its cache."""
+    size = batch * math.prod(subject.network.input_shape) * dtype.itemsize
+    count = 1 if subject.recipe is not None else max(1, min(16, ROTATED // size))
+    generator = torch.Generator("cuda").manual_seed(0)
+    found = [torch.randn(batch, *subject.network.input_shape, generator=generator, device="cuda") for _ in range(count)]
+    if subject.recipe is not None:
+        edge = copy.deepcopy(subject.eager).cuda()
+        with torch.no_grad():
+            found = [torch.cat([edge(part) for part in x.split(256)]) for x in found]
+    return [x.to(dtype) for x in found]
+
+
+def batch_of(subject: Subject) -> int:
+    return max(1, min(BATCH, MEMORY // (4 * sum(map(math.prod, subject.network.shapes)))))
+
+
+# ---- contenders: (subject, an example of the inputs, precision) -> what is called ------------------------------------
+
+
+def ours(subject: Subject, x: torch.Tensor, precision: str) -> Call:
+    machine = compile(subject.recipe or subject.network, "cuda", precision)
+    if isinstance(machine, Engine):
+        return machine
+    return lambda features: machine.run_there(features, "float32")[0]
+
+
+def eager(subject: Subject, x: torch.Tensor, precision: str) -> Call:
+    module = copy.deepcopy(subject.eager).to("cuda", x.dtype, memory_format=torch.channels_last)
+    return lambda x: module(x.contiguous(memory_format=torch.channels_last))
+
+
+def compiled(subject: Subject, x: torch.Tensor, precision: str) -> Call:
+    return torch.compile(eager(subject, x, precision), mode="max-autotune", dynamic=False)
+
+
+def _step(subject: Subject, precision: str) -> tuple[Callable[..., Any], torch.Tensor]:
+    """One step of Adam on Σ(edge(z) − v)² + λ·TV_2(z), as a function, and its start."""
+    recipe = subject.recipe
+    assert recipe is not None
+    dtype = DTYPES.get(precision, torch.float32)
+    edge = copy.deepcopy(subject.eager).requires_grad_(False).to("cuda", dtype, memory_format=torch.channels_last)
+    beta1, beta2 = recipe.betas
+
+    def objective(z: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        down, right = z[:, :, 1:] - z[:, :, :-1], z[..., 1:] - z[..., :-1]
+        variation = recipe.tv_weight * (down.square().sum() + right.square().sum())
+        return (edge(z.to(dtype)).float() - v).square().sum() + variation
+
+    def step(z: torch.Tensor, v: torch.Tensor, first: torch.Tensor, second: torch.Tensor, t: torch.Tensor) -> Any:
+        gradient = torch.func.grad(objective)(z, v)
+        first = torch.lerp(first, gradient, 1 - beta1)
+        second = beta2 * second + (1 - beta2) * gradient.square()
+        size = recipe.lr / (1 - beta1**t)
+        return z - size * first / ((second / (1 - beta2**t)).sqrt() + recipe.eps), first, second
+
+    return step, torch.tensor(recipe.init, device="cuda")
+
+
+def captured(subject: Subject, x: torch.Tensor, precision: str) -> Call:
+    """The whole step as one CUDA graph of eager kernels."""
+    return _loop(subject, x, precision, lambda step: step)
+
+
+def compiled_step(subject: Subject, x: torch.Tensor, precision: str) -> Call:
+    """The whole step compiled, then captured."""
+    return _loop(
+        subject, x, precision, lambda step: torch.compile(step, dynamic=False, mode="max-autotune-no-cudagraphs")
+    )
+
+
+def _loop(subject: Subject, x: torch.Tensor, precision: str, wrap: Callable[[Any], Any]) -> Call:
+    plain, start = _step(subject, precision)
+    step = wrap(plain)
+    steps = subject.recipe.steps if subject.recipe else 0
+    z = start.expand(len(x), *start.shape).contiguous(memory_format=torch.channels_last)
+    first, second, t = torch.zeros_like(z), torch.zeros_like(z), torch.ones((), device="cuda")
+    target, origin = x.float(), z.clone()
+
+    def advance() -> None:
+        after = step(z, target, first, second, t)
+        for old, new in zip((z, first, second), after, strict=True):
+            old.copy_(new)
+        t.add_(1)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            advance()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        advance()
+
+    def call(features: torch.Tensor) -> torch.Tensor:
+        target.copy_(features)
+        z.copy_(origin)
+        first.zero_()
+        second.zero_()
+        t.fill_(1)
+        for _ in range(steps):
+            graph.replay()
+        return z.clamp(0, 1)
+
+    return call
+
+
+NETWORK_CONTENDERS = {"fastinv": ours, "eager": eager, "torch.compile": compiled}
+SOLVER_CONTENDERS = {"fastinv": ours, "eager, captured": captured, "torch.compile, captured": compiled_step}
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def measure(subject: Subject, precision: str, top: Ceilings, repeat: int) -> Iterator[Row | str]:
+    """A row for every contender that is right, a line for every other."""
+    solves, batch = subject.recipe is not None, batch_of(subject)
+    inputs = inputs_of(subject, batch, torch.float32 if solves else DTYPES.get(precision, torch.float32))
+    expected = subject.run_eager(inputs[0][:CHECKED].cpu().float(), torch.float64)
+    rows: list[Row] = []
+    for name, build in (SOLVER_CONTENDERS if solves else NETWORK_CONTENDERS).items():
+        try:
+            with torch.set_grad_enabled(solves), matmul(precision):
+                call = build(subject, inputs[0], precision)
+                found = call(inputs[0])[:CHECKED].cpu().double()
+                error = float((found - expected).norm() / expected.norm())
+                if not error <= max(TOLERANCES[precision], SOLVER_TOLERANCE if solves else 0):
+                    yield f"{subject.name}, {precision}: {name} is wrong by {error:.1g}, and not timed"
+                    continue
+                taken = seconds_of(call, inputs, repeat)
+        except Exception as reason:  # of a peer, or of ours: the others are to be timed all the same
+            yield f"{subject.name}, {precision}: {name} cannot run it: {type(reason).__name__}: {reason!s:.200}"
+            continue
+        steps = subject.recipe.steps if subject.recipe else 1
+        flops = batch * subject.flops
+        moved = batch * (math.prod(inputs[0].shape[1:]) * inputs[0].element_size() + 4 * expected[0].numel())
+        share = 100 * top.floor(flops, moved, precision) / taken
+        rates = batch * steps / taken, 1e-12 * flops / taken, 1e-9 * moved / taken, share
+        rows.append(Row(subject.name, batch, name, precision, error, taken, *rates))
+    best = min((row.seconds for row in rows if row.contender != "fastinv"), default=None)
+    for row in rows:
+        yield dataclasses.replace(row, ratio=None if best is None else best / row.seconds)
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+
+
+def host_to_host(subject: Subject, precision: str, top: Ceilings, repeat: int) -> Row | str:
+    """fastinv with features and results on the host, float32 both: the roofline is then the way there."""
+    try:
+        engine = compile(subject.network, "cuda", precision)
+        x = torch.randn(HOSTED, *subject.network.input_shape, generator=torch.Generator().manual_seed(0)).numpy()
+        expected = subject.run_eager(torch.from_numpy(x[:CHECKED]), torch.float64).numpy()
+        found = engine(x)
+        error = float(np.linalg.norm(found[:CHECKED] - expected) / np.linalg.norm(expected))
+        if not error <= TOLERANCES[precision]:
+            return f"{subject.name}, {precision}: fastinv, host to host, is wrong by {error:.1g}, and not timed"
+        samples = []
+        for _ in range(repeat):
+            begin = time.perf_counter()
+            engine(x)
+            samples.append(time.perf_counter() - begin)
+    except Exception as reason:  # the others are to be timed all the same
+        return f"{subject.name}, {precision}: fastinv, host to host: {type(reason).__name__}: {reason!s:.200}"
+    taken, flops, moved = statistics.median(samples), HOSTED * subject.flops, x.nbytes + found.nbytes
+    floor = max(top.floor(flops, moved, precision), x.nbytes / top.host)
+    rates = HOSTED / taken, 1e-12 * flops / taken, 1e-9 * moved / taken, 100 * floor / taken
+    return Row(subject.name, HOSTED, "fastinv, host to host", precision, error, taken, *rates)
+
+
+def as_table(rows: Sequence[Row]) -> str:
+    header = ["", "precision", "batch", "error", "images/s", "TFLOP/s", "GB/s", "% of roofline", "to best peer"]
+    return table(
+        header,
+        [
+            [
+                f"{row.case}: {row.contender}", row.precision, f"{row.batch:,}", f"{row.error:.0e}",
+                f"{row.images_per_second:,.0f}", f"{row.tflops:.1f}", f"{row.gbytes_per_second:,.0f}",
+                f"{row.percent_of_roofline:.1f}", "" if row.ratio is None else f"{row.ratio:.2f}",
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    result.add_argument("--minutes", type=float, default=10, help="for everything; what does not fit is left out")
+    result.add_argument("--case", nargs="+", default=[], metavar="NAME", help="parts of names; all where left out")
+    result.add_argument("--precision", default=",".join(PRECISIONS), help="as in bfloat16,float32")
+    result.add_argument("--repeat", type=positive, default=7, help="samples; medians count")
+    result.add_argument("--no-tests", action="store_true", help="do not run the tests of the kernels first")
+    result.add_argument("--json", metavar="FILE", type=Path, help="write the results there, too, after every case")
+    return result
+
+
+def main() -> int:
+    arguments = parser()
+    args = arguments.parse_args()
+    end = time.monotonic() + 60 * args.minutes
+    precisions = args.precision.split(",")
+    if unknown := set(precisions) - set(PRECISIONS):
+        arguments.error(f"--precision {', '.join(sorted(unknown))}, expected some of {', '.join(PRECISIONS)}")
+    if (reason := CudaBackend().available()) is not None:
+        print(f"bench/gpu.py needs an NVIDIA GPU: {reason}", file=sys.stderr)
+        return 1
+    if args.json is not None:
+        expect_place(args.json)
+    facts: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": []}
+    if not args.no_tests:
+        try:
+            tests = subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], timeout=30 * args.minutes)
+            facts["tests"] = "passed" if tests.returncode == 0 else "FAILED"
+        except subprocess.TimeoutExpired:
+            facts["tests"] = "FAILED: not done in half of the time"
+    top = ceilings()
+    facts["ceilings"] = dataclasses.asdict(top)
+    products = ", ".join(f"{name} {1e-12 * flops:.0f}" for name, flops in top.products.items())
+    print(f"{facts['gpu']}: copy {1e-12 * top.memory:.2f} TB/s; products, TFLOP/s: {products}")
+    print(f"from the host: {1e-9 * top.host:.0f} GB/s")
+    rows: list[Row] = []
+    for subject in [*benchmark.decoders(), *benchmark.solvers(STEPS)]:
+        if args.case and not any(part.lower() in subject.name.lower() for part in args.case):
+            continue
+        for precision in precisions:
+            if time.monotonic() > end:
+                print(f"{subject.name}, {precision}: left out, the time is over")
+                continue
+            if subject.recipe is not None and precision == "float16":
+                continue  # gradients leave its range
+            found = list(measure(subject, precision, top, args.repeat))
+            if subject.recipe is None:
+                found.append(host_to_host(subject, precision, top, args.repeat))
+            rows += [row for row in found if isinstance(row, Row)]
+            print("\n".join(note for note in found if isinstance(note, str)), flush=True)
+            if args.json is not None:
+                facts["rows"] = [dataclasses.asdict(row) for row in rows]
+                with replacing(args.json) as temporary:
+                    temporary.write_text(json.dumps(facts, indent=2) + "\n")
+    print(as_table(rows))
+    return int(facts.get("tests", "").startswith("FAILED"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

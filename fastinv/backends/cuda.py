@@ -1,0 +1,59 @@
+"""The GPU backend: Triton kernels of `fastinv.kernels`, launched as CUDA graphs.
+
+What does the work is imported when it is asked for: where there is no GPU, listing the backend costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastinv.backends.cuda_device import missing
+from fastinv.network import Network, Step
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastinv.backends.cuda_network import CudaNetwork
+    from fastinv.backends.cuda_solver import CudaSolver
+    from fastinv.inverters import RMLE
+
+
+class CudaBackend:
+    """NVIDIA GPUs from Ampere on; see `fastinv.backends.base.Backend`."""
+
+    methods: tuple[str, ...] = ("adam", "amsgrad", "sgd")
+
+    def __init__(self, index: int = 0) -> None:
+        self.index = index
+        self.name = f"cuda:{index}" if index else "cuda"
+
+    def on(self, index: int) -> CudaBackend:
+        """The same on another GPU."""
+        return CudaBackend(index)
+
+    def precisions(self, solver: bool) -> tuple[str, ...]:
+        # Gradients may leave float16's range; and a solver's first is not the fastest, but what is known to be exact.
+        return ("float32", "tf32", "bfloat16") if solver else ("bfloat16", "float16", "tf32", "float32")
+
+    def available(self) -> str | None:
+        return missing(self.index)
+
+    def supports(self, step: Step) -> bool:
+        from fastinv.backends.cuda_lowering import LOWERINGS
+
+        return step.op.name in LOWERINGS
+
+    def compile(self, network: Network, precision: str, threads: int | None) -> CudaNetwork:
+        from fastinv.backends.cuda_network import CudaNetwork
+
+        return CudaNetwork(network, precision, self._device())
+
+    def compile_solver(self, recipe: RMLE, precision: str, threads: int | None) -> CudaSolver:
+        from fastinv.backends.cuda_solver import CudaSolver
+
+        return CudaSolver(recipe, precision, self._device(), self.name)
+
+    def _device(self) -> torch.device:
+        import torch
+
+        return torch.device("cuda", self.index)

@@ -1,0 +1,162 @@
+"""The device under the GPU backend: which there are, memory, streams and graphs.
+
+A CPU stands in for a GPU wherever its tensors do, so that all else can be tested without one: then launches are run one
+by one in Triton's interpreter, and there are no streams.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastinv.errors import BackendError
+
+if TYPE_CHECKING:
+    import torch
+
+Value = TypeVar("Value")
+
+OLDEST = (8, 0)  # compute capability: the first with bfloat16 and tf32
+
+
+@functools.cache
+def missing(index: int) -> str | None:
+    """Why GPU number `index` cannot be used here, and what to do; None when it can.
+
+    The driver is asked before torch is: where there is no GPU, that takes no time and loads nothing.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'fastinv[gpu]' (Linux on x86-64 or ARM64)"
+    count = _driver_count()
+    if count == 0:
+        return "no GPU is to be seen (no NVIDIA driver, or CUDA_VISIBLE_DEVICES hides all)"
+    if index >= count:
+        return f"there is no GPU {index}: {count} can be seen, from 0"
+    try:
+        import torch
+    except ImportError as error:
+        return f"PyTorch cannot be imported ({error})"
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is built without CUDA: install a build with it"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no usable GPU: is the driver new enough for its CUDA version?"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < OLDEST:
+        return f"GPU {index} has compute capability {capability[0]}.{capability[1]}, expected 8.0 (Ampere) or more"
+    return None
+
+
+def _driver_count() -> int:
+    """How many GPUs NVIDIA's driver shows to this process."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def isa_of(device: torch.device) -> str:
+    """As in "sm_90"."""
+    import torch
+
+    if device.type != "cuda":
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Within, launches and new streams go to this device."""
+    import torch
+
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def wait(device: torch.device) -> None:
+    """Wait for what is on the current stream: the next one to use the same memory may be on another."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def repeatable(launches: Sequence[Callable[[], None]], device: torch.device) -> Callable[[], None]:
+    """The launches as one call: a CUDA graph. They are run once here, which compiles them."""
+    import torch
+
+    def run() -> None:
+        for launch in launches:
+            launch()
+
+    if device.type != "cuda":
+        return run
+    with on_device(device):
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+    return graph.replay
+
+
+def halving(allocate: Callable[[int], Value], images: int) -> tuple[Value, int]:
+    """What `allocate` gives for so many images, or for half as many as often as memory does not suffice.
+
+    Raises:
+        BackendError: there is not even room for one image.
+    """
+    import torch
+
+    while True:
+        try:
+            return allocate(images), images
+        except torch.OutOfMemoryError as error:
+            if images == 1:
+                raise BackendError(f"backend 'cuda': the GPU has no room for one image ({error!s:.200})") from error
+        torch.cuda.empty_cache()
+        warnings.warn(
+            f"the GPU has no room for {images:,} images at once: going on with {images // 2:,}", RuntimeWarning, 3
+        )
+        images //= 2
+
+
+class Streams:
+    """Three streams that overlap: features in, compute, results out. On a CPU everything is done at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self._streams: dict[str, Any] = {}
+        if device.type == "cuda":
+            make: Any = torch.cuda.Stream
+            self._streams = {name: make(device) for name in ("in", "compute", "out")}
+
+    def on(self, name: str) -> AbstractContextManager[Any]:
+        """What is launched within goes to this stream."""
+        import torch
+
+        return torch.cuda.stream(self._streams[name]) if self._streams else nullcontext()
+
+    def after(self, name: str, before: str) -> None:
+        """What comes next on stream `name` waits for what is on `before` by now."""
+        if self._streams:
+            self._streams[name].wait_stream(self._streams[before])
+
+    def mark(self, name: str) -> Callable[[], None]:
+        """A function that waits for what is on the stream by now."""
+        if not self._streams:
+            return lambda: None
+        wait: Callable[[], None] = self._streams[name].record_event().synchronize
+        return wait

@@ -1,0 +1,295 @@
+"""A network on the GPU: features stream through it, or lie there; the launches are CUDA graphs."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastinv import tensors
+from fastinv.backends.base import Array
+from fastinv.backends.cuda_device import Streams, halving, isa_of, on_device, repeatable
+from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
+from fastinv.backends.cuda_nodes import ConvolutionNode, Node
+from fastinv.backends.cuda_plan import Arena, Buffer, Stage, bucket
+from fastinv.errors import FeatureError
+from fastinv.network import Network
+from fastinv.ops.base import Shape
+
+if TYPE_CHECKING:
+    import torch
+
+
+MOST_IMAGES = 4096  # at once
+MOST_BYTES = 2**32  # of the arena and of all that goes with a batch
+STREAMED_IMAGES = 1024  # at once from the host: a call's first and last such batch overlap with nothing
+STREAMED_BATCHES = 64  # of one call
+FEW = 64  # channels that a convolution can write in the user's order: with more, the addresses spill
+MOST_ELEMENTS = 2**31 - 1  # of a tensor: the kernels' offsets are 32-bit
+
+RAW_DTYPES = ("float32", "float16", "bfloat16", "uint8", "int8")
+
+
+@dataclass(eq=False)
+class Slot:
+    """Memory for one batch on its way: on the host, pinned, and on the device, as bytes."""
+
+    host: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # features, results, and the flag of what is not finite
+    device: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    wait: Any = None  # for the batch that is on its way
+    rows: tuple[int, int] = (0, 0)
+
+
+class CudaNetwork:
+    """A network compiled for one device.
+
+    Args:
+        most: images at once, at most.
+    """
+
+    def __init__(self, network: Network, precision: str, device: torch.device, most: int = MOST_IMAGES) -> None:
+        self.precision = precision
+        self.isa = isa_of(device)
+        self._network = network
+        self._device = device
+        self._lowering = Lowering(network, device, PRECISIONS[precision])
+        self._features, self._results, self._flag = (Buffer(0, "float32") for _ in range(3))
+        self._scale, self._zero_point = Buffer(0, "float32"), Buffer(0, "float32")
+        self._outside = (self._features, self._results, self._flag, self._scale, self._zero_point)
+        self._arena = Arena(self._stages(), self._outside)
+        self._most = fitting(self._arena, network, most)
+        self.batch_size: int | None = STREAMED_BATCHES * STREAMED_IMAGES
+        self._memory: torch.Tensor | None = None  # the arena, for `_most` images
+        # One slot is filled and emptied while the other is computed on, with so many images at once.
+        self._slots: tuple[Slot, Slot] | None = None
+        self._streamed = min(self._most, STREAMED_IMAGES)
+        self._bound: dict[tuple[Any, ...], Any] = {}
+        self._streams: Streams | None = None
+        self._quantised: tuple[torch.Tensor, ...] = ()
+        self._lock = threading.Lock()
+
+    def run(self, x: Array, out: Array) -> None:
+        self._stream(tensors.Source(x, "float32", False), out)
+
+    def run_plain(self, x: Any, most: int) -> Any:
+        if not tensors.on_gpu(x) or x.device != self._device:
+            return None
+        return self.run_there(tensors.features_there(x, self._network.input_shape), "float32")
+
+    def run_raw(self, rows: tensors.Source, out: npt.NDArray[Any]) -> bool:
+        return rows.dtype in RAW_DTYPES and self._stream(rows, out)
+
+    def run_there(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
+        """Results [N, *output_shape] for x [N, *input_shape] on this device, contiguous, computed where it lies, on the
+        current stream.
+
+        Raises:
+            FeatureError: x holds NaN or Inf.
+        """
+        import torch
+
+        network, count = self._network, len(x)
+        out = torch.empty((count, *network.output_shape), dtype=getattr(torch, dtype), device=self._device)
+        flag = torch.zeros(1, dtype=torch.int32, device=self._device)
+        with self._lock, on_device(self._device):
+            start = 0
+            while start < count:
+                memory = self._ready()  # may lower `_most`
+                stop = min(start + self._most, count)
+                outside = {self._features: x[start:stop], self._results: out[start:stop], self._flag: flag}
+                for launch in self._arena.bind(stop - start, memory, self._all(outside)):
+                    launch()
+                start = stop
+            wrong = bool(flag.item())  # waits: the arena is free again
+        if wrong:
+            raise FeatureError("features hold NaN or Inf: drop or mend these images")
+        return out
+
+    def describe(self, measure: bool = False) -> list[dict[str, Any]]:
+        network = self._network
+        plan = []
+        for index, node in zip(self._lowering.steps, self._lowering.nodes, strict=True):
+            step = network.steps[index]
+            cost = network.costs[index]
+            row = {"step": index, "op": step.op.name, "kernel": _kernel_name(node), "output": network.shapes[index + 1]}
+            row |= {"activation": step.activation.kind, "flops": cost.flops, "bytes": cost.bytes}
+            plan.append(row | {"source": step.source})
+        return plan
+
+    def _stages(self) -> list[Stage]:
+        """From features [N, *input_shape] of any type, through the nodes, to results [N, *output_shape]."""
+        from fastinv.kernels.triton.layout import launch_channels_first, launch_channels_last
+
+        to, network = self._lowering, self._network
+
+        def features(tensors: Any) -> Any:
+            flag, scale, zero_point = (tensors(b) for b in (self._flag, self._scale, self._zero_point))
+            sizes = door(network.input_shape)
+            return launch_channels_last(tensors(self._features), tensors(to.input), *sizes, scale, zero_point, flag)
+
+        def results(tensors: Any) -> Any:
+            return launch_channels_first(tensors(to.output), tensors(self._results), *door(network.output_shape))
+
+        first = Stage(features, (self._features,), (to.input,))
+        last = to.nodes[-1] if to.nodes else None
+        read = {source for node in to.nodes for source in node.inputs}
+        if (
+            isinstance(last, ConvolutionNode)
+            and last.output is to.output
+            and to.output not in read
+            and last.ending.addend is None
+            and len(network.output_shape) == 3
+            and network.output_shape[0] <= FEW
+        ):  # it can write the results where they are to be
+            pixels, channels = door(network.output_shape)
+            last.output = self._results
+            last.out_strides = (pixels * channels, network.output_shape[2], 1, pixels)
+            return [first, *to.forward()]
+        return [first, *to.forward(), Stage(results, (to.output,), (self._results,))]
+
+    def _all(self, outside: dict[Buffer, Any]) -> dict[Buffer, Any]:
+        return {buffer: outside.get(buffer) for buffer in self._outside}
+
+    def _ready(self) -> torch.Tensor:
+        import torch
+
+        def allocate(images: int) -> torch.Tensor:
+            return torch.empty(max(1, self._arena.bytes(images)), dtype=torch.uint8, device=self._device)
+
+        if self._memory is None:
+            fresh, self._most = halving(allocate, self._most)
+            self._memory, self._streamed = fresh, min(self._streamed, self._most)
+        return self._memory
+
+    def _ready_slots(self) -> tuple[Slot, Slot]:
+        if self._slots is None:
+            fresh, self._streamed = halving(lambda images: (self._slot(images), self._slot(images)), self._streamed)
+            self._slots = fresh
+        return self._slots
+
+    def _slot(self, images: int) -> Slot:
+        import torch
+
+        pinned = self._device.type == "cuda"
+        sizes = [4 * images * int(np.prod(s)) for s in (self._network.input_shape, self._network.output_shape)]
+        host = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in (*sizes, 4)]
+        device = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in (*sizes, 4)]
+        return Slot((host[0], host[1], host[2]), (device[0], device[1], device[2]))
+
+    def _stream(self, rows: tensors.Source, out: npt.NDArray[Any]) -> bool:
+        """Features from the host, results to it, while the batch between them is computed; False on NaN or Inf."""
+        with self._lock, on_device(self._device):
+            memory, slots = self._ready(), self._ready_slots()
+            self._streams = self._streams or Streams(self._device)
+            with self._streams.on("compute"):
+                scale = self._constants(rows)
+            good = True
+            try:
+                for number, (start, stop) in enumerate(tensors.chunks(len(rows), self._streamed)):
+                    slot = slots[number % 2]
+                    good &= _collect(slot, out)
+                    self._send(slot, memory, rows.data[start:stop], rows.dtype, scale, out.dtype.name)
+                    slot.rows = (start, stop)
+                for slot in slots:
+                    good &= _collect(slot, out)
+            finally:  # what an error leaves on its way is not the next call's
+                for slot in slots:
+                    if slot.wait is not None:
+                        slot.wait()
+                        slot.wait = None
+            return good
+
+    def _send(
+        self, slot: Slot, memory: torch.Tensor, part: npt.NDArray[Any], dtype: str, scale: Any, result: str
+    ) -> None:
+        """Start a batch on its way."""
+        assert self._streams is not None
+        streams, count = self._streams, len(part)
+        images = bucket(count, self._streamed)
+        run = self._launched(slot, memory, images, dtype, scale, result)
+        size = part.dtype.itemsize * part.size
+        slot.host[0][:size].numpy().view(part.dtype).reshape(part.shape)[...] = part
+        with streams.on("in"):
+            slot.device[0][:size].copy_(slot.host[0][:size], non_blocking=True)
+            slot.device[0][size : size // count * images].zero_()  # the rest of the bucket is computed on, too
+        streams.after("compute", "in")
+        with streams.on("compute"):
+            slot.device[2].zero_()
+            run()
+        streams.after("out", "compute")
+        size = count * int(np.prod(self._network.output_shape)) * np.dtype(result).itemsize
+        with streams.on("out"):
+            slot.host[1][:size].copy_(slot.device[1][:size], non_blocking=True)
+            slot.host[2].copy_(slot.device[2], non_blocking=True)
+        slot.wait = streams.mark("out")
+
+    def _launched(self, slot: Slot, memory: torch.Tensor, images: int, dtype: str, scale: Any, result: str) -> Any:
+        """The whole run for so many images in a slot."""
+        import torch
+
+        key = (id(slot), images, dtype, scale is not None, result)
+        if key not in self._bound:
+            network = self._network
+            shapes = (images, *network.input_shape), (images, *network.output_shape)
+            views = []
+            for raw, shape, name in zip(slot.device[:2], shapes, (dtype, result), strict=True):
+                kind: torch.dtype = getattr(torch, name)
+                views.append(raw[: int(np.prod(shape)) * kind.itemsize].view(kind).view(shape))
+            outside = {self._features: views[0], self._results: views[1], self._flag: slot.device[2].view(torch.int32)}
+            if scale is not None:
+                outside |= {self._scale: scale[0], self._zero_point: scale[1]}
+            launches = self._arena.bind(images, memory, self._all(outside))
+            self._bound[key] = repeatable(launches, self._device)
+        return self._bound[key]
+
+    def _constants(self, rows: tensors.Source) -> Any:
+        """Scale and zero point on the device, one entry for each channel; always in the same memory, as graphs need."""
+        import torch
+
+        if rows.scale is None or rows.zero_point is None:
+            return None
+        shape = self._network.input_shape
+        if not self._quantised:
+            channels = door(shape)[1]
+            self._quantised = tuple(torch.empty(channels, device=self._device) for _ in range(2))
+        for tensor, values in zip(self._quantised, (rows.scale, rows.zero_point), strict=True):
+            whole = np.broadcast_to(values, shape)
+            # The channel's number, or where an element is its own channel the element's.
+            tensor.copy_(torch.from_numpy((whole[:, 0, 0] if len(shape) == 3 else whole.ravel()).copy()))
+        return self._quantised
+
+
+def fitting(arena: Arena, network: Network, most: int) -> int:
+    """As many images as the kernels' offsets and a modest amount of memory allow."""
+    doors = 2 * 4 * sum(int(np.prod(shape)) for shape in (network.input_shape, network.output_shape))
+    by_memory = MOST_BYTES // (arena.bytes(64) // 64 + doors)
+    largest = max(arena.largest(), *(int(np.prod(shape)) for shape in (network.input_shape, network.output_shape)))
+    return max(1, min(most, by_memory, MOST_ELEMENTS // largest))
+
+
+def door(shape: Shape) -> tuple[int, int]:
+    """Pixels and channels of a value: all of it is channels where it is no image."""
+    size = int(np.prod(shape))
+    return (size // shape[0], shape[0]) if len(shape) == 3 else (1, size)
+
+
+def _collect(slot: Slot, out: npt.NDArray[Any]) -> bool:
+    """Wait for the batch in a slot, if there is one, and take its results; False where its features were not finite."""
+    if slot.wait is None:
+        return True
+    slot.wait()
+    slot.wait = None
+    start, stop = slot.rows
+    part = out[start:stop]
+    part[...] = slot.host[1][: part.size * part.dtype.itemsize].numpy().view(part.dtype).reshape(part.shape)
+    return not slot.host[2].numpy().any()
+
+
+def _kernel_name(node: Node) -> str:
+    kernel = getattr(node, "kernel", None)
+    tile = getattr(kernel, "tile", None)
+    name = type(kernel).__name__
+    return f"{name} {tile.m}x{tile.n}x{tile.k}" if tile else name

@@ -1,0 +1,170 @@
+"""What a step of a network becomes on the GPU: nodes, which go forward, and back to each of their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fastinv.backends.cuda_plan import Buffer, Ending, Stage
+from fastinv.ops.base import Shape
+
+Index = npt.NDArray[np.int64]
+
+
+class Node(Protocol):
+    """One kernel launch. Its output has been through the activation of `ending`."""
+
+    inputs: tuple[Buffer, ...]
+    output: Buffer
+    ending: Ending
+
+    def forward(self) -> Stage: ...
+
+    def backward(self, which: int, gradient: Buffer, into: Buffer, ending: Ending) -> Stage:
+        """From the gradient of the output before the activation to `into`, the gradient of input `which`."""
+
+
+@dataclass(eq=False)
+class ConvolutionNode:
+    """A convolution, also a dense layer. A second input is added to its result before the activation."""
+
+    inputs: tuple[Buffer, ...]
+    output: Buffer
+    kernel: Any  # `Convolution` or `DirectConvolution`
+    back: Any  # the same for the way back, or None
+    ending: Ending
+    out_strides: tuple[int, int, int, int] | None = None
+
+    def forward(self) -> Stage:
+        def make(tensors: Any) -> Any:
+            epilogue = self.ending.epilogue(tensors)
+            return self.kernel.launch(tensors(self.inputs[0]), tensors(self.output), epilogue, None, self.out_strides)
+
+        return Stage(make, self.inputs, (self.output,))
+
+    def backward(self, which: int, gradient: Buffer, into: Buffer, ending: Ending) -> Stage:
+        if which == 1:
+            return copy(gradient, into, ending)
+
+        def make(tensors: Any) -> Any:
+            return self.back.launch(tensors(gradient), tensors(into), ending.epilogue(tensors))
+
+        return Stage(make, (gradient, *ending.reads), (into,))
+
+
+@dataclass(eq=False)
+class MaxPoolNode:
+    """A max pool; `taps` keeps the places of the maxima where a gradient is to go back."""
+
+    inputs: tuple[Buffer, ...]
+    output: Buffer
+    kernel: Any
+    taps: Buffer | None
+    ending: Ending
+
+    def forward(self) -> Stage:
+        def make(tensors: Any) -> Any:
+            x, out = tensors(self.inputs[0]), tensors(self.output)
+            return self.kernel.launch(x, out, tensors(self.taps), self.ending.epilogue(tensors))
+
+        return Stage(make, self.inputs, (self.output,) if self.taps is None else (self.output, self.taps))
+
+    def backward(self, which: int, gradient: Buffer, into: Buffer, ending: Ending) -> Stage:
+        assert self.taps is not None
+
+        def make(tensors: Any) -> Any:
+            taps, out = tensors(self.taps), tensors(into)
+            return self.kernel.launch_backward(tensors(gradient), taps, out, ending.epilogue(tensors))
+
+        return Stage(make, (gradient, self.taps, *ending.reads), (into,))
+
+
+@dataclass(eq=False)
+class ResampleNode:
+    """A separable resampling, and the one with transposed matrices."""
+
+    inputs: tuple[Buffer, ...]
+    output: Buffer
+    kernel: Any
+    back: Any
+    ending: Ending
+
+    def forward(self) -> Stage:
+        return _resample(self.kernel, self.inputs[0], self.output, self.ending)
+
+    def backward(self, which: int, gradient: Buffer, into: Buffer, ending: Ending) -> Stage:
+        return _resample(self.back, gradient, into, ending)
+
+
+@dataclass(eq=False)
+class GatherNode:
+    """An elementwise op or one that moves elements. `backs` has for each input the gather that goes back to it, and
+    the number of the input that it needs as y, or None."""
+
+    inputs: tuple[Buffer, ...]
+    output: Buffer
+    kernel: Any
+    backs: Sequence[tuple[Any, int | None]]
+    ending: Ending
+
+    def forward(self) -> Stage:
+        return _gather(self.kernel, (*self.inputs, None)[:2], self.output, self.ending)
+
+    def backward(self, which: int, gradient: Buffer, into: Buffer, ending: Ending) -> Stage:
+        kernel, needed = self.backs[which]
+        return _gather(kernel, (gradient, None if needed is None else self.inputs[needed]), into, ending)
+
+
+def copy(source: Buffer, target: Buffer, ending: Ending) -> Stage:
+    """target = ending(source)."""
+    from fastinv.kernels.triton.gather import Gather
+
+    return _gather(Gather(source.elements), (source, None), target, ending)
+
+
+def _resample(kernel: Any, source: Buffer, target: Buffer, ending: Ending) -> Stage:
+    def make(tensors: Any) -> Any:
+        return kernel.launch(tensors(source), tensors(target), ending.epilogue(tensors))
+
+    return Stage(make, (source, *ending.reads), (target,))
+
+
+def _gather(kernel: Any, sources: tuple[Buffer | None, ...], target: Buffer, ending: Ending) -> Stage:
+    def make(tensors: Any) -> Any:
+        x, y = (tensors(source) for source in sources)
+        return kernel.launch(x, y, tensors(target), ending.epilogue(tensors))
+
+    return Stage(make, (*(s for s in sources if s is not None), *ending.reads), (target,))
+
+
+# ---- places of elements: an image [C, H, W] lies as [H, W, C], all else in row-major order ---------------------------
+
+
+def internal(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """[C, H, W] as it lies in memory, [H, W, C]; other ranks as they are."""
+    return array.transpose(1, 2, 0) if array.ndim == 3 else array
+
+
+def places(shape: Shape) -> Index:
+    """For every element of a value of this shape, where it lies."""
+    result = np.empty(shape, np.int64)
+    internal(result)[...] = np.arange(result.size).reshape(internal(result).shape)
+    return result
+
+
+def listed(values: Index) -> Index:
+    """An array of the shape of a value, in the order of that value's memory."""
+    return internal(values).ravel()
+
+
+def inverse(index: Index, size: int) -> Index:
+    """For each of `size` sources the positions that read it, [terms, size]; every one is read equally often."""
+    return np.argsort(index, kind="stable").reshape(size, -1).T
+
+
+def is_identity(index: Index) -> bool:
+    return bool(np.array_equal(index.ravel(), np.arange(index.size)))

@@ -1,0 +1,190 @@
+"""Convolutions, transposed convolutions and dense layers as matrix products, forward and back to the input.
+
+The rows of the product are the pixels of all images, its columns the output channels of a group; the matrix of what
+each pixel sees is never formed, its tiles are gathered (implicit GEMM, as in cuDNN: Chetlur et al. 2014). All phases of
+a strided transposed convolution run in one launch, those of the same pixels side by side, so that what they share stays
+in the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from fastinv.kernels.triton.epilogue import Epilogue, finish, stored
+from fastinv.kernels.triton.geometry import PHASE, Geometry, packed
+from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
+
+
+@triton.jit
+def _convolution_kernel(
+    x, w, bias, phases, out, addend, saved, a, b,
+    images, height, width, channels, outputs, out_height, out_width,
+    x_n, x_y, x_x, x_c, out_n, out_y, out_x, out_c,
+    stride_y, stride_x, spacing_y, spacing_x, step_y, step_x,
+    column_tiles, groups,
+    PHASE: tl.constexpr, PHASES: tl.constexpr, FLAT: tl.constexpr, FULL: tl.constexpr, KIND: tl.constexpr,
+    BYTES: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out[n, i·step + row, j·step + column, o] = finish(bias[o] + Σ_{t,c} w[o, t, c] · x[n, iy(i, t), ix(j, t), c]).
+
+    x: [images, height, width, groups · channels] and out: [images, out_height, out_width, groups · outputs], both with
+    any strides; addend and saved as out, contiguous. w, phases: `packed` and `Geometry.table`. With FLAT the tiles of
+    the sum run over taps and channels together, else over the channels of one tap; with FULL those fill their tiles.
+    """
+    program = tl.program_id(0)
+    per_pixels = column_tiles * groups * PHASES
+    tile_m = program // per_pixels
+    rest = program % per_pixels
+    tile_n = rest % column_tiles
+    group = rest // column_tiles % groups
+    phase = phases + rest // (column_tiles * groups) * PHASE
+    row, column = tl.load(phase), tl.load(phase + 1)
+    rows, columns = tl.load(phase + 2), tl.load(phase + 3)
+    taps_y, taps_x = tl.load(phase + 4), tl.load(phase + 5)
+    first_y, first_x = tl.load(phase + 6), tl.load(phase + 7)
+    w += tl.load(phase + 8)
+
+    m = tile_m * BM + tl.arange(0, BM)
+    inside = m < images * rows * columns
+    n = m // (rows * columns)
+    i = m // columns % rows
+    j = m % columns
+    y = i * stride_y + first_y
+    x0 = j * stride_x + first_x
+    base = n * x_n + group * channels * x_c
+    o = tile_n * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    taps = taps_y * taps_x
+    if FLAT:
+        blocks = (taps * channels + BK - 1) // BK
+    else:
+        per_tap = (channels + BK - 1) // BK
+        blocks = taps * per_tap
+    weights = w + ((group * column_tiles * BN + o) * (blocks * BK))[None, :] + k[:, None]
+
+    sums = tl.zeros((BM, BN), tl.float32)
+    for block in range(0, blocks):
+        if FLAT:
+            product = block * BK + k
+            t = product // channels
+            c = product % channels
+            iy = y[:, None] + (t // taps_x * spacing_y)[None, :]
+            ix = x0[:, None] + (t % taps_x * spacing_x)[None, :]
+            seen = inside[:, None] & (t < taps)[None, :] & (iy >= 0) & (iy < height) & (ix >= 0) & (ix < width)
+            place = base[:, None] + iy * x_y + ix * x_x + (c * x_c)[None, :]
+        else:
+            t = block // per_tap
+            c = block % per_tap * BK + k
+            iy = y + t // taps_x * spacing_y
+            ix = x0 + t % taps_x * spacing_x
+            seen = (inside & (iy >= 0) & (iy < height) & (ix >= 0) & (ix < width))[:, None]
+            if not FULL:
+                seen = seen & (c < channels)[None, :]
+            place = (base + iy * x_y + ix * x_x)[:, None] + (c * x_c)[None, :]
+        pixels = tl.load(x + place, mask=seen, other=0.0).to(w.dtype.element_ty)
+        sums = tl.dot(pixels, tl.load(weights + block * BK), sums, input_precision=PRECISION)
+
+    inside = inside[:, None] & (o < outputs)[None, :]
+    o += group * outputs
+    if bias is not None:
+        sums += tl.load(bias + o, mask=o < groups * outputs, other=0.0)[None, :]
+    oy = i * step_y + row
+    ox = j * step_x + column
+    position = ((n * out_height + oy) * out_width + ox)[:, None] * (groups * outputs) + o[None, :]
+    sums = finish(sums, position, inside, addend, saved, a, b, KIND)
+    place = (n * out_n + oy * out_y + ox * out_x)[:, None] + (o * out_c)[None, :]
+    tl.store(out + place, stored(sums, BYTES).to(out.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of the product: pixels, output channels and products at a time; warps; tiles in flight."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def tile_for(outputs: int, products: int, itemsize: int, precision: str, flat: bool) -> Tile:
+    """The tile for so many output channels a group and products an output, by the size of an input in bytes.
+
+    128 rows are two wgmma of 64, one for each 4 warps: with all rows on 4 warps the addresses spill out of the
+    registers, as they do with more products or columns where tiles run over taps and channels, or outputs cannot be
+    stored many at a time. 64 two-byte inputs are the 128 bytes that shared memory swizzles best. Without tensor cores
+    (float32, "ieee") a tile's sums have to be few.
+    """
+    strict = precision == "ieee" and itemsize == 4
+    most_n, most_k = (64, 16) if strict else (128, 64) if itemsize == 2 else (64, 32)
+    k = most_k // 2 if flat and not strict else most_k
+    if flat and precision == "tf32x3":
+        k = 16
+    if flat or outputs % 16 != 0:
+        most_n = 64
+    n = min(most_n, max(16, power_of_two(outputs)))
+    return Tile(64 if strict else 128, n, min(k, max(16, power_of_two(products))), 8, 4 if itemsize == 2 else 3)
+
+
+class Convolution:
+    """Weights and geometry of one convolution on a device, ready for any batch.
+
+    Args:
+        geometry: where it reads.
+        weight: float32 [groups, outputs, inputs, kh, kw], outputs and inputs of a group, for this direction.
+        bias: float32 [groups · outputs], or None.
+        dtype: what the products are computed from; with `precision` "tf32", "tf32x3" or "ieee" for float32.
+    """
+
+    def __init__(self, geometry: Geometry, weight: Any, bias: Any, device: Any, dtype: Any, precision: str) -> None:
+        import torch
+
+        self.geometry = geometry
+        self.groups, self.outputs, self.inputs = weight.shape[:3]
+        taps = max(len(y.taps) * len(x.taps) for y, x in geometry.phases())
+        # Few channels would leave most of a tile of one tap empty.
+        self.flat = self.inputs % 16 != 0 and self.inputs < 64
+        self.tile = tile_for(
+            self.outputs, taps * self.inputs if self.flat else self.inputs, dtype.itemsize, precision, self.flat
+        )
+        inputs = None if self.flat else self.tile.k
+        flat, offsets = packed(geometry.weights(weight), self.tile.n, inputs, self.tile.k)
+        self.weight = torch.from_numpy(flat).to(device, dtype)
+        self.bias = None if bias is None else torch.tensor(bias, device=device)
+        self.phases = torch.from_numpy(geometry.table(offsets)).to(device)
+        self.precision = precision
+
+    def launch(self, x: Any, out: Any, epilogue: Epilogue, x_strides: Any = None, out_strides: Any = None) -> Launch:
+        """For x [N, H, W, C] and out [N, OH, OW, O], contiguous where no strides, in elements, are given.
+
+        A uint8 `out` gets round(255 · y).
+        """
+        images, geometry, tile = len(x), self.geometry, self.tile
+        (height, width), (out_height, out_width) = geometry.inputs, geometry.outputs
+        columns = ceil_div(self.outputs, tile.n)
+        channels, outputs = self.groups * self.inputs, self.groups * self.outputs
+        x_n, x_y, x_x, x_c = x_strides or (height * width * channels, width * channels, channels, 1)
+        out_n, out_y, out_x, out_c = out_strides or (
+            out_height * out_width * outputs, out_width * outputs, outputs, 1
+        )  # fmt: skip
+        args = {
+            "x": x, "w": self.weight, "bias": self.bias, "phases": self.phases, "out": out, **epilogue.args,
+            "images": images, "height": height, "width": width, "channels": self.inputs, "outputs": self.outputs,
+            "out_height": out_height, "out_width": out_width,
+            "x_n": x_n, "x_y": x_y, "x_x": x_x, "x_c": x_c,
+            "out_n": out_n, "out_y": out_y, "out_x": out_x, "out_c": out_c,
+            "stride_y": geometry.stride[0], "stride_x": geometry.stride[1],
+            "spacing_y": geometry.spacing[0], "spacing_x": geometry.spacing[1],
+            "step_y": geometry.step[0], "step_x": geometry.step[1],
+            "column_tiles": columns, "groups": self.groups,
+        }  # fmt: skip
+        constants = {
+            "PHASE": PHASE, "PHASES": geometry.count, "FLAT": self.flat, "FULL": self.inputs % tile.k == 0,
+            "KIND": epilogue.kind, "BYTES": out.dtype.itemsize == 1, "PRECISION": self.precision,
+            "BM": tile.m, "BN": tile.n, "BK": tile.k,
+        }  # fmt: skip
+        programs = ceil_div(images * geometry.largest, tile.m) * columns * self.groups * geometry.count
+        return Launch(_convolution_kernel, programs, args, constants, tile.warps, tile.stages)

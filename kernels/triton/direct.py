@@ -1,0 +1,163 @@
+"""Convolutions without tensor cores: those with few outputs, pixel by pixel, and those with many small groups.
+
+Both take the geometry of `geometry.py`, as the matrix kernel does, and weights [taps, inputs, outputs] for each phase.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton
+import triton.language as tl
+from fastinv.kernels.triton.epilogue import Epilogue, finish, stored
+from fastinv.kernels.triton.geometry import PHASE, Geometry
+from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
+
+FEW = 4  # outputs that are taken pixel by pixel: a matrix tile would be three quarters empty
+
+
+@triton.jit
+def _pixels_kernel(
+    x, w, bias, phases, out, addend, saved, a, b,
+    images, height, width, channels, outputs, out_height, out_width,
+    x_n, x_y, x_x, x_c, out_n, out_y, out_x, out_c,
+    stride_y, stride_x, spacing_y, spacing_x, step_y, step_x,
+    PHASE: tl.constexpr, PHASES: tl.constexpr, KIND: tl.constexpr, BYTES: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """out[n, i·step + row, j·step + column, o] = finish(bias[o] + Σ_{t,c} w[t, c, o] · x[n, iy(i, t), ix(j, t), c]).
+
+    For few outputs: a program has BM pixels, and sums over the channels only at the end.
+    """
+    phase = phases + tl.program_id(0) % PHASES * PHASE
+    row, column = tl.load(phase), tl.load(phase + 1)
+    rows, columns = tl.load(phase + 2), tl.load(phase + 3)
+    taps_y, taps_x = tl.load(phase + 4), tl.load(phase + 5)
+    w += tl.load(phase + 8)
+    m = tl.program_id(0) // PHASES * BM + tl.arange(0, BM)
+    inside = m < images * rows * columns
+    n = m // (rows * columns)
+    i = m // columns % rows
+    j = m % columns
+    y = i * stride_y + tl.load(phase + 6)
+    x0 = j * stride_x + tl.load(phase + 7)
+    o = tl.arange(0, BO)
+    sums = tl.zeros((BM, BC, BO), tl.float32)
+    blocks = (channels + BC - 1) // BC
+    for block in range(0, taps_y * taps_x * blocks):
+        t = block // blocks
+        c = block % blocks * BC + tl.arange(0, BC)
+        iy = y + t // taps_x * spacing_y
+        ix = x0 + t % taps_x * spacing_x
+        seen = inside & (iy >= 0) & (iy < height) & (ix >= 0) & (ix < width)
+        place = (n * x_n + iy * x_y + ix * x_x)[:, None] + (c * x_c)[None, :]
+        pixels = tl.load(x + place, mask=seen[:, None] & (c < channels)[None, :], other=0.0).to(tl.float32)
+        known = (c < channels)[:, None] & (o < outputs)[None, :]
+        taps = tl.load(w + (t * channels + c)[:, None] * outputs + o[None, :], mask=known, other=0.0).to(tl.float32)
+        sums += pixels[:, :, None] * taps[None, :, :]
+    inside = inside[:, None] & (o < outputs)[None, :]
+    result = tl.sum(sums, axis=1)
+    if bias is not None:
+        result += tl.load(bias + o, mask=o < outputs, other=0.0)[None, :]
+    oy = i * step_y + row
+    ox = j * step_x + column
+    position = ((n * out_height + oy) * out_width + ox)[:, None] * outputs + o[None, :]
+    result = finish(result, position, inside, addend, saved, a, b, KIND)
+    place = (n * out_n + oy * out_y + ox * out_x)[:, None] + (o * out_c)[None, :]
+    tl.store(out + place, stored(result, BYTES).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _grouped_kernel(
+    x, w, bias, phases, out, addend, saved, a, b,
+    images, height, width, channels, outputs, out_height, out_width, groups,
+    x_n, x_y, x_x, x_c, out_n, out_y, out_x, out_c,
+    stride_y, stride_x, spacing_y, spacing_x, step_y, step_x, column_tiles,
+    PHASE: tl.constexpr, PHASES: tl.constexpr, KIND: tl.constexpr, BYTES: tl.constexpr,
+    BM: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """The same for many small groups (depthwise: channels = outputs = 1): w[t, c, o], o over the outputs of all."""
+    rest = tl.program_id(0) % (column_tiles * PHASES)
+    phase = phases + rest // column_tiles * PHASE
+    row, column = tl.load(phase), tl.load(phase + 1)
+    rows, columns = tl.load(phase + 2), tl.load(phase + 3)
+    taps_y, taps_x = tl.load(phase + 4), tl.load(phase + 5)
+    w += tl.load(phase + 8)
+    m = tl.program_id(0) // (column_tiles * PHASES) * BM + tl.arange(0, BM)
+    inside = m < images * rows * columns
+    n = m // (rows * columns)
+    i = m // columns % rows
+    j = m % columns
+    y = i * stride_y + tl.load(phase + 6)
+    x0 = j * stride_x + tl.load(phase + 7)
+    o = rest % column_tiles * BO + tl.arange(0, BO)
+    total = groups * outputs
+    first = o // outputs * channels
+    sums = tl.zeros((BM, BO), tl.float32)
+    for product in range(0, taps_y * taps_x * channels):
+        t = product // channels
+        c = first + product % channels
+        iy = y + t // taps_x * spacing_y
+        ix = x0 + t % taps_x * spacing_x
+        seen = inside & (iy >= 0) & (iy < height) & (ix >= 0) & (ix < width)
+        place = (n * x_n + iy * x_y + ix * x_x)[:, None] + (c * x_c)[None, :]
+        pixels = tl.load(x + place, mask=seen[:, None] & (o < total)[None, :], other=0.0).to(tl.float32)
+        sums += pixels * tl.load(w + product * total + o, mask=o < total, other=0.0).to(tl.float32)[None, :]
+    inside = inside[:, None] & (o < total)[None, :]
+    if bias is not None:
+        sums += tl.load(bias + o, mask=o < total, other=0.0)[None, :]
+    oy = i * step_y + row
+    ox = j * step_x + column
+    position = ((n * out_height + oy) * out_width + ox)[:, None] * total + o[None, :]
+    sums = finish(sums, position, inside, addend, saved, a, b, KIND)
+    place = (n * out_n + oy * out_y + ox * out_x)[:, None] + (o * out_c)[None, :]
+    tl.store(out + place, stored(sums, BYTES).to(out.dtype.element_ty), mask=inside)
+
+
+class DirectConvolution:
+    """As `convolution.Convolution`, for one group with at most `FEW` outputs, or for groups of few channels."""
+
+    def __init__(self, geometry: Geometry, weight: Any, bias: Any, device: Any, dtype: Any, precision: str) -> None:
+        import torch
+
+        self.geometry = geometry
+        self.groups, self.outputs, self.inputs = weight.shape[:3]
+        parts = [part.transpose(2, 3, 0, 1).ravel() for part in geometry.weights(weight)]  # [taps, c, groups · o]
+        offsets = [0, *np.cumsum([part.size for part in parts])[:-1].tolist()]
+        self.weight = torch.from_numpy(np.concatenate(parts)).to(device, dtype)
+        self.bias = None if bias is None else torch.tensor(bias, device=device)
+        self.phases = torch.from_numpy(geometry.table(offsets)).to(device)
+
+    def launch(self, x: Any, out: Any, epilogue: Epilogue, x_strides: Any = None, out_strides: Any = None) -> Launch:
+        """As `Convolution.launch`."""
+        images, geometry = len(x), self.geometry
+        (height, width), (out_height, out_width) = geometry.inputs, geometry.outputs
+        channels, outputs = self.groups * self.inputs, self.groups * self.outputs
+        x_n, x_y, x_x, x_c = x_strides or (height * width * channels, width * channels, channels, 1)
+        out_n, out_y, out_x, out_c = out_strides or (
+            out_height * out_width * outputs, out_width * outputs, outputs, 1
+        )  # fmt: skip
+        args = {
+            "x": x, "w": self.weight, "bias": self.bias, "phases": self.phases, "out": out, **epilogue.args,
+            "images": images, "height": height, "width": width, "channels": self.inputs, "outputs": self.outputs,
+            "out_height": out_height, "out_width": out_width,
+            "x_n": x_n, "x_y": x_y, "x_x": x_x, "x_c": x_c,
+            "out_n": out_n, "out_y": out_y, "out_x": out_x, "out_c": out_c,
+            "stride_y": geometry.stride[0], "stride_x": geometry.stride[1],
+            "spacing_y": geometry.spacing[0], "spacing_x": geometry.spacing[1],
+            "step_y": geometry.step[0], "step_x": geometry.step[1],
+        }  # fmt: skip
+        constants = {
+            "PHASE": PHASE, "PHASES": geometry.count, "KIND": epilogue.kind, "BYTES": out.dtype.itemsize == 1,
+        }  # fmt: skip
+        pixels = images * geometry.largest
+        if self.groups == 1:
+            tile = {"BM": 128, "BC": min(16, power_of_two(self.inputs)), "BO": power_of_two(self.outputs)}
+            programs = ceil_div(pixels, tile["BM"]) * geometry.count
+            return Launch(_pixels_kernel, programs, args, constants | tile)
+        wide = min(64, power_of_two(outputs))
+        tile = {"BM": 2048 // wide, "BO": wide}
+        args |= {"groups": self.groups, "column_tiles": ceil_div(outputs, wide)}
+        programs = ceil_div(pixels, tile["BM"]) * geometry.count * args["column_tiles"]
+        return Launch(_grouped_kernel, programs, args, constants | tile)

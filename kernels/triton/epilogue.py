@@ -1,0 +1,137 @@
+"""How every kernel ends: y = activation(x + addend), or on the way back g = (x + addend) · activation'(saved).
+
+The activations are those of `fastinv.ops.activation`, by name. libdevice is avoided: the interpreter has none. All of
+it is computed in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+
+# Activations whose derivative can be told from their result; for the others the argument has to be kept.
+FROM_RESULT = ("identity", "relu", "leaky_relu", "sigmoid", "tanh", "hardtanh")
+
+
+@dataclass(frozen=True, eq=False)
+class Epilogue:
+    """What is done to a kernel's result before it is stored.
+
+    Attributes:
+        kind, a, b: the activation.
+        addend: a tensor like the result, added before.
+        saved: the activation's results, a tensor like the result: then its derivative there is multiplied by.
+    """
+
+    kind: str = "identity"
+    a: float = 0.0
+    b: float = 0.0
+    addend: Any = None
+    saved: Any = None
+
+    @property
+    def args(self) -> dict[str, Any]:
+        return {"addend": self.addend, "saved": self.saved, "a": self.a, "b": self.b}
+
+
+@triton.jit
+def sigmoid(x):
+    e = tl.exp(-tl.abs(x))  # at most 1: no overflow
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def tanh(x):
+    e = tl.exp(-2.0 * tl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x >= 0, t, -t)
+
+
+@triton.jit
+def activate(x, a, b, KIND: tl.constexpr):
+    """activation(x). NaN stays NaN, as in PyTorch."""
+    if KIND == "relu":
+        x = tl.where(x < 0, 0.0, x)
+    elif KIND == "leaky_relu":
+        x = tl.where(x < 0, a * x, x)
+    elif KIND == "sigmoid":
+        x = sigmoid(x)
+    elif KIND == "tanh":
+        x = tanh(x)
+    elif KIND == "silu":
+        x = x * sigmoid(x)
+    elif KIND == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
+    elif KIND == "gelu_tanh":
+        x = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    elif KIND == "softplus":
+        z = a * x
+        smooth = (tl.where(z > 0, z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z)))) / a
+        x = tl.where(z > b, x, smooth)
+    elif KIND == "hardtanh" or KIND == "clamp":
+        x = tl.where(x < a, a, tl.where(x > b, b, x))
+    return x
+
+
+@triton.jit
+def slope_at_result(y, a, b, KIND: tl.constexpr):
+    """activation'(x), from y = activation(x)."""
+    if KIND == "relu":
+        s = tl.where(y > 0, 1.0, 0.0)
+    elif KIND == "leaky_relu":
+        s = tl.where(y > 0, 1.0, a)
+    elif KIND == "sigmoid":
+        s = y * (1.0 - y)
+    elif KIND == "tanh":
+        s = 1.0 - y * y
+    elif KIND == "hardtanh":
+        s = tl.where((y > a) & (y < b), 1.0, 0.0)
+    else:
+        s = tl.full(y.shape, 1.0, tl.float32)
+    return s
+
+
+@triton.jit
+def slope(x, a, b, KIND: tl.constexpr):
+    """activation'(x)."""
+    if KIND == "silu":
+        s = sigmoid(x)
+        s = s * (1.0 + x * (1.0 - s))
+    elif KIND == "gelu":
+        s = 0.5 * (1.0 + tl.erf(0.7071067811865476 * x)) + 0.3989422804014327 * x * tl.exp(-0.5 * x * x)
+    elif KIND == "gelu_tanh":
+        t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
+        s = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+    elif KIND == "softplus":
+        s = tl.where(a * x > b, 1.0, sigmoid(a * x))
+    elif KIND == "clamp":
+        s = tl.where((x >= a) & (x <= b), 1.0, 0.0)
+    elif KIND == "leaky_relu":
+        s = tl.where(x > 0, 1.0, a)
+    else:
+        s = slope_at_result(activate(x, a, b, KIND), a, b, KIND)
+    return s
+
+
+@triton.jit
+def finish(x, position, inside, addend, saved, a, b, KIND: tl.constexpr):
+    """The result, for float32 x at these positions of the output; `addend` and `saved` may be None."""
+    if addend is not None:
+        x += tl.load(addend + position, mask=inside, other=0.0).to(tl.float32)
+    if saved is not None:
+        x *= slope_at_result(tl.load(saved + position, mask=inside, other=0.0).to(tl.float32), a, b, KIND)
+    else:
+        x = activate(x, a, b, KIND)
+    return x
+
+
+@triton.jit
+def stored(x, BYTES: tl.constexpr):
+    """What is stored for x: with BYTES round(255 · x) in 0 to 255, NaN as 0."""
+    if BYTES:
+        x = tl.where(x > 0, tl.where(x < 1, x, 1.0), 0.0) * 255.0
+        x = (x + 12582912.0) - 12582912.0  # 1.5 · 2^23: rounds halves to even, as numpy's rint
+    return x

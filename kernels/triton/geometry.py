@@ -1,0 +1,123 @@
+"""What a convolution reads: one description for plain, strided, dilated and transposed ones, forward and back.
+
+Output (i·step + row) of an axis sums taps t = 0 .. count − 1, which read input i·stride + first + t·spacing. A
+transposed convolution of stride s has s such phases on each axis, each with the taps that reach it; any other has one.
+Going back to the input turns the one kind into the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Pair = tuple[int, int]
+Weight = npt.NDArray[np.float32]
+
+PHASE = 10  # integers that a kernel reads for each phase: see `Geometry.table`
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One phase along one axis: its first output and how many, its taps, and the kernel's entry behind each tap."""
+
+    row: int
+    rows: int
+    first: int
+    taps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a convolution from images of `inputs` to images of `outputs` pixels reads.
+
+    Attributes:
+        stride: of the input, from one output of a phase to the next.
+        spacing: of the input, from one tap to the next.
+        step: of the output, from one output of a phase to the next.
+        axes: the phases of rows, and those of columns.
+    """
+
+    inputs: Pair
+    outputs: Pair
+    stride: Pair
+    spacing: Pair
+    step: Pair
+    axes: tuple[tuple[Axis, ...], tuple[Axis, ...]]
+
+    def phases(self) -> Iterator[tuple[Axis, Axis]]:
+        for y in self.axes[0]:
+            for x in self.axes[1]:
+                yield y, x
+
+    @property
+    def count(self) -> int:
+        return len(self.axes[0]) * len(self.axes[1])
+
+    @property
+    def largest(self) -> int:
+        """Pixels of the largest phase."""
+        return max(y.rows * x.rows for y, x in self.phases())
+
+    def table(self, offsets: list[int]) -> npt.NDArray[np.int32]:
+        """[phases, PHASE]: row, column, rows, columns, taps down and across, first row and column, weights' place."""
+        rows = [
+            (y.row, x.row, y.rows, x.rows, len(y.taps), len(x.taps), y.first, x.first, offset, 0)
+            for (y, x), offset in zip(self.phases(), offsets, strict=True)
+        ]
+        return np.array(rows, np.int32)
+
+    def weights(self, weight: Weight) -> Iterator[Weight]:
+        """For each phase the part [groups, outputs, taps, inputs] of `weight` [groups, outputs, inputs, kh, kw]."""
+        for y, x in self.phases():
+            part = weight[..., list(y.taps), :][..., list(x.taps)]
+            g, o, c = part.shape[:3]
+            yield part.reshape(g, o, c, -1).swapaxes(2, 3)
+
+
+def correlation(inputs: Pair, outputs: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Geometry:
+    """y[i] = Σ_u w[u] · x[i·stride + u·dilation − padding]; `padding` is the one at the top and at the left."""
+    axes = [(Axis(0, outputs[k], -padding[k], tuple(range(kernel[k]))),) for k in (0, 1)]
+    return Geometry(inputs, outputs, stride, dilation, (1, 1), (axes[0], axes[1]))
+
+
+def transposed(inputs: Pair, outputs: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Geometry:
+    """y[o] = Σ_u w[u] · x[(o + padding − u·dilation) / stride], over the u for which the quotient is whole."""
+    axes = [tuple(_phases(outputs[k], kernel[k], stride[k], padding[k], dilation[k])) for k in (0, 1)]
+    spacing = [-(dilation[k] // math.gcd(dilation[k], stride[k])) for k in (0, 1)]
+    return Geometry(inputs, outputs, (1, 1), (spacing[0], spacing[1]), stride, (axes[0], axes[1]))
+
+
+def _phases(outputs: int, kernel: int, stride: int, padding: int, dilation: int) -> Iterator[Axis]:
+    for row in range(min(stride, outputs)):
+        taps = tuple(u for u in range(kernel) if (row + padding - u * dilation) % stride == 0)
+        first = (row + padding - taps[0] * dilation) // stride if taps else 0
+        yield Axis(row, -(-(outputs - row) // stride), first, taps)
+
+
+def packed(parts: Iterator[Weight], outputs: int, inputs: int | None, multiple: int) -> tuple[Any, list[int]]:
+    """The weights of all phases as the matrix kernel reads them, and where each phase begins.
+
+    A phase is [groups, O', K]: the products that make an output lie side by side, so that tensor cores take them
+    without a transposition (wgmma has none for tf32). O' is O rounded up to `outputs`. With `inputs`, C is rounded up
+    to it and K is taps · C'; without, K is taps · C. K is rounded up to `multiple`. What is added is zero.
+    """
+    flat: list[Weight] = []
+    offsets = []
+    size = 0
+    for part in parts:
+        g, o, t, c = part.shape
+        wide = c if inputs is None else -(-c // inputs) * inputs
+        k = -(-t * wide // multiple) * multiple
+        block = np.zeros((g, -(-o // outputs) * outputs, k), np.float32)
+        padded = np.zeros((g, o, t, wide), np.float32)
+        padded[..., :c] = part
+        block[:, :o, : t * wide] = padded.reshape(g, o, t * wide)
+        offsets.append(size)
+        size += block.size
+        flat.append(block.ravel())
+    return np.concatenate(flat), offsets

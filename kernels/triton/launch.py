@@ -1,0 +1,41 @@
+"""What the launchers give: a kernel with all that it needs, ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        kernel: a `triton.jit` function.
+        programs: how many run.
+        args: tensors (None: absent), integers and floats, by the kernel's names.
+        constants: its `tl.constexpr` parameters.
+        warps, stages: what the compiler is asked for.
+    """
+
+    kernel: Any
+    programs: int
+    args: Mapping[str, Any]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    warps: int = 4
+    stages: int = 3
+
+    def __call__(self) -> None:
+        """Launch on the current stream; without a GPU, in Triton's interpreter."""
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        self.kernel[(self.programs,)](**self.args, **self.constants, **options)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,171 @@
+"""Compile Triton launches for a GPU that is not there. Not to be imported where Triton interprets.
+
+Each launch is specialised as `triton.jit` would: integers that are 1 become constants, those divisible by 16 and all
+pointers are said to be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from fastinv.kernels.triton.launch import Launch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastinv.backends.cuda_lowering import PRECISIONS
+from fastinv.backends.cuda_network import CudaNetwork
+from fastinv.backends.cuda_solver import CudaSolver
+from fastinv.benchmark import DECODERS, network_of
+from fastinv.export import export
+from fastinv.inverters import RMLE
+from fastinv.models import cifar_net, lenet5, make_decoder
+from fastinv.network import Network, Step
+from fastinv.ops import OPS
+from fastinv.ops.activation import KINDS, Activation
+from fastinv.split import Split
+
+META = torch.device("meta")
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one kernel in one configuration."""
+
+    kernel: str
+    constants: str
+    wgmma: bool
+    stack: int  # bytes of spilled registers and local arrays, for each thread
+    registers: int  # for each thread
+    shared: int  # bytes
+
+
+def source_of(launch: Launch) -> tuple[ASTSource, str]:
+    """The kernel with its types and constants, and all that decides what the compiler makes of it."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = dict(launch.constants)
+    attributes: dict[tuple[int, ...], Any] = {}
+    values = {**launch.args, **launch.constants}
+    for index, name in enumerate(launch.kernel.arg_names):
+        value = values[name]
+        if name in launch.constants or value is None or (type(value) is int and value == 1):
+            signature[name] = "constexpr"
+            constants[name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    key = f"{launch.kernel.__name__} {signature} {constants} {attributes} {launch.warps} {launch.stages}"
+    return ASTSource(launch.kernel, signature, constants, attributes), key
+
+
+def compile_all(launches: Iterable[Launch], capability: int = 90) -> list[Compiled]:
+    """Every kernel in every configuration, once."""
+    sources = {}
+    for launch in launches:
+        source, key = source_of(launch)
+        sources.setdefault(key, (source, launch))
+    return [_compiled(source, launch, capability) for source, launch in sources.values()]
+
+
+def _compiled(source: ASTSource, launch: Launch, capability: int) -> Compiled:
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    usage = _usage(binary.asm["cubin"])
+    return Compiled(
+        launch.kernel.__name__,
+        " ".join(f"{key}={value}" for key, value in launch.constants.items()),
+        "wgmma" in binary.asm["ptx"],
+        usage["STACK"],
+        usage["REG"],
+        binary.metadata.shared,
+    )
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", text.stdout)}
+
+
+# ---- what is compiled: all that the paper's networks launch, and one network of everything else --------------------
+
+IMAGES = 4096
+CASES = ("3x3", "odd-everything", "1x1", "depthwise", "grouped", "wide", "256-to-120", "bilinear-2", "full", "swap")
+
+
+def network_launches(network: Network, precision: str, dtype: str = "float32", result: str = "float32") -> list[Launch]:
+    compiled = CudaNetwork(network, precision, META)
+    features = torch.empty(IMAGES, *network.input_shape, dtype=getattr(torch, dtype), device=META)
+    out = torch.empty(IMAGES, *network.output_shape, dtype=getattr(torch, result), device=META)
+    outside = {compiled._features: features, compiled._results: out, compiled._flag: torch.empty(1, dtype=torch.int32)}
+    if dtype in ("uint8", "int8"):
+        outside |= {buffer: torch.empty(16, device=META) for buffer in (compiled._scale, compiled._zero_point)}
+    memory = torch.empty(compiled._arena.bytes(IMAGES), dtype=torch.uint8, device=META)
+    return compiled._arena.bind(IMAGES, memory, compiled._all(outside))
+
+
+def solver_launches(recipe: RMLE, precision: str) -> list[Launch]:
+    solver = CudaSolver(recipe, precision, META)
+    outside = {
+        buffer: torch.empty(IMAGES, buffer.elements, dtype=getattr(torch, buffer.dtype), device=META)
+        for buffer in solver._outside
+    }
+    memory = torch.empty(solver._step.bytes(IMAGES), dtype=torch.uint8, device=META)
+    return solver._step.bind(IMAGES, memory, outside)
+
+
+def all_launches() -> Iterator[Launch]:
+    for features, image in DECODERS.values():
+        network = export(make_decoder(features, image).eval(), torch.zeros(2, *features))
+        for precision in PRECISIONS if image == (3, 32, 32) else ("float32", "bfloat16"):
+            yield from network_launches(network, precision)
+    yield from network_launches(network, "bfloat16", "bfloat16", "uint8")
+    yield from network_launches(network, "float16", "uint8", "uint8")
+    for target, at, image in ((lenet5(), "ReLU2", (1, 28, 28)), (cifar_net(), "ReLU32", (3, 32, 32))):
+        edge = export(Split(target, at).edge.eval(), torch.zeros(2, *image))
+        recipe = RMLE(edge, image, steps=10, tv_beta=1.0)
+        for precision in ("float32", "tf32", "bfloat16"):
+            yield from solver_launches(recipe, precision)
+        plain = {"optimizer": "sgd", "clamp": None, "tv_weight": 0.0}
+        for options in ({"optimizer": "amsgrad", "keep": "best"}, plain):
+            yield from solver_launches(dataclasses.replace(recipe, tv_beta=2.0, **options), "float32")
+    for name in ("conv2d", "conv_transpose2d", "linear", "upsample", "mul", "permute", "affine"):
+        for case in OPS[name].cases():
+            if case.name in CASES:
+                yield from network_launches(network_of(case), "bfloat16")
+    for kind in KINDS:
+        edge = Network((5, 7, 9), (Step(Activation(kind, 0.5, 0.5), (0,)),))
+        yield from solver_launches(RMLE(edge, edge.input_shape, steps=10), "float32")
+
+
+if __name__ == "__main__":
+    print(json.dumps([dataclasses.asdict(compiled) for compiled in compile_all(all_launches())]))

@@ -1,0 +1,96 @@
+"""Runs networks by their Triton launches on CPU tensors, in the interpreter; on the GPU where there is one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import triton
+
+from fastinv.backends.cuda import CudaBackend
+from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
+from fastinv.backends.cuda_network import CudaNetwork
+from fastinv.backends.cuda_nodes import places
+from fastinv.backends.cuda_plan import Arena, Buffer, Ending, Stage
+from fastinv.backends.cuda_solver import CudaSolver
+from fastinv.inverters import RMLE
+from fastinv.network import Network, Step
+from fastinv.ops.linear import Linear
+
+DEVICE = "cpu" if CudaBackend().available() else "cuda"
+
+
+def _stored(x: np.ndarray, dtype: str) -> torch.Tensor:
+    """[N, *shape] in the layout of the kernels, [N, elements]."""
+    inner = x.transpose(0, 2, 3, 1) if x.ndim == 4 else x
+    return torch.from_numpy(np.ascontiguousarray(inner).reshape(len(x), -1)).to(DEVICE, getattr(torch, dtype))
+
+
+def _loaded(values: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
+    return values.float().cpu().numpy()[:, places(shape).ravel()].reshape(-1, *shape)
+
+
+def _run(stages: list[Stage], images: int, outside: dict[Buffer, torch.Tensor]) -> None:
+    arena = Arena(stages, outside)
+    memory = torch.full((arena.bytes(images),), 0xFF, dtype=torch.uint8, device=DEVICE)  # NaN in every type
+    for launch in arena.bind(images, memory, outside):
+        launch()
+
+
+def forward(network: Network, x: np.ndarray, precision: str) -> np.ndarray:
+    """What the launches make of x."""
+    numbers = PRECISIONS[precision]
+    to = Lowering(network, DEVICE, numbers)
+    out = torch.full((len(x), to.output.elements), float("nan"), device=DEVICE, dtype=getattr(torch, numbers.dtype))
+    inside = _stored(x, numbers.dtype)
+    _run(to.forward(), len(x), {to.output: out} | {to.input: inside})
+    return _loaded(inside if to.output is to.input else out, network.output_shape)
+
+
+def gradient(network: Network, z: np.ndarray, features: np.ndarray, precision: str = "float32") -> np.ndarray:
+    """∇_z Σ(network(z) − v)²."""
+    from fastinv.kernels.triton.rmle import launch_residual, tiles
+
+    numbers = PRECISIONS[precision]
+    to = Lowering(network, DEVICE, numbers, differentiable=True)
+    inside, target = _stored(z, numbers.dtype), _stored(features, "float32")
+    part = torch.full((len(z), tiles(to.output.elements)), float("nan"), device=DEVICE)
+
+    def seed(into: Buffer, ending: Ending) -> Stage:
+        def make(tensors):
+            return launch_residual(tensors(to.output), target, tensors(into), part, ending.epilogue(tensors))
+
+        return Stage(make, (to.output, *ending.reads), (into,))
+
+    back, result = to.backward(seed)
+    out = torch.full(inside.shape, float("nan"), device=DEVICE, dtype=inside.dtype)
+    _run([*to.forward(), *back], len(z), {to.input: inside, result: out})
+    return _loaded(out, network.input_shape)
+
+
+def network_on(network: Network, precision: str = "float32", most: int = 64) -> CudaNetwork:
+    """The whole path of the GPU backend, on `DEVICE`."""
+    return CudaNetwork(network, precision, torch.device(DEVICE), most)
+
+
+def solver_on(recipe: RMLE, precision: str = "float32", most: int = 64) -> CudaSolver:
+    return CudaSolver(recipe, precision, torch.device(DEVICE), most=most)
+
+
+def _probe() -> None:
+    """Triton 3.6 to 3.8 may meet a numpy (2.4 and later) whose scalars their interpreter cannot take."""
+    from triton.runtime.errors import InterpreterError
+
+    identity = Network((2,), (Step(Linear(), (0,), {"weight": np.eye(2), "bias": np.zeros(2)}),))
+    try:
+        forward(identity, np.ones((1, 2), np.float32), "float32")
+    except InterpreterError as error:
+        if "only 0-dimensional arrays" not in str(error):
+            raise
+        pytest.skip(
+            f"Triton {triton.__version__} cannot interpret with numpy {np.__version__}: take Triton 3.9 or numpy 2.3",
+            allow_module_level=True,
+        )
+
+
+_probe()

@@ -1,0 +1,204 @@
+"""What the cuda backend says and decides where there is no GPU, and its parts that need none."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checks import randn
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastinv
+from fastinv import benchmark
+from fastinv.backends import BACKENDS, cuda_device, select
+from fastinv.backends.cuda import CudaBackend
+from fastinv.backends.cuda_device import halving, missing
+from fastinv.backends.cuda_lowering import PRECISIONS
+from fastinv.backends.cuda_plan import ALIGNMENT, Arena, Buffer, Stage, bucket, place
+from fastinv.errors import BackendError
+from fastinv.inverters import RMLE
+from fastinv.network import Network, Step
+from fastinv.ops.activation import Activation
+from fastinv.ops.linear import Linear
+
+NETWORK = Network((4,), (Step(Linear(), (0,), {"weight": randn(3, 4), "bias": randn(3)}),))
+EDGE = Network((1, 4, 5), (Step(Activation("relu"), (0,)),))
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_device, "_driver_count", lambda: 0)
+    missing.cache_clear()
+    yield
+    missing.cache_clear()
+
+
+def test_no_gpu_is_told_with_the_alternatives(no_gpu: None) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
+    message = (
+        r"backend 'cuda': no GPU is to be seen .*CUDA_VISIBLE_DEVICES.* Backends that can run this here: cpu, torch"
+    )
+    with pytest.raises(BackendError, match=message):
+        fastinv.compile(NETWORK, backend="cuda")
+    with pytest.raises(BackendError, match=message):
+        fastinv.compile(RMLE(EDGE, (1, 4, 5)), backend="cuda")
+
+
+def test_no_triton_is_told(monkeypatch: pytest.MonkeyPatch, no_gpu: None) -> None:
+    monkeypatch.setattr(cuda_device.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=r"Triton is not installed: pip install 'fastinv\[gpu\]'"):
+        fastinv.compile(NETWORK, backend="cuda")
+
+
+def test_torch_without_cuda_is_told(monkeypatch: pytest.MonkeyPatch, no_gpu: None) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
+    monkeypatch.setattr(cuda_device, "_driver_count", lambda: 2)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in missing(1)
+    assert "there is no GPU 2: 2 can be seen, from 0" in missing(2)
+
+
+def test_auto_falls_to_the_cpu(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTINV_BACKEND", raising=False)
+    assert [backend.name for backend in BACKENDS] == ["cuda", "cpu", "torch"]
+    assert fastinv.compile(NETWORK).backend == "cpu"
+    assert fastinv.compile(RMLE(EDGE, (1, 4, 5))).backend == "cpu"
+
+
+def test_looking_for_a_gpu_loads_nothing() -> None:
+    code = (
+        "import sys, numpy, fastinv; from fastinv.backends import cuda_device; cuda_device._driver_count = lambda: 0;"
+        "from fastinv.network import Network; assert fastinv.compile(Network((4,))).backend == 'cpu';"
+        "assert not {'torch', 'triton'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_solver_it_does_not_have_goes_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaBackend, "available", lambda self: None)
+    monkeypatch.delenv("FASTINV_BACKEND", raising=False)
+    assert select("auto", "float32", EDGE.steps, True, "adam")[0].name == "cuda"
+    assert select("auto", "float32", EDGE.steps, True, "lbfgs")[0].name == "cpu"
+    with pytest.raises(BackendError, match="no optimizer lbfgs, only adam, amsgrad, sgd"):
+        select("cuda", "float32", EDGE.steps, True, "lbfgs")
+    assert select("cuda:1", "float32", EDGE.steps)[0].name == "cuda:1"
+    assert select("cuda", "auto", EDGE.steps)[1] == "bfloat16"
+    assert select("cuda", "auto", EDGE.steps, True)[1] == "float32"
+    assert set(CudaBackend().precisions(False)) == set(PRECISIONS)
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 9), st.integers(0, 9)), max_size=20))
+def test_buffers_that_live_together_lie_apart(spans) -> None:
+    buffers = [(ALIGNMENT * size, min(a, b), max(a, b)) for size, a, b in spans]
+    offsets, total = place(buffers)
+    for i, (size, first, last) in enumerate(buffers):
+        assert 0 <= offsets[i] <= total - size
+        assert offsets[i] % ALIGNMENT == 0
+        for j in range(i):
+            other, begin, end = buffers[j]
+            if begin <= last and first <= end:
+                assert offsets[i] + size <= offsets[j] or offsets[j] + other <= offsets[i]
+
+
+def test_a_chain_needs_two_buffers() -> None:
+    chain = [Buffer(256, "float32") for _ in range(6)]
+    stages = [Stage(lambda tensors: tensors, (a,), (b,)) for a, b in itertools.pairwise(chain)]
+    arena = Arena(stages, (chain[0], chain[-1]))
+    assert arena.bytes(8) == 2 * chain[0].bytes(8)
+    outside = {chain[0]: "in", chain[-1]: "out"}
+    launches = arena.bind(8, torch.empty(arena.bytes(8), dtype=torch.uint8), outside)
+    first = launches[0](chain[1])
+    assert first.shape == (8, 256)
+    assert first.data_ptr() != launches[0](chain[2]).data_ptr()
+    assert first.data_ptr() == launches[0](chain[3]).data_ptr()
+
+
+def test_batches_come_in_powers_of_two() -> None:
+    assert [bucket(n, 100) for n in (1, 2, 3, 64, 65, 100)] == [1, 2, 4, 64, 100, 100]
+
+
+def test_out_of_memory_halves_the_batch() -> None:
+    asked = []
+
+    def allocate(images: int) -> str:
+        asked.append(images)
+        if images > 100:
+            raise torch.OutOfMemoryError("no room")
+        return "memory"
+
+    with pytest.warns(RuntimeWarning, match="no room for") as told:
+        assert halving(allocate, 1000) == ("memory", 62)
+    assert asked == [1000, 500, 250, 125, 62]
+    assert "no room for 500 images at once: going on with 250" in str(told[1].message)
+    with pytest.warns(RuntimeWarning), pytest.raises(BackendError, match="no room for one image"):
+        halving(lambda images: allocate(1000), 4)
+
+
+# ---- bench/gpu.py ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    return importlib.import_module("gpu")
+
+
+def test_the_gpu_script_says_what_it_lacks(script, no_gpu: None, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert script.main() == 1
+    message = capsys.readouterr().err
+    assert message.startswith("bench/gpu.py needs an NVIDIA GPU: ")
+    assert "Triton is not installed" in message or "no GPU is to be seen" in message
+
+
+def test_the_gpu_script_refuses_an_unknown_precision(script, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--precision", "float32,int3"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "--precision int3, expected some of bfloat16, float16" in capsys.readouterr().err
+
+
+def test_the_gpu_script_compares_like_with_like(script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With contenders and times made up here, on the CPU."""
+    subject = next(benchmark.decoders())
+    x = torch.randn(5, *subject.network.input_shape)
+    times = iter([1e-3, 4e-3, 2e-3])
+    monkeypatch.setattr(script, "inputs_of", lambda subject, batch, dtype: [x.to(dtype)])
+    monkeypatch.setattr(script, "batch_of", lambda subject: 5)
+    monkeypatch.setattr(script, "seconds_of", lambda call, inputs, repeat: next(times))
+    contenders = {
+        "fastinv": lambda subject, x, precision: subject.eager,
+        "eager": lambda subject, x, precision: subject.eager,
+        "wrong": lambda subject, x, precision: lambda x: subject.eager(x) + 1,
+        "absent": lambda subject, x, precision: 1 / 0,
+        "torch.compile": lambda subject, x, precision: subject.eager,
+    }
+    monkeypatch.setattr(script, "NETWORK_CONTENDERS", contenders)
+    top = script.Ceilings(memory=1e12, products={"float32": 5 * subject.flops / 0.5e-3}, host=1e12)
+    *notes, ours, eager, compiled = script.measure(subject, "float32", top, 3)
+    assert "wrong is wrong by" in notes[0]
+    assert "absent cannot run it: ZeroDivisionError" in notes[1]
+    assert [row.ratio for row in (ours, eager, compiled)] == [2.0, 0.5, 1.0]
+    assert ours.percent_of_roofline == pytest.approx(50)
+    assert ours.images_per_second == pytest.approx(5000)
+    assert "fastinv" in script.as_table([ours])
+
+
+def test_the_gpu_script_times_the_way_from_host_to_host(script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the cpu backend in the GPU's place, and a host so slow that it is the limit."""
+    subject = next(benchmark.decoders())
+    monkeypatch.setattr(script, "HOSTED", 6)
+    monkeypatch.setattr(script, "compile", lambda network, backend, precision: fastinv.compile(network, "cpu"))
+    bytes_in = 4 * 6 * 8 * 24 * 24
+    top = script.Ceilings(memory=1e12, products={"float32": 1e15}, host=bytes_in / 1e-3)
+    row = script.host_to_host(subject, "float32", top, 3)
+    assert row.error < 1e-4
+    assert row.percent_of_roofline == pytest.approx(100 * 1e-3 / row.seconds)
+    monkeypatch.setattr(script, "compile", lambda network, backend, precision: lambda x: x)
+    assert "host to host" in script.host_to_host(subject, "float32", top, 3)

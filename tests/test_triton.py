@@ -1,0 +1,127 @@
+"""Every op on the Triton path, forward and gradient, against the torch reference; without a GPU in the interpreter."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from checks import network_of, randn, reference, reference_gradient, relative
+
+pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
+
+from interpreter import forward, gradient
+
+from fastinv.backends.cuda_lowering import LOWERINGS, PRECISIONS, Lowering
+from fastinv.network import Network, Step
+from fastinv.ops import OPS
+from fastinv.ops.activation import KINDS, Activation
+from fastinv.ops.add import Add
+from fastinv.ops.conv2d import Conv2d
+from fastinv.ops.mul import Mul
+from fastinv.ops.permute import Permute
+from fastinv.ops.upsample import Upsample
+
+CASES = [pytest.param(case, id=f"{op.name}-{case.name}") for op in OPS.values() for case in op.cases()]
+TOLERANCES = {"float32": 1e-5, "float16": 5e-3}  # relative, of one op; the promise for float32 is 1e-4
+ACTIVATIONS = [
+    Activation(kind, *parameters)
+    for kind, parameters in {
+        **dict.fromkeys(KINDS, (0.0, 0.0)),
+        "leaky_relu": (0.1, 0.0),
+        "softplus": (1.5, 3.0),
+        "hardtanh": (0.0, 6.0),
+        "clamp": (-0.3, 0.4),
+    }.items()
+]
+
+
+def check_gradient(network: Network) -> None:
+    z = randn(2, *network.input_shape, seed=1)
+    features = (reference(network, z) + randn(2, *network.output_shape, seed=2)).astype(np.float32)
+    expected = reference_gradient(network, z, features)
+    found = gradient(network, z, features)
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected) + 1e-6 * np.linalg.norm(z)
+
+
+def test_table_covers_every_op() -> None:
+    assert set(LOWERINGS) == set(OPS)
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("case", CASES)
+def test_forward(case, precision: str) -> None:
+    network = network_of(case)
+    x = randn(3, *network.input_shape)
+    assert relative(forward(network, x, precision), reference(network, x)) < TOLERANCES[precision]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradient(case) -> None:
+    check_gradient(network_of(case))
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, Activation("leaky_relu", -0.5)], ids=lambda a: f"{a.kind}-{a.a}")
+@pytest.mark.parametrize("op", ["conv2d", "concat", "permute"])
+def test_fused_activation(op: str, activation: Activation) -> None:
+    """Also one whose slope cannot be told from its result."""
+    case = next(c for c in OPS[op].cases() if math.prod(c.inputs[0]) < 2000)
+    network = network_of(case, activation=activation)
+    x = randn(2, *network.input_shape)
+    assert relative(forward(network, x, "float32"), reference(network, x)) < 1e-5
+    check_gradient(network)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.kind)
+def test_activation_over_its_whole_range(activation: Activation) -> None:
+    x = np.concatenate([np.linspace(-100, 100, 4001), np.linspace(-1, 1, 4001), [0.0, -0.0, 1e-30]])
+    x = x.astype(np.float32)[None]
+    network = Network(x.shape[1:], (Step(activation, (0,)),))
+    np.testing.assert_allclose(forward(network, x, "float32"), reference(network, x), rtol=2e-6, atol=3e-7)
+
+
+def conv(inputs: tuple[int, ...], o: int, c: int, k: int = 3, seed: int = 0, kind: str = "identity") -> Step:
+    weights = {
+        "weight": randn(o, c, k, k, seed=seed) / np.float32(math.sqrt(c * k * k)),
+        "bias": randn(o, seed=seed + 1),
+    }
+    return Step(Conv2d(padding=(k // 2,) * 4), inputs, weights, Activation(kind))
+
+
+def test_a_value_that_several_steps_read() -> None:
+    """Gradients add up, and only the sum goes through the activation's slope."""
+    network = Network(
+        (4, 5, 6),
+        (
+            conv((0,), 8, 4, seed=1, kind="relu"),
+            conv((1,), 8, 8, seed=2),
+            Step(Add(), (2, 1), activation=Activation("tanh")),  # done by the convolution before
+            Step(Mul(), (3, 3)),
+            conv((4,), 8, 8, seed=3, kind="sigmoid"),
+            Step(Add(), (5, 1)),
+        ),
+    )
+    x = randn(2, 4, 5, 6)
+    assert relative(forward(network, x, "float32"), reference(network, x)) < 1e-5
+    check_gradient(network)
+    assert len(Lowering(network, "cpu", PRECISIONS["float32"]).nodes) == 5
+
+
+def test_upsampling_goes_into_the_convolution() -> None:
+    network = Network((5, 4, 6), (Step(Upsample((8, 12)), (0,)), conv((1,), 7, 5, kind="relu")))
+    assert len(Lowering(network, "cpu", PRECISIONS["float32"]).nodes) == 1
+    x = randn(2, 5, 4, 6)
+    assert relative(forward(network, x, "float32"), reference(network, x)) < 1e-5
+    check_gradient(network)
+
+
+def test_steps_that_nothing_reads() -> None:
+    network = Network((4, 3, 3), (conv((0,), 4, 4, kind="relu"), conv((0,), 2, 4), conv((1,), 3, 4, seed=5)))
+    check_gradient(network)
+
+
+def test_an_order_that_stays_is_no_launch() -> None:
+    network = Network((4, 1, 3), (Step(Permute((1, 2, 0)), (0,)), Step(Permute((2, 0, 1)), (1,))))
+    x = randn(2, 4, 1, 3)
+    np.testing.assert_array_equal(forward(network, x, "float32"), x)
+    assert len(Lowering(network, "cpu", PRECISIONS["float32"]).nodes) < 2

@@ -1,0 +1,108 @@
+"""The public doors with `backend="cuda"`; without a GPU the CPU stands in for it, and Triton interprets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from checks import randn, relative
+
+pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
+
+from interpreter import DEVICE
+
+import fastinv
+from fastinv import tensors
+from fastinv.backends.cuda import CudaBackend
+from fastinv.errors import FeatureError
+from fastinv.export import export
+from fastinv.inverters import RMLE, InverseNetwork, Inverter
+
+
+def _export(*layers: torch.nn.Module, shape: tuple[int, ...]) -> fastinv.Network:
+    return export(torch.nn.Sequential(*layers).eval(), torch.zeros(2, *shape))
+
+
+@pytest.fixture(scope="module")
+def inverse_network() -> InverseNetwork:
+    torch.manual_seed(0)
+    network = _export(torch.nn.ConvTranspose2d(4, 2, 2, stride=2), torch.nn.Tanh(), shape=(4, 3, 4))
+    return InverseNetwork(network, mean=(0.5, 0.4), std=(0.3, 0.2))
+
+
+@pytest.fixture(scope="module")
+def rmle(inverse_network: InverseNetwork) -> RMLE:
+    torch.manual_seed(0)
+    edge = _export(torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.AvgPool2d(2), shape=(2, 6, 8))
+    return RMLE(edge, (2, 6, 8), mean=(0.5, 0.4), std=(0.3, 0.2), steps=4, lr=0.05, init=inverse_network)
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device of the tests takes the place of the first GPU."""
+    monkeypatch.setattr(CudaBackend, "available", lambda self: None)
+    monkeypatch.setattr(CudaBackend, "_device", lambda self: torch.device(DEVICE))
+
+
+@pytest.fixture
+def there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch tensors are taken to be on the GPU."""
+    monkeypatch.setattr(tensors, "on_gpu", lambda x: isinstance(x, torch.Tensor))
+
+
+@pytest.mark.parametrize("name", ["inverse_network", "rmle"])
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_invert(name: str, dtype: str, request: pytest.FixtureRequest) -> None:
+    inverter: Inverter = request.getfixturevalue(name)
+    x = randn(3, 4, 3, 4)
+    images, report = fastinv.invert(x, inverter, backend="cuda", dtype=dtype, return_report=True)
+    expected, told = fastinv.invert(x, inverter, backend="cpu", dtype=dtype, return_report=True)
+    assert report.backend == "cuda"
+    assert images.dtype == expected.dtype
+    assert np.abs(images.astype(float) - expected).max() <= (1 if dtype == "uint8" else 1e-4)
+    np.testing.assert_array_equal(report.steps, told.steps)
+    np.testing.assert_array_equal(fastinv.invert(x, inverter, device="cuda", dtype=dtype), images)
+
+
+@pytest.mark.parametrize("name", ["inverse_network", "rmle"])
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_what_is_on_the_gpu_stays_there(name: str, dtype: str, request: pytest.FixtureRequest) -> None:
+    inverter: Inverter = request.getfixturevalue(name)
+    x = torch.from_numpy(randn(3, 4, 3, 4))
+    expected = fastinv.invert(x.numpy(), inverter, backend="cuda", dtype=dtype)
+    request.getfixturevalue("there")
+    out = torch.empty(expected.shape, dtype=getattr(torch, dtype), device=DEVICE)
+    images, report = fastinv.invert(x.to(DEVICE), inverter, dtype=dtype, out=out, return_report=True)
+    assert images is out
+    assert (report.backend, len(report.steps)) == ("cuda", 3)
+    assert np.abs(images.cpu().numpy().astype(float) - expected).max() <= (1 if dtype == "uint8" else 1e-6)
+
+
+def test_quantised_features_on_the_gpu(inverse_network: InverseNetwork, there: None) -> None:
+    x = torch.from_numpy((randn(3, 4, 3, 4) * 20 + 60).astype(np.uint8)).to(DEVICE)
+    options = {"scale": [0.05, 0.1, 0.05, 0.1], "zero_point": 60}
+    images = fastinv.invert(x, inverse_network, **options)
+    expected = fastinv.invert(x.cpu().numpy(), inverse_network, backend="cpu", **options)
+    assert relative(images.cpu().numpy(), expected) < 1e-5
+
+
+def test_an_engine_takes_what_is_on_the_gpu(inverse_network: InverseNetwork, there: None) -> None:
+    engine = fastinv.compile(inverse_network, backend="cuda")
+    x = torch.from_numpy(randn(3, 4, 3, 4)).to(DEVICE)
+    assert relative(engine(x).cpu().numpy(), fastinv.compile(inverse_network, backend="cpu")(x.cpu().numpy())) < 1e-5
+    assert engine.describe()[0]["op"] == "conv_transpose2d"
+
+
+def test_wrong_features_on_the_gpu(inverse_network: InverseNetwork, rmle: RMLE, there: None) -> None:
+    x = torch.from_numpy(randn(3, 4, 3, 4)).to(DEVICE)
+    bad = x.clone()
+    bad[1, 2, 0, 0] = torch.inf
+    for inverter in (inverse_network, rmle):
+        with pytest.raises(FeatureError, match=r"shape \[3, 4, 3, 3\], expected \[N, 4, 3, 4\]"):
+            fastinv.invert(x[..., :3], inverter)
+        with pytest.raises(FeatureError, match="NaN or Inf"):
+            fastinv.invert(bad, inverter)
+        with pytest.raises(FeatureError, match="out does not fit: expected a tensor"):
+            fastinv.invert(x, inverter, out=np.empty((3, *inverter.image_shape), np.float32))
+    with pytest.raises(FeatureError, match=r"backend 'cpu' .* leave both out"):
+        fastinv.invert(x, inverse_network, backend="cpu")

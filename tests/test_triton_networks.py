@@ -1,0 +1,232 @@
+"""The GPU backend end to end: the paper's decoders and edges, and rMLE; without a GPU in the interpreter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from checks import InterruptAt, randn, reference, relative
+
+pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
+
+from interpreter import DEVICE, network_on, solver_on
+
+from fastinv import tensors
+from fastinv.attacks.rmle import rmle
+from fastinv.backends.torch import as_module
+from fastinv.benchmark import DECODERS
+from fastinv.errors import FeatureError
+from fastinv.export import export
+from fastinv.inverters import RMLE
+from fastinv.models import cifar_net, lenet5, make_decoder
+from fastinv.network import Network
+from fastinv.split import Split
+
+TOLERANCES = {"float32": 1e-5, "float16": 5e-3}  # relative
+
+
+@pytest.fixture(scope="module")
+def edges() -> dict[str, Network]:
+    """The paper's five edges."""
+    torch.manual_seed(0)
+    found = {}
+    for target, image, splits in (
+        (lenet5(), (1, 28, 28), ("conv1", "ReLU2")),
+        (cifar_net(), (3, 32, 32), ("conv11", "ReLU22", "ReLU32")),
+    ):
+        for at in splits:
+            found[at] = export(Split(target, at).edge.eval(), torch.zeros(2, *image))
+    return found
+
+
+def decoder(name: str) -> Network:
+    torch.manual_seed(0)
+    features, image = DECODERS[name]
+    return export(make_decoder(features, image).eval(), torch.zeros(2, *features))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders(name: str) -> None:
+    network = decoder(name)
+    x = randn(2, *network.input_shape)
+    out = np.empty((2, *network.output_shape), np.float32)
+    network_on(network).run(x, out)
+    assert relative(out, reference(network, x)) < TOLERANCES["float32"]
+
+
+def recipe_for(edge: Network, **options) -> RMLE:
+    start = np.random.default_rng(0).random(edge.input_shape, np.float32)
+    return RMLE(edge, edge.input_shape, **{"steps": 2, "init": start, "clamp": None, **options})
+
+
+def solve_by_definition(recipe: RMLE, features: np.ndarray, start: np.ndarray):
+    options = recipe.recipe()
+    options["start"] = torch.from_numpy(start).double()
+    module = as_module(recipe.edge, torch.float64)
+    z, report = rmle(module, torch.from_numpy(features).double(), **options)
+    return z.numpy(), report
+
+
+def check_solver(recipe: RMLE, count: int = 2, most: int = 64, within: float = 1e-4) -> None:
+    start = randn(count, *recipe.input_shape, seed=3)
+    features = reference(recipe.edge, randn(count, *recipe.input_shape, seed=4)).astype(np.float32)
+    expected, told = solve_by_definition(recipe, features, start)
+    z, report, finished = solver_on(recipe, most=most).solve(features, start)
+    assert finished
+    assert relative(z, expected) < within
+    np.testing.assert_allclose(report.objective, told.objective, rtol=1e-4)
+    np.testing.assert_array_equal(report.steps, told.steps)
+    np.testing.assert_array_equal(report.converged, told.converged)
+
+
+@pytest.mark.parametrize("name", ["conv1", "ReLU2", "conv11", "ReLU22", "ReLU32"])
+def test_rmle_through_the_paper_s_edges(name: str, edges: dict[str, Network]) -> None:
+    steps = 1 if name in ("ReLU22", "ReLU32") else 2  # the interpreter takes seconds for each
+    check_solver(recipe_for(edges[name], steps=steps), count=1)
+
+
+def small_edge() -> Network:
+    torch.manual_seed(1)
+    module = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
+    return export(module.eval(), torch.zeros(2, 2, 6, 8))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 0},
+        {"steps": 5, "optimizer": "amsgrad", "betas": (0.5, 0.6)},
+        {"steps": 4, "optimizer": "sgd", "momentum": 0.9, "lr": 1e-3},
+        {"steps": 5, "optimizer": "sgd", "lr": 1e-3, "schedule": "cosine"},
+        {"steps": 4, "schedule": "cosine", "tv_beta": 1.0, "tv_weight": 0.3},
+        {"steps": 3, "tv_beta": 3.0},
+        {"steps": 6, "lr": 1.5, "clamp": (0.2, 0.7), "mean": (0.5, 0.4), "std": (0.5, 0.3)},
+        {"steps": 7, "lr": 1.5, "keep": "best", "tv_weight": 0.0},
+        {"steps": 8, "lr": 0.3, "tolerance": 0.2, "patience": 2},
+        {"steps": 8, "lr": 0.3, "tolerance": 0.2, "keep": "best"},
+    ],
+    ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()),
+)
+def test_rmle_options(options) -> None:
+    """In batches of 2, the last of which is not full."""
+    check_solver(recipe_for(small_edge(), **options), count=3, most=2)
+
+
+def test_rmle_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastinv.backends.cuda_solver.LOOK", 2)
+    told: list[tuple[int, int]] = []
+    solver = solver_on(recipe_for(small_edge(), steps=8), most=2)
+    start, features = randn(3, 2, 6, 8), randn(3, 4, 3, 4)
+    solver.solve(features, start, lambda images, steps: told.append((images, steps)))
+    assert told == [(0, 8), (0, 16), (2, 20), (2, 24)]
+
+
+def test_rmle_keeps_what_ctrl_c_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastinv.backends.cuda_solver.LOOK", 2)
+    recipe = recipe_for(small_edge(), steps=8)
+    start, features = randn(5, 2, 6, 8), randn(5, 4, 3, 4)
+    z, report, finished = solver_on(recipe, most=2).solve(features, start, InterruptAt(3))
+    assert not finished
+    np.testing.assert_array_equal(report.steps, [8, 8, 4, 4, 0])
+    assert np.isnan(report.objective[4])
+    halfway = recipe_for(small_edge(), steps=4)
+    expected, told, _ = solver_on(halfway, most=2).solve(features[2:4], start[2:4])
+    np.testing.assert_array_equal(z[2:4], expected)
+    np.testing.assert_array_equal(report.objective[2:4], told.objective)
+
+
+def test_an_image_has_one_answer_in_any_batch() -> None:
+    network = small_edge()
+    x = randn(7, 2, 6, 8)
+    whole = np.empty((7, 4, 3, 4), np.float32)
+    network_on(network).run(x, whole)
+    for most in (1, 2, 3):
+        out = np.empty_like(whole)
+        network_on(network, most=most).run(x, out)
+        np.testing.assert_array_equal(out, whole)
+    network_on(network).run(x[:0], whole[:0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "uint8", "int8"])
+def test_features_of_any_type(dtype: str) -> None:
+    network = small_edge()
+    values = randn(3, 2, 6, 8)
+    options = {}
+    x = torch.from_numpy(values).to(torch.bfloat16 if dtype == "bfloat16" else torch.float16)
+    if dtype in ("uint8", "int8"):
+        x = torch.from_numpy((values * 20 + 60).astype(dtype))
+        options = {"scale": [0.05, 0.1], "zero_point": [60, 50]}
+    elif dtype == "float32":
+        x = torch.from_numpy(np.ascontiguousarray(values[::-1])).permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)
+    source = tensors.source(x, network.input_shape, **options)
+    out = np.empty((3, 4, 3, 4), np.float32)
+    assert network_on(network, most=2).run_raw(source, out)
+    assert relative(out, reference(network, source.chunk(0, 3))) < 1e-5
+
+
+def test_results_as_bytes() -> None:
+    network = decoder("MNIST ReLU2")
+    x = 3 * randn(2, *network.input_shape)
+    out = np.empty((2, *network.output_shape), np.uint8)
+    assert network_on(network).run_raw(tensors.source(x, network.input_shape), out)
+    expected = np.rint(np.clip(reference(network, x), 0, 1) * 255)
+    assert np.abs(out - expected).max() <= 1
+    assert (out == expected).mean() > 0.99
+    assert len(np.unique(out)) > 100
+
+
+def test_what_is_not_finite_is_seen() -> None:
+    network, out = small_edge(), np.empty((3, 4, 3, 4), np.float32)
+    compiled = network_on(network, most=2)
+    x = randn(3, 2, 6, 8)
+    for value in (np.nan, np.inf, -np.inf):
+        bad = x.copy()
+        bad[2, 1, 3, 3] = value
+        assert not compiled.run_raw(tensors.source(bad, network.input_shape), out)
+    assert compiled.run_raw(tensors.source(x, network.input_shape), out)
+    assert relative(out, reference(network, x)) < 1e-5
+
+
+def test_tensors_on_the_device_stay_there() -> None:
+    network = small_edge()
+    compiled = network_on(network, most=2)
+    x = torch.from_numpy(randn(5, 2, 6, 8)).to(DEVICE)
+    y = compiled.run_there(x, "float32")
+    assert y.device == x.device
+    assert relative(y.cpu().numpy(), reference(network, x.cpu().numpy())) < 1e-5
+    x[4, 0, 0, 0] = torch.nan
+    with pytest.raises(FeatureError, match="NaN or Inf"):
+        compiled.run_there(x, "float32")
+
+
+def test_a_failed_call_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = small_edge()
+    compiled = network_on(network, most=1)
+    x, out = randn(5, 2, 6, 8), np.empty((5, 4, 3, 4), np.float32)
+    send, calls = compiled._send, []
+
+    def failing(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise RuntimeError("lost")
+        send(*arguments)
+
+    monkeypatch.setattr(compiled, "_send", failing)
+    with pytest.raises(RuntimeError, match="lost"):
+        compiled.run(x, out)
+    one = np.zeros((1, 4, 3, 4), np.float32)
+    compiled.run(x[:1], one)
+    assert relative(one, reference(network, x[:1])) < 1e-5
+
+
+def test_a_gpu_is_given_large_batches(edges: dict[str, Network]) -> None:
+    """What keeps two cores busy for a second would leave a GPU idle."""
+    assert network_on(decoder("CIFAR ReLU22"), most=4096).batch_size == 65536
+    assert solver_on(recipe_for(edges["ReLU22"], steps=500), most=4096).batch_size > 1000
+
+
+def test_the_plan_is_told() -> None:
+    plan = network_on(decoder("CIFAR ReLU22")).describe()
+    assert [row["op"] for row in plan] == ["conv_transpose2d", "conv_transpose2d"]
+    assert [row["kernel"] for row in plan] == ["Convolution 128x64x32", "DirectConvolution"]
+    assert sum(row["flops"] for row in plan) == decoder("CIFAR ReLU22").flops
