@@ -146,8 +146,8 @@ std::unique_ptr<Solver::Workspace> Solver::make_workspace() const {
 
 // ---- the network and the objective ----------------------------------------------------------------------------------
 
-double Solver::residual(Workspace& w, int64_t slot) const {
-  return program_.kernels().residual(result_at(w.results, slot), result_at(w.features, slot),
+double Solver::residual(Workspace& w, int64_t slot, const float* results) const {
+  return program_.kernels().residual(results ? results : result_at(w.results, slot), result_at(w.features, slot),
                                      result_at(w.tape.grads.back(), slot), element_count(program_.shapes().back()));
 }
 
@@ -211,10 +211,10 @@ void Solver::begin(Workspace& w, const Batch& batch, int64_t index, int64_t imag
   slot.report = {0.0, 0, false};
   slot.best = INFINITY;
   slot.calm = 0;
+  slot.power1 = slot.power2 = 1.0;
   load_features(w, batch.features + image * out_size, index);
   if (quadratic_ && recipe_.method != Method::kExact) {  // the gradient at zero
-    std::copy(at_zero_.begin(), at_zero_.end(), w.results);
-    residual(w, 0);
+    residual(w, 0, at_zero_.data());
     backward(w, 1);
     std::copy_n(w.gradients, size, w.constant);
   }
@@ -268,10 +268,12 @@ bool Solver::advance_lbfgs(Workspace& w, int64_t index) const {
 }
 
 void Solver::step(Workspace& w, int64_t index) const {
-  const int64_t t = w.slots[static_cast<size_t>(index)].report.steps;
+  Slot& slot = w.slots[static_cast<size_t>(index)];
+  const int64_t t = slot.report.steps;
   const bool adam = recipe_.optimizer != OptimizerKind::kSgd;
-  const double correction1 = adam ? 1.0 - std::pow(recipe_.beta1, static_cast<double>(t)) : 1.0;
-  const double correction2 = adam ? 1.0 - std::pow(recipe_.beta2, static_cast<double>(t)) : 1.0;
+  slot.power1 *= recipe_.beta1;
+  slot.power2 *= recipe_.beta2;
+  const double correction1 = adam ? 1.0 - slot.power1 : 1.0, correction2 = adam ? 1.0 - slot.power2 : 1.0;
   OptimizerArgs args = {};
   args.z = image_at(w.images, index);
   args.grad = image_at(w.gradients, index);

@@ -83,6 +83,8 @@ class Solver {
     double objective;  // of the last evaluation
     double best;       // the lowest objective, where that iterate is kept
     int64_t calm;      // evaluations in a row within the tolerance
+    // Of Adam's betas, by the steps taken: pow() would take a twentieth of a step of MNIST conv1.
+    double power1, power2;
     std::unique_ptr<Lbfgs> lbfgs;
   };
 
@@ -130,7 +132,8 @@ class Solver {
 
   void load_features(Workspace& w, const float* features, int64_t slot) const;
   void forward(Workspace& w, int64_t images) const { passes_.forward(w.tape, images, alone(w)); }
-  double residual(Workspace& w, int64_t slot) const;  // and its gradient at the network's output
+  // Of these results, or the network's; and its gradient at the network's output.
+  double residual(Workspace& w, int64_t slot, const float* results = nullptr) const;
   void backward(Workspace& w, int64_t images) const { passes_.backward(w.tape, images, alone(w)); }
   static Crew alone(Workspace& w) { return {{}, w.node_scratch.data()}; }
   double total_variation(Workspace& w, int64_t slot) const;  // at z; its gradient is added
@@ -147,7 +150,7 @@ class Solver {
   const Passes passes_;
   const Recipe recipe_;
   const int threads_;
-  std::vector<float> low_, high_;  // bounds of every element, in the internal layout, or empty
+  std::vector<float> low_, high_;   // bounds of every element, in the internal layout, or empty
   Quadratic* quadratic_ = nullptr;  // of the edge, where that is one convolution
   bool watched_;                    // whether the objective is needed after every step
   bool smooth_ = false;             // whether the quadratic form holds the total variation too
