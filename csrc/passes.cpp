@@ -69,7 +69,7 @@ void Passes::plan() {
     const auto v = static_cast<size_t>(node.output);
     values_[v] = place(stride_[v], k, std::max(k, last_use[v]));
     grads_[v] = place(stride_[v], std::min(first_gradient[v], back(k)), back(k));
-    const auto gate_floats = static_cast<int64_t>(program_.kernels().gate_bytes(stride_[v]) / sizeof(float));
+    const int64_t gate_floats = round_up(program_.kernels().gate_bytes(stride_[v]), sizeof(float)) / sizeof(float);
     gates_.push_back(place(gated(node) ? gate_floats : 0, k, back(k)));
     saved_.push_back(place(node.saved_floats(), k, back(k)));
   }
