@@ -152,8 +152,7 @@ void Engine::run_abreast(Workspace& w, int64_t first) const {
 // enough, 10 µs of one core or so, for them to meet after every layer.
 bool Engine::shares_images(int64_t n) const {
   constexpr int64_t kWorthwhile = 400'000;  // FLOPs
-  const int64_t rounds = (n + threads_ - 1) / threads_;
-  return flops_ >= kWorthwhile && rounds <= 4 && 10 * n < 9 * rounds * threads_;
+  return flops_ >= kWorthwhile && leaves_idle(n, threads_);
 }
 
 bool Engine::run(const Source& in, float* out, uint8_t* bytes, int64_t n) {

@@ -83,10 +83,7 @@ bool Solver::is_large() const {
   return image_floats() > kLarge && !quadratic_ && recipe_.method != Method::kExact;
 }
 
-bool Solver::shares_images(int64_t n) const {
-  const int64_t rounds = (n + threads_ - 1) / threads_;
-  return is_large() && rounds <= 4 && 10 * n < 9 * rounds * threads_;
-}
+bool Solver::shares_images(int64_t n) const { return is_large() && leaves_idle(n, threads_); }
 
 // An image by itself stays in the cache from step to step. But weights want to be read for many pixels at once: where
 // layers of a large edge have few, images share them.
