@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 
 import fastinv
@@ -15,9 +16,13 @@ from fastinv.benchmark import network_of
 from fastinv.export import export
 from fastinv.inverters import RMLE
 from fastinv.network import Network, Step
+from fastinv.ops import OPS
+from fastinv.ops.activation import KINDS, Activation
 from fastinv.ops.reshape import Reshape
 
 __all__ = [
+    "ACTIVATIONS",
+    "CASES",
     "ISAS",
     "InterruptAt",
     "check_gradient",
@@ -30,6 +35,17 @@ __all__ = [
     "run",
 ]
 
+CASES = [pytest.param(case, id=f"{op.name}-{case.name}") for op in OPS.values() for case in op.cases()]
+ACTIVATIONS = [
+    Activation(kind, *parameters)
+    for kind, parameters in {
+        **dict.fromkeys(KINDS, (0.0, 0.0)),
+        "leaky_relu": (0.1, 0.0),
+        "softplus": (1.5, 3.0),
+        "hardtanh": (0.0, 6.0),
+        "clamp": (-0.3, 0.4),
+    }.items()
+]
 ISAS = [name for name, runnable in _core.isas() if runnable]
 
 

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from checks import InterruptAt, check_gradient, network_of, randn, reference, relative, run
+from checks import ACTIVATIONS, CASES, InterruptAt, check_gradient, network_of, randn, reference, relative, run
 
 import fastinv
 from fastinv import _core
@@ -27,18 +27,7 @@ from fastinv.network import Network, Step
 from fastinv.ops import OPS
 from fastinv.ops.activation import KINDS, Activation
 
-CASES = [pytest.param(case, id=f"{op.name}-{case.name}") for op in OPS.values() for case in op.cases()]
 FORWARD_TOLERANCE = 1e-5  # relative; the promise is 1e-4
-ACTIVATIONS = [
-    Activation(kind, *parameters)
-    for kind, parameters in {
-        **dict.fromkeys(KINDS, (0.0, 0.0)),
-        "leaky_relu": (0.1, 0.0),
-        "softplus": (1.5, 3.0),
-        "hardtanh": (0.0, 6.0),
-        "clamp": (-0.3, 0.4),
-    }.items()
-]
 
 
 def test_tables_cover_every_op_and_activation() -> None:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from checks import network_of, randn, reference, reference_gradient, relative
+from checks import ACTIVATIONS, CASES, network_of, randn, reference, reference_gradient, relative
 
 pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
 
@@ -15,25 +15,14 @@ from interpreter import forward, gradient
 from fastinv.backends.cuda_lowering import LOWERINGS, PRECISIONS, Lowering
 from fastinv.network import Network, Step
 from fastinv.ops import OPS
-from fastinv.ops.activation import KINDS, Activation
+from fastinv.ops.activation import Activation
 from fastinv.ops.add import Add
 from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.mul import Mul
 from fastinv.ops.permute import Permute
 from fastinv.ops.upsample import Upsample
 
-CASES = [pytest.param(case, id=f"{op.name}-{case.name}") for op in OPS.values() for case in op.cases()]
 TOLERANCES = {"float32": 1e-5, "float16": 5e-3}  # relative, of one op; the promise for float32 is 1e-4
-ACTIVATIONS = [
-    Activation(kind, *parameters)
-    for kind, parameters in {
-        **dict.fromkeys(KINDS, (0.0, 0.0)),
-        "leaky_relu": (0.1, 0.0),
-        "softplus": (1.5, 3.0),
-        "hardtanh": (0.0, 6.0),
-        "clamp": (-0.3, 0.4),
-    }.items()
-]
 
 
 def check_gradient(network: Network) -> None:
