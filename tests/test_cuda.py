@@ -77,7 +77,7 @@ def test_looking_for_a_gpu_loads_nothing() -> None:
         "from fastinv.network import Network; assert fastinv.compile(Network((4,))).backend == 'cpu';"
         "assert not {'torch', 'triton'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
 def test_a_solver_it_does_not_have_goes_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
