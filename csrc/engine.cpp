@@ -14,7 +14,8 @@ namespace {
 // Images in a block share weights while those are in cache; their values should stay in L2 beside them. Half of
 // 1 MiB, the smallest L2 of the processors with AVX-512.
 constexpr int64_t kBlockBytes = 512 * 1024;
-constexpr int64_t kMaxBlock = 32;  // and images that a worker takes at once, one block after the other
+constexpr int64_t kMaxBlock = 32;    // and images that a worker takes at once, one block after the other
+constexpr int64_t kLeastImages = 4;  // towards the end of a batch; one by one they would lie too far apart
 // A linear layer reads all its weights once per tile of rows: with fewer images than a tile has rows it would be
 // bound by memory.
 constexpr int64_t kLinearBlock = 2 * kMaxTilePixels;
@@ -62,7 +63,7 @@ void Engine::plan_memory() {
 
 std::unique_ptr<Engine::Workspace> Engine::make_workspace() const {
   auto workspace = std::make_unique<Workspace>();
-  workspace->scratch = Buffer(scratch_floats());
+  workspace->scratch = Buffer::for_work(scratch_floats());
   int64_t largest = 0;
   for (const Shape& shape : program_.shapes()) largest = std::max(largest, element_count(shape));
   for (Buffer& buffer : workspace->abreast) buffer = Buffer(largest * abreast_);
@@ -74,7 +75,7 @@ std::unique_ptr<Engine::Workspace> Engine::make_workspace() const {
 // Images in strips have windows instead, but for those that threads share.
 void Engine::use_arena(Workspace& workspace) const {
   if (workspace.arena.size() > 0) return;
-  workspace.arena = Buffer(arena_size_ * block_);
+  workspace.arena = Buffer::for_work(arena_size_ * block_);
   for (size_t v = 1; v + 1 < offset_.size(); ++v) workspace.data[v] = workspace.arena.data() + offset_[v] * block_;
 }
 
@@ -165,9 +166,7 @@ bool Engine::run(const Source& in, float* out, uint8_t* bytes, int64_t n) {
   const int64_t in_size = element_count(program_.shapes().front());
   const int64_t out_size = element_count(program_.shapes().back());
   std::atomic<bool> finite{true};
-  // The block [first, last) of the batch; `end` of those that lie one after the other in what this worker takes.
-  const auto work = [&](Workspace& w, int64_t first, int64_t last, int64_t end, float* scratch, Share share,
-                        const auto& meet) {
+  const auto work = [&](Workspace& w, int64_t first, int64_t last, float* scratch, Share share, const auto& meet) {
     const int64_t images = last - first;
     const float *inputs = w.data.front(), *outputs = w.data.back();
     const auto all_finite = [&](const float* values, int64_t count, Share part) {
@@ -191,7 +190,8 @@ bool Engine::run(const Source& in, float* out, uint8_t* bytes, int64_t n) {
       }
     }
     if (done < images) {
-      const int64_t ahead = in.dtype == Dtype::kFloat32 ? end - last : 0;
+      // What another worker takes next is in the cache they share, at least.
+      const int64_t ahead = in.dtype == Dtype::kFloat32 && share.count == 1 ? n - last : 0;
       const Frame frame = {w.data.data(), stride_.data(), scratch, ahead};
       for (const auto& node : program_.nodes()) {
         if (node != program_.nodes().front() || in.dtype != Dtype::kFloat32) meet();
@@ -229,7 +229,7 @@ bool Engine::run(const Source& in, float* out, uint8_t* bytes, int64_t n) {
       Barrier barrier;
       run_team(threads_, [&](int worker, int workers) {
         float* scratch = workspaces[static_cast<size_t>(worker)]->scratch.data();
-        work(w, first, last, last, scratch, {worker, workers}, [&] { barrier.wait(workers); });
+        work(w, first, last, scratch, {worker, workers}, [&] { barrier.wait(workers); });
       });
     }
     workspaces_.give_back(std::move(workspaces));
@@ -238,16 +238,15 @@ bool Engine::run(const Source& in, float* out, uint8_t* bytes, int64_t n) {
   // Small batches are cut finer so that every thread has work; results do not depend on the cut.
   const int64_t even = (n + threads_ - 1) / threads_;
   const int64_t block = std::min(block_, abreast_ > 0 && n >= abreast_ ? round_up(even, abreast_) : even);
-  const int64_t task = std::max<int64_t>(std::min(kMaxBlock, (n + threads_ - 1) / threads_) / block, 1) * block;
-  const int64_t tasks = (n + task - 1) / task;
-  const int workers = static_cast<int>(std::min<int64_t>(threads_, tasks));
+  const int workers = static_cast<int>(std::min<int64_t>(threads_, (n + block - 1) / block));
   auto workspaces = workspaces_.take(workers, [this] { return make_workspace(); });
-  parallel_for(workers, tasks, [&](int worker, int64_t t) {
+  const int64_t least = std::max(block, std::min(even, kLeastImages)) / block * block;
+  const int64_t step = abreast_ > 0 && block >= abreast_ ? abreast_ : least;
+  parallel_ranges(workers, n, step, kMaxBlock, [&](int worker, int64_t begin, int64_t end) {
     Workspace& w = *workspaces[static_cast<size_t>(worker)];
-    const int64_t end = std::min((t + 1) * task, n);
-    for (int64_t first = t * task; first < end; first += block) {
+    for (int64_t first = begin; first < end; first += block) {
       place(w, first);
-      work(w, first, std::min(first + block, end), end, w.scratch.data(), {}, [] {});
+      work(w, first, std::min(first + block, end), w.scratch.data(), {}, [] {});
     }
   });
   workspaces_.give_back(std::move(workspaces));

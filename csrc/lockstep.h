@@ -17,8 +17,8 @@ namespace fastinv {
 
 class Lockstep {
  public:
-  // Whether images may go abreast: the program can, nobody asks for objectives on the way, and what they need while they
-  // do fits the cache.
+  // Whether images may go abreast: the program can, nobody asks for objectives on the way, and what they need while
+  // they do fits the cache.
   static bool suits(const Program& program, const Recipe& recipe);
 
   // Both must outlive it.

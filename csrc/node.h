@@ -49,8 +49,8 @@ class Node {
   // Those rows of the first image.
   virtual void forward_rows(const Frame&, Rows) const {}
 
-  // Whether forward and backward also take frames with images abreast, as many as a vector has lanes, instead of a block
-  // and all by one worker; results are the same.
+  // Whether forward and backward also take frames with images abreast, as many as a vector has lanes, instead of a
+  // block and all by one worker; results are the same.
   virtual bool runs_abreast() const { return false; }
 
   // Floats of scratch that forward and backward need, whatever the number of images, of which `lanes` are abreast.

@@ -83,9 +83,9 @@ void ConvolutionNode::backward(const Frame&, const Frame& grads, int64_t images,
   if (input == 0) {
     float* to = grads.at(target);
     const int64_t step = grads.stride[target];
-    gradient_->run({grads.at(output), grads.stride[output], to, step, first ? nullptr : to, step, images, {}, 0,
-                    grads.lanes},
-                   share, grads.scratch);
+    gradient_->run(
+        {grads.at(output), grads.stride[output], to, step, first ? nullptr : to, step, images, {}, 0, grads.lanes},
+        share, grads.scratch);
     return;
   }
   const int64_t size = int64_t{geometry_.out_channels} * geometry_.axis[0].out * geometry_.axis[1].out;
@@ -455,7 +455,8 @@ namespace {
 // A matrix of rows × columns turned over, each element so many floats.
 void turn_over(const float* in, float* out, int64_t rows, int64_t columns, int64_t lanes) {
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; ++c) std::copy_n(in + (r * columns + c) * lanes, lanes, out + (c * rows + r) * lanes);
+    for (int64_t c = 0; c < columns; ++c)
+      std::copy_n(in + (r * columns + c) * lanes, lanes, out + (c * rows + r) * lanes);
   }
 }
 

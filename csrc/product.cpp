@@ -74,8 +74,19 @@ void Product::run(int first, int matrices, int rows, const float* from, int64_t 
       begin += size;
     }
     for (int k = 0; k < matrices; ++k) {
-      correlate({from + k * from_step, to + k * to_step, nullptr, tile, count, tiles_.data(), runs_.data(),
-                 weights(first + k), in_, nullptr, out_, nullptr, {}});
+      correlate({from + k * from_step,
+                 to + k * to_step,
+                 nullptr,
+                 tile,
+                 count,
+                 tiles_.data(),
+                 runs_.data(),
+                 weights(first + k),
+                 in_,
+                 nullptr,
+                 out_,
+                 nullptr,
+                 {}});
     }
   }
 }

@@ -77,8 +77,8 @@ class Program {
   bool rounds() const { return rounds_; }  // factors of some convolution to bfloat16
   bool has_linear() const { return has_linear_; }
   bool prefers_abreast() const { return abreast_; }
-  bool runs_abreast() const;       // a chain of nodes that can
-  bool reveals_nonfinite() const;  // whether no input value that is not finite can hide from the output
+  bool runs_abreast() const;                    // a chain of nodes that can
+  bool reveals_nonfinite() const;               // whether no input value that is not finite can hide from the output
   int64_t scratch_floats(int64_t lanes) const;  // the most that a node needs
 
  private:

@@ -39,8 +39,8 @@ OptimizerArgs Descent::next(const Recipe& recipe) {
   return args;
 }
 
-double total_variation(const Kernels& kernels, const Recipe& recipe, const Shape& image, const float* z, float* gradient,
-                       float* scratch, int64_t lanes) {
+double total_variation(const Kernels& kernels, const Recipe& recipe, const Shape& image, const float* z,
+                       float* gradient, float* scratch, int64_t lanes) {
   if (recipe.tv_weight == 0.0) return 0.0;
   return kernels.total_variation({z, gradient, scratch, static_cast<int32_t>(image[1]), static_cast<int32_t>(image[2]),
                                   static_cast<int32_t>(image[0] * lanes), static_cast<float>(recipe.tv_weight),

@@ -1,4 +1,5 @@
-// What rMLE minimises and how: Σ(edge(z) − v)² + weight · TV_β(z), from a start, by a method (He et al. 2019, Algorithm 1).
+// What rMLE minimises and how: Σ(edge(z) − v)² + weight · TV_β(z), from a start, by a method (He et al. 2019, Algorithm
+// 1).
 #pragma once
 
 #include <cstdint>
@@ -48,8 +49,8 @@ class Descent {
 
 // The total variation of an image [H, W, C] or, with lanes, the sum of those of images abreast; adds the gradient.
 // `scratch` has total_variation_scratch floats.
-double total_variation(const Kernels& kernels, const Recipe& recipe, const Shape& image, const float* z, float* gradient,
-                       float* scratch, int64_t lanes = 1);
+double total_variation(const Kernels& kernels, const Recipe& recipe, const Shape& image, const float* z,
+                       float* gradient, float* scratch, int64_t lanes = 1);
 int64_t total_variation_scratch(const Shape& image, int64_t lanes = 1);
 
 }  // namespace fastinv

@@ -139,11 +139,11 @@ class Solver {
   const Recipe recipe_;
   const int threads_;
   const std::vector<float> low_, high_;
-  Quadratic* quadratic_ = nullptr;  // of the edge, where that is one convolution
+  Quadratic* quadratic_ = nullptr;            // of the edge, where that is one convolution
   std::unique_ptr<const Lockstep> lockstep_;  // of images abreast, where that suits
-  bool smooth_ = false;             // whether the quadratic form holds the total variation too
-  int64_t block_ = 1;               // images that a worker has in flight
-  std::vector<float> at_zero_;      // what the edge makes of an image of zeros, where there is a quadratic form
+  bool smooth_ = false;                       // whether the quadratic form holds the total variation too
+  int64_t block_ = 1;                         // images that a worker has in flight
+  std::vector<float> at_zero_;  // what the edge makes of an image of zeros, where there is a quadratic form
   WorkspacePool<Workspace> workspaces_;
 };
 

@@ -158,18 +158,26 @@ void run_team(int threads, const std::function<void(int, int)>& work) {
 }
 
 void parallel_for(int threads, int64_t tasks, const std::function<void(int, int64_t)>& work) {
-  std::atomic<int64_t> next{0};
+  parallel_ranges(threads, tasks, 1, 1, [&](int worker, int64_t task, int64_t) { work(worker, task); });
+}
+
+void parallel_ranges(int threads, int64_t n, int64_t step, int64_t most,
+                     const std::function<void(int, int64_t, int64_t)>& work) {
+  const int64_t steps = (n + step - 1) / step;
+  std::atomic<int64_t> next{0};  // in steps
   std::atomic<bool> failed{false};
-  run_team(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int worker, int) {
-    for (;;) {
-      const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
-      if (task >= tasks || failed.load(std::memory_order_relaxed)) return;
+  run_team(static_cast<int>(std::min<int64_t>(threads, steps)), [&](int worker, int workers) {
+    for (int64_t first = next; first < steps && !failed.load(std::memory_order_relaxed);) {
+      const int64_t share = workers > 1 ? (steps - first) / (2 * workers) : steps;
+      const int64_t last = std::min(steps, first + std::clamp<int64_t>(share, 1, std::max<int64_t>(1, most / step)));
+      if (!next.compare_exchange_weak(first, last, std::memory_order_relaxed)) continue;
       try {
-        work(worker, task);
+        work(worker, first * step, std::min(last * step, n));
       } catch (...) {
         failed = true;
         throw;
       }
+      first = next;
     }
   });
 }

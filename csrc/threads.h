@@ -17,6 +17,11 @@ void run_team(int threads, const std::function<void(int worker, int workers)>& w
 // worker takes which task varies.
 void parallel_for(int threads, int64_t tasks, const std::function<void(int worker, int64_t task)>& work);
 
+// The same for n units in a row, [first, last) at a time: `most` or as many as leave every worker another turn, fewer
+// and fewer towards the end so that all end together. All but the last are whole multiples of `step`.
+void parallel_ranges(int threads, int64_t n, int64_t step, int64_t most,
+                     const std::function<void(int worker, int64_t first, int64_t last)>& work);
+
 // Where the workers of a team wait for each other. Nothing may throw between barriers.
 class Barrier {
  public:

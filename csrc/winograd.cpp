@@ -79,7 +79,8 @@ int64_t Winograd::scratch_floats(int64_t lanes) const {
 
 std::string Winograd::algorithm() const {
   const std::string tile = std::to_string(outputs_);
-  return (adjoint_ ? "winograd adjoint " : "winograd ") + tile + "x" + tile + ", chunk " + std::to_string(single_.tiles);
+  return (adjoint_ ? "winograd adjoint " : "winograd ") + tile + "x" + tile + ", chunk " +
+         std::to_string(single_.tiles);
 }
 
 void Winograd::pack(const WeightAt& weight) {

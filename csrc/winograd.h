@@ -6,8 +6,8 @@
 // over channels are one matrix product, tiles × in times in × out.
 //
 // The adjoint form is the plain one of the gradient's convolution read backwards, D += B[(G g Gᵀ) ⊙ (A Y Aᵀ)]Bᵀ: tiles
-// lie in the input, and each adds to the 6×6 results around it. Where a convolution without padding has shrunk an image,
-// its gradient has fewer tiles that way: 16 for 36 from 8×8 to 12×12.
+// lie in the input, and each adds to the 6×6 results around it. Where a convolution without padding has shrunk an
+// image, its gradient has fewer tiles that way: 16 for 36 from 8×8 to 12×12.
 #pragma once
 
 #include <vector>
