@@ -139,8 +139,11 @@ def solver_launches(recipe: RMLE, precision: str) -> list[Launch]:
         buffer: torch.empty(IMAGES, buffer.elements, dtype=getattr(torch, buffer.dtype), device=META)
         for buffer in solver._outside
     }
-    memory = torch.empty(solver._step.bytes(IMAGES), dtype=torch.uint8, device=META)
-    return solver._step.bind(IMAGES, memory, outside)
+    launches = []
+    for arena in solver._arenas.values():
+        memory = torch.empty(arena.bytes(IMAGES), dtype=torch.uint8, device=META)
+        launches += arena.bind(IMAGES, memory, outside)
+    return launches
 
 
 def all_launches() -> Iterator[Launch]:
@@ -158,6 +161,12 @@ def all_launches() -> Iterator[Launch]:
         plain = {"optimizer": "sgd", "clamp": None, "tv_weight": 0.0}
         for options in ({"optimizer": "amsgrad", "keep": "best"}, plain):
             yield from solver_launches(dataclasses.replace(recipe, tv_beta=2.0, **options), "float32")
+        yield from solver_launches(dataclasses.replace(recipe, optimizer="lbfgs"), "float32")
+    for target, at, image in ((lenet5(), "conv1", (1, 28, 28)), (cifar_net(), "conv11", (3, 32, 32))):
+        edge = export(Split(target, at).edge.eval(), torch.zeros(2, *image))
+        recipe = RMLE(edge, image, steps=10, clamp=None)
+        for options in ({"tv_beta": 1.0}, {"optimizer": "lbfgs"}, {"optimizer": "exact"}):
+            yield from solver_launches(dataclasses.replace(recipe, **options), "float32")
     for name in ("conv2d", "conv_transpose2d", "linear", "upsample", "mul", "permute", "affine"):
         for case in OPS[name].cases():
             if case.name in CASES:
