@@ -143,7 +143,7 @@ def solver_launches(recipe: RMLE, precision: str) -> list[Launch]:
     for arena in solver._arenas.values():
         memory = torch.empty(arena.bytes(IMAGES), dtype=torch.uint8, device=META)
         launches += arena.bind(IMAGES, memory, outside)
-    return launches
+    return [launch for launch in launches if isinstance(launch, Launch)]
 
 
 def all_launches() -> Iterator[Launch]:

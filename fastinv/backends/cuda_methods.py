@@ -5,12 +5,13 @@ Each image goes its own way, whatever the batch: one that is done stays as it is
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
+from fastinv.backends.cuda_native import OnChipDescent
 from fastinv.backends.cuda_nodes import copy
 from fastinv.backends.cuda_plan import Buffer, Ending, Stage
 from fastinv.backends.cuda_quadratic import quadratic_form
@@ -56,6 +57,7 @@ class Objective:
         part: sums of the residual's squares.
         constant: the gradient's at z = 0, where the objective is taken as a quadratic form.
         report: the buffers of `value`, `running` and `taken`: the objective, how an image stands, and its steps.
+        form: the objective as a quadratic form, or None.
         smooth: whether the gradient of `evaluate` is the total variation's, too.
     """
 
@@ -73,7 +75,7 @@ class Objective:
         channels, height, width = recipe.input_shape
         self.variation = Variation((height, width, channels), recipe.tv_weight, recipe.tv_beta)
         self.part = Buffer(tiles(self.target.elements), "float32")
-        form = quadratic_form(recipe)
+        self.form = form = quadratic_form(recipe)
         self._quadratic = None if form is None else Quadratic(form, device)
         self.smooth = form is not None and form.smooth
 
@@ -193,7 +195,14 @@ def _descent(objective: Objective) -> Method:
         eps=recipe.eps,
         momentum=recipe.momentum,
     )
-    state = {name: objective.image() for name in ("best", "first", "second", "third")}
+    moments = {name: objective.image() for name in ("first", "second", "third")}
+    if objective.form is not None and not rule.watched:
+        chip = OnChipDescent(objective.form, rule, objective.device)
+        if chip.fits:
+            every = moments | objective.report
+            steps = objective.with_state(chip.launch, (objective.z, objective.constant), (), every)
+            return _plain(objective, moments, [steps], chip.launches)
+    state = moments | {"best": objective.image()}
     state |= {"best_value": Buffer(1, "float64"), "calm": Buffer(1, "int32")}
     all_state = state | objective.report
     other = objective.image()
@@ -203,16 +212,14 @@ def _descent(objective: Objective) -> Method:
         objective.with_state(rule.launch_advance, (objective.z, objective.part), (), all_state),
         objective.with_state(rule.launch_step, (objective.z, gradient), (other,), all_state),
     ]
-    return Method(
-        state,
-        turn,
-        (recipe.steps + 1 + rule.watched) // 2,
-        objective.z,
-        prepare=objective.to_constant(),
-        end=objective.value(),
-        other=other,
-        ends_early=recipe.tolerance > 0,
-    )
+    turns = (recipe.steps + 1 + rule.watched) // 2
+    return replace(_plain(objective, state, turn, turns), other=other, ends_early=recipe.tolerance > 0)
+
+
+def _plain(objective: Objective, state: dict[str, Buffer], turn: list[Stage], turns: int) -> Method:
+    """All steps are taken, and then the objective is known."""
+    prepare, end = objective.to_constant(), objective.value()
+    return Method(state, turn, turns, objective.z, prepare=prepare, end=end, ends_early=False)
 
 
 def _lbfgs(objective: Objective) -> Method:
