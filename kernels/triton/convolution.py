@@ -8,7 +8,8 @@ in the cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -109,6 +110,20 @@ class Tile:
     warps: int
     stages: int
 
+    @property
+    def numbers(self) -> tuple[int, int, int, int, int]:
+        return self.m, self.n, self.k, self.warps, self.stages
+
+
+def variants(tile: Tile) -> tuple[Tile, ...]:
+    """The tile, and others that may be faster. All have as many products at a time: the order of a sum stays."""
+    found = [tile, replace(tile, stages=tile.stages + 1), replace(tile, stages=tile.stages - 1)]
+    if tile.m == 128:
+        found.append(replace(tile, m=64, warps=4))  # as many rows for each warp
+    if tile.n >= 32:
+        found.append(replace(tile, n=tile.n // 2))
+    return tuple(found)
+
 
 def tile_for(outputs: int, products: int, itemsize: int, precision: str, flat: bool) -> Tile:
     """The tile for so many output channels a group and products an output, by the size of an input in bytes.
@@ -151,11 +166,19 @@ class Convolution:
             self.outputs, taps * self.inputs if self.flat else self.inputs, dtype.itemsize, precision, self.flat
         )
         inputs = None if self.flat else self.tile.k
+        # Between groups the weights are rounded up to `tile.n`.
+        self.candidates = tuple(t for t in variants(self.tile) if self.groups == 1 or t.n == self.tile.n)
         flat, offsets = packed(geometry.weights(weight), self.tile.n, inputs, self.tile.k)
         self.weight = torch.from_numpy(flat).to(device, dtype)
         self.bias = None if bias is None else torch.tensor(bias, device=device)
         self.phases = torch.from_numpy(geometry.table(offsets)).to(device)
         self.precision = precision
+
+    def with_tile(self, tile: Tile) -> Convolution:
+        """The same in tiles that are one of `candidates`; weights and all are shared."""
+        other = copy.copy(self)
+        other.tile = tile
+        return other
 
     def launch(self, x: Any, out: Any, epilogue: Epilogue, x_strides: Any = None, out_strides: Any = None) -> Launch:
         """For x [N, H, W, C] and out [N, OH, OW, O], contiguous where no strides, in elements, are given.
