@@ -2,13 +2,9 @@
 
 class Descent:
     z: int
-    constant: int
     first: int
     second: int
     largest: int
-    weight: int
-    row_kind: int
-    column_kind: int
     rates: int
     low: int
     high: int
@@ -18,10 +14,6 @@ class Descent:
     height: int
     width: int
     channels: int
-    taps_y: int
-    taps_x: int
-    row_kinds: int
-    column_kinds: int
     steps: int
     most: int
     optimizer: int
@@ -34,5 +26,28 @@ class Descent:
     half_beta: float
     root: float
     def __init__(self) -> None: ...
-    def fits(self) -> bool: ...
-    def run(self, device: int, stream: int) -> None: ...
+
+class QuadraticForm:
+    constant: int
+    weight: int
+    row_kind: int
+    column_kind: int
+    taps_y: int
+    taps_x: int
+    row_kinds: int
+    column_kinds: int
+    def __init__(self) -> None: ...
+    def fits(self, descent: Descent) -> bool: ...
+    def run(self, descent: Descent, device: int, stream: int) -> None: ...
+
+class PooledLayers:
+    target: int
+    first: int
+    first_bias: int
+    second: int
+    second_bias: int
+    second_back: int
+    first_back: int
+    def __init__(self) -> None: ...
+    def fits(self, descent: Descent) -> bool: ...
+    def run(self, descent: Descent, device: int, stream: int) -> None: ...

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
-from fastinv.backends.cuda_native import OnChipDescent
+from fastinv.backends.cuda_native import OnChipDescent, pooled_problem, quadratic_problem
 from fastinv.backends.cuda_nodes import copy
 from fastinv.backends.cuda_plan import Buffer, Ending, Stage
 from fastinv.backends.cuda_quadratic import quadratic_form
@@ -196,11 +196,13 @@ def _descent(objective: Objective) -> Method:
         momentum=recipe.momentum,
     )
     moments = {name: objective.image() for name in ("first", "second", "third")}
-    if objective.form is not None and not rule.watched:
-        chip = OnChipDescent(objective.form, rule, objective.device)
+    form, problem, given = objective.form, pooled_problem(recipe.edge), objective.target
+    if form is not None:
+        problem, given = quadratic_problem(form), objective.constant
+    if problem is not None and not rule.watched:
+        chip = OnChipDescent(problem, rule, objective.device)
         if chip.fits:
-            every = moments | objective.report
-            steps = objective.with_state(chip.launch, (objective.z, objective.constant), (), every)
+            steps = objective.with_state(chip.launch, (objective.z, given), (), moments | objective.report)
             return _plain(objective, moments, [steps], chip.launches)
     state = moments | {"best": objective.image()}
     state |= {"best_value": Buffer(1, "float64"), "calm": Buffer(1, "int32")}

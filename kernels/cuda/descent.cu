@@ -1,7 +1,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "descent.h"
+#include "run.h"
 
 namespace fastinv {
 namespace {
@@ -13,25 +13,29 @@ void check(cudaError_t status, const char* what) {
 
 extern __shared__ Four shared_memory[];
 
-template <class T>
-__global__ void __launch_bounds__(kMostThreads, 1) descend_kernel(const __grid_constant__ Descent descent) {
+template <class Edge>
+__global__ void __launch_bounds__(kMostThreads, 1) descend_kernel(const Descent descent, const Edge edge) {
   DeviceBlock block(shared_memory->at);
-  descend<T>(descent, block);
+  descend(descent, edge, block);
 }
 
 }  // namespace
 
-void launch_descend(const Descent& descent, int device, uintptr_t stream) {
+template <class Problem>
+void launch_descend(const Descent& descent, const Problem& problem, int device, uintptr_t stream) {
   check(cudaSetDevice(device), "the GPU cannot be used");
-  with_tile(descent, [&](auto tile) {
-    using T = decltype(tile);
-    const int bytes = shared_floats<T>(descent) * static_cast<int>(sizeof(float));
-    check(cudaFuncSetAttribute(descend_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+  with_edge(descent, problem, [&](const auto& edge) {
+    using Edge = std::decay_t<decltype(edge)>;
+    const int bytes = shared_floats(descent, edge) * static_cast<int>(sizeof(float));
+    check(cudaFuncSetAttribute(descend_kernel<Edge>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
           "no room for an image on chip");
-    descend_kernel<T><<<static_cast<unsigned>(descent.images), static_cast<unsigned>(threads_of<T>(descent)),
-                        static_cast<size_t>(bytes), reinterpret_cast<cudaStream_t>(stream)>>>(descent);
+    descend_kernel<Edge><<<static_cast<unsigned>(descent.images), static_cast<unsigned>(threads_of<Edge>(descent)),
+                           static_cast<size_t>(bytes), reinterpret_cast<cudaStream_t>(stream)>>>(descent, edge);
     check(cudaGetLastError(), "the steps cannot be launched");
   });
 }
+
+template void launch_descend(const Descent&, const QuadraticForm&, int, uintptr_t);
+template void launch_descend(const Descent&, const PooledLayers&, int, uintptr_t);
 
 }  // namespace fastinv

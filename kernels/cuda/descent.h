@@ -1,10 +1,8 @@
-// rMLE by gradient descent where the objective's gradient is H·z + c, a convolution whose weights differ near the
-// border (fastinv/backends/cuda_quadratic.py), plus that of λ·TV_β where H does not hold it (He et al. 2019, Algorithm
-// 1).
+// rMLE by gradient descent, all steps on chip (He et al. 2019, Algorithm 1): what is the same for every edge.
 //
-// A block has one image for many steps. The image lies in shared memory, plane by plane with a border of zeros, beside
-// the weights; a thread has `rows` pixels of a column, one below the other, with their moments, in registers. A value
-// of the image then serves several of its sums, and four weights are read at once.
+// A block has one image for many steps. The image lies in shared memory, plane by plane, beside what the edge keeps
+// there; a thread has some pixels of a column, one below the other, with their moments, in registers. An edge says how
+// the gradient of Σ(edge(z) − v)² is made: `quadratic.h`, `pooled.h`.
 #pragma once
 
 #include "block.h"
@@ -14,95 +12,89 @@ namespace fastinv {
 enum class Optimizer : int32_t { kAdam, kAmsgrad, kSgd };
 
 struct Descent {
-  // float32 [images, height, width, channels]: the image, the gradient at 0, and the moments.
-  float* z;
-  const float* constant;
-  float *first, *second, *largest;
-  // float32 [row kinds, column kinds, columns of taps, channels in, rows of taps · channels out, rounded up to 4].
-  const float* weight;
-  const int32_t *row_kind, *column_kind;  // [height], [width]
-  const float* rates;                     // [steps, 2]: for Adam lr / (1 − β1^t) and (1 − β2^t)^(−1/2), for SGD lr
-  const float *low, *high;                // [channels], or null
-  int32_t *running, *taken;               // [images]: 1 while an image has steps to take, then 2; how many it has taken
-  int32_t images, height, width, channels, taps_y, taps_x, row_kinds, column_kinds;
+  // float32 [images, height, width, channels]: the image, and the moments.
+  float *z, *first, *second, *largest;
+  const float* rates;        // [steps, 2]: for Adam lr / (1 − β1^t) and (1 − β2^t)^(−1/2), for SGD lr
+  const float *low, *high;   // [channels], or null
+  int32_t *running, *taken;  // [images]: 1 while an image has steps to take, then 2; how many it has taken
+  int32_t images, height, width, channels;
   int32_t steps, most;  // in all, and in one launch
   Optimizer optimizer;
   float rest1, beta2, rest2, eps, momentum;  // rest1, rest2: 1 − β1, 1 − β2
-  float tv_weight, half_beta, root;          // tv_weight 0: H has it; root: what is added to the squares
+  float tv_weight, half_beta, root;          // tv_weight 0: the edge has it; root: what is added to the squares
 };
 
-constexpr int kMostThreads = 256;  // of a block: then each can have 255 registers
+constexpr int kMostThreads = 256;             // of a block: then each can have 255 registers
+constexpr int kMostSharedBytes = 227 * 1024;  // of a block, on sm_90
 constexpr int kFinished = 2;
 
-template <int kChannels_, int kTaps_, int kRows_>
-struct Tile {
-  static constexpr int kChannels = kChannels_, kTaps = kTaps_;
-  static constexpr int kRows = kRows_;                             // of a thread
-  static constexpr int kReach = kTaps / 2;                         // taps to each side
-  static constexpr int kFours = (kTaps * kChannels + 3) / 4;       // of weights for a value of a row
-  static constexpr int kWeights = kTaps * kChannels * kFours * 4;  // of a kind
-};
-
-// Of a block for this image: threads, and floats of shared memory.
-template <class T>
-FASTINV_BOTH int threads_of(const Descent& d) {
-  return ((d.height + T::kRows - 1) / T::kRows * d.width + 31) / 32 * 32;
-}
-template <class T>
-FASTINV_BOTH int padded_rows(const Descent& d) {
-  return (d.height + T::kRows - 1) / T::kRows * T::kRows + 2 * T::kReach;
-}
-template <class T>
-FASTINV_BOTH int shared_floats(const Descent& d) {
-  return d.row_kinds * d.column_kinds * T::kWeights + T::kChannels * padded_rows<T>(d) * (d.width + 2 * T::kReach);
-}
-
-// What a thread keeps: of its pixels, [row][channel].
-template <class T>
+// Pixels of a thread, and what it knows of them: [row][channel].
+template <int kChannels_, int kRows_>
 struct Pixels {
-  float z[T::kRows][T::kChannels], constant[T::kRows][T::kChannels], gradient[T::kRows][T::kChannels];
-  float first[T::kRows][T::kChannels], second[T::kRows][T::kChannels], largest[T::kRows][T::kChannels];
-  const Four* weights[T::kRows];  // of the row's kind
-  int row, column;                // of the first; a thread that has none is at column −1
-  bool uniform;                   // whether all rows are of the same kind
+  static constexpr int kChannels = kChannels_, kRows = kRows_;
+  using Values = float[kRows][kChannels];
+  Values z, gradient, first, second, largest;
+  int row, column;  // of the first; a thread that has none is at column −1
 };
 
-template <class T>
-struct Image {
-  float* plane;  // pixel (0, 0) of channel 0, inside its border
+// Planes of rows of pixels, each with as much of a border as the edge asks for.
+struct Planes {
+  float* first;  // pixel (0, 0) of channel 0, inside the border
   int pitch, size;
 
   FASTINV_BLOCK float& at(int row, int column, int channel) const {
-    return plane[channel * size + row * pitch + column];
+    return first[channel * size + row * pitch + column];
   }
 };
 
-// gradient = H·z + constant.
-template <class T, bool kUniform>
-FASTINV_BLOCK void times_matrix(const Image<T>& image, Pixels<T>& p) {
-  for (int r = 0; r < T::kRows; ++r) {
-    for (int c = 0; c < T::kChannels; ++c) p.gradient[r][c] = p.constant[r][c];
-  }
+// Threads of a block, whole warps; rows of its image, a whole number for each thread; its floats in shared memory.
+template <class Edge>
+FASTINV_BOTH int threads_of(const Descent& d) {
+  return ((d.height + Edge::P::kRows - 1) / Edge::P::kRows * d.width + 31) / 32 * 32;
+}
+template <class Edge>
+FASTINV_BOTH int rows_of(const Descent& d) {
+  return (d.height + Edge::P::kRows - 1) / Edge::P::kRows * Edge::P::kRows + 2 * Edge::kBorder;
+}
+template <class Edge>
+FASTINV_BOTH int image_floats(const Descent& d) {
+  return (Edge::P::kChannels * rows_of<Edge>(d) * (d.width + 2 * Edge::kBorder) + 3) / 4 * 4;
+}
+template <class Edge>
+FASTINV_BOTH int shared_floats(const Descent& d, const Edge& edge) {
+  return image_floats<Edge>(d) + edge.shared_floats(d);
+}
+template <class Edge>
+FASTINV_BLOCK Planes image_of(const Descent& d, float* memory) {
+  const int pitch = d.width + 2 * Edge::kBorder;
+  return {memory + Edge::kBorder * pitch + Edge::kBorder, pitch, rows_of<Edge>(d) * pitch};
+}
+
+// Sums of a convolution at the pixels of a thread: sum[r][c] += Σ w[i, j, k, c] · planes(row + r + i, column + j, k),
+// with weights [j][k][i · outputs + c, rounded up to 4]. A value then serves several sums, and four weights are read at
+// once. Rows that are not `kUniform` have weights of their own.
+template <int kInputs, int kTaps, bool kUniform, int kRows, int kOutputs>
+FASTINV_BLOCK void convolve(const Planes& planes, int row, int column, const Four* const (&weights)[kRows],
+                            float (&sum)[kRows][kOutputs]) {
+  constexpr int kFours = (kTaps * kOutputs + 3) / 4;
 #pragma unroll 1
-  for (int tap = 0; tap < T::kTaps; ++tap) {
+  for (int j = 0; j < kTaps; ++j) {
+#pragma unroll(kInputs < 4 ? kInputs : 1)
+    for (int k = 0; k < kInputs; ++k) {
+      float x[kRows + kTaps - 1];
 #pragma unroll
-    for (int k = 0; k < T::kChannels; ++k) {
-      float x[T::kRows + T::kTaps - 1];
+      for (int i = 0; i < kRows + kTaps - 1; ++i) x[i] = planes.at(row + i, column + j, k);
+      const int place = (j * kInputs + k) * kFours;
 #pragma unroll
-      for (int i = 0; i < T::kRows + T::kTaps - 1; ++i) {
-        x[i] = image.at(p.row + i - T::kReach, p.column + tap - T::kReach, k);
-      }
-      const int place = (tap * T::kChannels + k) * T::kFours;
+      for (int f = 0; f < kFours; ++f) {
+        Four w = weights[0][place + f];
 #pragma unroll
-      for (int f = 0; f < T::kFours; ++f) {
-        Four w = p.weights[0][place + f];
-#pragma unroll
-        for (int r = 0; r < T::kRows; ++r) {
-          if (!kUniform && r > 0) w = p.weights[r][place + f];
+        for (int r = 0; r < kRows; ++r) {
+          if (!kUniform && r > 0) w = weights[r][place + f];
 #pragma unroll
           for (int l = 0; l < 4; ++l) {
-            const int i = (4 * f + l) / T::kChannels, c = (4 * f + l) % T::kChannels;
-            if (i < T::kTaps) p.gradient[r][c] += w.at[l] * x[r + i];
+            const int i = (4 * f + l) / kOutputs, c = (4 * f + l) % kOutputs;
+            if (i < kTaps) sum[r][c] += w.at[l] * x[r + i];
           }
         }
       }
@@ -115,8 +107,7 @@ struct Differences {
   float dy, dx, factor;
 };
 
-template <class T>
-FASTINV_BLOCK Differences differences(const Descent& d, const Image<T>& image, int row, int column, int channel) {
+FASTINV_BLOCK inline Differences differences(const Descent& d, const Planes& image, int row, int column, int channel) {
   const float here = image.at(row, column, channel);
   const float dy = row + 1 < d.height ? image.at(row + 1, column, channel) - here : 0.0f;
   const float dx = column + 1 < d.width ? image.at(row, column + 1, channel) - here : 0.0f;
@@ -128,8 +119,7 @@ FASTINV_BLOCK Differences differences(const Descent& d, const Image<T>& image, i
 }
 
 // The gradient of tv_weight · TV_β at a pixel.
-template <class T>
-FASTINV_BLOCK float variation_slope(const Descent& d, const Image<T>& image, int row, int column, int channel) {
+FASTINV_BLOCK inline float variation_slope(const Descent& d, const Planes& image, int row, int column, int channel) {
   const Differences here = differences(d, image, row, column, channel);
   float slope = -(here.dy + here.dx) * here.factor;
   if (row > 0) {
@@ -144,8 +134,8 @@ FASTINV_BLOCK float variation_slope(const Descent& d, const Image<T>& image, int
 }
 
 // Adam: Kingma and Ba 2015; AMSGrad: Reddi et al. 2018; both and SGD as in PyTorch.
-template <class T>
-FASTINV_BLOCK void step(const Descent& d, const float* rate, Pixels<T>& p, int r, int c) {
+template <class P>
+FASTINV_BLOCK void step(const Descent& d, const float* rate, P& p, int r, int c) {
   const float g = p.gradient[r][c];
   float& m = p.first[r][c];
   if (d.optimizer == Optimizer::kSgd) {
@@ -168,76 +158,64 @@ FASTINV_BLOCK void step(const Descent& d, const float* rate, Pixels<T>& p, int r
   }
 }
 
-// What a block does with its image: as many steps as are left, `most` at most.
-template <class T, class Block>
-FASTINV_BLOCK void descend(const Descent& d, Block& block) {
+// What a block does with its image: as many steps as are left, `most` at most. The edge has
+// - `Own`, what a thread keeps beside its pixels, a `Pixels` among it as `pixels`; `kBorder`, of the image;
+// - `shared_floats(d)`, and `begin(d, block, memory)`, which fills that memory and ends with a barrier;
+// - `own(d, n, own)`, which completes a thread's own for image n;
+// - `differentiate(d, block, image, all)`, which leaves the gradients in the pixels of all, and ends with a barrier.
+template <class Edge, class Block>
+FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
+  using P = typename Edge::P;
   const int n = block.index();
   if (d.running[n] != 1) return;
-  const int pitch = d.width + 2 * T::kReach, size = padded_rows<T>(d) * pitch;
-  const int kinds = d.row_kinds * d.column_kinds;
-  float* weights = block.shared();
-  float* planes = weights + kinds * T::kWeights;
-  const Image<T> image = {planes + T::kReach * pitch + T::kReach, pitch, size};
-  const int64_t own = int64_t{n} * d.height * d.width * T::kChannels;
-  typename Block::template PerThread<Pixels<T>> pixels(block);
+  const Planes image = image_of<Edge>(d, block.shared());
+  const int64_t start = int64_t{n} * d.height * d.width * P::kChannels;
   const int begin = d.taken[n], end = d.steps - begin < d.most ? d.steps : begin + d.most;
+  typename Block::template PerThread<typename Edge::Own> all(block);
 
   // For every value of a thread that is in the image: f(row in the thread, channel, place in memory).
-  const auto values = [&](const Pixels<T>& p, auto f) {
+  const auto values = [&](const P& p, auto f) {
     if (p.column < 0) return;
 #pragma unroll
-    for (int r = 0; r < T::kRows; ++r) {
+    for (int r = 0; r < P::kRows; ++r) {
       if (p.row + r >= d.height) continue;
 #pragma unroll
-      for (int c = 0; c < T::kChannels; ++c) {
-        f(r, c, own + (int64_t{p.row + r} * d.width + p.column) * T::kChannels + c);
+      for (int c = 0; c < P::kChannels; ++c) {
+        f(r, c, start + (int64_t{p.row + r} * d.width + p.column) * P::kChannels + c);
       }
     }
   };
 
   block.each([&](int thread) {
-    for (int i = thread; i < kinds * T::kWeights; i += block.threads()) weights[i] = d.weight[i];
-    for (int i = thread; i < T::kChannels * size; i += block.threads()) planes[i] = 0.0f;
+    for (int i = thread; i < image_floats<Edge>(d); i += block.threads()) block.shared()[i] = 0.0f;
   });
+  edge.begin(d, block, block.shared() + image_floats<Edge>(d));
   block.each([&](int thread) {
-    Pixels<T>& p = pixels[thread];
-    p = {};
-    p.row = thread / d.width * T::kRows;
+    all[thread] = {};
+    P& p = all[thread].pixels;
+    p.row = thread / d.width * P::kRows;
     p.column = p.row < d.height ? thread % d.width : -1;
     if (p.column < 0) return;
-    p.uniform = true;
-#pragma unroll
-    for (int r = 0; r < T::kRows; ++r) {
-      const int row = p.row + r < d.height ? p.row + r : d.height - 1;
-      p.weights[r] = reinterpret_cast<const Four*>(weights) +
-                     (d.row_kind[row] * d.column_kinds + d.column_kind[p.column]) * (T::kWeights / 4);
-      p.uniform = p.uniform && p.weights[r] == p.weights[0];
-    }
     values(p, [&](int r, int c, int64_t at) {
       p.z[r][c] = d.z[at];
-      p.constant[r][c] = d.constant[at];
       p.first[r][c] = d.first[at];
       p.second[r][c] = d.second[at];
       p.largest[r][c] = d.largest[at];
       image.at(p.row + r, p.column, c) = p.z[r][c];
     });
+    edge.own(d, n, all[thread]);
   });
   for (int t = begin; t < end; ++t) {
-    block.each([&](int thread) {
-      Pixels<T>& p = pixels[thread];
-      if (p.column < 0) return;
-      if (p.uniform) {
-        times_matrix<T, true>(image, p);
-      } else {
-        times_matrix<T, false>(image, p);
-      }
-      if (d.tv_weight > 0.0f) {
+    edge.differentiate(d, block, image, all);
+    if (d.tv_weight > 0.0f) {
+      block.each([&](int thread) {
+        P& p = all[thread].pixels;
         values(p,
                [&](int r, int c, int64_t) { p.gradient[r][c] += variation_slope(d, image, p.row + r, p.column, c); });
-      }
-    });
+      });
+    }
     block.each([&](int thread) {
-      Pixels<T>& p = pixels[thread];
+      P& p = all[thread].pixels;
       values(p, [&](int r, int c, int64_t) {
         step(d, d.rates + 2 * t, p, r, c);
         image.at(p.row + r, p.column, c) = p.z[r][c];
@@ -245,8 +223,8 @@ FASTINV_BLOCK void descend(const Descent& d, Block& block) {
     });
   }
   block.each([&](int thread) {
-    values(pixels[thread], [&](int r, int c, int64_t at) {
-      const Pixels<T>& p = pixels[thread];
+    const P& p = all[thread].pixels;
+    values(p, [&](int r, int c, int64_t at) {
       d.z[at] = p.z[r][c];
       d.first[at] = p.first[r][c];
       d.second[at] = p.second[r][c];
@@ -258,28 +236,9 @@ FASTINV_BLOCK void descend(const Descent& d, Block& block) {
   });
 }
 
-// visit(Tile<…>()) for the tile that a problem takes, and whether there is one: MNIST's and CIFAR's shallow edges.
-template <class F>
-bool with_tile(const Descent& d, F&& visit) {
-  const auto square = [&d](int channels, int taps) {
-    return d.channels == channels && d.taps_y == taps && d.taps_x == taps;
-  };
-  const auto fits = [&](auto tile) {
-    using T = decltype(tile);
-    constexpr int64_t kMostShared = 227 * 1024;
-    if (threads_of<T>(d) > kMostThreads || int64_t{shared_floats<T>(d)} * 4 > kMostShared) return false;
-    visit(tile);
-    return true;
-  };
-  if (square(1, 5)) return fits(Tile<1, 5, 7>());
-  if (square(1, 9)) return fits(Tile<1, 9, 7>());
-  if (square(3, 5)) return fits(Tile<3, 5, 4>());
-  return false;
+template <class Edge>
+bool has_room(const Descent& d, const Edge& edge) {
+  return threads_of<Edge>(d) <= kMostThreads && int64_t{shared_floats(d, edge)} * 4 <= kMostSharedBytes;
 }
-
-bool fits(const Descent& descent);             // whether there is a kernel for it
-void descend_on_host(const Descent& descent);  // for memory of the host
-// For memory of this device; returns before it is done. Throws std::runtime_error.
-void launch_descend(const Descent& descent, int device, uintptr_t stream);
 
 }  // namespace fastinv

@@ -1,20 +1,20 @@
 // The same block on the host, where each of its threads is a turn of a loop: for tests without a GPU.
-#include "descent.h"
+#include "run.h"
 
 namespace fastinv {
 
-bool fits(const Descent& descent) {
-  return with_tile(descent, [](auto) {});
-}
-
-void descend_on_host(const Descent& descent) {
-  with_tile(descent, [&descent](auto tile) {
-    using T = decltype(tile);
+template <class Problem>
+void descend_on_host(const Descent& descent, const Problem& problem) {
+  with_edge(descent, problem, [&descent](const auto& edge) {
+    using Edge = std::decay_t<decltype(edge)>;
     for (int n = 0; n < descent.images; ++n) {
-      HostBlock block(n, threads_of<T>(descent), shared_floats<T>(descent));
-      descend<T>(descent, block);
+      HostBlock block(n, threads_of<Edge>(descent), shared_floats(descent, edge));
+      descend(descent, edge, block);
     }
   });
 }
+
+template void descend_on_host(const Descent&, const QuadraticForm&);
+template void descend_on_host(const Descent&, const PooledLayers&);
 
 }  // namespace fastinv
