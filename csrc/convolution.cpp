@@ -110,4 +110,13 @@ std::unique_ptr<const Convolution> make_convolution(const Kernels& kernels, cons
   return std::make_unique<Correlation>(kernels, geometry, weight, bias);
 }
 
+std::unique_ptr<const Convolution> make_gradient(const Kernels& kernels, const Geometry& geometry,
+                                                 const WeightAt& weight, bool row_major) {
+  if (!row_major && Winograd::applies(geometry) && Winograd::shrinks(geometry) &&
+      winograd_adjoint_cost(kernels, geometry) < channels_last_cost(kernels, geometry)) {
+    return std::make_unique<Winograd>(kernels, geometry, weight);
+  }
+  return make_convolution(kernels, geometry, weight, nullptr, row_major, false, nullptr);
+}
+
 }  // namespace fastinv

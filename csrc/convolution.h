@@ -47,6 +47,7 @@ struct Operands {
   int64_t images;
   Activation activation;
   int64_t ahead = 0;  // images that lie behind these at `in`, and are read next
+  int64_t lanes = 1;  // images abreast, [H, W, C, lane] to [H', W', C', lane], where runs_abreast() says so
 };
 
 class Convolution {
@@ -56,15 +57,15 @@ class Convolution {
   // Does this share of the work; shares are of about the same size, within an image too. `scratch` has
   // scratch_floats() floats, on a cache line.
   virtual void run(const Operands& operands, Share share, float* scratch) const = 0;
-  virtual int64_t scratch_floats() const { return 0; }
+  virtual int64_t scratch_floats(int64_t) const { return 0; }  // of so many lanes
 
   // The same for some rows of the results of the first image: as many as row_step says, or those that are left. 0 where
   // that cannot be done.
   virtual int row_step() const { return 0; }
   virtual void run_rows(const Operands&, int, int, float*) const {}
 
-  // The same on as many images as a vector has lanes, [C, H, W, lane] to [C', H', W', lane]; for those on [C, H, W].
-  virtual void run_abreast(const float*, float*, Activation) const {}
+  // Whether `run` also takes as many images abreast as a vector has lanes, without addend and as a whole.
+  virtual bool runs_abreast() const { return false; }
 
   // Whether it runs on [C, H, W] instead, the layout at the public door.
   virtual bool row_major() const { return false; }
@@ -87,5 +88,9 @@ bool prefers_row_major(const Kernels& kernels, const Geometry& geometry, Layout 
 std::unique_ptr<const Convolution> make_convolution(const Kernels& kernels, const Geometry& geometry,
                                                     const WeightAt& weight, const float* bias, bool row_major,
                                                     bool abreast, double* rounding);
+
+// The same for the gradient of one, which has neither bias nor activation: `geometry` and `weight` are its own.
+std::unique_ptr<const Convolution> make_gradient(const Kernels& kernels, const Geometry& geometry,
+                                                 const WeightAt& weight, bool row_major);
 
 }  // namespace fastinv

@@ -264,12 +264,14 @@ void Correlation::run_tiles(const Operands& x, int64_t image, int64_t first, int
                         g.out_channels, addend, x.activation});
     return;
   }
-  const auto kernel = form_ == Form::kDot ? kernels_.correlate_dot : kernels_.correlate;
+  const bool dot = form_ == Form::kDot;
+  const auto kernel = x.lanes > 1 ? (dot ? kernels_.correlate_abreast_dot : kernels_.correlate_abreast)
+                                  : (dot ? kernels_.correlate_dot : kernels_.correlate);
   const int in_step = g.in_channels / g.groups, out_step = g.out_channels / g.groups;
   for (int group = 0; group < g.groups; ++group) {
     const float* bias = bias_.data() ? bias_.data() + group * group_bias_ : nullptr;
-    kernel({in + group * in_step, out + group * out_step, zeros_.data(), rows, count, tiles_.data(), runs_.data(),
-            weights_.data() + group * group_weights_, weight_rows_, bias, out_step,
+    kernel({in + group * in_step * x.lanes, out + group * out_step * x.lanes, zeros_.data(), rows, count, tiles_.data(),
+            runs_.data(), weights_.data() + group * group_weights_, weight_rows_, bias, out_step,
             addend ? addend + group * out_step : nullptr, x.activation});
   }
 }

@@ -19,6 +19,7 @@ class Correlation : public Convolution {
   Correlation(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias);
 
   void run(const Operands& operands, Share share, float* scratch) const override;
+  bool runs_abreast() const override { return form_ != Form::kDepthwise; }
   int row_step() const override { return by_row_ ? 1 : 0; }
   void run_rows(const Operands& operands, int first_row, int last_row, float* scratch) const override;
   std::string algorithm() const override;

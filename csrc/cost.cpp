@@ -84,6 +84,15 @@ double winograd_cost(const Kernels& kernels, const Geometry& g) {
   return tiles * tile / (double(g.axis[0].out) * g.axis[1].out);
 }
 
+double winograd_adjoint_cost(const Kernels& kernels, const Geometry& g) {
+  const int in = ceil_div(g.in_channels, kernels.width), out = ceil_div(g.out_channels, kernels.width);
+  const int outputs = winograd_outputs(g.axis[0].kernel);
+  const double tiles = double(ceil_div(g.axis[0].in, outputs)) * ceil_div(g.axis[1].in, outputs);
+  // The plain form's transforms turned round, and results that are read before they are written.
+  const double tile = 36.0 * g.in_channels * out + (outputs == 4 ? 350.0 : 200.0) * in + 550.0 * out;
+  return tiles * tile / (double(g.axis[0].out) * g.axis[1].out);
+}
+
 double polyphase_cost(const Kernels& kernels, const Geometry& g, PolyphaseForm form) {
   const int in = ceil_div(g.in_channels, kernels.width), out = ceil_div(g.out_channels, kernels.width);
   double plain = 1.0, positions = 1.0;  // products of an image in the phase without transforms, and in all four

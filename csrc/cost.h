@@ -22,6 +22,7 @@ double dot_cost(const Kernels& kernels, const Geometry& geometry);
 
 // Of a 3×3 or 5×5 convolution of stride 1 and one group.
 double winograd_cost(const Kernels& kernels, const Geometry& geometry);
+double winograd_adjoint_cost(const Kernels& kernels, const Geometry& geometry);
 
 // Of a transposed convolution of stride 2, in one of its forms; the squared relative error of that form, above
 // float32's; and the best of those that add no more than `rounding` to it.

@@ -26,7 +26,7 @@ Engine::Engine(Program program, int64_t flops, int threads)
   if (program_.output() == 0) throw std::invalid_argument("the program does nothing: finish it first");
   plan_memory();
   const int64_t bytes = (arena_size_ + stride_.front() + stride_.back()) * int64_t{sizeof(float)};
-  if (program_.runs_abreast()) abreast_ = program_.kernels().width;
+  if (program_.prefers_abreast() && program_.runs_abreast()) abreast_ = program_.kernels().width;
   block_ = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(bytes, 1), program_.has_linear() ? kLinearBlock : 1,
                                kMaxBlock);
   if (abreast_ > 0) block_ = kMaxBlock;
@@ -62,7 +62,7 @@ void Engine::plan_memory() {
 
 std::unique_ptr<Engine::Workspace> Engine::make_workspace() const {
   auto workspace = std::make_unique<Workspace>();
-  workspace->scratch = Buffer(program_.scratch_floats());
+  workspace->scratch = Buffer(scratch_floats());
   int64_t largest = 0;
   for (const Shape& shape : program_.shapes()) largest = std::max(largest, element_count(shape));
   for (Buffer& buffer : workspace->abreast) buffer = Buffer(largest * abreast_);
@@ -141,9 +141,14 @@ void Engine::run_abreast(Workspace& w, int64_t first) const {
   const int64_t in_size = element_count(shapes.front()), out_size = element_count(shapes.back());
   kernels.transpose(w.data.front() + first * in_size, in_size, w.abreast[0].data(), abreast_, abreast_, in_size);
   size_t at = 0;
+  std::vector<float*> values(shapes.size());
   for (const auto& node : program_.nodes()) {
-    node->forward_abreast(w.abreast[at].data(), w.abreast[1 - at].data());
+    values[static_cast<size_t>(node->inputs[0])] = w.abreast[at].data();
     at = 1 - at;
+    values[static_cast<size_t>(node->output)] = w.abreast[at].data();
+    Frame frame = {values.data(), stride_.data(), w.scratch.data()};
+    frame.lanes = abreast_;
+    node->forward(frame, 1, {});
   }
   kernels.transpose(w.abreast[at].data(), abreast_, w.data.back() + first * out_size, out_size, out_size, abreast_);
 }

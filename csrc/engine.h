@@ -1,6 +1,7 @@
 // Forward runs of a program over batches.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -36,7 +37,7 @@ class Engine {
   const Program& program() const { return program_; }
   int64_t workspace_bytes() const {
     const int64_t values = strips_ ? strips_->window_floats() : arena_size_ * block_;
-    return (values + program_.scratch_floats()) * int64_t{sizeof(float)};
+    return (values + scratch_floats()) * int64_t{sizeof(float)};
   }
   int64_t block() const { return block_; }
   int strips() const { return strips_ ? strips_->count() : 1; }  // of an image
@@ -51,6 +52,9 @@ class Engine {
   };
 
   void plan_memory();
+  int64_t scratch_floats() const {  // some images of a batch go abreast, others do not
+    return std::max(program_.scratch_floats(1), abreast_ > 0 ? program_.scratch_floats(abreast_) : 0);
+  }
   void use_arena(Workspace& workspace) const;
   std::unique_ptr<Workspace> make_workspace() const;
   bool run(const Source& in, float* out, uint8_t* bytes, int64_t n);

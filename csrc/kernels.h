@@ -107,6 +107,7 @@ struct WinogradOutputArgs {
   const float* products;
   int64_t position_stride;
   const float* bias;  // [channel]
+  bool abreast;       // channels are those of images abreast, a vector for each
   float* out;
   const float* addend;  // as above
   int64_t row_stride;   // floats from output row to row
@@ -114,6 +115,16 @@ struct WinogradOutputArgs {
   int32_t outputs;
   int32_t rows, columns;  // pixels inside the image
   Activation activation;
+};
+
+// What a tile of the adjoint form adds to the 6×6 pixels around it, from 36 products each, position_stride apart.
+struct WinogradAdjointArgs {
+  const float* products;
+  int64_t position_stride;
+  float* out;          // where the first of the 6×6 pixels lies, or would
+  int64_t row_stride;  // floats from row to row
+  int32_t channels;
+  int32_t first_row, last_row, first_column, last_column;  // those inside the image; the last is not
 };
 
 // The transforms of one tile of a polyphase convolution, of one axis (3 or 5 positions) or two (9 or 25).
@@ -177,7 +188,7 @@ struct PlanarArgs {
   int32_t first_row, rows;
   const float* next;  // what the next calls will read, to be fetched meanwhile: so many floats for each input channel
   int32_t next_step;  // of each tile
-  bool abreast;       // on as many images as a vector has lanes, [C, H, W, lane]
+  bool abreast;       // on as many images as a vector has lanes, [C, H, W, lane]; without addend
   Activation activation;
 };
 
@@ -297,7 +308,7 @@ struct WidenArgs {
 struct TotalVariationArgs {
   const float* z;  // [height, width, channels]
   float* grad;     // added to
-  float* scratch;  // 4 rows of (width + 1) · channels
+  float* scratch;  // 3 rows of (width + 1) · channels
   int32_t height, width, channels;
   float weight, beta;
 };
@@ -337,6 +348,9 @@ struct Kernels {
 
   void (*correlate)(const CorrelateArgs&);
   void (*correlate_dot)(const CorrelateArgs&);
+  // The same on as many images as a vector has lanes: offsets count pixels of that many floats. No addend.
+  void (*correlate_abreast)(const CorrelateArgs&);
+  void (*correlate_abreast_dot)(const CorrelateArgs&);
   void (*planar)(const PlanarArgs&);
   void (*planar_winograd)(const PlanarWinogradArgs&);
   void (*quadratic)(const QuadraticArgs&);
@@ -345,10 +359,17 @@ struct Kernels {
   // Winograd's input transform of one tile: 36 pixels to 36 positions, position_stride floats apart.
   void (*winograd_input)(const float* const* pixels, int32_t channels, float* out, int64_t position_stride);
   void (*winograd_output)(const WinogradOutputArgs&);
+  // The same of the adjoint form, from outputs × outputs pixels, 4×4 or 2×2.
+  void (*winograd_adjoint_input)(const float* const* pixels, int32_t outputs, int32_t channels, float* out,
+                                 int64_t position_stride);
+  void (*winograd_adjoint_output)(const WinogradAdjointArgs&);
   void (*polyphase_input)(const PolyphaseInputArgs&);
   void (*polyphase_output)(const PolyphaseOutputArgs&);
   void (*max_pool)(const PoolArgs&);
   void (*max_pool_gradient)(const PoolGradientArgs&);
+  // The same for windows of 2×2 side by side, on [C, H, W].
+  void (*max_pool_pairs)(const PoolArgs&);
+  void (*max_pool_pairs_gradient)(const PoolGradientArgs&);
   void (*resample)(const ResampleArgs&);
   void (*binary)(const BinaryArgs&);
   void (*binary_gradient)(const BinaryGradientArgs&);

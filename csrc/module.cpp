@@ -359,5 +359,7 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("quadratic", &Solver::quadratic, "Whether steps take the gradient from a quadratic form.")
       .def_property_readonly("isa", [](const Solver& s) { return std::string(s.program().kernels().isa); })
       .def_property_readonly("block", &Solver::block, "Images a thread has in flight.")
+      .def_property_readonly("images_abreast", &Solver::images_abreast,
+                             "Images of a group that goes through its steps together, or 0.")
       .def_property_readonly("workspace_bytes", &Solver::workspace_bytes, "Memory of one thread.");
 }

@@ -19,6 +19,7 @@ struct Frame {
   int64_t ahead = 0;         // images that lie behind the block's at value 0, and are read next
   float* saved = nullptr;    // what this node's forward pass leaves for its way back; null where there is none
   int64_t saved_stride = 0;  // floats from image to image
+  int64_t lanes = 1;         // images abreast: each element of a value is so many floats, one of each image
 
   float* at(int value, int64_t image = 0) const { return data[value] + image * stride[value]; }
 };
@@ -48,12 +49,12 @@ class Node {
   // Those rows of the first image.
   virtual void forward_rows(const Frame&, Rows) const {}
 
-  // Whether it also works on images abreast, one in each lane of a vector, [C, H, W, lane]; results are the same.
+  // Whether forward and backward also take frames with images abreast, as many as a vector has lanes, instead of a block
+  // and all by one worker; results are the same.
   virtual bool runs_abreast() const { return false; }
-  virtual void forward_abreast(const float*, float*) const {}
 
-  // Floats of scratch that forward and backward need, whatever the number of images.
-  virtual int64_t scratch_floats() const { return 0; }
+  // Floats of scratch that forward and backward need, whatever the number of images, of which `lanes` are abreast.
+  virtual int64_t scratch_floats(int64_t) const { return 0; }
 
   // Builds what backward needs; called once, and only for programs that are differentiated.
   virtual void prepare_backward() {}

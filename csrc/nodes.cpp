@@ -46,7 +46,12 @@ Operands ConvolutionNode::operands(const Frame& values, int64_t images) const {
           addend < 0 ? 0 : values.stride[addend],
           images,
           activation,
-          from == 0 ? values.ahead : 0};
+          from == 0 ? values.ahead : 0,
+          values.lanes};
+}
+
+bool ConvolutionNode::runs_abreast() const {
+  return inputs.size() == 1 && convolution_->runs_abreast() && (!gradient_ || gradient_->runs_abreast());
 }
 
 void ConvolutionNode::forward(const Frame& values, int64_t images, Share share) const {
@@ -65,8 +70,7 @@ void ConvolutionNode::forward_rows(const Frame& values, Rows rows) const {
 }
 
 void ConvolutionNode::prepare_backward() {
-  gradient_ = make_convolution(kernels, geometry_.adjoint(), weight_at(weight_.data(), true), nullptr,
-                               convolution_->row_major(), false, nullptr);
+  gradient_ = make_gradient(kernels, geometry_.adjoint(), weight_at(weight_.data(), true), convolution_->row_major());
   if (inputs.size() == 1 && activation.kind == ActivationKind::kIdentity && Quadratic::pays(geometry_)) {
     quadratic_ = std::make_unique<Quadratic>(kernels, geometry_, weight_at(weight_.data(), false));
   }
@@ -79,8 +83,9 @@ void ConvolutionNode::backward(const Frame&, const Frame& grads, int64_t images,
   if (input == 0) {
     float* to = grads.at(target);
     const int64_t step = grads.stride[target];
-    gradient_->run({grads.at(output), grads.stride[output], to, step, first ? nullptr : to, step, images, {}}, share,
-                   grads.scratch);
+    gradient_->run({grads.at(output), grads.stride[output], to, step, first ? nullptr : to, step, images, {}, 0,
+                    grads.lanes},
+                   share, grads.scratch);
     return;
   }
   const int64_t size = int64_t{geometry_.out_channels} * geometry_.axis[0].out * geometry_.axis[1].out;
@@ -92,11 +97,14 @@ void ConvolutionNode::backward(const Frame&, const Frame& grads, int64_t images,
   }
 }
 
-int64_t ConvolutionNode::scratch_floats() const {
-  return std::max(convolution_->scratch_floats(), gradient_ ? gradient_->scratch_floats() : 0);
+int64_t ConvolutionNode::scratch_floats(int64_t lanes) const {
+  return std::max(convolution_->scratch_floats(lanes), gradient_ ? gradient_->scratch_floats(lanes) : 0);
 }
 
-std::string ConvolutionNode::describe() const { return convolution_->algorithm() + (inputs.size() > 1 ? ", add" : ""); }
+std::string ConvolutionNode::describe() const {
+  std::string kernel = convolution_->algorithm() + (inputs.size() > 1 ? ", add" : "");
+  return gradient_ ? kernel + "; back " + gradient_->algorithm() : kernel;
+}
 
 // ---- linear
 // -------------------------------------------------------------------------------------------------------------
@@ -192,8 +200,29 @@ std::string LinearNode::describe() const { return matrix_->dot() ? "linear dot" 
 // ---- pooling and resampling -----------------------------------------------------------------------------------------
 
 MaxPoolNode::MaxPoolNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
-                         const PoolArgs& geometry)
-    : Node(kernels, std::move(inputs), output, activation), geometry_(geometry) {}
+                         const PoolArgs& geometry, bool row_major)
+    : Node(kernels, std::move(inputs), output, activation), geometry_(geometry), row_major_(row_major) {}
+
+bool MaxPoolNode::in_pairs(const PoolArgs& g) {
+  const auto plain = [](const int32_t (&values)[2], int32_t value) { return values[0] == value && values[1] == value; };
+  return plain(g.kernel, 2) && plain(g.stride, 2) && plain(g.padding, 0) && plain(g.dilation, 1) &&
+         2 * g.out_h <= g.in_h && 2 * g.out_w <= g.in_w;
+}
+
+namespace {
+
+// Calls body(arguments, first input, first output) for each stretch of an image that lies as [H, W, channels]: all of
+// it, or, where planes of images abreast lie one after the other, each plane.
+template <class Body>
+void for_each_plane(PoolArgs pool, bool row_major, int64_t lanes, const Body& body) {
+  const int planes = row_major ? pool.channels : 1;
+  pool.channels = static_cast<int32_t>(pool.channels / planes * lanes);
+  for (int64_t p = 0; p < planes; ++p) {
+    body(pool, p * pool.in_h * pool.in_w * pool.channels, p * pool.out_h * pool.out_w * pool.channels);
+  }
+}
+
+}  // namespace
 
 void MaxPoolNode::forward(const Frame& values, int64_t images, Share share) const {
   PoolArgs args = geometry_;
@@ -202,15 +231,33 @@ void MaxPoolNode::forward(const Frame& values, int64_t images, Share share) cons
     args.in = values.at(inputs[0], i);
     args.out = values.at(output, i);
     args.index = values.saved ? values.saved + i * values.saved_stride : nullptr;
-    kernels.max_pool(args);
+    if (row_major_ && values.lanes == 1) {
+      kernels.max_pool_pairs(args);
+      continue;
+    }
+    for_each_plane(args, row_major_, values.lanes, [&](PoolArgs plane, int64_t in, int64_t out) {
+      plane.in += in;
+      plane.out += out;
+      if (plane.index) plane.index += out;
+      kernels.max_pool(plane);
+    });
   }
 }
 
 void MaxPoolNode::backward(const Frame& values, const Frame& grads, int64_t images, size_t, bool first, Share) const {
-  PoolArgs pool = geometry_;
+  PoolArgs args = geometry_;
   for (int64_t i = 0; i < images; ++i) {
-    pool.index = values.saved + i * values.saved_stride;
-    kernels.max_pool_gradient({pool, grads.at(output, i), grads.at(inputs[0], i), !first});
+    args.index = values.saved + i * values.saved_stride;
+    const float* from = grads.at(output, i);
+    float* to = grads.at(inputs[0], i);
+    if (row_major_ && grads.lanes == 1) {
+      kernels.max_pool_pairs_gradient({args, from, to, !first});
+      continue;
+    }
+    for_each_plane(args, row_major_, grads.lanes, [&](PoolArgs plane, int64_t in, int64_t out) {
+      plane.index += out;
+      kernels.max_pool_gradient({plane, from + out, to + in, !first});
+    });
   }
 }
 
@@ -243,7 +290,7 @@ ResampleNode::ResampleNode(const Kernels& kernels, std::vector<int> inputs, int 
 void ResampleNode::forward(const Frame& values, int64_t images, Share share) const {
   for (int64_t i = share.begin(images); i < share.end(images); ++i) {
     kernels.resample({values.at(inputs[0], i), values.at(output, i), columns_.columns, rows_.rows(), columns_.rows(),
-                      channels_, rows_.view(), columns_.view(), false, activation});
+                      channels_ * static_cast<int>(values.lanes), rows_.view(), columns_.view(), false, activation});
   }
 }
 
@@ -259,7 +306,7 @@ void ResampleNode::backward(const Frame&, const Frame& grads, int64_t images, si
                       columns_transposed_.columns,
                       rows_transposed_.rows(),
                       columns_transposed_.rows(),
-                      channels_,
+                      channels_ * static_cast<int>(grads.lanes),
                       rows_transposed_.view(),
                       columns_transposed_.view(),
                       !first,
@@ -403,13 +450,25 @@ LayoutNode::LayoutNode(const Kernels& kernels, std::vector<int> inputs, int outp
       to_channels_last_(to_channels_last),
       height_(height) {}
 
+namespace {
+
+// A matrix of rows × columns turned over, each element so many floats.
+void turn_over(const float* in, float* out, int64_t rows, int64_t columns, int64_t lanes) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) std::copy_n(in + (r * columns + c) * lanes, lanes, out + (c * rows + r) * lanes);
+  }
+}
+
+}  // namespace
+
 void LayoutNode::forward(const Frame& values, int64_t images, Share share) const {
   if (rows_ == 1 || columns_ == 1) {
     for (int64_t i = share.begin(images); i < share.end(images); ++i) {
-      std::copy_n(values.at(inputs[0], i), rows_ * columns_, values.at(output, i));
+      std::copy_n(values.at(inputs[0], i), rows_ * columns_ * values.lanes, values.at(output, i));
     }
     return;
   }
+  if (values.lanes > 1) return turn_over(values.at(inputs[0]), values.at(output), rows_, columns_, values.lanes);
   // The longer side is shared out, a cache line at a time.
   const bool by_row = rows_ > columns_;
   const int64_t lines = (std::max(rows_, columns_) + kLineFloats - 1) / kLineFloats;
@@ -442,9 +501,14 @@ void LayoutNode::forward_rows(const Frame& values, Rows rows) const {
 
 void LayoutNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first, Share) const {
   for (int64_t i = 0; i < images; ++i) {
+    const float* from = grads.at(output, i);
     float* to = first ? grads.at(inputs[0], i) : grads.scratch;
-    kernels.transpose(grads.at(output, i), rows_, to, columns_, columns_, rows_);
-    if (!first) kernels.add(to, grads.at(inputs[0], i), rows_ * columns_);
+    if (grads.lanes > 1) {
+      turn_over(from, to, columns_, rows_, grads.lanes);
+    } else {
+      kernels.transpose(from, rows_, to, columns_, columns_, rows_);
+    }
+    if (!first) kernels.add(to, grads.at(inputs[0], i), rows_ * columns_ * grads.lanes);
   }
 }
 
@@ -454,7 +518,7 @@ ActivationNode::ActivationNode(const Kernels& kernels, std::vector<int> inputs, 
 
 void ActivationNode::forward(const Frame& values, int64_t images, Share share) const {
   for (int64_t i = share.begin(images); i < share.end(images); ++i) {
-    kernels.activate(values.at(inputs[0], i), values.at(output, i), size_, own_);
+    kernels.activate(values.at(inputs[0], i), values.at(output, i), size_ * values.lanes, own_);
   }
 }
 
@@ -468,11 +532,12 @@ void ActivationNode::backward(const Frame& values, const Frame& grads, int64_t i
                               Share) const {
   for (int64_t i = 0; i < images; ++i) {
     float* grad = grads.at(output, i);  // not read again after this
-    kernels.activate_gradient(values.at(inputs[0], i), values.at(output, i), grad, size_, own_);
+    const int64_t size = size_ * grads.lanes;
+    kernels.activate_gradient(values.at(inputs[0], i), values.at(output, i), grad, size, own_);
     if (first) {
-      std::memcpy(grads.at(inputs[0], i), grad, static_cast<size_t>(size_) * sizeof(float));
+      std::copy_n(grad, size, grads.at(inputs[0], i));
     } else {
-      kernels.add(grad, grads.at(inputs[0], i), size_);
+      kernels.add(grad, grads.at(inputs[0], i), size);
     }
   }
 }

@@ -14,9 +14,8 @@ class ConvolutionNode : public Node {
                   const Geometry& geometry, const float* weight, const float* bias, bool row_major, bool abreast,
                   double* rounding, bool keep_weight);
   void forward(const Frame& values, int64_t images, Share share) const override;
-  bool runs_abreast() const override { return convolution_->row_major() && inputs.size() == 1; }
-  void forward_abreast(const float* in, float* out) const override { convolution_->run_abreast(in, out, activation); }
-  int64_t scratch_floats() const override;
+  bool runs_abreast() const override;
+  int64_t scratch_floats(int64_t lanes) const override;
   int row_step() const override { return convolution_->row_step(); }
   Rows rows_read(size_t input, Rows rows) const override;
   void forward_rows(const Frame& values, Rows rows) const override;
@@ -64,8 +63,12 @@ class LinearNode : public Node {
 
 class MaxPoolNode : public Node {
  public:
+  // `row_major`: on [C, H, W], which takes windows in pairs.
   MaxPoolNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
-              const PoolArgs& geometry);
+              const PoolArgs& geometry, bool row_major);
+  // Whether windows are 2×2 side by side.
+  static bool in_pairs(const PoolArgs& geometry);
+  bool runs_abreast() const override { return true; }
   void forward(const Frame& values, int64_t images, Share share) const override;
   void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
                 Share) const override;
@@ -74,12 +77,14 @@ class MaxPoolNode : public Node {
 
  private:
   const PoolArgs geometry_;
+  const bool row_major_;
 };
 
 class ResampleNode : public Node {
  public:
   ResampleNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int channels,
                SparseMatrix rows, SparseMatrix columns);
+  bool runs_abreast() const override { return true; }
   void forward(const Frame& values, int64_t images, Share share) const override;
   void prepare_backward() override;
   void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
@@ -162,12 +167,13 @@ class LayoutNode : public Node {
   // Turns a matrix of rows × columns over, one of them the channels of an image of this height.
   LayoutNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int64_t rows,
              int64_t columns, bool to_channels_last, int height);
+  bool runs_abreast() const override { return true; }
   int row_step() const override { return height_ > 1 ? 1 : 0; }
   void forward_rows(const Frame& values, Rows rows) const override;
   void forward(const Frame& values, int64_t images, Share share) const override;
   void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
                 Share) const override;
-  int64_t scratch_floats() const override { return rows_ * columns_; }
+  int64_t scratch_floats(int64_t lanes) const override { return rows_ * columns_ * lanes; }
   bool reveals_nonfinite() const override { return true; }
   bool shares_image() const override { return rows_ != 1 && columns_ != 1; }
   std::string describe() const override { return rows_ == 1 || columns_ == 1 ? "copy" : "layout"; }
@@ -182,6 +188,7 @@ class LayoutNode : public Node {
 class ActivationNode : public Node {
  public:
   ActivationNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation own, int64_t size, int height);
+  bool runs_abreast() const override { return true; }
   int row_step() const override { return height_ > 1 ? 1 : 0; }
   void forward_rows(const Frame& values, Rows rows) const override;
   void forward(const Frame& values, int64_t images, Share share) const override;

@@ -24,9 +24,9 @@ struct Part {
 
 }  // namespace
 
-Passes::Passes(const Program& program) : program_(program) {
+Passes::Passes(const Program& program, int64_t lanes) : program_(program), lanes_(lanes) {
   const auto& nodes = program_.nodes();
-  for (const Shape& shape : program_.shapes()) stride_.push_back(round_up(element_count(shape), kLineFloats));
+  for (size_t v = 0; v < program_.shapes().size(); ++v) stride_.push_back(round_up(size(v), kLineFloats));
   std::vector<bool> written(stride_.size(), false);
   written[static_cast<size_t>(program_.output())] = true;
   first_.resize(nodes.size());
@@ -69,9 +69,10 @@ void Passes::plan() {
     const auto v = static_cast<size_t>(node.output);
     values_[v] = place(stride_[v], k, std::max(k, last_use[v]));
     grads_[v] = place(stride_[v], std::min(first_gradient[v], back(k)), back(k));
-    const int64_t gate_floats = round_up(program_.kernels().gate_bytes(stride_[v]), sizeof(float)) / sizeof(float);
+    constexpr int64_t kFloat = sizeof(float);
+    const int64_t gate_floats = (program_.kernels().gate_bytes(stride_[v]) + kFloat - 1) / kFloat;
     gates_.push_back(place(gated(node) ? gate_floats : 0, k, back(k)));
-    saved_.push_back(place(node.saved_floats(), k, back(k)));
+    saved_.push_back(place(node.saved_floats() * lanes_, k, back(k)));
   }
 }
 
@@ -91,12 +92,11 @@ void Passes::forward(const Tape& tape, int64_t images, const Crew& crew) const {
   const auto& nodes = program_.nodes();
   for (size_t k = 0; k < nodes.size(); ++k) {
     const Node& node = *nodes[k];
-    node.forward({tape.values.data(), stride_.data(), crew.scratch, 0, tape.saved[k], saved_[k].stride}, images,
-                 crew.share);
+    node.forward(frame(tape.values, crew.scratch, tape.saved[k], saved_[k].stride), images, crew.share);
     crew.meet();
     if (!gated(node)) continue;
     const auto v = static_cast<size_t>(node.output);
-    const Part part(crew.share, element_count(program_.shapes()[v]));
+    const Part part(crew.share, size(v));
     for (int64_t i = 0; i < images; ++i) {
       kernels.take_gate(tape.values[v] + i * stride_[v] + part.begin, part.end - part.begin, node.activation,
                         gate(tape, k, i) + kernels.gate_bytes(part.begin));
@@ -108,12 +108,12 @@ void Passes::forward(const Tape& tape, int64_t images, const Crew& crew) const {
 void Passes::backward(const Tape& tape, int64_t images, const Crew& crew) const {
   const Kernels& kernels = program_.kernels();
   const auto& nodes = program_.nodes();
-  const Frame grads = {tape.grads.data(), stride_.data(), crew.scratch};
+  const Frame grads = frame(tape.grads, crew.scratch);
   for (size_t k = nodes.size(); k-- > 0;) {
     const Node& node = *nodes[k];
     const auto v = static_cast<size_t>(node.output);
     if (node.activation.kind != ActivationKind::kIdentity) {
-      const Part part(crew.share, element_count(program_.shapes()[v]));
+      const Part part(crew.share, size(v));
       for (int64_t i = 0; i < images; ++i) {
         float* grad = tape.grads[v] + i * stride_[v] + part.begin;
         if (gated(node)) {
@@ -126,7 +126,7 @@ void Passes::backward(const Tape& tape, int64_t images, const Crew& crew) const 
       }
       crew.meet();
     }
-    const Frame values = {tape.values.data(), stride_.data(), nullptr, 0, tape.saved[k], saved_[k].stride};
+    const Frame values = frame(tape.values, nullptr, tape.saved[k], saved_[k].stride);
     const bool shares = node.shares_backward();
     for (size_t input = 0; input < node.inputs.size(); ++input) {
       if (shares || crew.share.index == 0) {
@@ -135,6 +135,10 @@ void Passes::backward(const Tape& tape, int64_t images, const Crew& crew) const 
       crew.meet();
     }
   }
+}
+
+Frame Passes::frame(const std::vector<float*>& data, float* scratch, float* saved, int64_t saved_stride) const {
+  return {data.data(), stride_.data(), scratch, 0, saved, saved_stride, lanes_};
 }
 
 uint8_t* Passes::gate(const Tape& tape, size_t node, int64_t image) const {

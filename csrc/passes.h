@@ -27,8 +27,8 @@ struct Crew {
 
 class Passes {
  public:
-  // The program must outlive it.
-  explicit Passes(const Program& program);
+  // Of images one by one, or of so many abreast as if they were one. The program must outlive it.
+  explicit Passes(const Program& program, int64_t lanes = 1);
 
   // Where everything lies: of image i of the block, so many floats behind.
   struct Tape {
@@ -51,9 +51,12 @@ class Passes {
   };
 
   void plan();
+  int64_t size(size_t value) const { return element_count(program_.shapes()[value]) * lanes_; }
+  Frame frame(const std::vector<float*>& data, float* scratch, float* saved = nullptr, int64_t saved_stride = 0) const;
   uint8_t* gate(const Tape& tape, size_t node, int64_t image) const;
 
   const Program& program_;
+  const int64_t lanes_;
   std::vector<std::vector<bool>> first_;  // by node and input: whether backward writes first to that gradient
   std::vector<int64_t> stride_;           // by value
   Arena arena_;

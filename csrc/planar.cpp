@@ -132,26 +132,20 @@ void Planar::run(const Operands& x, Share share, float*) const {
     const int64_t image = u / units;
     const bool more = image + 1 < x.images + x.ahead;
     const float* next = more ? x.in + (image + 1) * x.in_stride + u % units * part : nullptr;
-    run_unit(units_[static_cast<size_t>(u % units)], x, image, next, more ? step : 0, false);
+    run_unit(units_[static_cast<size_t>(u % units)], x, image, next, more ? step : 0);
   }
 }
 
 void Planar::run_rows(const Operands& x, int first_row, int last_row, float*) const {
-  for (const Unit& unit : cut(first_row, last_row)) run_unit(unit, x, 0, nullptr, 0, false);
+  for (const Unit& unit : cut(first_row, last_row)) run_unit(unit, x, 0, nullptr, 0);
 }
 
-void Planar::run_abreast(const float* in, float* out, Activation activation) const {
-  for (const Unit& unit : units_) run_unit(unit, {in, 0, out, 0, nullptr, 0, 1, activation}, 0, nullptr, 0, true);
-}
-
-void Planar::run_unit(const Unit& unit, const Operands& x, int64_t image, const float* next, int next_step,
-                      bool abreast) const {
+void Planar::run_unit(const Unit& unit, const Operands& x, int64_t image, const float* next, int next_step) const {
   const Geometry& g = geometry_;
   const int in = g.in_channels / g.groups, out = g.out_channels / g.groups;
   const int step_y = stride_of(g.axis[0], g.transposed), step_x = stride_of(g.axis[1], g.transposed);
-  const int64_t pitch = abreast ? kernels_.width : 1;
-  const int64_t in_group = in * int64_t{g.axis[0].in} * g.axis[1].in * pitch;
-  const int64_t out_group = out * int64_t{g.axis[0].out} * g.axis[1].out * pitch;
+  const int64_t in_group = in * int64_t{g.axis[0].in} * g.axis[1].in * x.lanes;
+  const int64_t out_group = out * int64_t{g.axis[0].out} * g.axis[1].out * x.lanes;
   const Phase& phase = phases_[static_cast<size_t>(unit.phase)];
   for (int group = 0; group < g.groups; ++group) {
     kernels_.planar({x.in + image * x.in_stride + group * in_group,
@@ -178,7 +172,7 @@ void Planar::run_unit(const Unit& unit, const Operands& x, int64_t image, const 
                      unit.rows,
                      next,
                      next_step,
-                     abreast,
+                     x.lanes > 1,
                      x.activation});
     if (next)
       next +=

@@ -19,7 +19,7 @@ class Planar : public Convolution {
 
   // On images [C, H, W].
   void run(const Operands& operands, Share share, float* scratch) const override;
-  void run_abreast(const float* in, float* out, Activation activation) const override;
+  bool runs_abreast() const override { return true; }
   bool row_major() const override { return true; }
   int row_step() const override { return tile_rows_ * static_cast<int>(phases_.size()); }
   void run_rows(const Operands& operands, int first_row, int last_row, float* scratch) const override;
@@ -39,8 +39,7 @@ class Planar : public Convolution {
     int phase, first_row, rows;
   };
 
-  void run_unit(const Unit& unit, const Operands& operands, int64_t image, const float* next, int next_step,
-                bool abreast) const;
+  void run_unit(const Unit& unit, const Operands& operands, int64_t image, const float* next, int next_step) const;
   void plan_phase(int row, const WeightAt& weight);
   std::vector<Unit> cut(int first_row, int last_row) const;
 

@@ -78,7 +78,7 @@ void PlanarWinograd::pack(const WeightAt& weight) {
   }
 }
 
-int64_t PlanarWinograd::scratch_floats() const {
+int64_t PlanarWinograd::scratch_floats(int64_t) const {
   return kIn * (chunk_ * pitch_ + geometry_.out_channels * products_row_) + margin_;
 }
 

@@ -255,7 +255,7 @@ void Polyphase::run_band(const Operands& operands, int first_row, int last_row, 
   }
 }
 
-int64_t Polyphase::scratch_floats() const {
+int64_t Polyphase::scratch_floats(int64_t) const {
   int64_t most = 0;
   for (const Phase& p : phases_)
     most = std::max(most, p.positions * (p.in_stride + p.out_stride) + p.product->scratch_floats(p.chunk));

@@ -38,7 +38,7 @@ class Polyphase : public Convolution {
             const float* bias);
 
   void run(const Operands& operands, Share share, float* scratch) const override;
-  int64_t scratch_floats() const override;
+  int64_t scratch_floats(int64_t) const override;
   int row_step() const override;
   void run_rows(const Operands& operands, int first_row, int last_row, float* scratch) const override {
     run_band(operands, first_row, last_row, {}, scratch);

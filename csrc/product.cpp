@@ -53,20 +53,29 @@ void Product::set(int matrix, int in, int out, double value) {
 int64_t Product::scratch_floats(int rows) const { return bfloat16_ ? rows * round_up(in_, 2) / 2 : 0; }
 
 void Product::run(int first, int matrices, int rows, const float* from, int64_t from_step, float* to, int64_t to_step,
-                  float* scratch) const {
-  const int tiles = ceil_div(rows, kMaxTilePixels);
-  for (int matrix = first; matrix < first + matrices; ++matrix, from += from_step, to += to_step) {
-    if (bfloat16_) {
-      kernels_.bfloat16_product({from, to, reinterpret_cast<uint16_t*>(scratch),
-                                 reinterpret_cast<const uint16_t*>(weights_.data()) + matrix * size_, rows, in_, out_});
-      continue;
+                  float* scratch, bool abreast) const {
+  if (bfloat16_) {
+    for (int k = 0; k < matrices; ++k) {
+      kernels_.bfloat16_product({from + k * from_step, to + k * to_step, reinterpret_cast<uint16_t*>(scratch),
+                                 reinterpret_cast<const uint16_t*>(weights_.data()) + (first + k) * size_, rows, in_,
+                                 out_});
     }
-    for (int t = 0, begin = 0; t < tiles; ++t) {
-      const int size = rows / tiles + (t < rows % tiles ? 1 : 0);
-      const TileRow row = {size - 1, 1, int64_t{begin} * in_, int64_t{begin} * out_};
-      kernels_.correlate(
-          {from, to, nullptr, &row, 1, tiles_.data(), runs_.data(), weights(matrix), in_, nullptr, out_, nullptr, {}});
+    return;
+  }
+  constexpr int kMostTiles = 64;  // at once
+  const auto correlate = abreast ? kernels_.correlate_abreast : kernels_.correlate;
+  const int tiles = ceil_div(rows, kMaxTilePixels);
+  TileRow tile[kMostTiles];
+  for (int done = 0, begin = 0; done < tiles; done += kMostTiles) {
+    const int count = std::min(kMostTiles, tiles - done);
+    for (int t = 0; t < count; ++t) {
+      const int size = rows / tiles + (done + t < rows % tiles ? 1 : 0);
+      tile[t] = {size - 1, 1, int64_t{begin} * in_, int64_t{begin} * out_};
       begin += size;
+    }
+    for (int k = 0; k < matrices; ++k) {
+      correlate({from + k * from_step, to + k * to_step, nullptr, tile, count, tiles_.data(), runs_.data(),
+                 weights(first + k), in_, nullptr, out_, nullptr, {}});
     }
   }
 }

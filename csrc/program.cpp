@@ -78,19 +78,31 @@ bool Program::is_chain_of(bool (Node::*property)() const) const {
   return true;
 }
 
-bool Program::runs_abreast() const { return abreast_ && is_chain_of(&Node::runs_abreast); }
+bool Program::runs_abreast() const { return is_chain_of(&Node::runs_abreast); }
 
 bool Program::reveals_nonfinite() const { return is_chain_of(&Node::reveals_nonfinite); }
 
-int64_t Program::scratch_floats() const {
+int64_t Program::scratch_floats(int64_t lanes) const {
   int64_t most = 0;
-  for (const auto& node : nodes_) most = std::max(most, node->scratch_floats());
+  for (const auto& node : nodes_) most = std::max(most, node->scratch_floats(lanes));
   return most;
 }
 
 const Shape& Program::shape(int value) const {
   if (value < 0 || value >= static_cast<int>(shapes_.size())) throw std::invalid_argument("no such value");
   return shapes_[static_cast<size_t>(value)];
+}
+
+void Program::lay_out(int value, const float* from, float* to) const {
+  const Shape& s = shape(value);
+  const int64_t rows = s.size() == 3 && channels_last(value) ? s[0] : 1, columns = element_count(s) / rows;
+  kernels_.transpose(from, columns, to, rows, rows, columns);
+}
+
+void Program::bring_back(int value, const float* from, float* to) const {
+  const Shape& s = shape(value);
+  const int64_t columns = s.size() == 3 && channels_last(value) ? s[0] : 1, rows = element_count(s) / columns;
+  kernels_.transpose(from, columns, to, rows, rows, columns);
 }
 
 int Program::height(int value) const {
@@ -197,7 +209,10 @@ int Program::max_pool(int input, Shape output, const PoolSpec& spec, Activation 
   std::copy_n(spec.stride, 2, args.stride);
   std::copy_n(spec.padding, 2, args.padding);
   std::copy_n(spec.dilation, 2, args.dilation);
-  return append<MaxPoolNode>(activation, {input}, std::move(output), args);
+  if (!same_in_both(input) && !channels_last(input) && MaxPoolNode::in_pairs(args)) {
+    return append_in<MaxPoolNode>(false, activation, {input}, std::move(output), args, true);
+  }
+  return append<MaxPoolNode>(activation, {input}, std::move(output), args, false);
 }
 
 int Program::resample(int input, SparseMatrix rows, SparseMatrix columns, Activation activation) {

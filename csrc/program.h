@@ -70,12 +70,16 @@ class Program {
   // The rows of an image that lie one after the other in memory; 1 for all other values.
   int height(int value) const;
   bool channels_last(int value) const { return channels_last_[static_cast<size_t>(value)]; }
+  // One image of this value from [C, H, W] to how it lies, or back.
+  void lay_out(int value, const float* from, float* to) const;
+  void bring_back(int value, const float* from, float* to) const;
   int output() const { return static_cast<int>(shapes_.size()) - 1; }
   bool rounds() const { return rounds_; }  // factors of some convolution to bfloat16
   bool has_linear() const { return has_linear_; }
-  bool runs_abreast() const;
+  bool prefers_abreast() const { return abreast_; }
+  bool runs_abreast() const;       // a chain of nodes that can
   bool reveals_nonfinite() const;  // whether no input value that is not finite can hide from the output
-  int64_t scratch_floats() const;  // the most that a node needs
+  int64_t scratch_floats(int64_t lanes) const;  // the most that a node needs
 
  private:
   const Shape& shape(int value) const;

@@ -12,30 +12,13 @@
 #include <vector>
 
 #include "lbfgs.h"
+#include "lockstep.h"
 #include "passes.h"
 #include "program.h"
+#include "recipe.h"
 #include "workspace.h"
 
 namespace fastinv {
-
-enum class Method {
-  kDescent,  // steps of the optimizer
-  kLbfgs,
-  kExact  // the minimum of a quadratic objective by conjugate gradients
-};
-
-struct Recipe {
-  Method method;
-  OptimizerKind optimizer;
-  int64_t steps;
-  double lr, beta1, beta2, eps, momentum;
-  bool cosine;  // the step size falls to 0 in half a wave
-  double tv_weight, tv_beta;
-  double tolerance;
-  int64_t patience;
-  bool keep_best;
-  std::vector<float> low, high;  // bounds of z for every channel, or empty
-};
 
 struct ImageReport {
   double objective;
@@ -74,6 +57,7 @@ class Solver {
   const Program& program() const { return program_; }
   bool quadratic() const { return quadratic_ != nullptr; }
   int64_t block() const { return block_; }
+  int64_t images_abreast() const { return lockstep_ ? lockstep_->images() : 0; }  // of a group that may go so
   int64_t workspace_bytes() const;
 
  private:
@@ -83,8 +67,7 @@ class Solver {
     double objective;  // of the last evaluation
     double best;       // the lowest objective, where that iterate is kept
     int64_t calm;      // evaluations in a row within the tolerance
-    // Of Adam's betas, by the steps taken: pow() would take a twentieth of a step of MNIST conv1.
-    double power1, power2;
+    Descent descent;
     std::unique_ptr<Lbfgs> lbfgs;
   };
 
@@ -96,13 +79,15 @@ class Solver {
     float *features, *first, *second, *largest, *best;        // of the block
     float *constant = nullptr, *copy = nullptr, *tv_scratch;  // for one image
     std::vector<Slot> slots;
+    std::unique_ptr<Lockstep::Workspace> abreast;
   };
 
   // What all workers of a call share.
   struct Call {
     const Batch& batch;
     const Poll& poll;
-    std::atomic<int64_t> next{0}, images{0}, steps{0};
+    int64_t abreast = 0;  // images at the front that go abreast
+    std::atomic<int64_t> next_abreast{0}, next{0}, images{0}, steps{0};
     std::atomic<int64_t> active{0};  // images that a crew is to go through with; 0 ends it
     std::atomic<int> working{0};
     std::atomic<bool> stop{false};
@@ -112,7 +97,6 @@ class Solver {
   int64_t plan_block(int64_t most) const;
   int64_t image_floats() const;  // in flight
   int64_t memory_floats() const;
-  int64_t tv_scratch_floats() const;
   std::unique_ptr<Workspace> make_workspace() const;
   void work(Workspace& w, Call& call, bool caller, const Crew& crew) const;
 
@@ -125,18 +109,22 @@ class Solver {
   void evaluate(Workspace& w, int64_t active, const Crew& crew) const;
   bool is_large() const;
   bool shares_images(int64_t n) const;  // whether all threads go through the network with each of n images
+  int64_t abreast(int64_t n) const;     // how many of n images go abreast
+  bool run_abreast(Workspace& w, Call& call, Watch& watch, int64_t image) const;
   void help(Workspace& w, const Crew& crew, const std::atomic<int64_t>& active) const;
   bool advance(Workspace& w, int64_t slot) const;  // a step; false when the image is done
   void finish(Workspace& w, const Batch& batch, int64_t slot) const;
   void move(Workspace& w, int64_t from, int64_t to) const;
 
-  void load_features(Workspace& w, const float* features, int64_t slot) const;
+  void load_features(Workspace& w, const float* features, int64_t slot) const {
+    program_.lay_out(program_.output(), features, result_at(w.features, slot));
+  }
   void forward(Workspace& w, int64_t images) const { passes_.forward(w.tape, images, alone(w)); }
   // Of these results, or the network's; and its gradient at the network's output.
   double residual(Workspace& w, int64_t slot, const float* results = nullptr) const;
   void backward(Workspace& w, int64_t images) const { passes_.backward(w.tape, images, alone(w)); }
   static Crew alone(Workspace& w) { return {{}, w.node_scratch.data()}; }
-  double total_variation(Workspace& w, int64_t slot) const;  // at z; its gradient is added
+  double add_total_variation(Workspace& w, int64_t slot) const;  // at z; its gradient is added
   void step(Workspace& w, int64_t slot) const;
   bool is_last(const Slot& slot) const { return slot.report.steps == recipe_.steps; }
   bool advance_lbfgs(Workspace& w, int64_t slot) const;
@@ -150,9 +138,9 @@ class Solver {
   const Passes passes_;
   const Recipe recipe_;
   const int threads_;
-  std::vector<float> low_, high_;   // bounds of every element, in the internal layout, or empty
+  const std::vector<float> low_, high_;
   Quadratic* quadratic_ = nullptr;  // of the edge, where that is one convolution
-  bool watched_;                    // whether the objective is needed after every step
+  std::unique_ptr<const Lockstep> lockstep_;  // of images abreast, where that suits
   bool smooth_ = false;             // whether the quadratic form holds the total variation too
   int64_t block_ = 1;               // images that a worker has in flight
   std::vector<float> at_zero_;      // what the edge makes of an image of zeros, where there is a quadratic form

@@ -28,39 +28,65 @@ bool Winograd::applies(const Geometry& g) {
   return g.groups == 1 && (g.axis[0].kernel == 3 || g.axis[0].kernel == 5) && fits(g.axis[0]) && fits(g.axis[1]);
 }
 
-Winograd::Winograd(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias)
-    : kernels_(kernels),
-      geometry_(geometry),
-      taps_(geometry.axis[0].kernel),
-      outputs_(winograd_outputs(taps_)),
-      tiles_y_(ceil_div(geometry.axis[0].out, outputs_)),
-      tiles_x_(ceil_div(geometry.axis[1].out, outputs_)),
-      product_(kernels, geometry.in_channels, geometry.out_channels, kPositions, false),
-      zeros_(geometry.in_channels) {
-  for (int axis = 0; axis < 2; ++axis) {
-    const int padding = geometry.axis[axis].padding;
-    padding_[axis] = geometry.transposed ? taps_ - 1 - padding : padding;
-  }
-  const int64_t fitting = kChunkFloats / (kPositions * int64_t{geometry.in_channels + geometry.out_channels});
-  chunk_ = static_cast<int>(std::clamp<int64_t>(fitting / kMaxTilePixels, 1, kMaxChunk)) * kMaxTilePixels;
-  // One line more between positions: strides that are powers of two would put all 36 into the same cache sets.
-  in_stride_ = round_up(int64_t{chunk_} * geometry.in_channels, kLineFloats) + kLineFloats;
-  out_stride_ = round_up(int64_t{chunk_} * geometry.out_channels, kLineFloats) + kLineFloats;
-  pack(weight, bias);
+bool Winograd::shrinks(const Geometry& g) {
+  const auto tiles = [&g](int Axis::* side) {
+    const int outputs = winograd_outputs(g.axis[0].kernel);
+    return int64_t{ceil_div(g.axis[0].*side, outputs)} * ceil_div(g.axis[1].*side, outputs);
+  };
+  return tiles(&Axis::in) < tiles(&Axis::out);
 }
 
-int64_t Winograd::scratch_floats() const { return kPositions * (in_stride_ + out_stride_); }
+Winograd::Winograd(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, bool adjoint)
+    : kernels_(kernels),
+      geometry_(geometry),
+      adjoint_(adjoint),
+      taps_(geometry.axis[0].kernel),
+      outputs_(winograd_outputs(taps_)),
+      tiles_y_(ceil_div(adjoint ? geometry.axis[0].in : geometry.axis[0].out, outputs_)),
+      tiles_x_(ceil_div(adjoint ? geometry.axis[1].in : geometry.axis[1].out, outputs_)),
+      product_(kernels, geometry.in_channels, geometry.out_channels, kPositions, false),
+      bias_(round_up(geometry.out_channels, kernels.width)),
+      zeros_(geometry.in_channels * kernels.width) {
+  for (int axis = 0; axis < 2; ++axis) {
+    const int padding = geometry.axis[axis].padding;
+    padding_[axis] = geometry.transposed != adjoint ? taps_ - 1 - padding : padding;
+  }
+  single_ = plan(1);
+  abreast_ = plan(kernels.width);
+  pack(weight);
+}
+
+Winograd::Winograd(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias)
+    : Winograd(kernels, geometry, weight, false) {
+  if (bias) std::copy_n(bias, geometry.out_channels, bias_.data());
+}
+
+Winograd::Winograd(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight)
+    : Winograd(kernels, geometry, weight, true) {}
+
+Winograd::Chunk Winograd::plan(int64_t lanes) const {
+  const int64_t in = lanes * geometry_.in_channels, out = lanes * geometry_.out_channels;
+  const int64_t fitting = kChunkFloats / (kPositions * (in + out));
+  const auto tiles = std::clamp<int64_t>(fitting / kMaxTilePixels, 1, kMaxChunk) * kMaxTilePixels;
+  // One line more between positions: strides that are powers of two would put all 36 into the same cache sets.
+  return {static_cast<int>(tiles), round_up(tiles * in, kLineFloats) + kLineFloats,
+          round_up(tiles * out, kLineFloats) + kLineFloats};
+}
+
+int64_t Winograd::scratch_floats(int64_t lanes) const {
+  return kPositions * (chunk(lanes).in_stride + chunk(lanes).out_stride);
+}
 
 std::string Winograd::algorithm() const {
   const std::string tile = std::to_string(outputs_);
-  return "winograd " + tile + "x" + tile + ", chunk " + std::to_string(chunk_);
+  return (adjoint_ ? "winograd adjoint " : "winograd ") + tile + "x" + tile + ", chunk " + std::to_string(single_.tiles);
 }
 
-void Winograd::pack(const WeightAt& weight, const float* bias) {
+void Winograd::pack(const WeightAt& weight) {
   const Geometry& g = geometry_;
   const int in = g.in_channels, out = g.out_channels;
-  bias_ = Buffer(round_up(out, kernels_.width));
-  if (bias) std::copy_n(bias, out, bias_.data());
+  // A transposed convolution of stride 1 is a plain one with its taps turned round.
+  const bool turned = g.transposed != adjoint_;
   for (int o = 0; o < out; ++o) {
     for (int i = 0; i < in; ++i) {
       double rows[kIn][kIn];  // G·g
@@ -68,8 +94,7 @@ void Winograd::pack(const WeightAt& weight, const float* bias) {
         for (int x = 0; x < taps_; ++x) {
           rows[u][x] = 0.0;
           for (int y = 0; y < taps_; ++y) {
-            // A transposed convolution of stride 1 is a plain one with its taps turned round.
-            const double w = g.transposed ? weight(0, o, i, taps_ - 1 - y, taps_ - 1 - x) : weight(0, o, i, y, x);
+            const double w = turned ? weight(0, o, i, taps_ - 1 - y, taps_ - 1 - x) : weight(0, o, i, y, x);
             rows[u][x] += winograd_g(taps_, u, y) * w;
           }
         }
@@ -85,35 +110,60 @@ void Winograd::pack(const WeightAt& weight, const float* bias) {
   }
 }
 
-void Winograd::transform_inputs(const Operands& operands, int64_t first, int count, float* transformed) const {
+void Winograd::transform_inputs(const Operands& operands, const Chunk& chunk, int64_t first, int count,
+                                float* transformed) const {
   const Axis &rows = geometry_.axis[0], &columns = geometry_.axis[1];
-  const int channels = geometry_.in_channels, total = tiles_y_ * tiles_x_;
+  const int channels = geometry_.in_channels * static_cast<int>(operands.lanes), total = tiles_y_ * tiles_x_;
+  const int side = adjoint_ ? outputs_ : kIn;  // of the tile that is read
   for (int t = 0; t < count; ++t) {
     const int64_t image = (first + t) / total;
     const int tile = static_cast<int>((first + t) % total);
     const float* in = operands.in + image * operands.in_stride;
-    const int y0 = tile / tiles_x_ * outputs_ - padding_[0], x0 = tile % tiles_x_ * outputs_ - padding_[1];
+    const int y0 = tile / tiles_x_ * outputs_ - (adjoint_ ? 0 : padding_[0]);
+    const int x0 = tile % tiles_x_ * outputs_ - (adjoint_ ? 0 : padding_[1]);
     const float* pixels[kPositions];
-    for (int u = 0; u < kIn; ++u) {
-      for (int v = 0; v < kIn; ++v) {
+    for (int u = 0; u < side; ++u) {
+      for (int v = 0; v < side; ++v) {
         const int y = y0 + u, x = x0 + v;
         const bool inside = y >= 0 && y < rows.in && x >= 0 && x < columns.in;
-        pixels[u * kIn + v] = inside ? in + (int64_t{y} * columns.in + x) * channels : zeros_.data();
+        pixels[u * side + v] = inside ? in + (int64_t{y} * columns.in + x) * channels : zeros_.data();
       }
     }
-    kernels_.winograd_input(pixels, channels, transformed + int64_t{t} * channels, in_stride_);
+    float* to = transformed + int64_t{t} * channels;
+    if (adjoint_) {
+      kernels_.winograd_adjoint_input(pixels, outputs_, channels, to, chunk.in_stride);
+    } else {
+      kernels_.winograd_input(pixels, channels, to, chunk.in_stride);
+    }
   }
 }
 
-void Winograd::transform_outputs(const Operands& operands, const float* products, int64_t first, int count) const {
+void Winograd::add_outputs(const Operands& operands, const Chunk& chunk, const float* products, int64_t first,
+                           int count) const {
   const Axis &rows = geometry_.axis[0], &columns = geometry_.axis[1];
-  const int channels = geometry_.out_channels, total = tiles_y_ * tiles_x_;
+  const int channels = geometry_.out_channels * static_cast<int>(operands.lanes), total = tiles_y_ * tiles_x_;
+  for (int t = 0; t < count; ++t) {
+    const int64_t image = (first + t) / total;
+    const int tile = static_cast<int>((first + t) % total);
+    const int y = tile / tiles_x_ * outputs_ - padding_[0], x = tile % tiles_x_ * outputs_ - padding_[1];
+    kernels_.winograd_adjoint_output(
+        {products + int64_t{t} * channels, chunk.out_stride,
+         operands.out + image * operands.out_stride + (int64_t{y} * columns.out + x) * channels,
+         int64_t{columns.out} * channels, channels, std::max(0, -y), std::min(kIn, rows.out - y), std::max(0, -x),
+         std::min(kIn, columns.out - x)});
+  }
+}
+
+void Winograd::transform_outputs(const Operands& operands, const Chunk& chunk, const float* products, int64_t first,
+                                 int count) const {
+  const Axis &rows = geometry_.axis[0], &columns = geometry_.axis[1];
+  const int channels = geometry_.out_channels * static_cast<int>(operands.lanes), total = tiles_y_ * tiles_x_;
   for (int t = 0; t < count; ++t) {
     const int64_t image = (first + t) / total;
     const int tile = static_cast<int>((first + t) % total);
     const int y = tile / tiles_x_ * outputs_, x = tile % tiles_x_ * outputs_;
     const int64_t at = (int64_t{y} * columns.out + x) * channels;
-    kernels_.winograd_output({products + int64_t{t} * channels, out_stride_, bias_.data(),
+    kernels_.winograd_output({products + int64_t{t} * channels, chunk.out_stride, bias_.data(), operands.lanes > 1,
                               operands.out + image * operands.out_stride + at,
                               operands.addend ? operands.addend + image * operands.addend_stride + at : nullptr,
                               int64_t{columns.out} * channels, channels, outputs_, std::min(outputs_, rows.out - y),
@@ -122,22 +172,46 @@ void Winograd::transform_outputs(const Operands& operands, const float* products
 }
 
 void Winograd::run_tiles(const Operands& operands, int64_t first, int64_t last, float* scratch) const {
-  float* products = scratch + kPositions * in_stride_;
-  for (; first < last; first += chunk_) {
-    const int count = static_cast<int>(std::min<int64_t>(chunk_, last - first));
-    transform_inputs(operands, first, count, scratch);
-    product_.run(0, kPositions, count, scratch, in_stride_, products, out_stride_, nullptr);
-    transform_outputs(operands, products, first, count);
+  const Chunk& chunk = this->chunk(operands.lanes);
+  float* products = scratch + kPositions * chunk.in_stride;
+  for (; first < last; first += chunk.tiles) {
+    const int count = static_cast<int>(std::min<int64_t>(chunk.tiles, last - first));
+    transform_inputs(operands, chunk, first, count, scratch);
+    product_.run(0, kPositions, count, scratch, chunk.in_stride, products, chunk.out_stride, nullptr,
+                 operands.lanes > 1);
+    if (adjoint_) {
+      add_outputs(operands, chunk, products, first, count);
+    } else {
+      transform_outputs(operands, chunk, products, first, count);
+    }
+  }
+}
+
+// What tiles of the adjoint form add to.
+void Winograd::clear(const Operands& x) const {
+  const int64_t size = int64_t{geometry_.axis[0].out} * geometry_.axis[1].out * geometry_.out_channels * x.lanes;
+  for (int64_t i = 0; i < x.images; ++i) {
+    float* out = x.out + i * x.out_stride;
+    if (!x.addend) {
+      std::fill_n(out, size, 0.0f);
+    } else if (x.addend != x.out) {
+      std::copy_n(x.addend + i * x.addend_stride, size, out);
+    }
   }
 }
 
 void Winograd::run(const Operands& operands, Share share, float* scratch) const {
   const int64_t total = operands.images * tiles_y_ * tiles_x_;
+  if (adjoint_) {
+    if (share.index > 0) return;
+    clear(operands);
+    return run_tiles(operands, 0, total, scratch);
+  }
   run_tiles(operands, share.begin(total), share.end(total), scratch);
 }
 
 // As many tiles as go through all three stages together, or most of them.
-int Winograd::row_step() const { return outputs_ * std::max(1, chunk_ / tiles_x_); }
+int Winograd::row_step() const { return adjoint_ ? 0 : outputs_ * std::max(1, single_.tiles / tiles_x_); }
 
 void Winograd::run_rows(const Operands& operands, int first_row, int last_row, float* scratch) const {
   run_tiles(operands, int64_t{first_row / outputs_} * tiles_x_, int64_t{ceil_div(last_row, outputs_)} * tiles_x_,

@@ -4,6 +4,10 @@
 // evaluate polynomials at 0, ±1, ±2 and ∞, so they share Bᵀ: a row of G is (1, a, a², …) over the product of a's
 // distances to the other points, a row of Aᵀ the same power of all points. For each of the 36 positions the products
 // over channels are one matrix product, tiles × in times in × out.
+//
+// The adjoint form is the plain one of the gradient's convolution read backwards, D += B[(G g Gᵀ) ⊙ (A Y Aᵀ)]Bᵀ: tiles
+// lie in the input, and each adds to the 6×6 results around it. Where a convolution without padding has shrunk an image,
+// its gradient has fewer tiles that way: 16 for 36 from 8×8 to 12×12.
 #pragma once
 
 #include <vector>
@@ -27,27 +31,46 @@ class Winograd : public Convolution {
   // Whether the geometry is a 3×3 or 5×5 convolution of stride 1 (transposed or not) without groups or dilation.
   static bool applies(const Geometry& geometry);
 
+  // Whether the adjoint form has fewer tiles.
+  static bool shrinks(const Geometry& geometry);
+
   Winograd(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias);
 
+  // In the adjoint form, which knows neither bias nor activation, and all of which the first worker does.
+  Winograd(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight);
+
   void run(const Operands& operands, Share share, float* scratch) const override;
-  int64_t scratch_floats() const override;
+  int64_t scratch_floats(int64_t lanes) const override;
+  bool runs_abreast() const override { return true; }
   int row_step() const override;
   void run_rows(const Operands& operands, int first_row, int last_row, float* scratch) const override;
   std::string algorithm() const override;
 
  private:
-  void pack(const WeightAt& weight, const float* bias);
+  Winograd(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, bool adjoint);
+  void pack(const WeightAt& weight);
+  void clear(const Operands& operands) const;
   void run_tiles(const Operands& operands, int64_t first, int64_t last, float* scratch) const;
-  void transform_inputs(const Operands& operands, int64_t first, int count, float* transformed) const;
-  void transform_outputs(const Operands& operands, const float* products, int64_t first, int count) const;
+  // Tiles, of one image or several, that go through all three stages together.
+  struct Chunk {
+    int tiles;
+    int64_t in_stride, out_stride;  // floats from position to position
+  };
+  Chunk plan(int64_t lanes) const;
+  const Chunk& chunk(int64_t lanes) const { return lanes > 1 ? abreast_ : single_; }
+  void transform_inputs(const Operands& operands, const Chunk& chunk, int64_t first, int count,
+                        float* transformed) const;
+  void transform_outputs(const Operands& operands, const Chunk& chunk, const float* products, int64_t first,
+                         int count) const;
+  void add_outputs(const Operands& operands, const Chunk& chunk, const float* products, int64_t first, int count) const;
 
   const Kernels& kernels_;
   const Geometry geometry_;
+  const bool adjoint_;
   const int taps_, outputs_;  // of the filter, and of a tile, along an axis
-  int padding_[2];            // of the plain convolution that it is, transposed or not
+  int padding_[2];            // of the plain convolution that it is, or, in the adjoint form, is the gradient of
   int tiles_y_, tiles_x_;
-  int chunk_;                       // tiles, of one image or several, that go through all three stages together
-  int64_t in_stride_, out_stride_;  // floats from position to position
+  Chunk single_, abreast_;
   Product product_;
   Buffer bias_, zeros_;
 };

@@ -89,18 +89,14 @@ def run(network: Network, x: np.ndarray, threads: int = 1) -> np.ndarray:
     return fastinv.compile(network, backend="cpu", threads=threads)(x)
 
 
-def gradient(network: Network, z: np.ndarray, features: np.ndarray, block: int) -> np.ndarray:
-    """∇_z Σ(network(z) − v)² by one step of plain gradient descent with a step size of 1, so many images at once."""
-    recipe = RMLE(
-        network,
-        network.input_shape,
-        steps=1,
-        lr=1.0,
-        tv_weight=0.0,
-        optimizer="sgd",
-        clamp=None,
-    )
-    after, report, _ = CpuSolver(recipe, 1, block).solve(features, z)
+def gradient_solver(network: Network, block: int = 0) -> CpuSolver:
+    """One step of plain gradient descent on Σ(network(z) − v)², with a step size of 1, so many images at once."""
+    recipe = RMLE(network, network.input_shape, steps=1, lr=1.0, tv_weight=0.0, optimizer="sgd", clamp=None)
+    return CpuSolver(recipe, 1, block)
+
+
+def gradient(solver: CpuSolver, z: np.ndarray, features: np.ndarray) -> np.ndarray:
+    after, report, _ = solver.solve(features, z)
     assert (report.steps == 1).all()
     return z - after
 
@@ -121,7 +117,11 @@ def check_gradient(network: Network) -> None:
     features = (reference(network, z) + 0.5 * randn(3, *network.output_shape, seed=2)).astype(np.float32)
     # Where the result barely matters the difference z − after would only show rounding: compare in units of z.
     expected = reference_gradient(network, z, features)
-    found = gradient(network, z, features, block=1)
-    np.testing.assert_array_equal(gradient(network, z, features, block=2), found)
+    found = gradient(gradient_solver(network, block=1), z, features)
+    np.testing.assert_array_equal(gradient(gradient_solver(network, block=2), z, features), found)
+    many = gradient_solver(network)
+    if images := many.images_abreast:
+        again = gradient(many, *(np.resize(array, (images, *array.shape[1:])) for array in (z, features)))
+        np.testing.assert_array_equal(again, np.resize(found, again.shape))
     error = np.linalg.norm(found - expected)
     assert error <= 1e-4 * np.linalg.norm(expected) + 1e-6 * np.linalg.norm(z)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from checks import check_gradient, exported, kernels, randn, reference, relative, run
+from checks import check_gradient, exported, gradient_solver, kernels, randn, reference, relative, run
 from torch import nn
 
 from fastinv.models import shadow_edge
@@ -64,3 +64,33 @@ def test_gradients(isa: str, taps: int) -> None:
 def test_shadows_of_five_taps_use_it(isa: str) -> None:
     network = exported((3, 32, 32), shadow_edge("ReLU22"))
     assert any(kernel.startswith(TILES[5]) for kernel in kernels(network))
+
+
+SHRINKING = [
+    lambda channels, taps: nn.Conv2d(*channels, taps),
+    lambda channels, taps: nn.Conv2d(*channels, taps, padding=(taps // 2, 0)),
+    lambda channels, taps: nn.ConvTranspose2d(*channels, taps, padding=taps - 1),
+]
+
+
+@pytest.mark.parametrize("taps", [3, 5])
+@pytest.mark.parametrize("make", SHRINKING)
+@pytest.mark.parametrize(("size", "channels"), [((13, 10), (8, 16)), ((10, 18), (40, 72)), ((13, 18), (20, 24))])
+def test_gradients_of_what_shrinks_an_image(isa: str, taps: int, make, size: tuple, channels: tuple) -> None:
+    network = exported((channels[0], *size), make(channels, taps), nn.LeakyReLU(0.2))
+    (kernel,) = (name for name in gradient_solver(network).kernels if "back" in name)
+    assert f"back winograd adjoint {TILES[taps].split()[1]}" in kernel
+    check_gradient(network)
+
+
+@pytest.mark.parametrize("taps", [3, 5])
+def test_gradients_that_are_added_to_others(isa: str, taps: int) -> None:
+    class TwoWays(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(40, 48, taps), nn.Conv2d(40, 48, taps)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.first(x)) * self.second(x)
+
+    check_gradient(exported((40, 11, 13), TwoWays()))

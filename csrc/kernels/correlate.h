@@ -209,3 +209,123 @@ void correlate_dot(const CorrelateArgs& args) {
     }
   }
 }
+
+// Images abreast, one in each lane: each product of the broadcast form, in the same order, for all of them at once. No
+// lane is lost to output channels that are not there, and padding costs nothing.
+constexpr int kAbreastOutputs = FASTINV_MAX_VECTORS > 2 ? 4 : 2;
+
+template <int kPixels, int kOutputs>
+void correlate_abreast_tile(const CorrelateArgs& args, const Tile& tile, const float* in, float* out,
+                            const float* weights, int64_t weight_row, const float* bias) {
+  V acc[kPixels][kOutputs];
+#pragma GCC unroll 4
+  for (int o = 0; o < kOutputs; ++o) {
+    const V start = bias ? set1(bias[o]) : zero();
+#pragma GCC unroll 6
+    for (int p = 0; p < kPixels; ++p) acc[p][o] = start;
+  }
+  const Run* run = args.runs + tile.first_run;
+  for (const Run* end = run + tile.runs; run != end; ++run) {
+    const float* w = weights + run->weight * weight_row;
+    const float* x[kPixels];
+    bool inside = true;
+#pragma GCC unroll 6
+    for (int p = 0; p < kPixels; ++p) {
+      inside = inside && run->offset[p] != kOutside;
+      x[p] = in + int64_t{run->offset[p]} * kWidth;
+    }
+    for (int64_t k = 0; k < run->length; ++k, w += weight_row) {
+      V weight[kOutputs];
+#pragma GCC unroll 4
+      for (int o = 0; o < kOutputs; ++o) weight[o] = set1(w[o]);
+#pragma GCC unroll 6
+      for (int p = 0; p < kPixels; ++p) {
+        if (!inside && run->offset[p] == kOutside) continue;
+        const V pixel = load(x[p] + k * kWidth);
+#pragma GCC unroll 4
+        for (int o = 0; o < kOutputs; ++o) acc[p][o] = fma(pixel, weight[o], acc[p][o]);
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int p = 0; p < kPixels; ++p) {
+    float* to = out + int64_t{tile.out[p]} * kWidth;
+#pragma GCC unroll 4
+    for (int o = 0; o < kOutputs; ++o) store(to + o * kWidth, activate_cheap(acc[p][o], args.activation.kind));
+    if (!is_cheap(args.activation.kind)) activate_in_place(to, kOutputs * kWidth, args.activation);
+  }
+}
+
+using AbreastTile = void (*)(const CorrelateArgs&, const Tile&, const float*, float*, const float*, int64_t,
+                             const float*);
+
+template <int kOutputs>
+AbreastTile correlate_abreast_tile_for(int pixels) {
+  constexpr AbreastTile table[] = {correlate_abreast_tile<1, kOutputs>, correlate_abreast_tile<2, kOutputs>,
+                                   correlate_abreast_tile<3, kOutputs>, correlate_abreast_tile<4, kOutputs>,
+                                   correlate_abreast_tile<5, kOutputs>, correlate_abreast_tile<6, kOutputs>};
+  return table[pixels - 1];
+}
+
+void correlate_abreast(const CorrelateArgs& args) {
+  const int padded = (args.out_channels + kWidth - 1) / kWidth * kWidth;
+  for (int done = 0; done < args.out_channels;) {
+    const int left = args.out_channels - done, outputs = left >= kAbreastOutputs ? kAbreastOutputs : 1;
+    // Weights lie in blocks of channels.
+    const int first = done / (kMaxVectors * kWidth) * (kMaxVectors * kWidth);
+    const int span = padded - first < kMaxVectors * kWidth ? padded - first : kMaxVectors * kWidth;
+    const float* weights = args.weights + args.weight_rows * first + (done - first);
+    for (int64_t r = 0; r < args.row_count; ++r) {
+      const TileRow& row = args.rows[r];
+      const Tile* tile = args.tiles + row.first_tile;
+      for (const Tile* end = tile + row.tiles; tile != end; ++tile) {
+        const AbreastTile run = outputs > 1 ? correlate_abreast_tile_for<kAbreastOutputs>(tile->pixels)
+                                            : correlate_abreast_tile_for<1>(tile->pixels);
+        run(args, *tile, args.in + row.in_base * kWidth, args.out + (row.out_base + done) * kWidth, weights, span,
+            args.bias ? args.bias + done : nullptr);
+      }
+    }
+    done += outputs;
+  }
+}
+
+// The same of the dot form: a vector of sums for each of its lanes.
+void correlate_abreast_dot_pixel(const CorrelateArgs& args, const Tile& tile, int p, const float* in, float* out,
+                                 const float* weights, float bias) {
+  V acc[kWidth];
+#pragma GCC unroll 16
+  for (int l = 0; l < kWidth; ++l) acc[l] = zero();
+  const Run* run = args.runs + tile.first_run;
+  for (const Run* end = run + tile.runs; run != end; ++run) {
+    if (run->offset[p] == kOutside) continue;
+    const float* w = weights + run->weight;
+    const float* x = in + int64_t{run->offset[p]} * kWidth;
+    const int64_t length = run->length;
+    int64_t k = 0;
+    for (; k + kWidth <= length; k += kWidth) {
+#pragma GCC unroll 16
+      for (int l = 0; l < kWidth; ++l) acc[l] = fma(load(x + (k + l) * kWidth), set1(w[k + l]), acc[l]);
+    }
+#pragma GCC unroll 16
+    for (int l = 0; l < kWidth; ++l) {
+      if (k + l < length) acc[l] = fma(load(x + (k + l) * kWidth), set1(w[k + l]), acc[l]);
+    }
+  }
+  store(out, activate(add(sum_as_lanes(acc), set1(bias)), args.activation));
+}
+
+void correlate_abreast_dot(const CorrelateArgs& args) {
+  for (int64_t r = 0; r < args.row_count; ++r) {
+    const TileRow& row = args.rows[r];
+    const Tile* tile = args.tiles + row.first_tile;
+    for (const Tile* end = tile + row.tiles; tile != end; ++tile) {
+      for (int p = 0; p < tile->pixels; ++p) {
+        for (int o = 0; o < args.out_channels; ++o) {
+          correlate_abreast_dot_pixel(args, *tile, p, args.in + row.in_base * kWidth,
+                                      args.out + (row.out_base + tile->out[p] + o) * kWidth,
+                                      args.weights + o * args.weight_rows, args.bias ? args.bias[o] : 0.0f);
+        }
+      }
+    }
+  }
+}

@@ -1,5 +1,5 @@
 // Max pooling and its gradient; separable linear resampling (average pools, upsampling), which is its own gradient
-// with the matrices transposed. Channels in the vector.
+// with the matrices transposed. Channels in the vector, but for windows of 2×2 side by side, which go in [C, H, W] too.
 #pragma once
 
 // The kernel positions that fall inside the input: rows y + u·dilation for u0 <= u < u1, columns likewise.
@@ -86,6 +86,66 @@ void max_pool_gradient(const PoolGradientArgs& args) {
         const V own = select(equal(index, set1(static_cast<float>(u * a.kernel[1] + v))), grad, zero());
         store_first(to, writes ? own : add(load_first(to, lanes), own), lanes);
       }
+    }
+  });
+}
+
+// Two rows of a plane for as many windows of 2×2 as a vector has lanes: body(first input, first output, windows).
+template <class Body>
+FASTINV_INLINE void for_each_pair(const PoolArgs& a, Body body) {
+  const int64_t plane = static_cast<int64_t>(a.in_h) * a.in_w;
+  int64_t out = 0;
+  for (int c = 0; c < a.channels; ++c) {
+    for (int i = 0; i < a.out_h; ++i, out += a.out_w) {
+      const int64_t in = c * plane + static_cast<int64_t>(2 * i) * a.in_w;
+      for (int j = 0; j < a.out_w; j += kWidth) {
+        body(in + 2 * j, out + j, a.out_w - j < kWidth ? a.out_w - j : kWidth);
+      }
+    }
+  }
+}
+
+// The even and the odd floats of 2 · n at p.
+FASTINV_INLINE void load_pairs(const float* p, int n, V* even, V* odd) {
+  const int high = 2 * n - kWidth;
+  deinterleave(load_first(p, high < 0 ? 2 * n : kWidth), high > 0 ? load_first(p + kWidth, high) : zero(), even, odd);
+}
+
+// max_pool of windows of 2×2 side by side on [C, H, W].
+void max_pool_pairs(const PoolArgs& a) {
+  for_each_pair(a, [&](int64_t in, int64_t out, int n) {
+    V best = set1(-__builtin_inff()), index = set1(-1.0f), x[4];
+    load_pairs(a.in + in, n, &x[0], &x[1]);
+    load_pairs(a.in + in + a.in_w, n, &x[2], &x[3]);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const Mask better = less(best, x[k]);
+      best = select(better, x[k], best);
+      index = select(better, set1(static_cast<float>(k)), index);
+    }
+    store_first(a.out + out, activate(best, a.activation), n);
+    if (a.index) store_first(a.index + out, index, n);
+  });
+}
+
+void max_pool_pairs_gradient(const PoolGradientArgs& args) {
+  const PoolArgs& a = args.pool;
+  const bool covers = 2 * a.out_h == a.in_h && 2 * a.out_w == a.in_w;
+  if (!args.accumulate && !covers) {
+    memset(args.grad_in, 0, sizeof(float) * static_cast<size_t>(a.channels) * static_cast<size_t>(a.in_h * a.in_w));
+  }
+  for_each_pair(a, [&](int64_t in, int64_t out, int n) {
+    const V index = load_first(a.index + out, n), grad = load_first(args.grad_out + out, n);
+#pragma GCC unroll 2
+    for (int u = 0; u < 2; ++u) {
+      V low, high;
+      interleave(select(equal(index, set1(static_cast<float>(2 * u))), grad, zero()),
+                 select(equal(index, set1(static_cast<float>(2 * u + 1))), grad, zero()), &low, &high);
+      float* to = args.grad_in + in + u * a.in_w;
+      const int first = 2 * n < kWidth ? 2 * n : kWidth, rest = 2 * n - first;
+      store_first(to, args.accumulate ? add(load_first(to, first), low) : low, first);
+      if (rest == 0) continue;
+      store_first(to + kWidth, args.accumulate ? add(load_first(to + kWidth, rest), high) : high, rest);
     }
   });
 }

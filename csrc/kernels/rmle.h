@@ -21,52 +21,53 @@ double residual(const float* y, const float* v, float* grad, int64_t size) {
   return total;
 }
 
+// s^{β/2−1} for exponents that are neither 0 nor −1/2.
+FASTINV_INLINE V power(V s, float exponent) {
+  float lanes[kWidth];
+  store(lanes, s);
+  for (int l = 0; l < kWidth; ++l) lanes[l] = powf(lanes[l], exponent);
+  return load(lanes);
+}
+
+enum class Exponent { kSquares, kRoots, kOther };  // β = 2, β = 1
+
 // With dy, dx the differences to the next row and column (0 over the border) and s = dy² + dx² (+ 1e-12 for β < 2):
 // the value is Σ s^{β/2}; s^{β/2} has the gradient q·dy to z[i+1, j], q·dx to z[i, j+1] and −q·(dy + dx) to z[i, j],
 // where q = β·s^{β/2−1}.
-double total_variation(const TotalVariationArgs& a) {
-  const int64_t row = static_cast<int64_t>(a.width) * a.channels;
+template <Exponent kExponent>
+double total_variation_of(const TotalVariationArgs& a) {
+  const int64_t row = static_cast<int64_t>(a.width) * a.channels, inner = row - a.channels;  // a next column exists
   const int64_t padded = row + a.channels;
   float* down = a.scratch;                // q·dy of this row
   float* above = a.scratch + padded;      // q·dy of the row above
   float* right = a.scratch + 2 * padded;  // q·dx of this row, after `channels` zeros
-  float* power = a.scratch + 3 * padded;  // s^{β/2−1}, where it is neither 1 nor a root
   for (int64_t k = 0; k < row; ++k) above[k] = 0.0f;
   for (int64_t k = 0; k < a.channels; ++k) right[k] = 0.0f;
-  const bool squares = a.beta == 2.0f, roots = a.beta == 1.0f;
-  const V epsilon = set1(a.beta < 2.0f ? 1e-12f : 0.0f);
-  const V scale = set1(a.weight * a.beta);
+  const V epsilon = set1(a.beta < 2.0f ? 1e-12f : 0.0f), scale = set1(a.weight * a.beta);
   double total = 0.0;
   for (int64_t i = 0; i < a.height; ++i) {
     const float* z = a.z + i * row;
-    float* grad = a.grad + i * row;
     const bool last_row = i + 1 == a.height;
-    const int64_t inner = row - a.channels;  // here a next column exists
     V acc = zero();
-    for (int64_t k = 0; k < row;) {
-      const int64_t stretch_end = k < inner ? inner : row;
-      const int lanes = stretch_end - k < kWidth ? static_cast<int>(stretch_end - k) : kWidth;
-      const V x = load_first(z + k, lanes);
-      const V dy = last_row ? zero() : sub(load_first(z + row + k, lanes), x);
-      const V dx = k < inner ? sub(load_first(z + a.channels + k, lanes), x) : zero();
+    for (int64_t k = 0; k < row; k += kWidth) {
+      const int lanes = row - k < kWidth ? static_cast<int>(row - k) : kWidth;
+      const Lanes has_next = lanes_between(0, inner - k < kWidth ? static_cast<int>(inner - k) : kWidth);
+      const V dy = last_row ? zero() : sub(load_first(z + row + k, lanes), load_first(z + k, lanes));
+      const V dx = sub(load_lanes(z + a.channels + k, has_next), load_lanes(z + k, has_next));
       const V s = fma(dy, dy, fma(dx, dx, epsilon));
-      V q = set1(1.0f);
-      if (roots) {
-        q = div(q, sqrt(s));
-      } else if (!squares) {
-        store_first(power + k, s, lanes);
-        for (int l = 0; l < lanes; ++l) power[k + l] = powf(power[k + l], a.beta * 0.5f - 1.0f);
-        q = load_first(power + k, lanes);
+      V q = scale, value = s;
+      if constexpr (kExponent != Exponent::kSquares) {
+        const V factor = kExponent == Exponent::kRoots ? div(set1(1.0f), sqrt(s)) : power(s, a.beta * 0.5f - 1.0f);
+        value = mul(s, factor);
+        q = mul(factor, scale);
       }
-      // Lanes past the end hold s = epsilon: leave them out of the sum.
-      store_first(power + k, mul(s, q), lanes);
-      acc = add(acc, load_first(power + k, lanes));
-      q = mul(q, scale);
+      // Lanes past the end hold s = epsilon: they are left out of the sum.
+      acc = add(acc, kExponent == Exponent::kSquares || lanes == kWidth ? value : first_of(value, lanes));
       store_first(down + k, mul(q, dy), lanes);
       store_first(right + a.channels + k, mul(q, dx), lanes);
-      k += lanes;
     }
     total += static_cast<double>(sum(acc));
+    float* grad = a.grad + i * row;
     for (int64_t k = 0; k < row; k += kWidth) {
       const int lanes = row - k < kWidth ? static_cast<int>(row - k) : kWidth;
       const V into = add(load_first(above + k, lanes), load_first(right + k, lanes));
@@ -78,6 +79,12 @@ double total_variation(const TotalVariationArgs& a) {
     down = swap;
   }
   return total * static_cast<double>(a.weight);
+}
+
+double total_variation(const TotalVariationArgs& a) {
+  return a.beta == 2.0f   ? total_variation_of<Exponent::kSquares>(a)
+         : a.beta == 1.0f ? total_variation_of<Exponent::kRoots>(a)
+                          : total_variation_of<Exponent::kOther>(a);
 }
 
 FASTINV_INLINE V optimizer_step(const OptimizerArgs& a, int64_t i, int lanes) {

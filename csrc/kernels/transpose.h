@@ -1,19 +1,36 @@
 // Between the layout at the public door, [C, H, W] row-major, and the internal one, [H, W, C].
 #pragma once
 
+// A block with rows or columns missing, by way of a whole one. It is worth it where not too much of that is empty: some
+// 60 cycles, as 40 single floats take.
+void transpose_part(const float* in, int64_t in_step, float* out, int64_t out_step, int rows, int columns) {
+  constexpr int kWorthwhile = 40;
+  if (rows * columns < kWorthwhile) {
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < columns; ++j) out[j * out_step + i] = in[i * in_step + j];
+    }
+    return;
+  }
+  alignas(64) float from[kWidth * kWidth], to[kWidth * kWidth];
+  for (int i = 0; i < rows; ++i) store(from + i * kWidth, load_first(in + i * in_step, columns));
+  for (int i = rows; i < kWidth; ++i) store(from + i * kWidth, zero());
+  transpose_block(from, kWidth, to, kWidth);
+  for (int j = 0; j < columns; ++j) store_first(out + j * out_step, load(to + j * kWidth), rows);
+}
+
 // out[j · out_step + i] = in[i · in_step + j] for i < rows, j < columns; block by block in registers.
 void transpose(const float* in, int64_t in_step, float* out, int64_t out_step, int64_t rows, int64_t columns) {
-  const int64_t whole_rows = rows / kWidth * kWidth, whole_columns = columns / kWidth * kWidth;
-  for (int64_t i = 0; i < whole_rows; i += kWidth) {
-    for (int64_t j = 0; j < whole_columns; j += kWidth) {
-      transpose_block(in + i * in_step + j, in_step, out + j * out_step + i, out_step);
+  for (int64_t i = 0; i < rows; i += kWidth) {
+    const int high = rows - i < kWidth ? static_cast<int>(rows - i) : kWidth;
+    for (int64_t j = 0; j < columns; j += kWidth) {
+      const int wide = columns - j < kWidth ? static_cast<int>(columns - j) : kWidth;
+      const float* from = in + i * in_step + j;
+      float* to = out + j * out_step + i;
+      if (high == kWidth && wide == kWidth) {
+        transpose_block(from, in_step, to, out_step);
+      } else {
+        transpose_part(from, in_step, to, out_step, high, wide);
+      }
     }
   }
-  const auto rest = [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-    for (int64_t i = i0; i < i1; ++i) {
-      for (int64_t j = j0; j < j1; ++j) out[j * out_step + i] = in[i * in_step + j];
-    }
-  };
-  rest(0, whole_rows, whole_columns, columns);
-  rest(whole_rows, rows, 0, columns);
 }

@@ -1,6 +1,30 @@
 // The transforms of F(4×4, 3×3) and F(2×2, 5×5), channels in the vector; see csrc/winograd.h.
 #pragma once
 
+// Some channels of a pixel: a vector of them, half a vector, or fewer.
+struct AllLanes {
+  static V get(const float* p) { return load(p); }
+  static void put(float* p, V v) { store(p, v); }
+};
+struct HalfLanes {
+  static V get(const float* p) { return load_low(p); }
+  static void put(float* p, V v) { store_low(p, v); }
+};
+struct FirstLanes {
+  int count;
+  V get(const float* p) const { return load_first(p, count); }
+  void put(float* p, V v) const { store_first(p, v, count); }
+};
+
+// Calls body(first channel, lanes) for all channels.
+template <class Body>
+FASTINV_INLINE void for_each_vector(int channels, Body body) {
+  int c = 0;
+  for (; c + kWidth <= channels; c += kWidth) body(c, AllLanes{});
+  if (c == channels) return;
+  channels - c == kWidth / 2 ? body(c, HalfLanes{}) : body(c, FirstLanes{channels - c});
+}
+
 // Bᵀ·d for one column or row d of six.
 FASTINV_INLINE void winograd_input_line(const V d[6], V t[6]) {
   const V four = set1(4.0f), five = set1(5.0f), two = set1(2.0f);
@@ -28,13 +52,14 @@ FASTINV_INLINE void winograd_output_line(const V m[6], V* y) {
   y[kOutputs - 1] = add(y[kOutputs - 1], m[5]);
 }
 
-FASTINV_INLINE void winograd_input_lanes(const float* const* pixels, int c, int lanes, float* out, int64_t stride) {
+template <class Part>
+FASTINV_INLINE void winograd_input_lanes(const float* const* pixels, int c, Part part, float* out, int64_t stride) {
   V columns[6][6];  // [column][row of Bᵀ d]
 #pragma GCC unroll 6
   for (int v = 0; v < 6; ++v) {
     V d[6];
 #pragma GCC unroll 6
-    for (int u = 0; u < 6; ++u) d[u] = load_first(pixels[u * 6 + v] + c, lanes);
+    for (int u = 0; u < 6; ++u) d[u] = part.get(pixels[u * 6 + v] + c);
     winograd_input_line(d, columns[v]);
   }
 #pragma GCC unroll 6
@@ -44,7 +69,7 @@ FASTINV_INLINE void winograd_input_lanes(const float* const* pixels, int c, int 
     for (int v = 0; v < 6; ++v) d[v] = columns[v][u];
     winograd_input_line(d, t);
 #pragma GCC unroll 6
-    for (int v = 0; v < 6; ++v) store_first(out + (u * 6 + v) * stride + c, t[v], lanes);
+    for (int v = 0; v < 6; ++v) part.put(out + (u * 6 + v) * stride + c, t[v]);
   }
 }
 
@@ -53,22 +78,20 @@ void winograd_input(const float* const* tile, int32_t channels, float* out, int6
   const float* pixels[36];  // copies, which no store can change
 #pragma GCC unroll 36
   for (int p = 0; p < 36; ++p) pixels[p] = tile[p];
-  const int whole = channels / kWidth * kWidth;
-  for (int c = 0; c < whole; c += kWidth) winograd_input_lanes(pixels, c, kWidth, out, position_stride);
-  if (whole < channels) winograd_input_lanes(pixels, whole, channels - whole, out, position_stride);
+  for_each_vector(channels, [&](int c, auto part) { winograd_input_lanes(pixels, c, part, out, position_stride); });
 }
 
-template <int kOutputs>
-FASTINV_INLINE void winograd_output_lanes(const WinogradOutputArgs& a, int c, int lanes) {
+template <int kOutputs, class Part>
+FASTINV_INLINE void winograd_output_lanes(const WinogradOutputArgs& a, int c, Part part) {
   V columns[6][kOutputs];  // [column][row of Aᵀ m]
 #pragma GCC unroll 6
   for (int v = 0; v < 6; ++v) {
     V m[6];
 #pragma GCC unroll 6
-    for (int u = 0; u < 6; ++u) m[u] = load_first(a.products + (u * 6 + v) * a.position_stride + c, lanes);
+    for (int u = 0; u < 6; ++u) m[u] = part.get(a.products + (u * 6 + v) * a.position_stride + c);
     winograd_output_line<kOutputs>(m, columns[v]);
   }
-  const V bias = load_first(a.bias + c, lanes);
+  const V bias = a.abreast ? set1(a.bias[c / kWidth]) : part.get(a.bias + c);
 #pragma GCC unroll 4
   for (int u = 0; u < kOutputs; ++u) {
     if (u >= a.rows) break;
@@ -81,8 +104,8 @@ FASTINV_INLINE void winograd_output_lanes(const WinogradOutputArgs& a, int c, in
       if (v >= a.columns) break;
       const int64_t at = u * a.row_stride + int64_t{v} * a.channels + c;
       V result = add(y[v], bias);
-      if (a.addend) result = add(result, load_first(a.addend + at, lanes));
-      store_first(a.out + at, activate_cheap(result, a.activation.kind), lanes);
+      if (a.addend) result = add(result, part.get(a.addend + at));
+      part.put(a.out + at, activate_cheap(result, a.activation.kind));
     }
   }
 }
@@ -90,9 +113,7 @@ FASTINV_INLINE void winograd_output_lanes(const WinogradOutputArgs& a, int c, in
 template <int kOutputs>
 void winograd_output_tile(const WinogradOutputArgs& args) {
   const WinogradOutputArgs a = args;  // a copy, which no store can change
-  const int whole = a.channels / kWidth * kWidth;
-  for (int c = 0; c < whole; c += kWidth) winograd_output_lanes<kOutputs>(a, c, kWidth);
-  if (whole < a.channels) winograd_output_lanes<kOutputs>(a, whole, a.channels - whole);
+  for_each_vector(a.channels, [&](int c, auto part) { winograd_output_lanes<kOutputs>(a, c, part); });
   if (is_cheap(a.activation.kind)) return;
   for (int u = 0; u < a.rows; ++u) {
     activate_in_place(a.out + u * a.row_stride, int64_t{a.columns} * a.channels, a.activation);
@@ -102,4 +123,106 @@ void winograd_output_tile(const WinogradOutputArgs& args) {
 // out = activation(bias + Aᵀ m A), the rows × columns pixels of one tile that lie inside.
 void winograd_output(const WinogradOutputArgs& args) {
   args.outputs == 4 ? winograd_output_tile<4>(args) : winograd_output_tile<2>(args);
+}
+
+// A·y for one column or row y of four or two.
+template <int kOutputs>
+FASTINV_INLINE void winograd_adjoint_input_line(const V* y, V m[6]) {
+  V even = y[0], odd = y[1], even2 = y[0], odd2 = mul(set1(2.0f), y[1]);
+  if constexpr (kOutputs == 4) {
+    even = add(even, y[2]);
+    odd = add(odd, y[3]);
+    even2 = fma(set1(4.0f), y[2], even2);
+    odd2 = fma(set1(8.0f), y[3], odd2);
+  }
+  m[0] = y[0];
+  m[1] = add(even, odd);
+  m[2] = sub(even, odd);
+  m[3] = add(even2, odd2);
+  m[4] = sub(even2, odd2);
+  m[5] = y[kOutputs - 1];
+}
+
+// B·t for one column or row t of six.
+FASTINV_INLINE void winograd_adjoint_output_line(const V t[6], V d[6]) {
+  const V two = set1(2.0f), four = set1(4.0f), five = set1(5.0f);
+  const V plus12 = add(t[1], t[2]), minus12 = sub(t[1], t[2]);
+  const V plus34 = add(t[3], t[4]), twice34 = mul(two, sub(t[3], t[4]));
+  d[0] = mul(four, t[0]);
+  d[1] = sub(mul(four, sub(t[5], minus12)), twice34);
+  d[2] = sub(sub(mul(set1(-4.0f), plus12), plus34), mul(five, t[0]));
+  d[3] = sub(add(minus12, twice34), mul(five, t[5]));
+  d[4] = add(add(t[0], plus12), plus34);
+  d[5] = t[5];
+}
+
+template <int kOutputs, class Part>
+FASTINV_INLINE void winograd_adjoint_input_lanes(const float* const* pixels, int c, Part part, float* out,
+                                                 int64_t stride) {
+  V columns[kOutputs][6];  // [column][row of A y]
+#pragma GCC unroll 4
+  for (int v = 0; v < kOutputs; ++v) {
+    V y[kOutputs];
+#pragma GCC unroll 4
+    for (int u = 0; u < kOutputs; ++u) y[u] = part.get(pixels[u * kOutputs + v] + c);
+    winograd_adjoint_input_line<kOutputs>(y, columns[v]);
+  }
+#pragma GCC unroll 6
+  for (int u = 0; u < 6; ++u) {
+    V y[kOutputs], m[6];
+#pragma GCC unroll 4
+    for (int v = 0; v < kOutputs; ++v) y[v] = columns[v][u];
+    winograd_adjoint_input_line<kOutputs>(y, m);
+#pragma GCC unroll 6
+    for (int v = 0; v < 6; ++v) part.put(out + (u * 6 + v) * stride + c, m[v]);
+  }
+}
+
+template <int kOutputs>
+void winograd_adjoint_input_tile(const float* const* tile, int32_t channels, float* out, int64_t position_stride) {
+  const float* pixels[kOutputs * kOutputs];  // copies, which no store can change
+#pragma GCC unroll 16
+  for (int p = 0; p < kOutputs * kOutputs; ++p) pixels[p] = tile[p];
+  for_each_vector(channels, [&](int c, auto part) {
+    winograd_adjoint_input_lanes<kOutputs>(pixels, c, part, out, position_stride);
+  });
+}
+
+// out[position] = (A y Aᵀ)[position] for the pixels y of one tile.
+void winograd_adjoint_input(const float* const* tile, int32_t outputs, int32_t channels, float* out,
+                            int64_t position_stride) {
+  outputs == 4 ? winograd_adjoint_input_tile<4>(tile, channels, out, position_stride)
+               : winograd_adjoint_input_tile<2>(tile, channels, out, position_stride);
+}
+
+template <class Part>
+FASTINV_INLINE void winograd_adjoint_output_lanes(const WinogradAdjointArgs& a, int c, Part part) {
+  V columns[6][6];  // [column][row of B t]
+#pragma GCC unroll 6
+  for (int v = 0; v < 6; ++v) {
+    V t[6];
+#pragma GCC unroll 6
+    for (int u = 0; u < 6; ++u) t[u] = part.get(a.products + (u * 6 + v) * a.position_stride + c);
+    winograd_adjoint_output_line(t, columns[v]);
+  }
+#pragma GCC unroll 6
+  for (int u = 0; u < 6; ++u) {
+    if (u < a.first_row || u >= a.last_row) continue;
+    V t[6], d[6];
+#pragma GCC unroll 6
+    for (int v = 0; v < 6; ++v) t[v] = columns[v][u];
+    winograd_adjoint_output_line(t, d);
+#pragma GCC unroll 6
+    for (int v = 0; v < 6; ++v) {
+      if (v < a.first_column || v >= a.last_column) continue;
+      float* to = a.out + u * a.row_stride + int64_t{v} * a.channels + c;
+      part.put(to, add(part.get(to), d[v]));
+    }
+  }
+}
+
+// out += B t Bᵀ, as far as it lies inside.
+void winograd_adjoint_output(const WinogradAdjointArgs& args) {
+  const WinogradAdjointArgs a = args;  // a copy, which no store can change
+  for_each_vector(a.channels, [&](int c, auto part) { winograd_adjoint_output_lanes(a, c, part); });
 }

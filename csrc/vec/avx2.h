@@ -38,6 +38,11 @@ FASTINV_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
 FASTINV_INLINE void store_first(float* p, V v, int n) {
   n == kWidth ? store(p, v) : _mm256_maskstore_ps(p, first_lanes(n), v);  // masked stores are slow on AMD
 }
+// The lower half of the lanes.
+FASTINV_INLINE V load_low(const float* p) { return _mm256_zextps128_ps256(_mm_loadu_ps(p)); }
+FASTINV_INLINE void store_low(float* p, V v) { _mm_storeu_ps(p, _mm256_castps256_ps128(v)); }
+// The first n lanes, and zeros.
+FASTINV_INLINE V first_of(V v, int n) { return _mm256_and_ps(v, _mm256_castsi256_ps(first_lanes(n))); }
 // Lanes `begin` to `end` of a vector, cut to those there are; memory under the other lanes is not touched.
 using Lanes = __m256i;
 FASTINV_INLINE Lanes lanes_between(int begin, int end) {
@@ -72,6 +77,11 @@ FASTINV_INLINE V sum_each(const V* a) {
   return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 
+// The sum of as many vectors as there are lanes, in the order in which sum_each adds lanes.
+FASTINV_INLINE V sum_as_lanes(const V* a) {
+  return add(add(add(a[0], a[1]), add(a[2], a[3])), add(add(a[4], a[5]), add(a[6], a[7])));
+}
+
 // 2^n for a whole n from −126 to 127.
 FASTINV_INLINE V exp2_whole(V n) {
   const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
@@ -103,6 +113,13 @@ FASTINV_INLINE void interleave(V a, V b, V* low, V* high) {
   const V even = _mm256_unpacklo_ps(a, b), odd = _mm256_unpackhi_ps(a, b);
   *low = _mm256_permute2f128_ps(even, odd, 0x20);
   *high = _mm256_permute2f128_ps(even, odd, 0x31);
+}
+
+// The even and the odd floats of `low` and then `high`.
+FASTINV_INLINE void deinterleave(V low, V high, V* even, V* odd) {
+  const V first = _mm256_permute2f128_ps(low, high, 0x20), second = _mm256_permute2f128_ps(low, high, 0x31);
+  *even = _mm256_shuffle_ps(first, second, 0x88);
+  *odd = _mm256_shuffle_ps(first, second, 0xdd);
 }
 
 FASTINV_INLINE Mask less(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }

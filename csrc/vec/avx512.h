@@ -32,6 +32,11 @@ FASTINV_INLINE V load_once(const float* p) {
 FASTINV_INLINE V load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
 FASTINV_INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
 FASTINV_INLINE void store_first(float* p, V v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+// The lower half of the lanes. Later loads take what these store from the store buffer; with masks they wait.
+FASTINV_INLINE V load_low(const float* p) { return _mm512_zextps256_ps512(_mm256_loadu_ps(p)); }
+FASTINV_INLINE void store_low(float* p, V v) { _mm256_storeu_ps(p, _mm512_castps512_ps256(v)); }
+// The first n lanes, and zeros.
+FASTINV_INLINE V first_of(V v, int n) { return _mm512_maskz_mov_ps(first_lanes(n), v); }
 // Lanes `begin` to `end` of a vector, cut to those there are; memory under the other lanes is not touched.
 using Lanes = Mask;
 FASTINV_INLINE Lanes lanes_between(int begin, int end) {
@@ -74,6 +79,14 @@ FASTINV_INLINE V sum_each(const V* a) {
                              _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd));
   }
   return _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88), _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
+}
+
+// The sum of as many vectors as there are lanes, in the order in which sum_each adds lanes.
+FASTINV_INLINE V sum_as_lanes(const V* a) {
+  V four[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) four[i] = add(add(a[4 * i], a[4 * i + 2]), add(a[4 * i + 1], a[4 * i + 3]));
+  return add(add(four[0], four[1]), add(four[2], four[3]));
 }
 
 // 2^n for a whole n from −126 to 127.
@@ -121,6 +134,13 @@ FASTINV_INLINE void interleave(V a, V b, V* low, V* high) {
   const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   *low = _mm512_permutex2var_ps(a, first, b);
   *high = _mm512_permutex2var_ps(a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b);
+}
+
+// The even and the odd floats of `low` and then `high`.
+FASTINV_INLINE void deinterleave(V low, V high, V* even, V* odd) {
+  const __m512i first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  *even = _mm512_permutex2var_ps(low, first, high);
+  *odd = _mm512_permutex2var_ps(low, _mm512_add_epi32(first, _mm512_set1_epi32(1)), high);
 }
 
 // A 16×16 block turned over: 4×4 within 128-bit lanes, then the lanes as a 4×4 block.

@@ -36,6 +36,14 @@ FASTINV_INLINE void store_first(float* p, V v, int n) {
   if (n == kWidth) return store(p, v);
   for (int i = 0; i < n; ++i) p[i] = v[i];
 }
+// The lower half of the lanes.
+FASTINV_INLINE V load_low(const float* p) { return load_first(p, kWidth / 2); }
+FASTINV_INLINE void store_low(float* p, V v) { store_first(p, v, kWidth / 2); }
+// The first n lanes, and zeros.
+FASTINV_INLINE V first_of(V v, int n) {
+  for (int i = n; i < kWidth; ++i) v[i] = 0.0f;
+  return v;
+}
 // Lanes `begin` to `end` of a vector, cut to those there are; memory under the other lanes is not touched.
 struct Lanes {
   int begin, end;
@@ -86,6 +94,9 @@ FASTINV_INLINE float sum(V a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 // Lane i is the sum of the lanes of a[i].
 FASTINV_INLINE V sum_each(const V* a) { return V{sum(a[0]), sum(a[1]), sum(a[2]), sum(a[3])}; }
 
+// The sum of as many vectors as there are lanes, in the order in which sum_each adds lanes.
+FASTINV_INLINE V sum_as_lanes(const V* a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+
 // 2^n for a whole n from −126 to 127.
 FASTINV_INLINE V exp2_whole(V n) {
   const Mask biased = __builtin_convertvector(n, Mask) + 127;
@@ -128,6 +139,12 @@ FASTINV_INLINE void store_bytes(uint8_t* p, V v) {
 FASTINV_INLINE void interleave(V a, V b, V* low, V* high) {
   *low = V{a[0], b[0], a[1], b[1]};
   *high = V{a[2], b[2], a[3], b[3]};
+}
+
+// The even and the odd floats of `low` and then `high`.
+FASTINV_INLINE void deinterleave(V low, V high, V* even, V* odd) {
+  *even = V{low[0], low[2], high[0], high[2]};
+  *odd = V{low[1], low[3], high[1], high[3]};
 }
 
 FASTINV_INLINE V gather(const float* base, const int32_t* index) {

@@ -149,6 +149,8 @@ class CpuSolver:
             block=block,
         )
         self.isa = self._solver.isa
+        self.kernels = [kernel for kernel, _ in self._solver.describe()]
+        self.images_abreast = self._solver.images_abreast  # that a thread takes through all steps together, or 0
 
     def solve(self, features: Array, init: Array, progress: Progress | None = None) -> tuple[Array, Report, bool]:
         z, objective, steps, converged, finished = self._solver.solve(features, init, progress)

@@ -31,7 +31,7 @@ from fastinv.backends.cuda_tuning import tuned
 from fastinv.network import Network, Step
 from fastinv.ops.activation import IDENTITY, Activation
 from fastinv.ops.affine import Affine
-from fastinv.ops.base import Shape
+from fastinv.ops.base import Pair, Shape
 from fastinv.ops.concat import Concat
 from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.conv_transpose2d import ConvTranspose2d
@@ -218,7 +218,7 @@ def _convolution(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Sh
 
     op, weight = step.op, step.weights["weight"]
     assert isinstance(op, (Conv2d, ConvTranspose2d))
-    source, target, kernel = shapes[0][1:], shape[1:], weight.shape[2:]
+    source, target, kernel = _plane(shapes[0]), _plane(shape), _plane(weight.shape)
     grouped = weight.reshape(op.groups, -1, *weight.shape[1:])
     if isinstance(op, Conv2d):
         window = kernel, op.stride, (op.padding[0], op.padding[2]), op.dilation
@@ -229,6 +229,11 @@ def _convolution(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Sh
         forward, back = geometry.transposed(source, target, *window), geometry.correlation(target, source, *window)
         weights = grouped.swapaxes(1, 2), grouped
     return _product(to, step, inputs, shape, (forward, back), weights)
+
+
+def _plane(shape: Shape) -> Pair:
+    """Height and width."""
+    return (shape[-2], shape[-1])
 
 
 def _product(to: Lowering, step: Step, inputs: list[Buffer], shape: Shape, geometries: Any, weights: Any) -> Buffer:
