@@ -35,7 +35,11 @@ from fastinv.engine import Engine, compile
 
 Call = Callable[[torch.Tensor], Any]
 
-TESTS = sorted((Path(__file__).parents[1] / "tests").glob("test_triton*.py"))
+TESTS = sorted(
+    path
+    for pattern in ("test_triton*.py", "test_cuda_*.py")
+    for path in (Path(__file__).parents[1] / "tests").glob(pattern)
+)
 PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
 TOLERANCES = {"bfloat16": 2e-2, "float16": 2e-2, "tf32": 5e-3, "float32": 1e-4}  # relative, against float64
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # of features and of peers; others: float32
