@@ -27,6 +27,7 @@ import torch
 
 from fastinv import benchmark
 from fastinv.backends.cuda import CudaBackend
+from fastinv.backends.cuda_tuning import tune
 from fastinv.benchmark import CHECKED, SOLVER_TOLERANCE, Subject
 from fastinv.cli.arguments import positive, table
 from fastinv.cli.files import expect_place, replacing
@@ -34,7 +35,11 @@ from fastinv.engine import Engine, compile
 
 Call = Callable[[torch.Tensor], Any]
 
-TESTS = sorted((Path(__file__).parents[1] / "tests").glob("test_triton*.py"))
+TESTS = sorted(
+    path
+    for pattern in ("test_triton*.py", "test_cuda_*.py")
+    for path in (Path(__file__).parents[1] / "tests").glob(pattern)
+)
 PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
 TOLERANCES = {"bfloat16": 2e-2, "float16": 2e-2, "tf32": 5e-3, "float32": 1e-4}  # relative, against float64
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # of features and of peers; others: float32
@@ -314,6 +319,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--precision", default=",".join(PRECISIONS), help="as in bfloat16,float32")
     result.add_argument("--repeat", type=positive, default=7, help="samples; medians count")
     result.add_argument("--no-tests", action="store_true", help="do not run the tests of the kernels first")
+    result.add_argument("--tune", action="store_true", help="first measure the tiles, and keep them for later runs")
     result.add_argument("--json", metavar="FILE", type=Path, help="write the results there, too, after every case")
     return result
 
@@ -352,6 +358,8 @@ def main() -> int:
                 continue
             if subject.recipe is not None and precision == "float16":
                 continue  # gradients leave its range
+            if args.tune:
+                tune(subject.network, precision, torch.device("cuda"), differentiable=subject.recipe is not None)
             found = list(measure(subject, precision, top, args.repeat))
             if subject.recipe is None:
                 found.append(host_to_host(subject, precision, top, args.repeat))

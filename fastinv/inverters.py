@@ -201,6 +201,15 @@ class RMLE(Inverter):
             return self.optimizer
         return "exact" if self._obstacle() is None else "lbfgs"
 
+    @property
+    def bounds(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
+        """`clamp` as the lowest and the highest z of every channel, [C] each; None where iterates are free."""
+        if self.clamp is None:
+            return None
+        mean, std = (channelwise(values, self.input_shape).ravel() for values in (self.mean, self.std))
+        low, high = ((np.float32(bound) - mean) / std for bound in self.clamp)
+        return low, high
+
     def _obstacle(self) -> str | None:
         """Why the objective is not quadratic; None where it is."""
         for index, step in enumerate(self.edge.steps):

@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 import triton
+from fastinv.kernels.triton.convolution import Convolution
+from fastinv.kernels.triton.epilogue import Epilogue
 from fastinv.kernels.triton.launch import Launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastinv.backends.cuda_lowering import PRECISIONS
+from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.backends.cuda_network import CudaNetwork
 from fastinv.backends.cuda_solver import CudaSolver
 from fastinv.benchmark import DECODERS, network_of
@@ -139,8 +141,23 @@ def solver_launches(recipe: RMLE, precision: str) -> list[Launch]:
         buffer: torch.empty(IMAGES, buffer.elements, dtype=getattr(torch, buffer.dtype), device=META)
         for buffer in solver._outside
     }
-    memory = torch.empty(solver._step.bytes(IMAGES), dtype=torch.uint8, device=META)
-    return solver._step.bind(IMAGES, memory, outside)
+    launches = []
+    for arena in solver._arenas.values():
+        memory = torch.empty(arena.bytes(IMAGES), dtype=torch.uint8, device=META)
+        launches += arena.bind(IMAGES, memory, outside)
+    return [launch for launch in launches if isinstance(launch, Launch)]
+
+
+def other_tiles(network: Network, precision: str) -> Iterator[Launch]:
+    """The convolutions of a network in every tile that tuning may choose."""
+    for node in Lowering(network, META, PRECISIONS[precision], differentiable=True).nodes:
+        for kernel in (getattr(node, "kernel", None), getattr(node, "back", None)):
+            if isinstance(kernel, Convolution):
+                g, dtype = kernel.geometry, kernel.weight.dtype
+                x = torch.empty(IMAGES, *g.inputs, kernel.groups * kernel.inputs, dtype=dtype, device=META)
+                out = torch.empty(IMAGES, *g.outputs, kernel.groups * kernel.outputs, dtype=dtype, device=META)
+                for tile in kernel.candidates:
+                    yield kernel.with_tile(tile).launch(x, out, Epilogue())
 
 
 def all_launches() -> Iterator[Launch]:
@@ -148,6 +165,7 @@ def all_launches() -> Iterator[Launch]:
         network = export(make_decoder(features, image).eval(), torch.zeros(2, *features))
         for precision in PRECISIONS if image == (3, 32, 32) else ("float32", "bfloat16"):
             yield from network_launches(network, precision)
+    yield from other_tiles(network, "bfloat16")
     yield from network_launches(network, "bfloat16", "bfloat16", "uint8")
     yield from network_launches(network, "float16", "uint8", "uint8")
     for target, at, image in ((lenet5(), "ReLU2", (1, 28, 28)), (cifar_net(), "ReLU32", (3, 32, 32))):
@@ -158,6 +176,12 @@ def all_launches() -> Iterator[Launch]:
         plain = {"optimizer": "sgd", "clamp": None, "tv_weight": 0.0}
         for options in ({"optimizer": "amsgrad", "keep": "best"}, plain):
             yield from solver_launches(dataclasses.replace(recipe, tv_beta=2.0, **options), "float32")
+        yield from solver_launches(dataclasses.replace(recipe, optimizer="lbfgs"), "float32")
+    for target, at, image in ((lenet5(), "conv1", (1, 28, 28)), (cifar_net(), "conv11", (3, 32, 32))):
+        edge = export(Split(target, at).edge.eval(), torch.zeros(2, *image))
+        recipe = RMLE(edge, image, steps=10, clamp=None)
+        for options in ({"tv_beta": 1.0}, {"optimizer": "lbfgs"}, {"optimizer": "exact"}):
+            yield from solver_launches(dataclasses.replace(recipe, **options), "float32")
     for name in ("conv2d", "conv_transpose2d", "linear", "upsample", "mul", "permute", "affine"):
         for case in OPS[name].cases():
             if case.name in CASES:

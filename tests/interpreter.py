@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 import triton
+from checks import randn, reference, relative
 
+from fastinv.attacks.rmle import rmle
 from fastinv.backends.cuda import CudaBackend
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.backends.cuda_network import CudaNetwork
 from fastinv.backends.cuda_nodes import places
 from fastinv.backends.cuda_plan import Arena, Buffer, Ending, Stage
 from fastinv.backends.cuda_solver import CudaSolver
+from fastinv.backends.torch import as_module
 from fastinv.inverters import RMLE
 from fastinv.network import Network, Step
 from fastinv.ops.linear import Linear
@@ -49,7 +52,7 @@ def forward(network: Network, x: np.ndarray, precision: str) -> np.ndarray:
 
 def gradient(network: Network, z: np.ndarray, features: np.ndarray, precision: str = "float32") -> np.ndarray:
     """∇_z Σ(network(z) − v)²."""
-    from fastinv.kernels.triton.rmle import launch_residual, tiles
+    from fastinv.kernels.triton.objective import launch_residual, tiles
 
     numbers = PRECISIONS[precision]
     to = Lowering(network, DEVICE, numbers, differentiable=True)
@@ -75,6 +78,31 @@ def network_on(network: Network, precision: str = "float32", most: int = 64) -> 
 
 def solver_on(recipe: RMLE, precision: str = "float32", most: int = 64) -> CudaSolver:
     return CudaSolver(recipe, precision, torch.device(DEVICE), most=most)
+
+
+def recipe_for(edge: Network, **options) -> RMLE:
+    start = np.random.default_rng(0).random(edge.input_shape, np.float32)
+    return RMLE(edge, edge.input_shape, **{"steps": 2, "init": start, "clamp": None, **options})
+
+
+def solve_by_definition(recipe: RMLE, features: np.ndarray, start: np.ndarray):
+    options = recipe.recipe()
+    options["start"] = torch.from_numpy(start).double()
+    module = as_module(recipe.edge, torch.float64)
+    z, report = rmle(module, torch.from_numpy(features).double(), **options)
+    return z.numpy(), report
+
+
+def check_solver(recipe: RMLE, count: int = 2, most: int = 64, within: float = 1e-4) -> None:
+    start = randn(count, *recipe.input_shape, seed=3)
+    features = reference(recipe.edge, randn(count, *recipe.input_shape, seed=4)).astype(np.float32)
+    expected, told = solve_by_definition(recipe, features, start)
+    z, report, finished = solver_on(recipe, most=most).solve(features, start)
+    assert finished
+    assert relative(z, expected) < within
+    np.testing.assert_allclose(report.objective, told.objective, rtol=1e-4)
+    np.testing.assert_array_equal(report.steps, told.steps)
+    np.testing.assert_array_equal(report.converged, told.converged)
 
 
 def _probe() -> None:

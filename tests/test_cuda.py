@@ -22,7 +22,7 @@ from fastinv.backends.cuda_device import halving, missing
 from fastinv.backends.cuda_lowering import PRECISIONS
 from fastinv.backends.cuda_plan import ALIGNMENT, Arena, Buffer, Stage, bucket, place
 from fastinv.errors import BackendError
-from fastinv.inverters import RMLE
+from fastinv.inverters import METHODS, RMLE
 from fastinv.network import Network, Step
 from fastinv.ops.activation import Activation
 from fastinv.ops.linear import Linear
@@ -83,7 +83,9 @@ def test_looking_for_a_gpu_loads_nothing() -> None:
 def test_a_solver_it_does_not_have_goes_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CudaBackend, "available", lambda self: None)
     monkeypatch.delenv("FASTINV_BACKEND", raising=False)
-    assert select("auto", "float32", EDGE.steps, True, "adam")[0].name == "cuda"
+    for method in METHODS:
+        assert select("auto", "float32", EDGE.steps, True, method)[0].name == "cuda"
+    monkeypatch.setattr(CudaBackend, "methods", ("adam", "amsgrad", "sgd"))
     assert select("auto", "float32", EDGE.steps, True, "lbfgs")[0].name == "cpu"
     with pytest.raises(BackendError, match="no optimizer lbfgs, only adam, amsgrad, sgd"):
         select("cuda", "float32", EDGE.steps, True, "lbfgs")

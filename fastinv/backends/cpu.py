@@ -127,14 +127,7 @@ class CpuSolver:
     batch_size: int | None = None
 
     def __init__(self, recipe: RMLE, threads: int | None, block: int = 0) -> None:
-        from fastinv.inverters import channelwise
-
-        low: list[float] = []
-        high: list[float] = []
-        if recipe.clamp is not None:
-            mean = channelwise(recipe.mean, recipe.input_shape).ravel()
-            std = channelwise(recipe.std, recipe.input_shape).ravel()
-            low, high = (((np.float32(bound) - mean) / std).tolist() for bound in recipe.clamp)
+        low, high = ([], []) if recipe.bounds is None else (bound.tolist() for bound in recipe.bounds)
         self._solver = _core.Solver(
             Lowering(recipe.edge, differentiable=True).program,
             optimizer=recipe.method,

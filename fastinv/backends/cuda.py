@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastinv.backends.cuda_device import missing
+from fastinv.inverters import METHODS
 from fastinv.network import Network, Step
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class CudaBackend:
     """NVIDIA GPUs from Ampere on; see `fastinv.backends.base.Backend`."""
 
-    methods: tuple[str, ...] = ("adam", "amsgrad", "sgd")
+    methods: tuple[str, ...] = METHODS
 
     def __init__(self, index: int = 0) -> None:
         self.index = index

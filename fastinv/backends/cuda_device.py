@@ -73,6 +73,13 @@ def isa_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def gpu_name(device: torch.device) -> str | None:
+    """As in "NVIDIA H100 80GB HBM3"; None for what only stands in for a GPU."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
+
+
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Within, launches and new streams go to this device."""
     import torch

@@ -27,6 +27,7 @@ from fastinv.backends.cuda_nodes import (
     places,
 )
 from fastinv.backends.cuda_plan import Buffer, Ending, Stage
+from fastinv.backends.cuda_tuning import tuned
 from fastinv.network import Network, Step
 from fastinv.ops.activation import IDENTITY, Activation
 from fastinv.ops.affine import Affine
@@ -252,8 +253,8 @@ def _kernel(to: Lowering, geometry: Any, weight: Any, bias: Any) -> Any:
     # Two-byte products are so fast on tensor cores that a tile may be three quarters empty.
     few = groups == 1 and outputs <= FEW and to.dtype.itemsize == 4
     small = groups > 1 and min(outputs, inputs) < SMALL_GROUP
-    cls = DirectConvolution if few or small else Convolution
-    return cls(geometry, weight, bias, to.device, to.dtype, to.numbers.dot)
+    arguments = (geometry, weight, bias, to.device, to.dtype, to.numbers.dot)
+    return DirectConvolution(*arguments) if few or small else tuned(Convolution(*arguments), to.device)
 
 
 def _linear(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Shape], shape: Shape) -> Buffer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,8 @@ class CudaNetwork:
         self._scale, self._zero_point = Buffer(0, "float32"), Buffer(0, "float32")
         self._outside = (self._features, self._results, self._flag, self._scale, self._zero_point)
         self._arena = Arena(self._stages(), self._outside)
-        self._most = fitting(self._arena, network, most)
+        doors = [Buffer(int(np.prod(shape)), "float32") for shape in (network.input_shape, network.output_shape)]
+        self._most = fitting([self._arena], [*doors, *doors], most)  # of both slots
         self.batch_size: int | None = STREAMED_BATCHES * STREAMED_IMAGES
         self._memory: torch.Tensor | None = None  # the arena, for `_most` images
         # One slot is filled and emptied while the other is computed on, with so many images at once.
@@ -262,11 +264,11 @@ class CudaNetwork:
         return self._quantised
 
 
-def fitting(arena: Arena, network: Network, most: int) -> int:
-    """As many images as the kernels' offsets and a modest amount of memory allow."""
-    doors = 2 * 4 * sum(int(np.prod(shape)) for shape in (network.input_shape, network.output_shape))
-    by_memory = MOST_BYTES // (arena.bytes(64) // 64 + doors)
-    largest = max(arena.largest(), *(int(np.prod(shape)) for shape in (network.input_shape, network.output_shape)))
+def fitting(arenas: Iterable[Arena], outside: Iterable[Buffer], most: int) -> int:
+    """As many images as the kernels' offsets and a modest amount of memory allow; the arenas share theirs."""
+    arenas, outside = list(arenas), list(outside)
+    by_memory = MOST_BYTES // (max(a.bytes(64) for a in arenas) // 64 + sum(b.bytes(64) for b in outside) // 64 + 1)
+    largest = max(*(arena.largest() for arena in arenas), *(buffer.elements for buffer in outside))
     return max(1, min(most, by_memory, MOST_ELEMENTS // largest))
 
 

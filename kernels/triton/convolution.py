@@ -8,13 +8,14 @@ in the cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
 import triton.language as tl
 from fastinv.kernels.triton.epilogue import Epilogue, finish, stored
-from fastinv.kernels.triton.geometry import PHASE, Geometry, packed
+from fastinv.kernels.triton.geometry import Geometry, Weights, packed
 from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
 
 
@@ -109,6 +110,20 @@ class Tile:
     warps: int
     stages: int
 
+    @property
+    def numbers(self) -> tuple[int, int, int, int, int]:
+        return self.m, self.n, self.k, self.warps, self.stages
+
+
+def variants(tile: Tile) -> tuple[Tile, ...]:
+    """The tile, and others that may be faster. All have as many products at a time: the order of a sum stays."""
+    found = [tile, replace(tile, stages=tile.stages + 1), replace(tile, stages=tile.stages - 1)]
+    if tile.m == 128:
+        found.append(replace(tile, m=64, warps=4))  # as many rows for each warp
+    if tile.n >= 32:
+        found.append(replace(tile, n=tile.n // 2))
+    return tuple(found)
+
 
 def tile_for(outputs: int, products: int, itemsize: int, precision: str, flat: bool) -> Tile:
     """The tile for so many output channels a group and products an output, by the size of an input in bytes.
@@ -129,7 +144,7 @@ def tile_for(outputs: int, products: int, itemsize: int, precision: str, flat: b
     return Tile(64 if strict else 128, n, min(k, max(16, power_of_two(products))), 8, 4 if itemsize == 2 else 3)
 
 
-class Convolution:
+class Convolution(Weights):
     """Weights and geometry of one convolution on a device, ready for any batch.
 
     Args:
@@ -140,51 +155,37 @@ class Convolution:
     """
 
     def __init__(self, geometry: Geometry, weight: Any, bias: Any, device: Any, dtype: Any, precision: str) -> None:
-        import torch
-
-        self.geometry = geometry
-        self.groups, self.outputs, self.inputs = weight.shape[:3]
+        groups, outputs, channels = weight.shape[:3]
         taps = max(len(y.taps) * len(x.taps) for y, x in geometry.phases())
         # Few channels would leave most of a tile of one tap empty.
-        self.flat = self.inputs % 16 != 0 and self.inputs < 64
-        self.tile = tile_for(
-            self.outputs, taps * self.inputs if self.flat else self.inputs, dtype.itemsize, precision, self.flat
-        )
+        self.flat = channels % 16 != 0 and channels < 64
+        products = taps * channels if self.flat else channels
+        self.tile = tile_for(outputs, products, dtype.itemsize, precision, self.flat)
         inputs = None if self.flat else self.tile.k
+        # Between groups the weights are rounded up to `tile.n`.
+        self.candidates = tuple(t for t in variants(self.tile) if groups == 1 or t.n == self.tile.n)
         flat, offsets = packed(geometry.weights(weight), self.tile.n, inputs, self.tile.k)
-        self.weight = torch.from_numpy(flat).to(device, dtype)
-        self.bias = None if bias is None else torch.tensor(bias, device=device)
-        self.phases = torch.from_numpy(geometry.table(offsets)).to(device)
+        super().__init__(geometry, weight.shape, flat, offsets, bias, device, dtype)
         self.precision = precision
+
+    def with_tile(self, tile: Tile) -> Convolution:
+        """The same in tiles that are one of `candidates`; weights and all are shared."""
+        other = copy.copy(self)
+        other.tile = tile
+        return other
 
     def launch(self, x: Any, out: Any, epilogue: Epilogue, x_strides: Any = None, out_strides: Any = None) -> Launch:
         """For x [N, H, W, C] and out [N, OH, OW, O], contiguous where no strides, in elements, are given.
 
         A uint8 `out` gets round(255 · y).
         """
-        images, geometry, tile = len(x), self.geometry, self.tile
-        (height, width), (out_height, out_width) = geometry.inputs, geometry.outputs
+        geometry, tile = self.geometry, self.tile
         columns = ceil_div(self.outputs, tile.n)
-        channels, outputs = self.groups * self.inputs, self.groups * self.outputs
-        x_n, x_y, x_x, x_c = x_strides or (height * width * channels, width * channels, channels, 1)
-        out_n, out_y, out_x, out_c = out_strides or (
-            out_height * out_width * outputs, out_width * outputs, outputs, 1
-        )  # fmt: skip
-        args = {
-            "x": x, "w": self.weight, "bias": self.bias, "phases": self.phases, "out": out, **epilogue.args,
-            "images": images, "height": height, "width": width, "channels": self.inputs, "outputs": self.outputs,
-            "out_height": out_height, "out_width": out_width,
-            "x_n": x_n, "x_y": x_y, "x_x": x_x, "x_c": x_c,
-            "out_n": out_n, "out_y": out_y, "out_x": out_x, "out_c": out_c,
-            "stride_y": geometry.stride[0], "stride_x": geometry.stride[1],
-            "spacing_y": geometry.spacing[0], "spacing_x": geometry.spacing[1],
-            "step_y": geometry.step[0], "step_x": geometry.step[1],
-            "column_tiles": columns, "groups": self.groups,
-        }  # fmt: skip
-        constants = {
-            "PHASE": PHASE, "PHASES": geometry.count, "FLAT": self.flat, "FULL": self.inputs % tile.k == 0,
-            "KIND": epilogue.kind, "BYTES": out.dtype.itemsize == 1, "PRECISION": self.precision,
+        args, constants = self.arguments(x, out, epilogue, x_strides, out_strides)
+        args |= {"column_tiles": columns, "groups": self.groups}
+        constants |= {
+            "FLAT": self.flat, "FULL": self.inputs % tile.k == 0, "PRECISION": self.precision,
             "BM": tile.m, "BN": tile.n, "BK": tile.k,
         }  # fmt: skip
-        programs = ceil_div(images * geometry.largest, tile.m) * columns * self.groups * geometry.count
+        programs = ceil_div(len(x) * geometry.largest, tile.m) * columns * self.groups * geometry.count
         return Launch(_convolution_kernel, programs, args, constants, tile.warps, tile.stages)

@@ -11,7 +11,7 @@ import numpy as np
 import triton
 import triton.language as tl
 from fastinv.kernels.triton.epilogue import Epilogue, finish, stored
-from fastinv.kernels.triton.geometry import PHASE, Geometry
+from fastinv.kernels.triton.geometry import Geometry, Weights
 from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
 
 FEW = 4  # outputs that are taken pixel by pixel: a matrix tile would be three quarters empty
@@ -115,43 +115,19 @@ def _grouped_kernel(
     tl.store(out + place, stored(sums, BYTES).to(out.dtype.element_ty), mask=inside)
 
 
-class DirectConvolution:
+class DirectConvolution(Weights):
     """As `convolution.Convolution`, for one group with at most `FEW` outputs, or for groups of few channels."""
 
     def __init__(self, geometry: Geometry, weight: Any, bias: Any, device: Any, dtype: Any, precision: str) -> None:
-        import torch
-
-        self.geometry = geometry
-        self.groups, self.outputs, self.inputs = weight.shape[:3]
         parts = [part.transpose(2, 3, 0, 1).ravel() for part in geometry.weights(weight)]  # [taps, c, groups · o]
         offsets = [0, *np.cumsum([part.size for part in parts])[:-1].tolist()]
-        self.weight = torch.from_numpy(np.concatenate(parts)).to(device, dtype)
-        self.bias = None if bias is None else torch.tensor(bias, device=device)
-        self.phases = torch.from_numpy(geometry.table(offsets)).to(device)
+        super().__init__(geometry, weight.shape, np.concatenate(parts), offsets, bias, device, dtype)
 
     def launch(self, x: Any, out: Any, epilogue: Epilogue, x_strides: Any = None, out_strides: Any = None) -> Launch:
         """As `Convolution.launch`."""
-        images, geometry = len(x), self.geometry
-        (height, width), (out_height, out_width) = geometry.inputs, geometry.outputs
-        channels, outputs = self.groups * self.inputs, self.groups * self.outputs
-        x_n, x_y, x_x, x_c = x_strides or (height * width * channels, width * channels, channels, 1)
-        out_n, out_y, out_x, out_c = out_strides or (
-            out_height * out_width * outputs, out_width * outputs, outputs, 1
-        )  # fmt: skip
-        args = {
-            "x": x, "w": self.weight, "bias": self.bias, "phases": self.phases, "out": out, **epilogue.args,
-            "images": images, "height": height, "width": width, "channels": self.inputs, "outputs": self.outputs,
-            "out_height": out_height, "out_width": out_width,
-            "x_n": x_n, "x_y": x_y, "x_x": x_x, "x_c": x_c,
-            "out_n": out_n, "out_y": out_y, "out_x": out_x, "out_c": out_c,
-            "stride_y": geometry.stride[0], "stride_x": geometry.stride[1],
-            "spacing_y": geometry.spacing[0], "spacing_x": geometry.spacing[1],
-            "step_y": geometry.step[0], "step_x": geometry.step[1],
-        }  # fmt: skip
-        constants = {
-            "PHASE": PHASE, "PHASES": geometry.count, "KIND": epilogue.kind, "BYTES": out.dtype.itemsize == 1,
-        }  # fmt: skip
-        pixels = images * geometry.largest
+        args, constants = self.arguments(x, out, epilogue, x_strides, out_strides)
+        geometry, outputs = self.geometry, self.groups * self.outputs
+        pixels = len(x) * geometry.largest
         if self.groups == 1:
             tile = {"BM": 128, "BC": min(16, power_of_two(self.inputs)), "BO": power_of_two(self.outputs)}
             programs = ceil_div(pixels, tile["BM"]) * geometry.count

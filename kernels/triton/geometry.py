@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from fastinv.kernels.triton.epilogue import Epilogue
 
 Pair = tuple[int, int]
 Weight = npt.NDArray[np.float32]
@@ -77,6 +78,53 @@ class Geometry:
             part = weight[..., list(y.taps), :][..., list(x.taps)]
             g, o, c = part.shape[:3]
             yield part.reshape(g, o, c, -1).swapaxes(2, 3)
+
+
+class Weights:
+    """What every kernel of a convolution is given: its weights, [groups, outputs, inputs, …], as they lie for it.
+
+    Args:
+        shape: begins with groups, and with outputs and inputs of a group.
+        flat: the weights of all phases; each phase's begin at its one of `offsets`.
+        bias: float32 [groups · outputs], or None.
+    """
+
+    def __init__(
+        self, geometry: Geometry, shape: Any, flat: Weight, offsets: list[int], bias: Any, device: Any, dtype: Any
+    ) -> None:
+        import torch
+
+        self.geometry = geometry
+        self.groups, self.outputs, self.inputs = shape[:3]
+        self.weight = torch.from_numpy(flat).to(device, dtype)
+        self.bias = None if bias is None else torch.tensor(bias, device=device)
+        self.phases = torch.from_numpy(geometry.table(offsets)).to(device)
+
+    def arguments(
+        self, x: Any, out: Any, epilogue: Epilogue, x_strides: Any, out_strides: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arguments and constants of all kernels; strides that are None are those of contiguous tensors."""
+        geometry = self.geometry
+        (height, width), (out_height, out_width) = geometry.inputs, geometry.outputs
+        channels, outputs = self.groups * self.inputs, self.groups * self.outputs
+        x_n, x_y, x_x, x_c = x_strides or (height * width * channels, width * channels, channels, 1)
+        out_n, out_y, out_x, out_c = out_strides or (
+            out_height * out_width * outputs, out_width * outputs, outputs, 1
+        )  # fmt: skip
+        args = {
+            "x": x, "w": self.weight, "bias": self.bias, "phases": self.phases, "out": out, **epilogue.args,
+            "images": len(x), "height": height, "width": width, "channels": self.inputs, "outputs": self.outputs,
+            "out_height": out_height, "out_width": out_width,
+            "x_n": x_n, "x_y": x_y, "x_x": x_x, "x_c": x_c,
+            "out_n": out_n, "out_y": out_y, "out_x": out_x, "out_c": out_c,
+            "stride_y": geometry.stride[0], "stride_x": geometry.stride[1],
+            "spacing_y": geometry.spacing[0], "spacing_x": geometry.spacing[1],
+            "step_y": geometry.step[0], "step_x": geometry.step[1],
+        }  # fmt: skip
+        constants = {
+            "PHASE": PHASE, "PHASES": geometry.count, "KIND": epilogue.kind, "BYTES": out.dtype.itemsize == 1,
+        }  # fmt: skip
+        return args, constants
 
 
 def correlation(inputs: Pair, outputs: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Geometry:

@@ -6,10 +6,9 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from fastinv.kernels.triton.elementwise import launch_elements, place_of
 from fastinv.kernels.triton.epilogue import Epilogue, finish
-from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
-
-BLOCK = 1024  # elements of a program
+from fastinv.kernels.triton.launch import Launch
 
 
 @triton.jit
@@ -26,10 +25,7 @@ def _max_pool_kernel(
     """
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = p < elements
-    c = p % channels
-    j = p // channels % out_width
-    i = p // (channels * out_width) % out_height
-    n = p // (channels * out_width * out_height)
+    n, i, j, c = place_of(p, out_height, out_width, channels)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     place = tl.full((BLOCK,), -1, tl.int32)
     for t in range(0, KY * KX):
@@ -56,10 +52,7 @@ def _max_pool_backward_kernel(
     """out[n, y, x, c] = Σ gradient[n, i, j, c] over the windows (i, j) whose maximum is (y, x)."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = p < elements
-    c = p % channels
-    z = p // channels % width
-    y = p // (channels * width) % height
-    n = p // (channels * width * height)
+    n, y, z, c = place_of(p, height, width, channels)
     total = tl.zeros((BLOCK,), tl.float32)
     for t in range(0, KY * KX):
         up = y + top - t // KX * dilation_y
@@ -99,7 +92,4 @@ class MaxPool:
         return self._launch(_max_pool_backward_kernel, out, {"gradient": gradient, "tap": tap}, epilogue)
 
     def _launch(self, kernel: Any, out: Any, tensors: dict[str, Any], epilogue: Epilogue) -> Launch:
-        block = min(BLOCK, power_of_two(out.numel()))
-        args = {**tensors, "out": out, **epilogue.args, "elements": out.numel(), **self._args}
-        constants = {**self._constants, "KIND": epilogue.kind, "BLOCK": block}
-        return Launch(kernel, ceil_div(out.numel(), block), args, constants)
+        return launch_elements(kernel, out, {**tensors, **self._args}, self._constants, epilogue)

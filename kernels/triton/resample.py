@@ -11,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import triton
 import triton.language as tl
+from fastinv.kernels.triton.elementwise import launch_elements, place_of
 from fastinv.kernels.triton.epilogue import Epilogue, finish
-from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
-
-BLOCK = 1024  # elements of a program
+from fastinv.kernels.triton.launch import Launch
 
 
 @triton.jit
@@ -29,10 +28,7 @@ def _resample_kernel(
     """
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = p < elements
-    c = p % channels
-    j = p // channels % out_width
-    i = p // (channels * out_width) % out_height
-    n = p // (channels * out_width * out_height)
+    n, i, j, c = place_of(p, out_height, out_width, channels)
     y = tl.load(row_first + i)
     z = tl.load(column_first + j)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -63,9 +59,7 @@ class Resampling:
             self._args[f"{name}_taps"] = weight.shape[1]
 
     def launch(self, x: Any, out: Any, epilogue: Epilogue) -> Launch:
-        block = min(BLOCK, power_of_two(out.numel()))
-        args = {"x": x, "out": out, **epilogue.args, "elements": out.numel(), **self._args}
-        return Launch(_resample_kernel, ceil_div(out.numel(), block), args, {"KIND": epilogue.kind, "BLOCK": block})
+        return launch_elements(_resample_kernel, out, {"x": x, **self._args}, {}, epilogue)
 
 
 def _banded(matrix: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:

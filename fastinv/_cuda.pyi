@@ -1,0 +1,53 @@
+"""Kernels in CUDA C++; there only where nvcc was at the build."""
+
+class Descent:
+    z: int
+    first: int
+    second: int
+    largest: int
+    rates: int
+    low: int
+    high: int
+    running: int
+    taken: int
+    images: int
+    height: int
+    width: int
+    channels: int
+    steps: int
+    most: int
+    optimizer: int
+    rest1: float
+    beta2: float
+    rest2: float
+    eps: float
+    momentum: float
+    tv_weight: float
+    half_beta: float
+    root: float
+    def __init__(self) -> None: ...
+
+class QuadraticForm:
+    constant: int
+    weight: int
+    row_kind: int
+    column_kind: int
+    taps_y: int
+    taps_x: int
+    row_kinds: int
+    column_kinds: int
+    def __init__(self) -> None: ...
+    def fits(self, descent: Descent) -> bool: ...
+    def run(self, descent: Descent, device: int, stream: int) -> None: ...
+
+class PooledLayers:
+    target: int
+    first: int
+    first_bias: int
+    second: int
+    second_bias: int
+    second_back: int
+    first_back: int
+    def __init__(self) -> None: ...
+    def fits(self, descent: Descent) -> bool: ...
+    def run(self, descent: Descent, device: int, stream: int) -> None: ...

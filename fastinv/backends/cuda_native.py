@@ -1,0 +1,175 @@
+"""Launches of the kernels in CUDA C++ (`kernels/cuda`), where they are built: for shallow edges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastinv.backends.cuda_quadratic import QuadraticForm
+from fastinv.errors import BackendError
+from fastinv.network import Network
+from fastinv.ops.activation import IDENTITY, Activation
+from fastinv.ops.conv2d import Conv2d
+from fastinv.ops.max_pool2d import MaxPool2d
+
+if TYPE_CHECKING:
+    import torch
+
+MOST_STEPS = 1000  # of a launch: then Ctrl-C is heard
+OPTIMIZERS = ("adam", "amsgrad", "sgd")  # the order of Optimizer in kernels/cuda/descent.h
+TAPS, FIRST, SECOND = 5, 8, 16  # of both convolutions, and their channels: what `Pooled` is compiled for
+
+
+def extension() -> Any:
+    """`fastinv._cuda`, or None where it is not built."""
+    try:
+        from fastinv import _cuda
+    except ImportError:
+        return None
+    return _cuda
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """An edge as the kernels take it.
+
+    Attributes:
+        kind: a class of `fastinv._cuda`.
+        given: its field for what is given for each image: the gradient at 0, or the features.
+        arrays, numbers: its other fields.
+    """
+
+    kind: str
+    given: str
+    arrays: Mapping[str, npt.NDArray[Any]]
+    numbers: Mapping[str, int]
+
+
+def quadratic_problem(form: QuadraticForm) -> Problem:
+    """One convolution, by AᵀA."""
+    kinds_y, kinds_x, down, across, channels, _ = form.weight.shape
+    ordered = form.weight.transpose(0, 1, 3, 4, 2, 5).reshape(kinds_y, kinds_x, across, channels, down * channels)
+    arrays = {"weight": _in_fours(ordered), "row_kind": form.row_kind, "column_kind": form.column_kind}
+    numbers = {"taps_y": down, "taps_x": across, "row_kinds": kinds_y, "column_kinds": kinds_x}
+    return Problem("QuadraticForm", "constant", arrays, numbers)
+
+
+def pooled_problem(edge: Network) -> Problem | None:
+    """Convolution, ReLU, max pool, convolution, ReLU, as in MNIST's ReLU2; None for anything else."""
+    conv, pool, relu = Conv2d(), MaxPool2d(), Activation("relu")
+    steps = [(step.op, step.activation, step.inputs) for step in edge.steps]
+    if steps != [(conv, relu, (0,)), (pool, IDENTITY, (1,)), (conv, relu, (2,))]:
+        return None
+    (first, first_bias), (second, second_bias) = (
+        (edge.steps[i].weights["weight"], edge.steps[i].weights["bias"]) for i in (0, 2)
+    )
+    if (first.shape, second.shape) != ((FIRST, 1, TAPS, TAPS), (SECOND, FIRST, TAPS, TAPS)):
+        return None
+    arrays = {
+        "first": first.transpose(1, 2, 3, 0),
+        "first_bias": first_bias,
+        "second": second.transpose(1, 2, 3, 0),
+        "second_bias": second_bias,
+        "second_back": second[..., ::-1, ::-1].transpose(0, 2, 3, 1),
+        "first_back": _in_fours(first[:, 0, ::-1, ::-1].transpose(2, 0, 1)),
+    }
+    return Problem("PooledLayers", "target", arrays, {})
+
+
+def _in_fours(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The last axis rounded up to a multiple of 4."""
+    return np.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, -weight.shape[-1] % 4)])
+
+
+class OnChipDescent:
+    """Gradient descent with everything on chip; a launch takes `MOST_STEPS` steps, or those that are left.
+
+    Args:
+        rule: the recipe, a `fastinv.kernels.triton.descent.Descent`.
+    """
+
+    def __init__(self, problem: Problem, rule: Any, device: torch.device) -> None:
+        import torch
+
+        self._problem = problem
+        self._arrays = {
+            name: torch.from_numpy(np.array(values, order="C")).to(device) for name, values in problem.arrays.items()
+        }
+        self._constants = {"rates": rule.rates, "low": rule.low, "high": rule.high}
+        height, width, channels = rule.variation.shape
+        self._numbers: dict[str, int | float] = {
+            "height": height,
+            "width": width,
+            "channels": channels,
+            "steps": rule.steps,
+            "most": MOST_STEPS,
+            "optimizer": OPTIMIZERS.index(rule.optimizer),
+            "rest1": 1 - rule.beta1,
+            "beta2": rule.beta2,
+            "rest2": 1 - rule.beta2,
+            "eps": rule.eps,
+            "momentum": rule.momentum,
+            "tv_weight": rule.variation.weight if rule.sloped else 0.0,
+            "half_beta": rule.variation.beta / 2,
+            "root": rule.variation.constants["ROOT"],
+        }
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is a kernel for it, built."""
+        if extension() is None:
+            return False
+        descent, problem = self._filled({}, None)
+        return bool(problem.fits(descent))
+
+    @property
+    def launches(self) -> int:
+        """That take all steps."""
+        return -(-int(self._numbers["steps"]) // MOST_STEPS)
+
+    def launch(self, z: torch.Tensor, given: torch.Tensor, state: Mapping[str, torch.Tensor]) -> Any:
+        """Take steps from z, in place.
+
+        Args:
+            z: float32 [N, H·W·C].
+            given: float32 [N, elements], as the problem says.
+            state: first, second, third, running, taken.
+
+        Returns:
+            What launches them; it raises `BackendError` where that fails.
+        """
+        tensors = {"z": z, "largest": state["third"]}
+        tensors |= {name: state[name] for name in ("first", "second", "running", "taken")}
+        descent, problem = self._filled(tensors, given)
+        descent.images = len(z)
+
+        def run() -> None:
+            import torch
+
+            on_gpu = z.device.type == "cuda"
+            stream = torch.cuda.current_stream(z.device).cuda_stream if on_gpu else 0
+            try:
+                problem.run(descent, z.device.index if on_gpu else -1, stream)
+            except RuntimeError as error:
+                raise BackendError(f"backend 'cuda': {error}") from error
+
+        return run
+
+    def _filled(self, tensors: Mapping[str, Any], given: Any) -> tuple[Any, Any]:
+        module = extension()
+        descent, problem = module.Descent(), getattr(module, self._problem.kind)()
+        _fill(descent, {**self._constants, **tensors}, self._numbers)
+        _fill(problem, {**self._arrays, self._problem.given: given}, self._problem.numbers)
+        return descent, problem
+
+
+def _fill(struct: Any, tensors: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
+    """Addresses and numbers as fields; 0 for what is None."""
+    for name, tensor in tensors.items():
+        setattr(struct, name, 0 if tensor is None else tensor.data_ptr())
+    for name, number in numbers.items():
+        setattr(struct, name, number)

@@ -1,0 +1,171 @@
+"""Tiles of matrix products by measurement, kept in a file under the user's cache folder.
+
+`tune` measures the few candidates of every convolution of a network and writes down the fastest. Compiling only looks
+them up: it takes no time, and what was never measured keeps the tile that `tile_for` gives. All candidates add up the
+same products in the same order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastinv.backends.cuda_device import gpu_name
+from fastinv.errors import BackendError
+from fastinv.network import Network
+
+if TYPE_CHECKING:
+    import torch
+
+VERSION = 1  # of the file
+TUNED_BYTES = 2**28  # of what a measured launch reads or writes: more than the L2 holds
+TUNED_IMAGES = 4096  # at most
+
+
+def tiles_file() -> Path:
+    """Where the tiles are kept: `$XDG_CACHE_HOME/fastinv/tiles.json`, or in `~/.cache`."""
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "fastinv" / "tiles.json"
+
+
+def read_tiles() -> dict[str, list[int]]:
+    """[m, n, k, warps, stages] by convolution; none where there is no file. One that is broken is told, and ignored."""
+    path = tiles_file()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        tiles: dict[str, list[int]] = content["tiles"]
+        if content["version"] != VERSION:
+            return {}
+        if not all(isinstance(tile, list) and [type(n) for n in tile] == [int] * 5 for tile in tiles.values()):
+            raise ValueError("a tile is not five integers")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"the file of measured tiles {path} is ignored ({type(error).__name__}: {error!s:.200}): delete it, and "
+            "measure again",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return {}
+    return tiles
+
+
+def write_tiles(fresh: dict[str, list[int]]) -> None:
+    """Add tiles to the file, whole or not at all: other processes see the old one or the new one.
+
+    Raises:
+        BackendError: it cannot be written.
+    """
+    path = tiles_file()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # what is broken is replaced
+        tiles = read_tiles() | fresh
+    text = json.dumps({"version": VERSION, "tiles": tiles}, indent=1, sort_keys=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise BackendError(
+            f"the measured tiles cannot be written to {path} ({error.strerror or error}): set XDG_CACHE_HOME to a "
+            "folder that can"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def key_of(gpu: str, convolution: Any) -> str:
+    """What a tile is measured for: the GPU, the kernel, the shapes, the types."""
+    c, g = convolution, convolution.geometry
+    taps = [[len(axis.taps) for axis in axes] for axes in g.axes]
+    reads = f"{g.inputs}->{g.outputs} stride {g.stride} spacing {g.spacing} step {g.step} taps {taps}"
+    dtype = str(c.weight.dtype).removeprefix("torch.")
+    return f"{gpu} | convolution | {c.groups}x{c.outputs}x{c.inputs} {reads} | {dtype} {c.precision}"
+
+
+def tuned(convolution: Any, device: torch.device) -> Any:
+    """The convolution with the tile that was measured for it on this device, if one was."""
+    gpu = gpu_name(device)
+    if gpu is None:
+        return convolution
+    found = read_tiles().get(key_of(gpu, convolution))
+    fitting = (tile for tile in convolution.candidates if list(tile.numbers) == found)  # the file may be another's
+    return convolution.with_tile(next(fitting, convolution.tile))
+
+
+def tune(
+    network: Network,
+    precision: str,
+    device: torch.device,
+    differentiable: bool = False,
+    timer: Callable[[Any], float] | None = None,
+) -> dict[str, list[int]]:
+    """Measure the tiles of the network's convolutions, and of the ways back where it is the edge of a solver.
+
+    Args:
+        timer: seconds of a launch; by default by events on the device.
+
+    Returns:
+        What was written to the file.
+
+    Raises:
+        BackendError: the file cannot be written.
+    """
+    from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
+    from fastinv.kernels.triton.convolution import Convolution
+
+    gpu = gpu_name(device) or device.type
+    to = Lowering(network, device, PRECISIONS[precision], differentiable=differentiable)
+    kernels = [getattr(node, name, None) for node in to.nodes for name in ("kernel", "back")]
+    found: dict[str, list[int]] = {}
+    for kernel in kernels:
+        if isinstance(kernel, Convolution) and key_of(gpu, kernel) not in found:
+            found[key_of(gpu, kernel)] = list(_fastest(kernel, device, timer or _seconds).numbers)
+    write_tiles(found)
+    return found
+
+
+def _fastest(kernel: Any, device: torch.device, timer: Callable[[Any], float]) -> Any:
+    import torch
+    from triton.runtime.errors import OutOfResources
+
+    from fastinv.kernels.triton.epilogue import Epilogue
+
+    g, dtype = kernel.geometry, kernel.weight.dtype
+    sizes = [(*g.inputs, kernel.groups * kernel.inputs), (*g.outputs, kernel.groups * kernel.outputs)]
+    largest = max(h * w * c * dtype.itemsize for h, w, c in sizes)
+    images = min(TUNED_IMAGES, max(1, TUNED_BYTES // largest)) if device.type == "cuda" else 1
+    x, out = (torch.randn(images, *size, device=device).to(dtype) for size in sizes)
+
+    def seconds(tile: Any) -> float:
+        try:
+            return timer(kernel.with_tile(tile).launch(x, out, Epilogue()))
+        except OutOfResources:
+            return float("inf")
+
+    return min(kernel.candidates, key=seconds)
+
+
+def _seconds(launch: Any) -> float:
+    """The median of some runs, after one that compiles it."""
+    import torch
+
+    launch()
+    times: list[float] = []
+    for _ in range(7):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        launch()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1000)
+    return sorted(times)[3]

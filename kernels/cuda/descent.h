@@ -1,0 +1,244 @@
+// rMLE by gradient descent, all steps on chip (He et al. 2019, Algorithm 1): what is the same for every edge.
+//
+// A block has one image for many steps. The image lies in shared memory, plane by plane, beside what the edge keeps
+// there; a thread has some pixels of a column, one below the other, with their moments, in registers. An edge says how
+// the gradient of Σ(edge(z) − v)² is made: `quadratic.h`, `pooled.h`.
+#pragma once
+
+#include "block.h"
+
+namespace fastinv {
+
+enum class Optimizer : int32_t { kAdam, kAmsgrad, kSgd };
+
+struct Descent {
+  // float32 [images, height, width, channels]: the image, and the moments.
+  float *z, *first, *second, *largest;
+  const float* rates;        // [steps, 2]: for Adam lr / (1 − β1^t) and (1 − β2^t)^(−1/2), for SGD lr
+  const float *low, *high;   // [channels], or null
+  int32_t *running, *taken;  // [images]: 1 while an image has steps to take, then 2; how many it has taken
+  int32_t images, height, width, channels;
+  int32_t steps, most;  // in all, and in one launch
+  Optimizer optimizer;
+  float rest1, beta2, rest2, eps, momentum;  // rest1, rest2: 1 − β1, 1 − β2
+  float tv_weight, half_beta, root;          // tv_weight 0: the edge has it; root: what is added to the squares
+};
+
+constexpr int kMostThreads = 256;             // of a block: then each can have 255 registers
+constexpr int kMostSharedBytes = 227 * 1024;  // of a block, on sm_90
+constexpr int kFinished = 2;
+
+// Pixels of a thread, and what it knows of them: [row][channel].
+template <int kChannels_, int kRows_>
+struct Pixels {
+  static constexpr int kChannels = kChannels_, kRows = kRows_;
+  using Values = float[kRows][kChannels];
+  Values z, gradient, first, second, largest;
+  int row, column;  // of the first; a thread that has none is at column −1
+};
+
+// Planes of rows of pixels, each with as much of a border as the edge asks for.
+struct Planes {
+  float* first;  // pixel (0, 0) of channel 0, inside the border
+  int pitch, size;
+
+  FASTINV_BLOCK float& at(int row, int column, int channel) const {
+    return first[channel * size + row * pitch + column];
+  }
+};
+
+// Threads of a block, whole warps; rows of its image, a whole number for each thread; its floats in shared memory.
+template <class Edge>
+FASTINV_BOTH int threads_of(const Descent& d) {
+  return ((d.height + Edge::P::kRows - 1) / Edge::P::kRows * d.width + 31) / 32 * 32;
+}
+template <class Edge>
+FASTINV_BOTH int rows_of(const Descent& d) {
+  return (d.height + Edge::P::kRows - 1) / Edge::P::kRows * Edge::P::kRows + 2 * Edge::kBorder;
+}
+template <class Edge>
+FASTINV_BOTH int image_floats(const Descent& d) {
+  return (Edge::P::kChannels * rows_of<Edge>(d) * (d.width + 2 * Edge::kBorder) + 3) / 4 * 4;
+}
+template <class Edge>
+FASTINV_BOTH int shared_floats(const Descent& d, const Edge& edge) {
+  return image_floats<Edge>(d) + edge.shared_floats(d);
+}
+template <class Edge>
+FASTINV_BLOCK Planes image_of(const Descent& d, float* memory) {
+  const int pitch = d.width + 2 * Edge::kBorder;
+  return {memory + Edge::kBorder * pitch + Edge::kBorder, pitch, rows_of<Edge>(d) * pitch};
+}
+
+// Sums of a convolution at the pixels of a thread: sum[r][c] += Σ w[i, j, k, c] · planes(row + r + i, column + j, k),
+// with weights [j][k][i · outputs + c, rounded up to 4]. A value then serves several sums, and four weights are read at
+// once. Rows that are not `kUniform` have weights of their own.
+template <int kInputs, int kTaps, bool kUniform, int kRows, int kOutputs>
+FASTINV_BLOCK void convolve(const Planes& planes, int row, int column, const Four* const (&weights)[kRows],
+                            float (&sum)[kRows][kOutputs]) {
+  constexpr int kFours = (kTaps * kOutputs + 3) / 4;
+#pragma unroll 1
+  for (int j = 0; j < kTaps; ++j) {
+#pragma unroll(kInputs < 4 ? kInputs : 1)
+    for (int k = 0; k < kInputs; ++k) {
+      float x[kRows + kTaps - 1];
+#pragma unroll
+      for (int i = 0; i < kRows + kTaps - 1; ++i) x[i] = planes.at(row + i, column + j, k);
+      const int place = (j * kInputs + k) * kFours;
+#pragma unroll
+      for (int f = 0; f < kFours; ++f) {
+        Four w = weights[0][place + f];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          if (!kUniform && r > 0) w = weights[r][place + f];
+#pragma unroll
+          for (int l = 0; l < 4; ++l) {
+            const int i = (4 * f + l) / kOutputs, c = (4 * f + l) % kOutputs;
+            if (i < kTaps) sum[r][c] += w.at[l] * x[r + i];
+          }
+        }
+      }
+    }
+  }
+}
+
+// dy and dx at a pixel of the image, 0 over its border, and (dy² + dx² + root)^(β/2 − 1).
+struct Differences {
+  float dy, dx, factor;
+};
+
+FASTINV_BLOCK inline Differences differences(const Descent& d, const Planes& image, int row, int column, int channel) {
+  const float here = image.at(row, column, channel);
+  const float dy = row + 1 < d.height ? image.at(row + 1, column, channel) - here : 0.0f;
+  const float dx = column + 1 < d.width ? image.at(row, column + 1, channel) - here : 0.0f;
+  float square = dy * dy + dx * dx + d.root;
+  if (square < 1e-30f) square = 1e-30f;  // where a difference is 0 so is the slope; but not 0 · ∞
+  if (d.half_beta == 1.0f) return {dy, dx, 1.0f};
+  if (d.half_beta == 0.5f) return {dy, dx, 1.0f / sqrtf(square)};
+  return {dy, dx, powf(square, d.half_beta - 1.0f)};
+}
+
+// The gradient of tv_weight · TV_β at a pixel.
+FASTINV_BLOCK inline float variation_slope(const Descent& d, const Planes& image, int row, int column, int channel) {
+  const Differences here = differences(d, image, row, column, channel);
+  float slope = -(here.dy + here.dx) * here.factor;
+  if (row > 0) {
+    const Differences above = differences(d, image, row - 1, column, channel);
+    slope += above.dy * above.factor;
+  }
+  if (column > 0) {
+    const Differences left = differences(d, image, row, column - 1, channel);
+    slope += left.dx * left.factor;
+  }
+  return d.tv_weight * 2.0f * d.half_beta * slope;
+}
+
+// Adam: Kingma and Ba 2015; AMSGrad: Reddi et al. 2018; both and SGD as in PyTorch.
+template <class P>
+FASTINV_BLOCK void step(const Descent& d, const float* rate, P& p, int r, int c) {
+  const float g = p.gradient[r][c];
+  float& m = p.first[r][c];
+  if (d.optimizer == Optimizer::kSgd) {
+    m = d.momentum * m + g;
+    p.z[r][c] -= rate[0] * m;
+  } else {
+    m += d.rest1 * (g - m);
+    float& s = p.second[r][c];
+    s = d.beta2 * s + d.rest2 * g * g;
+    float scale = s;
+    if (d.optimizer == Optimizer::kAmsgrad) {
+      if (p.largest[r][c] > scale) scale = p.largest[r][c];
+      p.largest[r][c] = scale;
+    }
+    p.z[r][c] -= rate[0] * m / (sqrtf(scale) * rate[1] + d.eps);
+  }
+  if (d.low != nullptr) {
+    if (p.z[r][c] < d.low[c]) p.z[r][c] = d.low[c];
+    if (p.z[r][c] > d.high[c]) p.z[r][c] = d.high[c];
+  }
+}
+
+// What a block does with its image: as many steps as are left, `most` at most. The edge has
+// - `Own`, what a thread keeps beside its pixels, a `Pixels` among it as `pixels`; `kBorder`, of the image;
+// - `shared_floats(d)`, and `begin(d, block, memory)`, which fills that memory and ends with a barrier;
+// - `own(d, n, own)`, which completes a thread's own for image n;
+// - `differentiate(d, block, image, all)`, which leaves the gradients in the pixels of all, and ends with a barrier.
+template <class Edge, class Block>
+FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
+  using P = typename Edge::P;
+  const int n = block.index();
+  if (d.running[n] != 1) return;
+  const Planes image = image_of<Edge>(d, block.shared());
+  const int64_t start = int64_t{n} * d.height * d.width * P::kChannels;
+  const int begin = d.taken[n], end = d.steps - begin < d.most ? d.steps : begin + d.most;
+  typename Block::template PerThread<typename Edge::Own> all(block);
+
+  // For every value of a thread that is in the image: f(row in the thread, channel, place in memory).
+  const auto values = [&](const P& p, auto f) {
+    if (p.column < 0) return;
+#pragma unroll
+    for (int r = 0; r < P::kRows; ++r) {
+      if (p.row + r >= d.height) continue;
+#pragma unroll
+      for (int c = 0; c < P::kChannels; ++c) {
+        f(r, c, start + (int64_t{p.row + r} * d.width + p.column) * P::kChannels + c);
+      }
+    }
+  };
+
+  block.each([&](int thread) {
+    for (int i = thread; i < image_floats<Edge>(d); i += block.threads()) block.shared()[i] = 0.0f;
+  });
+  edge.begin(d, block, block.shared() + image_floats<Edge>(d));
+  block.each([&](int thread) {
+    all[thread] = {};
+    P& p = all[thread].pixels;
+    p.row = thread / d.width * P::kRows;
+    p.column = p.row < d.height ? thread % d.width : -1;
+    if (p.column < 0) return;
+    values(p, [&](int r, int c, int64_t at) {
+      p.z[r][c] = d.z[at];
+      p.first[r][c] = d.first[at];
+      p.second[r][c] = d.second[at];
+      p.largest[r][c] = d.largest[at];
+      image.at(p.row + r, p.column, c) = p.z[r][c];
+    });
+    edge.own(d, n, all[thread]);
+  });
+  for (int t = begin; t < end; ++t) {
+    edge.differentiate(d, block, image, all);
+    if (d.tv_weight > 0.0f) {
+      block.each([&](int thread) {
+        P& p = all[thread].pixels;
+        values(p,
+               [&](int r, int c, int64_t) { p.gradient[r][c] += variation_slope(d, image, p.row + r, p.column, c); });
+      });
+    }
+    block.each([&](int thread) {
+      P& p = all[thread].pixels;
+      values(p, [&](int r, int c, int64_t) {
+        step(d, d.rates + 2 * t, p, r, c);
+        image.at(p.row + r, p.column, c) = p.z[r][c];
+      });
+    });
+  }
+  block.each([&](int thread) {
+    const P& p = all[thread].pixels;
+    values(p, [&](int r, int c, int64_t at) {
+      d.z[at] = p.z[r][c];
+      d.first[at] = p.first[r][c];
+      d.second[at] = p.second[r][c];
+      d.largest[at] = p.largest[r][c];
+    });
+    if (thread > 0) return;
+    d.taken[n] = end;
+    if (end == d.steps) d.running[n] = kFinished;
+  });
+}
+
+template <class Edge>
+bool has_room(const Descent& d, const Edge& edge) {
+  return threads_of<Edge>(d) <= kMostThreads && int64_t{shared_floats(d, edge)} * 4 <= kMostSharedBytes;
+}
+
+}  // namespace fastinv

@@ -1,0 +1,92 @@
+// Binds only: `fastinv._cuda`.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+#include "run.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using fastinv::Descent;
+using fastinv::PooledLayers;
+using fastinv::QuadraticForm;
+
+// A field that holds the address of memory.
+template <class Struct, class T>
+void pointer(py::class_<Struct>& type, const char* name, T* Struct::* field) {
+  type.def_property(
+      name, [field](const Struct& s) { return reinterpret_cast<uintptr_t>(s.*field); },
+      [field](Struct& s, uintptr_t address) { s.*field = reinterpret_cast<T*>(address); });
+}
+
+template <class Problem>
+void run(const Problem& problem, const Descent& descent, int device, uintptr_t stream) {
+  if (!fastinv::fits(descent, problem))
+    throw std::invalid_argument("there is no kernel for this edge and these images");
+  if (device < 0) return fastinv::descend_on_host(descent, problem);
+  fastinv::launch_descend(descent, problem, device, stream);
+}
+
+template <class Problem>
+py::class_<Problem> problem(py::module_& m, const char* name) {
+  return py::class_<Problem>(m, name)
+      .def(py::init([] { return Problem{}; }))
+      .def("fits", [](const Problem& p, const Descent& d) { return fastinv::fits(d, p); })
+      .def("run", &run<Problem>, py::arg("descent"), py::arg("device"), py::arg("stream"),
+           py::call_guard<py::gil_scoped_release>(),
+           "Take the steps, for memory of this device, on this stream; device −1: of the host.");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  py::class_<Descent> descent(m, "Descent");
+  descent.def(py::init([] { return Descent{}; }));
+  pointer(descent, "z", &Descent::z);
+  pointer(descent, "first", &Descent::first);
+  pointer(descent, "second", &Descent::second);
+  pointer(descent, "largest", &Descent::largest);
+  pointer(descent, "rates", &Descent::rates);
+  pointer(descent, "low", &Descent::low);
+  pointer(descent, "high", &Descent::high);
+  pointer(descent, "running", &Descent::running);
+  pointer(descent, "taken", &Descent::taken);
+  descent.def_readwrite("images", &Descent::images)
+      .def_readwrite("height", &Descent::height)
+      .def_readwrite("width", &Descent::width)
+      .def_readwrite("channels", &Descent::channels)
+      .def_readwrite("steps", &Descent::steps)
+      .def_readwrite("most", &Descent::most)
+      .def_readwrite("rest1", &Descent::rest1)
+      .def_readwrite("beta2", &Descent::beta2)
+      .def_readwrite("rest2", &Descent::rest2)
+      .def_readwrite("eps", &Descent::eps)
+      .def_readwrite("momentum", &Descent::momentum)
+      .def_readwrite("tv_weight", &Descent::tv_weight)
+      .def_readwrite("half_beta", &Descent::half_beta)
+      .def_readwrite("root", &Descent::root)
+      .def_property(
+          "optimizer", [](const Descent& d) { return static_cast<int>(d.optimizer); },
+          [](Descent& d, int code) { d.optimizer = static_cast<fastinv::Optimizer>(code); });
+
+  auto quadratic = problem<QuadraticForm>(m, "QuadraticForm");
+  pointer(quadratic, "constant", &QuadraticForm::constant);
+  pointer(quadratic, "weight", &QuadraticForm::weight);
+  pointer(quadratic, "row_kind", &QuadraticForm::row_kind);
+  pointer(quadratic, "column_kind", &QuadraticForm::column_kind);
+  quadratic.def_readwrite("taps_y", &QuadraticForm::taps_y)
+      .def_readwrite("taps_x", &QuadraticForm::taps_x)
+      .def_readwrite("row_kinds", &QuadraticForm::row_kinds)
+      .def_readwrite("column_kinds", &QuadraticForm::column_kinds);
+
+  auto pooled = problem<PooledLayers>(m, "PooledLayers");
+  pointer(pooled, "target", &PooledLayers::target);
+  pointer(pooled, "first", &PooledLayers::first);
+  pointer(pooled, "first_bias", &PooledLayers::first_bias);
+  pointer(pooled, "second", &PooledLayers::second);
+  pointer(pooled, "second_bias", &PooledLayers::second_bias);
+  pointer(pooled, "second_back", &PooledLayers::second_back);
+  pointer(pooled, "first_back", &PooledLayers::first_back);
+}

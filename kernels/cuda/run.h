@@ -1,0 +1,23 @@
+// What `module.cpp` binds, for a problem that is a `QuadraticForm` or `PooledLayers`.
+#pragma once
+
+#include "pooled.h"
+#include "quadratic.h"
+
+namespace fastinv {
+
+// Whether there is a kernel for it.
+template <class Problem>
+bool fits(const Descent& descent, const Problem& problem) {
+  return with_edge(descent, problem, [](const auto&) {});
+}
+
+// For memory of the host.
+template <class Problem>
+void descend_on_host(const Descent& descent, const Problem& problem);
+
+// For memory of this device; returns before it is done. Throws std::runtime_error.
+template <class Problem>
+void launch_descend(const Descent& descent, const Problem& problem, int device, uintptr_t stream);
+
+}  // namespace fastinv

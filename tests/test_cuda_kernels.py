@@ -1,0 +1,170 @@
+"""The kernels in CUDA C++: a thread block's stand-in on the host against the definition; what nvcc made of them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checks import randn, relative
+from torch import nn
+
+pytest.importorskip("fastinv._cuda", reason="the kernels in CUDA C++ are not built: there was no nvcc")
+pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
+
+from interpreter import DEVICE, check_solver, recipe_for, solve_by_definition, solver_on
+
+from fastinv import _cuda
+from fastinv.backends import cuda_methods, cuda_native
+from fastinv.export import export
+from fastinv.network import Network
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 8, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 5), nn.ReLU())
+
+
+EDGES: dict[str, Any] = {
+    "MNIST conv1": (lambda: nn.Conv2d(1, 8, 5), (1, 28, 28)),
+    "CIFAR conv11": (lambda: nn.Conv2d(3, 64, 3, padding=1), (3, 32, 32)),
+    "one channel": (lambda: nn.Conv2d(1, 16, 3, padding=2), (1, 9, 13)),
+    "MNIST ReLU2": (lambda: two_layers(), (1, 28, 28)),
+    "two layers": (lambda: two_layers(), (1, 16, 24)),
+    "few rows": (lambda: nn.Conv2d(3, 16, 3), (3, 3, 21)),
+}
+
+
+def edge_of(name: str) -> Network:
+    torch.manual_seed(0)
+    module, shape = EDGES[name]
+    return export(module().eval(), torch.zeros(2, *shape))
+
+
+def is_on_chip(recipe: Any) -> bool:
+    method = solver_on(recipe)._method
+    return method.other is None and len(method.turn) == 1
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"steps": 0},
+    {"tv_weight": 0.0, "optimizer": "amsgrad", "betas": (0.5, 0.6), "eps": 1e-3},
+    {"tv_beta": 1.0, "tv_weight": 0.3},
+    {"tv_beta": 1.5, "optimizer": "sgd", "lr": 1e-3, "momentum": 0.9},
+    {"tv_beta": 3.0, "schedule": "cosine"},
+    {"clamp": (0.2, 0.7), "mean": 0.5, "std": 0.3, "optimizer": "sgd", "lr": 1e-3, "schedule": "cosine"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", EDGES)
+def test_descent_on_chip(name: str, options: dict[str, Any]) -> None:
+    steps = 3 if "ReLU2" in name else 20  # later a pool's largest value is another one than in float64
+    recipe = recipe_for(edge_of(name), **{"steps": steps, "lr": 0.02} | options)
+    assert is_on_chip(recipe)
+    check_solver(recipe, count=3, most=2)
+
+
+def test_many_steps_are_a_few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_for(edge_of("one channel"), steps=10, optimizer="amsgrad")
+    start, features = randn(2, 1, 9, 13), randn(2, *recipe.edge.output_shape)
+    whole, told, _ = solver_on(recipe).solve(features, start)
+    monkeypatch.setattr(cuda_native, "MOST_STEPS", 4)
+    solver = solver_on(recipe)
+    assert solver._method.turns == 3
+    z, report, _ = solver.solve(features, start)
+    np.testing.assert_array_equal(z, whole)
+    assert report.steps.tolist() == told.steps.tolist() == [10, 10]
+
+
+@pytest.mark.parametrize("name", ["few rows", "two layers"])
+def test_it_gives_what_triton_s_kernels_give(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_for(edge_of(name), steps=3, tv_beta=1.5, clamp=(0.1, 0.9))
+    start, features = randn(3, *recipe.input_shape), randn(3, *recipe.edge.output_shape)
+    z, report, _ = solver_on(recipe).solve(features, start)
+    monkeypatch.setattr(cuda_native, "extension", lambda: None)
+    assert not is_on_chip(recipe)
+    expected, told, _ = solver_on(recipe).solve(features, start)
+    assert relative(z, expected) < 1e-5
+    np.testing.assert_allclose(report.objective, told.objective, rtol=1e-5)
+
+
+def test_of_equal_values_the_first_is_the_largest() -> None:
+    """A constant start ties whole windows of the pool."""
+    recipe = recipe_for(edge_of("MNIST ReLU2"), steps=1, optimizer="sgd", lr=0.1)
+    start = np.full((1, 1, 28, 28), 0.3, np.float32)
+    features = randn(1, *recipe.edge.output_shape)
+    assert is_on_chip(recipe)
+    z, _, _ = solver_on(recipe).solve(features, start)
+    expected, _ = solve_by_definition(recipe, features, start)
+    assert relative(z - start, expected - start) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "options"),
+    [
+        (nn.Conv2d(1, 8, 5), (1, 80, 80), {}),  # more pixels than threads
+        (nn.Conv2d(2, 24, 3), (2, 9, 9), {}),
+        (nn.Conv2d(1, 32, 7), (1, 20, 20), {}),
+        (nn.Conv2d(1, 8, 5), (1, 28, 28), {"tolerance": 1e-3}),
+        (nn.Conv2d(1, 8, 5), (1, 28, 28), {"keep": "best"}),
+        (nn.Sequential(nn.Conv2d(1, 8, 5), nn.ReLU()), (1, 28, 28), {}),
+        (two_layers(), (1, 30, 28), {}),
+        (two_layers(), (1, 64, 64), {}),
+        (nn.Sequential(*two_layers()[:4]), (1, 28, 28), {}),
+        (nn.Sequential(*two_layers()[:3], nn.Conv2d(8, 24, 5), nn.ReLU()), (1, 28, 28), {}),
+    ],
+    ids=str,
+)
+def test_what_is_left_to_triton(module: nn.Module, shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    assert not is_on_chip(recipe_for(export(module.eval(), torch.zeros(2, *shape)), **options))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_no_gpu_is_told() -> None:
+    descent, problem = on_chip("one channel")._filled({}, None)
+    with pytest.raises(RuntimeError, match="the GPU cannot be used: "):
+        problem.run(descent, 0, 0)
+
+
+def test_what_no_kernel_is_for_is_refused() -> None:
+    for problem in (_cuda.QuadraticForm(), _cuda.PooledLayers()):
+        assert not problem.fits(_cuda.Descent())
+        with pytest.raises(ValueError, match="no kernel for this edge"):
+            problem.run(_cuda.Descent(), -1, 0)
+
+
+def on_chip(name: str) -> cuda_native.OnChipDescent:
+    from fastinv.kernels.triton.descent import Descent
+
+    recipe = recipe_for(edge_of(name))
+    objective = cuda_methods.Objective(recipe, "float32", torch.device(DEVICE))
+    rates = torch.zeros(recipe.steps, 2)
+    rule = Descent(objective.variation, False, "adam", 2, rates, 0.0, 1, False, None, None, 0.9, 0.999, 1e-8, 0.0)
+    return cuda_native.OnChipDescent(cuda_native.quadratic_problem(objective.form), rule, objective.device)
+
+
+def test_the_import_needs_no_driver() -> None:
+    code = "import fastinv._cuda; assert 'libcuda.so' not in open('/proc/self/maps').read()"
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+def test_nothing_spills() -> None:
+    tool = shutil.which("cuobjdump") or str(
+        Path(__import__("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
+    )
+    text = subprocess.run([tool, "--dump-resource-usage", _cuda.__file__], capture_output=True, text=True, check=True)
+    architectures = re.findall(r"arch = (\S+)", text.stdout)
+    assert {"sm_80", "sm_90a"} <= set(architectures)
+    usage = [dict(re.findall(r"(\w+):(\d+)", line)) for line in text.stdout.splitlines() if "REG:" in line]
+    assert len(usage) == 8  # four edges for two architectures
+    for row in usage:
+        assert (row["STACK"], row["LOCAL"]) == ("0", "0")
+        assert int(row["REG"]) <= 255
+        assert int(row["SHARED"]) <= 1024  # static; what is asked for at the launch is checked by `fits`

@@ -1,0 +1,150 @@
+"""Tiles by measurement, with a clock that is made up: what is chosen, kept, found again, and ignored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checks import exported, randn, reference, relative
+from torch import nn
+
+pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
+
+from interpreter import DEVICE, forward
+from triton.runtime.errors import OutOfResources
+
+from fastinv.backends import cuda_tuning
+from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
+from fastinv.backends.cuda_tuning import read_tiles, tiles_file, tune, write_tiles
+from fastinv.errors import BackendError
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An own cache folder, and a GPU's name for the device of the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cuda_tuning, "gpu_name", lambda device: "GPU X")
+    return tmp_path / "fastinv"
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return exported((16, 4, 4), nn.Conv2d(16, 40, 3, padding=1), nn.ReLU())
+
+
+def tile_of(network, precision: str = "float32"):
+    return Lowering(network, DEVICE, PRECISIONS[precision]).nodes[0].kernel.tile
+
+
+def few_rows(launch) -> float:
+    """A clock by which tiles of 64 rows are fast."""
+    return launch.constants["BM"]
+
+
+def measure(network, timer=few_rows, **options):
+    return tune(network, "float32", torch.device(DEVICE), timer=timer, **options)
+
+
+def test_the_fastest_is_kept_and_found_again(network, folder: Path) -> None:
+    before = tile_of(network)
+    found = measure(network)
+    assert [tile[0] for tile in found.values()] == [64]
+    assert read_tiles() == found
+    after = tile_of(network)
+    assert (before.m, after.m, after.k) == (128, 64, before.k)
+    assert tile_of(network, "tf32") == before  # measured for another precision
+    x = randn(2, 16, 4, 4)
+    assert relative(forward(network, x, "float32"), reference(network, x)) < 1e-5
+    assert [path.name for path in folder.iterdir()] == ["tiles.json"]
+
+
+def test_every_candidate_gives_the_result(network) -> None:
+    x = randn(2, 16, 4, 4)
+    kernel = Lowering(network, DEVICE, PRECISIONS["float32"]).nodes[0].kernel
+    assert 3 <= len(set(kernel.candidates)) <= 5
+    for wanted in kernel.candidates:
+        measure(network, lambda launch, wanted=wanted: _numbers(launch) != wanted.numbers)
+        assert tile_of(network) == wanted
+        assert relative(forward(network, x, "float32"), reference(network, x)) < 1e-5
+
+
+def _numbers(launch) -> tuple[int, ...]:
+    return (*(launch.constants[name] for name in ("BM", "BN", "BK")), launch.warps, launch.stages)
+
+
+def test_equal_times_leave_the_tile_as_it_is(network) -> None:
+    before = tile_of(network)
+    measure(network, lambda launch: 1.0)
+    assert tile_of(network) == before
+
+
+def test_what_does_not_fit_is_not_chosen(network) -> None:
+    def timer(launch) -> float:
+        if launch.constants["BM"] == 64:
+            raise OutOfResources(300000, 232448, "shared memory")
+        return float(launch.stages)
+
+    (found,) = measure(network, timer).values()
+    assert (found[0], found[4]) == (128, 2)
+
+
+def test_ways_back_are_measured_for_solvers(network) -> None:
+    assert len(measure(network)) == 1
+    assert len(measure(network, differentiable=True)) == 2
+
+
+def test_another_gpu_has_tiles_of_its_own(network, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tile_of(network)
+    measure(network)
+    monkeypatch.setattr(cuda_tuning, "gpu_name", lambda device: "GPU Y")
+    assert tile_of(network) == before
+    assert len(read_tiles() | measure(network)) == 2
+    assert len(read_tiles()) == 2  # the file keeps both
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"[]", b"{}", b"\xff\xfe", b'{"version": 1, "tiles": {"a": [1, 2]}}', b'{"version": 1, "tiles": [3]}'],
+)
+def test_a_broken_file_is_ignored(network, folder: Path, content: bytes) -> None:
+    before = tile_of(network)
+    folder.mkdir()
+    tiles_file().write_bytes(content)
+    with pytest.warns(RuntimeWarning, match=r"tiles\.json is ignored .*delete it"):
+        assert tile_of(network) == before
+    found = measure_quietly(network)
+    assert read_tiles() == found
+
+
+def measure_quietly(network):
+    with pytest.warns(RuntimeWarning, match="is ignored"):
+        return measure(network)
+
+
+def test_tiles_that_are_no_candidates_are_ignored(network) -> None:
+    before = tile_of(network)
+    (key,) = measure(network)
+    write_tiles({key: [7, 16, 32, 4, 3]})
+    assert tile_of(network) == before
+
+
+def test_a_file_of_another_version_is_none(folder: Path) -> None:
+    folder.mkdir()
+    tiles_file().write_text(json.dumps({"version": 0, "tiles": {"a": [1, 2, 3, 4, 5]}}))
+    assert read_tiles() == {}
+
+
+def test_a_place_that_cannot_be_written_to_is_told(network, folder: Path) -> None:
+    folder.write_text("in the way")
+    with pytest.warns(RuntimeWarning, match="is ignored"), pytest.raises(BackendError, match="set XDG_CACHE_HOME"):
+        measure(network)
+
+
+def test_nothing_is_looked_up_without_a_gpu(network, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure(network)
+    monkeypatch.setattr(cuda_tuning, "gpu_name", lambda device: None)
+    assert tile_of(network).m == 128
+    assert len(read_tiles()) == 1
