@@ -32,8 +32,8 @@ int64_t Lockstep::memory_floats() const {
 
 std::unique_ptr<Lockstep::Workspace> Lockstep::make_workspace() const {
   auto w = std::make_unique<Workspace>();
-  w->scratch = Buffer(program_.scratch_floats(images_));
-  w->memory = Buffer(memory_floats());
+  w->scratch = Buffer::for_work(program_.scratch_floats(images_));
+  w->memory = Buffer::for_work(memory_floats());
   const auto& shapes = program_.shapes();
   w->apart = Buffer(images_ * std::max(element_count(shapes.front()), element_count(shapes.back())));
   float* at = w->memory.data();

@@ -108,8 +108,8 @@ int64_t Solver::workspace_bytes() const {
 
 std::unique_ptr<Solver::Workspace> Solver::make_workspace() const {
   auto w = std::make_unique<Workspace>();
-  w->node_scratch = Buffer(program_.scratch_floats(1));
-  w->memory = Buffer(memory_floats());
+  w->node_scratch = Buffer::for_work(program_.scratch_floats(1));
+  w->memory = Buffer::for_work(memory_floats());
   float* at = w->memory.data();
   const auto next = [&at](int64_t size) { return std::exchange(at, at + size); };
   w->images = next(block_ * image_stride());
