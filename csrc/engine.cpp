@@ -15,7 +15,6 @@ namespace {
 // 1 MiB, the smallest L2 of the processors with AVX-512.
 constexpr int64_t kBlockBytes = 512 * 1024;
 constexpr int64_t kMaxBlock = 32;    // and images that a worker takes at once, one block after the other
-constexpr int64_t kLeastImages = 4;  // towards the end of a batch; one by one they would lie too far apart
 // A linear layer reads all its weights once per tile of rows: with fewer images than a tile has rows it would be
 // bound by memory.
 constexpr int64_t kLinearBlock = 2 * kMaxTilePixels;
@@ -240,8 +239,7 @@ bool Engine::run(const Source& in, float* out, uint8_t* bytes, int64_t n) {
   const int64_t block = std::min(block_, abreast_ > 0 && n >= abreast_ ? round_up(even, abreast_) : even);
   const int workers = static_cast<int>(std::min<int64_t>(threads_, (n + block - 1) / block));
   auto workspaces = workspaces_.take(workers, [this] { return make_workspace(); });
-  const int64_t least = std::max(block, std::min(even, kLeastImages)) / block * block;
-  const int64_t step = abreast_ > 0 && block >= abreast_ ? abreast_ : least;
+  const int64_t step = abreast_ > 0 && block >= abreast_ ? abreast_ : block;
   parallel_ranges(workers, n, step, kMaxBlock, [&](int worker, int64_t begin, int64_t end) {
     Workspace& w = *workspaces[static_cast<size_t>(worker)];
     for (int64_t first = begin; first < end; first += block) {
