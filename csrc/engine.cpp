@@ -14,7 +14,7 @@ namespace {
 // Images in a block share weights while those are in cache; their values should stay in L2 beside them. Half of
 // 1 MiB, the smallest L2 of the processors with AVX-512.
 constexpr int64_t kBlockBytes = 512 * 1024;
-constexpr int64_t kMaxBlock = 32;    // and images that a worker takes at once, one block after the other
+constexpr int64_t kMaxBlock = 32;  // and images that a worker takes at once, one block after the other
 // A linear layer reads all its weights once per tile of rows: with fewer images than a tile has rows it would be
 // bound by memory.
 constexpr int64_t kLinearBlock = 2 * kMaxTilePixels;
