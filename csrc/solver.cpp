@@ -12,25 +12,6 @@
 #include "threads.h"
 
 namespace fastinv {
-// What asks the caller whether to go on, ten times a second.
-class Solver::Watch {
- public:
-  Watch(Call& call, bool caller) : call_(call), caller_(caller), asked_(Clock::now()) {}
-
-  bool stopped() {
-    if (caller_ && Clock::now() - asked_ > std::chrono::milliseconds(100)) {
-      if (call_.poll({call_.images, call_.steps})) call_.stop = true;
-      asked_ = Clock::now();
-    }
-    return call_.stop.load(std::memory_order_relaxed);
-  }
-
- private:
-  using Clock = std::chrono::steady_clock;
-  Call& call_;
-  const bool caller_;
-  Clock::time_point asked_;
-};
 
 Solver::Solver(Program program, Recipe recipe, int threads, int64_t block)
     : program_(std::move(program)),
@@ -276,81 +257,6 @@ void Solver::move(Workspace& w, int64_t from, int64_t to) const {
     std::copy_n(image_at(block, from), image_stride(), image_at(block, to));
   }
   std::copy_n(result_at(w.features, from), result_stride(), result_at(w.features, to));
-}
-
-// ---- quadratic objectives -------------------------------------------------------------------------------------------
-
-// What follows from a direction d by the quadratic part of the objective: its gradient is H·z + c, and this H·d.
-void Solver::times_hessian(Workspace& w, const float* direction) const {
-  const Kernels& kernels = program_.kernels();
-  const int64_t size = element_count(program_.shapes().front());
-  float *z = w.images, *result = w.gradients;
-  if (knows_hessian()) {
-    quadratic_->gradient(direction, w.constant, result, w.copy);
-    return;
-  }
-  // Features are edge(0) here, so c is 0 but for rounding; that must not be large beside the direction, which shrinks.
-  const double length = std::sqrt(kernels.dot(direction, direction, size) / static_cast<double>(size));
-  const float unit = length > 0.0 ? static_cast<float>(1.0 / length) : 1.0f;
-  for (int64_t i = 0; i < size; ++i) z[i] = unit * direction[i];
-  forward(w, 1);
-  residual(w, 0);
-  backward(w, 1);
-  add_total_variation(w, 0);
-  for (int64_t i = 0; i < size; ++i) result[i] *= static_cast<float>(length);
-}
-
-// Hestenes and Stiefel 1952. Takes the image in the first slot to the end; false when it was stopped on the way.
-bool Solver::conjugate_gradients(Workspace& w, Call& call, Watch& watch) const {
-  constexpr double kExact = 1e-6;  // of the first residual
-  constexpr int kStalled = 50;     // steps without a new lowest residual: rounding is all that is left
-  const Kernels& kernels = program_.kernels();
-  const int64_t size = element_count(program_.shapes().front()), out_size = element_count(program_.shapes().back());
-  Slot& slot = w.slots.front();
-  ImageReport& report = slot.report;
-  float *z = w.images, *residual_left = w.first, *direction = w.second, *solution = w.largest;
-  forward(w, 1);
-  residual(w, 0);
-  backward(w, 1);
-  add_total_variation(w, 0);
-  for (int64_t i = 0; i < size; ++i) direction[i] = residual_left[i] = -w.gradients[i];
-  std::copy_n(z, size, solution);
-  std::fill_n(z, size, 0.0f);
-  if (knows_hessian()) {
-    std::fill_n(w.constant, size, 0.0f);
-  } else {
-    forward(w, 1);
-    std::copy_n(w.results, out_size, w.features);
-  }
-  double before = kernels.dot(residual_left, residual_left, size);
-  const double goal = kExact * kExact * before;
-  double lowest = before;
-  int idle = 0;
-  bool stopped = false;
-  for (report.converged = before <= goal; !report.converged && report.steps < recipe_.steps; ++report.steps) {
-    stopped = watch.stopped();
-    if (stopped || idle == kStalled) break;
-    times_hessian(w, direction);
-    const float* image = w.gradients;
-    const double curvature = kernels.dot(direction, image, size);
-    if (!(curvature > 0.0)) break;  // in the null space, or too large for float32
-    const float step = static_cast<float>(before / curvature);
-    kernels.add_scaled(step, direction, solution, size);
-    kernels.add_scaled(-step, image, residual_left, size);
-    const double after = kernels.dot(residual_left, residual_left, size);
-    const float keep = static_cast<float>(after / before);
-    for (int64_t i = 0; i < size; ++i) direction[i] = residual_left[i] + keep * direction[i];
-    before = after;
-    idle = before < lowest ? 0 : idle + 1;
-    lowest = std::min(lowest, before);
-    report.converged = before <= goal;
-    ++call.steps;
-  }
-  std::copy_n(solution, size, z);
-  load_features(w, call.batch.features + slot.image * out_size, 0);
-  forward(w, 1);
-  report.objective = residual(w, 0) + add_total_variation(w, 0);
-  return !stopped;
 }
 
 // ---- many images ----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -92,7 +93,25 @@ class Solver {
     std::atomic<int> working{0};
     std::atomic<bool> stop{false};
   };
-  class Watch;
+  // What asks the caller whether to go on, ten times a second.
+  class Watch {
+   public:
+    Watch(Call& call, bool caller) : call_(call), caller_(caller), asked_(Clock::now()) {}
+
+    bool stopped() {
+      if (caller_ && Clock::now() - asked_ > std::chrono::milliseconds(100)) {
+        if (call_.poll({call_.images, call_.steps})) call_.stop = true;
+        asked_ = Clock::now();
+      }
+      return call_.stop.load(std::memory_order_relaxed);
+    }
+
+   private:
+    using Clock = std::chrono::steady_clock;
+    Call& call_;
+    const bool caller_;
+    Clock::time_point asked_;
+  };
 
   int64_t plan_block(int64_t most) const;
   int64_t image_floats() const;  // in flight

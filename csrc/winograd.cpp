@@ -111,17 +111,21 @@ void Winograd::pack(const WeightAt& weight) {
   }
 }
 
+Winograd::Tile Winograd::tile(int64_t number) const {
+  const int64_t image = number / (tiles_y_ * tiles_x_);
+  const auto inside = static_cast<int>(number % (tiles_y_ * tiles_x_));
+  return {image, inside / tiles_x_ * outputs_, inside % tiles_x_ * outputs_};
+}
+
 void Winograd::transform_inputs(const Operands& operands, const Chunk& chunk, int64_t first, int count,
                                 float* transformed) const {
   const Axis &rows = geometry_.axis[0], &columns = geometry_.axis[1];
-  const int channels = geometry_.in_channels * static_cast<int>(operands.lanes), total = tiles_y_ * tiles_x_;
+  const int channels = geometry_.in_channels * static_cast<int>(operands.lanes);
   const int side = adjoint_ ? outputs_ : kIn;  // of the tile that is read
   for (int t = 0; t < count; ++t) {
-    const int64_t image = (first + t) / total;
-    const int tile = static_cast<int>((first + t) % total);
-    const float* in = operands.in + image * operands.in_stride;
-    const int y0 = tile / tiles_x_ * outputs_ - (adjoint_ ? 0 : padding_[0]);
-    const int x0 = tile % tiles_x_ * outputs_ - (adjoint_ ? 0 : padding_[1]);
+    const Tile tile = this->tile(first + t);
+    const float* in = operands.in + tile.image * operands.in_stride;
+    const int y0 = tile.y - (adjoint_ ? 0 : padding_[0]), x0 = tile.x - (adjoint_ ? 0 : padding_[1]);
     const float* pixels[kPositions];
     for (int u = 0; u < side; ++u) {
       for (int v = 0; v < side; ++v) {
@@ -142,14 +146,13 @@ void Winograd::transform_inputs(const Operands& operands, const Chunk& chunk, in
 void Winograd::add_outputs(const Operands& operands, const Chunk& chunk, const float* products, int64_t first,
                            int count) const {
   const Axis &rows = geometry_.axis[0], &columns = geometry_.axis[1];
-  const int channels = geometry_.out_channels * static_cast<int>(operands.lanes), total = tiles_y_ * tiles_x_;
+  const int channels = geometry_.out_channels * static_cast<int>(operands.lanes);
   for (int t = 0; t < count; ++t) {
-    const int64_t image = (first + t) / total;
-    const int tile = static_cast<int>((first + t) % total);
-    const int y = tile / tiles_x_ * outputs_ - padding_[0], x = tile % tiles_x_ * outputs_ - padding_[1];
+    const Tile tile = this->tile(first + t);
+    const int y = tile.y - padding_[0], x = tile.x - padding_[1];
     kernels_.winograd_adjoint_output(
         {products + int64_t{t} * channels, chunk.out_stride,
-         operands.out + image * operands.out_stride + (int64_t{y} * columns.out + x) * channels,
+         operands.out + tile.image * operands.out_stride + (int64_t{y} * columns.out + x) * channels,
          int64_t{columns.out} * channels, channels, std::max(0, -y), std::min(kIn, rows.out - y), std::max(0, -x),
          std::min(kIn, columns.out - x)});
   }
@@ -158,17 +161,16 @@ void Winograd::add_outputs(const Operands& operands, const Chunk& chunk, const f
 void Winograd::transform_outputs(const Operands& operands, const Chunk& chunk, const float* products, int64_t first,
                                  int count) const {
   const Axis &rows = geometry_.axis[0], &columns = geometry_.axis[1];
-  const int channels = geometry_.out_channels * static_cast<int>(operands.lanes), total = tiles_y_ * tiles_x_;
+  const int channels = geometry_.out_channels * static_cast<int>(operands.lanes);
   for (int t = 0; t < count; ++t) {
-    const int64_t image = (first + t) / total;
-    const int tile = static_cast<int>((first + t) % total);
-    const int y = tile / tiles_x_ * outputs_, x = tile % tiles_x_ * outputs_;
-    const int64_t at = (int64_t{y} * columns.out + x) * channels;
+    const Tile tile = this->tile(first + t);
+    const int64_t at = (int64_t{tile.y} * columns.out + tile.x) * channels;
     kernels_.winograd_output({products + int64_t{t} * channels, chunk.out_stride, bias_.data(), operands.lanes > 1,
-                              operands.out + image * operands.out_stride + at,
-                              operands.addend ? operands.addend + image * operands.addend_stride + at : nullptr,
-                              int64_t{columns.out} * channels, channels, outputs_, std::min(outputs_, rows.out - y),
-                              std::min(outputs_, columns.out - x), operands.activation});
+                              operands.out + tile.image * operands.out_stride + at,
+                              operands.addend ? operands.addend + tile.image * operands.addend_stride + at : nullptr,
+                              int64_t{columns.out} * channels, channels, outputs_,
+                              std::min(outputs_, rows.out - tile.y), std::min(outputs_, columns.out - tile.x),
+                              operands.activation});
   }
 }
 

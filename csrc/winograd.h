@@ -56,6 +56,12 @@ class Winograd : public Convolution {
     int tiles;
     int64_t in_stride, out_stride;  // floats from position to position
   };
+  // Where a tile begins, in the results or, in the adjoint form, in the input.
+  struct Tile {
+    int64_t image;
+    int y, x;
+  };
+  Tile tile(int64_t number) const;
   Chunk plan(int64_t lanes) const;
   const Chunk& chunk(int64_t lanes) const { return lanes > 1 ? abreast_ : single_; }
   void transform_inputs(const Operands& operands, const Chunk& chunk, int64_t first, int count,
