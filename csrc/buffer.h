@@ -20,7 +20,7 @@ inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit 
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t size) : Buffer(size, 64) {}
+  explicit Buffer(int64_t size) : Buffer(size, kLineFloats * sizeof(float)) { clear(round_up(size, kLineFloats)); }
 
   // Memory that should stay in L2. Where it is large, on huge pages: 4 KiB ones lie anywhere, and when too many of them
   // fall into the same sets they push each other out. Two threads over one at ReLU22: 1.94 for 1.87, medians of four
@@ -29,9 +29,9 @@ class Buffer {
 #if defined(__linux__)
     constexpr int64_t kHuge = 2 * 1024 * 1024 / sizeof(float), kLarge = kHuge / 8;
     if (size >= kLarge) {
-      Buffer buffer(round_up(size, kHuge), kHuge * sizeof(float), false);
+      Buffer buffer(round_up(size, kHuge), kHuge * sizeof(float));
       madvise(buffer.data_, static_cast<size_t>(buffer.size_) * sizeof(float), MADV_HUGEPAGE);  // it may say no
-      std::memset(buffer.data_, 0, static_cast<size_t>(size) * sizeof(float));
+      buffer.clear(size);
       return buffer;
     }
 #endif
@@ -51,12 +51,14 @@ class Buffer {
   float& operator[](int64_t i) { return data_[i]; }
 
  private:
-  Buffer(int64_t size, size_t alignment, bool clear = true) : size_(size) {
+  Buffer(int64_t size, size_t alignment) : size_(size) {
     const size_t bytes = static_cast<size_t>(round_up(size, kLineFloats)) * sizeof(float);
     if (bytes == 0) return;
     data_ = static_cast<float*>(std::aligned_alloc(alignment, bytes));
     if (!data_) throw std::bad_alloc();
-    if (clear) std::memset(data_, 0, bytes);
+  }
+  void clear(int64_t size) {
+    if (size > 0) std::memset(data_, 0, static_cast<size_t>(size) * sizeof(float));
   }
 
   int64_t size_ = 0;

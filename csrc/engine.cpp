@@ -66,6 +66,7 @@ std::unique_ptr<Engine::Workspace> Engine::make_workspace() const {
   int64_t largest = 0;
   for (const Shape& shape : program_.shapes()) largest = std::max(largest, element_count(shape));
   for (Buffer& buffer : workspace->abreast) buffer = Buffer(largest * abreast_);
+  for (size_t v = 0; v < offset_.size(); ++v) workspace->abreast_data.push_back(workspace->abreast[v % 2].data());
   workspace->data.resize(offset_.size());
   if (!strips_) use_arena(*workspace);
   return workspace;
@@ -116,7 +117,7 @@ std::vector<double> Engine::profile(double seconds) const {
   for (int64_t i = 0; i < w->in.size(); ++i) w->in[i] = static_cast<float>(i * 2654435761 % 2048) / 1024.0f - 1.0f;
   const Frame frame = {w->data.data(), stride_.data(), w->scratch.data()};
   std::vector<std::vector<double>> samples(nodes.size());
-  parallel_for(1, 1, [&](int, int64_t) {
+  run_team(1, [&](int, int) {
     const auto begin = Clock::now();
     do {
       for (size_t k = 0; k < nodes.size(); ++k) {
@@ -139,18 +140,11 @@ void Engine::run_abreast(Workspace& w, int64_t first) const {
   const Kernels& kernels = program_.kernels();
   const auto& shapes = program_.shapes();
   const int64_t in_size = element_count(shapes.front()), out_size = element_count(shapes.back());
-  kernels.transpose(w.data.front() + first * in_size, in_size, w.abreast[0].data(), abreast_, abreast_, in_size);
-  size_t at = 0;
-  std::vector<float*> values(shapes.size());
-  for (const auto& node : program_.nodes()) {
-    values[static_cast<size_t>(node->inputs[0])] = w.abreast[at].data();
-    at = 1 - at;
-    values[static_cast<size_t>(node->output)] = w.abreast[at].data();
-    Frame frame = {values.data(), stride_.data(), w.scratch.data()};
-    frame.lanes = abreast_;
-    node->forward(frame, 1, {});
-  }
-  kernels.transpose(w.abreast[at].data(), abreast_, w.data.back() + first * out_size, out_size, out_size, abreast_);
+  kernels.transpose(w.data.front() + first * in_size, in_size, w.abreast_data.front(), abreast_, abreast_, in_size);
+  Frame frame = {w.abreast_data.data(), stride_.data(), w.scratch.data()};
+  frame.lanes = abreast_;
+  for (const auto& node : program_.nodes()) node->forward(frame, 1, {});
+  kernels.transpose(w.abreast_data.back(), abreast_, w.data.back() + first * out_size, out_size, out_size, abreast_);
 }
 
 // Whether the threads work on each image together: few images would leave some of them idle, and each image is long

@@ -47,7 +47,8 @@ class Engine {
     Buffer arena, scratch;
     Buffer in, out;     // of a block, where the caller's are of another type
     Buffer windows;     // of strips
-    Buffer abreast[2];  // values of images abreast, in turns
+    Buffer abreast[2];  // values of images abreast, in turns: those of a chain
+    std::vector<float*> abreast_data;
     std::vector<float*> data;
   };
 

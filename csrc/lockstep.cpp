@@ -80,16 +80,9 @@ void Lockstep::step(Workspace& w, Descent& descent) const {
                    element_count(program_.shapes().back()) * images_);
   passes_.backward(w.tape, 1, crew);
   total_variation(kernels, recipe_, program_.shapes().front(), w.images, gradient, w.tv_scratch, images_);
-  OptimizerArgs args = descent.next(recipe_);
-  args.z = w.images;
-  args.grad = gradient;
-  args.first = w.first;
-  args.second = w.second;
-  args.largest = w.largest;
-  args.low = low_.empty() ? nullptr : low_.data();
-  args.high = high_.empty() ? nullptr : high_.data();
-  args.size = element_count(program_.shapes().front()) * images_;
-  kernels.optimizer(args);
+  descent.step(kernels, recipe_,
+               {w.images, gradient, w.first, w.second, w.largest, low_, high_,
+                element_count(program_.shapes().front()) * images_});
 }
 
 }  // namespace fastinv

@@ -20,7 +20,7 @@ std::vector<float> bounds(const std::vector<float>& by_channel, const Shape& ima
   return all;
 }
 
-OptimizerArgs Descent::next(const Recipe& recipe) {
+void Descent::step(const Kernels& kernels, const Recipe& recipe, const Arrays& arrays) {
   const bool adam = recipe.optimizer != OptimizerKind::kSgd;
   power1_ *= recipe.beta1;
   power2_ *= recipe.beta2;
@@ -28,6 +28,14 @@ OptimizerArgs Descent::next(const Recipe& recipe) {
   const double done = static_cast<double>(steps_) / static_cast<double>(recipe.steps);
   const double lr = recipe.cosine ? recipe.lr * 0.5 * (1.0 + std::cos(kPi * done)) : recipe.lr;
   OptimizerArgs args = {};
+  args.z = arrays.z;
+  args.grad = arrays.gradient;
+  args.first = arrays.first;
+  args.second = arrays.second;
+  args.largest = arrays.largest;
+  args.low = arrays.low.empty() ? nullptr : arrays.low.data();
+  args.high = arrays.high.empty() ? nullptr : arrays.high.data();
+  args.size = arrays.size;
   args.kind = recipe.optimizer;
   args.beta1 = static_cast<float>(recipe.beta1);
   args.beta2 = static_cast<float>(recipe.beta2);
@@ -36,7 +44,7 @@ OptimizerArgs Descent::next(const Recipe& recipe) {
   args.root_scale = static_cast<float>(1.0 / std::sqrt(correction2));
   args.momentum = static_cast<float>(recipe.momentum);
   args.first_step = steps_++ == 0;
-  return args;
+  kernels.optimizer(args);
 }
 
 double total_variation(const Kernels& kernels, const Recipe& recipe, const Shape& image, const float* z,

@@ -38,8 +38,16 @@ std::vector<float> bounds(const std::vector<float>& by_channel, const Shape& ima
 // The optimizer's steps from the first on.
 class Descent {
  public:
-  // The next step's arguments, but for the arrays.
-  OptimizerArgs next(const Recipe& recipe);
+  // What a step works on: so many floats each, and bounds of every element or none.
+  struct Arrays {
+    float* z;
+    const float* gradient;
+    float *first, *second, *largest;
+    const std::vector<float>&low, &high;
+    int64_t size;
+  };
+  // The next step.
+  void step(const Kernels& kernels, const Recipe& recipe, const Arrays& arrays);
 
  private:
   int64_t steps_ = 0;

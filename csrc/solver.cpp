@@ -222,17 +222,10 @@ bool Solver::advance_lbfgs(Workspace& w, int64_t index) const {
 }
 
 void Solver::step(Workspace& w, int64_t index) const {
-  Slot& slot = w.slots[static_cast<size_t>(index)];
-  OptimizerArgs args = slot.descent.next(recipe_);
-  args.z = image_at(w.images, index);
-  args.grad = image_at(w.gradients, index);
-  args.first = image_at(w.first, index);
-  args.second = image_at(w.second, index);
-  args.largest = image_at(w.largest, index);
-  args.low = low_.empty() ? nullptr : low_.data();
-  args.high = high_.empty() ? nullptr : high_.data();
-  args.size = element_count(program_.shapes().front());
-  program_.kernels().optimizer(args);
+  w.slots[static_cast<size_t>(index)].descent.step(
+      program_.kernels(), recipe_,
+      {image_at(w.images, index), image_at(w.gradients, index), image_at(w.first, index), image_at(w.second, index),
+       image_at(w.largest, index), low_, high_, element_count(program_.shapes().front())});
 }
 
 // Writes what the image is now.
@@ -261,17 +254,18 @@ void Solver::move(Workspace& w, int64_t from, int64_t to) const {
 
 // ---- many images ----------------------------------------------------------------------------------------------------
 
-// A group abreast takes as long as eight images by themselves, measured at MNIST ReLU2. Workers take groups first, then
-// what is left one by one: as many groups as bring the last of them home earliest.
+// An image of a group takes 0.7 of the time of one by itself, measured at MNIST ReLU2: 14.4 of 20.2 µs a step. Workers
+// take groups first, then what is left one by one: as many groups as bring the last of them home earliest.
 int64_t Solver::abreast(int64_t n) const {
-  constexpr double kSingle = 1.0 / 8.0;
+  constexpr double kAbreast = 0.7;
   if (!lockstep_) return 0;
+  const double single = 1.0 / (kAbreast * static_cast<double>(lockstep_->images()));  // in times of a group
   const int64_t most = n / lockstep_->images();
   int64_t best = 0;
   double shortest = INFINITY;
   for (int64_t groups = std::max<int64_t>(0, most - threads_); groups <= most; ++groups) {
     const double rounds = static_cast<double>((groups + threads_ - 1) / threads_);
-    const double work = static_cast<double>(groups) + kSingle * static_cast<double>(n - groups * lockstep_->images());
+    const double work = static_cast<double>(groups) + single * static_cast<double>(n - groups * lockstep_->images());
     const double time = std::max(rounds, work / threads_);
     if (time <= shortest) best = groups;
     shortest = std::min(shortest, time);
@@ -280,7 +274,7 @@ int64_t Solver::abreast(int64_t n) const {
 }
 
 // A group from this image on to the end, or until it is stopped. The objectives are those of single images.
-bool Solver::run_abreast(Workspace& w, Call& call, Watch& watch, int64_t image) const {
+void Solver::run_abreast(Workspace& w, Call& call, Watch& watch, int64_t image) const {
   if (!w.abreast) w.abreast = lockstep_->make_workspace();
   const Batch& batch = call.batch;
   const int64_t size = element_count(program_.shapes().front()), out_size = element_count(program_.shapes().back());
@@ -292,15 +286,15 @@ bool Solver::run_abreast(Workspace& w, Call& call, Watch& watch, int64_t image) 
                                          return true;
                                        });
   for (int64_t k = 0; k < count; ++k) {
-    begin(w, batch, 0, image + k);
+    load_features(w, batch.features + (image + k) * out_size, 0);
     std::copy_n(lockstep_->iterate(*w.abreast, k), size, w.images);
     forward(w, 1);
-    w.slots.front().report = {residual(w, 0) + add_total_variation(w, 0), steps, false};
+    Slot& slot = w.slots.front();
+    slot.image = image + k;
+    slot.report = {residual(w, 0) + add_total_variation(w, 0), steps, false};
     finish(w, batch, 0);
   }
-  if (steps < recipe_.steps) return false;
-  call.images += count;
-  return true;
+  if (steps == recipe_.steps) call.images += count;
 }
 
 void Solver::work(Workspace& w, Call& call, bool caller, const Crew& crew) const {

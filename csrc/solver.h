@@ -129,7 +129,7 @@ class Solver {
   bool is_large() const;
   bool shares_images(int64_t n) const;  // whether all threads go through the network with each of n images
   int64_t abreast(int64_t n) const;     // how many of n images go abreast
-  bool run_abreast(Workspace& w, Call& call, Watch& watch, int64_t image) const;
+  void run_abreast(Workspace& w, Call& call, Watch& watch, int64_t image) const;
   void help(Workspace& w, const Crew& crew, const std::atomic<int64_t>& active) const;
   bool advance(Workspace& w, int64_t slot) const;  // a step; false when the image is done
   void finish(Workspace& w, const Batch& batch, int64_t slot) const;

@@ -157,10 +157,6 @@ void run_team(int threads, const std::function<void(int, int)>& work) {
   if (job.error) std::rethrow_exception(job.error);
 }
 
-void parallel_for(int threads, int64_t tasks, const std::function<void(int, int64_t)>& work) {
-  parallel_ranges(threads, tasks, 1, 1, [&](int worker, int64_t task, int64_t) { work(worker, task); });
-}
-
 void parallel_ranges(int threads, int64_t n, int64_t step, int64_t most,
                      const std::function<void(int, int64_t, int64_t)>& work) {
   const int64_t steps = (n + step - 1) / step;

@@ -13,12 +13,10 @@ namespace fastinv {
 // it runs: they would cost a hundred cycles each in the moments of an optimizer.
 void run_team(int threads, const std::function<void(int worker, int workers)>& work);
 
-// Calls work(worker, task) for every task in [0, tasks), on up to `threads` workers (0 <= worker < threads). Which
-// worker takes which task varies.
-void parallel_for(int threads, int64_t tasks, const std::function<void(int worker, int64_t task)>& work);
-
-// The same for n units in a row, [first, last) at a time: `most` or as many as leave every worker another turn, fewer
-// and fewer towards the end so that all end together. All but the last are whole multiples of `step`.
+// Calls work(worker, first, last) for stretches [first, last) of n units in a row, on up to `threads` workers
+// (0 <= worker < threads); which worker takes which varies. `most` units at once, or as many as leave every worker
+// another turn, fewer and fewer towards the end so that all end together. All but the last are whole multiples of
+// `step`.
 void parallel_ranges(int threads, int64_t n, int64_t step, int64_t most,
                      const std::function<void(int worker, int64_t first, int64_t last)>& work);
 
