@@ -22,9 +22,9 @@ class Buffer {
   Buffer() = default;
   explicit Buffer(int64_t size) : Buffer(size, kLineFloats * sizeof(float)) { clear(round_up(size, kLineFloats)); }
 
-  // Memory that should stay in L2. Where it is large, on huge pages: 4 KiB ones lie anywhere, and when too many of them
-  // fall into the same sets they push each other out. Two threads over one at ReLU22: 1.94 for 1.87, medians of four
-  // processes.
+  // Memory that should stay in L2, or is read again and again. Where it is large, on huge pages: 4 KiB ones lie
+  // anywhere, and when too many of them fall into the same sets they push each other out (two threads over one at
+  // ReLU22: 1.94 for 1.87, medians of four processes), and their addresses must be looked up more often.
   static Buffer for_work(int64_t size) {
 #if defined(__linux__)
     constexpr int64_t kHuge = 2 * 1024 * 1024 / sizeof(float), kLarge = kHuge / 8;

@@ -21,7 +21,7 @@ Product::Product(const Kernels& kernels, int in, int out, int matrices, bool bfl
     : kernels_(kernels), in_(in), out_(out), bfloat16_(bfloat16) {
   // bfloat16 takes input channels in pairs, two to a float's memory.
   size_ = round_up(in, bfloat16 ? 2 : 1) * round_up(out, kernels.width);
-  weights_ = Buffer(bfloat16 ? size_ / 2 * matrices : size_ * matrices);
+  weights_ = Buffer::for_work(bfloat16 ? size_ / 2 * matrices : size_ * matrices);
   for (int pixels = 1; pixels <= kMaxTilePixels; ++pixels) {  // tile k holds k + 1 rows
     Tile tile = {};
     Run run = {};
@@ -86,7 +86,8 @@ void Product::run(int first, int matrices, int rows, const float* from, int64_t 
                  nullptr,
                  out_,
                  nullptr,
-                 {}});
+                 {},
+                 true});
     }
   }
 }

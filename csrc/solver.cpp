@@ -297,6 +297,12 @@ void Solver::run_abreast(Workspace& w, Call& call, Watch& watch, int64_t image) 
   if (steps == recipe_.steps) call.images += count;
 }
 
+// Images that a worker should have in flight: fewer and fewer towards the end of a batch, so that all end together.
+int64_t Solver::in_flight(const Call& call) const {
+  const int64_t left = std::max<int64_t>(0, call.batch.n - call.next), shares = 2 * threads_;
+  return std::clamp<int64_t>((left + shares - 1) / shares, 1, block_);
+}
+
 void Solver::work(Workspace& w, Call& call, bool caller, const Crew& crew) const {
   const Batch& batch = call.batch;
   Watch watch(call, caller);
@@ -311,7 +317,8 @@ void Solver::work(Workspace& w, Call& call, bool caller, const Crew& crew) const
       run_abreast(w, call, watch, group);
       continue;
     }
-    while (active < block_) {
+    const int64_t wanted = crew.barrier ? block_ : in_flight(call);
+    while (active < wanted) {
       const int64_t image = call.next.fetch_add(1);
       if (image >= batch.n) break;
       begin(w, batch, active++, image);

@@ -117,6 +117,7 @@ class Solver {
   int64_t image_floats() const;  // in flight
   int64_t memory_floats() const;
   std::unique_ptr<Workspace> make_workspace() const;
+  int64_t in_flight(const Call& call) const;
   void work(Workspace& w, Call& call, bool caller, const Crew& crew) const;
 
   int64_t image_stride() const { return passes_.stride(0); }

@@ -130,7 +130,7 @@ class Solver:
         self.backend = backend
         self.isa = compiled.isa
         self.precision = compiled.precision
-        passes = 3 * max(1, recipe.steps)  # forward, backward by two
+        passes = 0 if compiled.stops_within else 3 * max(1, recipe.steps)  # forward, backward by two
         self.batch_size = compiled.batch_size or _batch_size(recipe.edge, passes, threads)
         nothing = np.empty(0, np.float64), np.empty(0, np.int64), np.empty(0, np.bool_)
         self.empty_report = Report(*nothing, backend, compiled.isa)

@@ -448,6 +448,8 @@ def test_chunks_fill_the_threads_and_stay_short() -> None:
     small = fastinv.compile(Network((1, 2, 2), ()), "torch")
     assert small.batch_size >= 4 * cores
     assert solver("torch", steps=10_000_000).batch_size == 4 * cores
+    # This one stops within a chunk, and takes the longer the less often it begins anew.
+    assert solver("cpu", steps=10_000_000).batch_size > 1000
 
 
 @pytest.mark.parametrize("torch_features", [False, True])

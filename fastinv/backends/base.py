@@ -74,11 +74,17 @@ class CompiledNetwork(Protocol):
 
 
 class CompiledSolver(Protocol):
-    """An rMLE loop ready to run; `batch_size` as of a network."""
+    """An rMLE loop ready to run.
+
+    Attributes:
+        batch_size: as of a network.
+        stops_within: whether Ctrl-C stops it amid a batch, which then need not be short.
+    """
 
     isa: str
     precision: str
     batch_size: int | None
+    stops_within: bool
 
     def solve(self, features: Array, init: Array, progress: Progress | None = None) -> tuple[Array, Report, bool]:
         """Recover [N, *input_shape] normalised images z from float32 `features` [N, *output_shape].

@@ -125,6 +125,7 @@ class CpuSolver:
 
     precision = "float32"
     batch_size: int | None = None
+    stops_within = True
 
     def __init__(self, recipe: RMLE, threads: int | None, block: int = 0) -> None:
         low, high = ([], []) if recipe.bounds is None else (bound.tolist() for bound in recipe.bounds)

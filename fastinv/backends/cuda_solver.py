@@ -46,6 +46,7 @@ class CudaSolver:
             )
         self.precision = precision
         self.isa = isa_of(device)
+        self.stops_within = True
         self._name = name
         self._recipe = recipe
         self._device = device

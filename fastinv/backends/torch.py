@@ -103,6 +103,7 @@ class TorchSolver:
 
     isa = "torch"
     batch_size: int | None = None
+    stops_within = False
 
     def __init__(self, recipe: RMLE, precision: str, threads: int | None) -> None:
         import torch
