@@ -21,6 +21,8 @@ import triton
 from fastinv.kernels.triton.convolution import Convolution
 from fastinv.kernels.triton.epilogue import Epilogue
 from fastinv.kernels.triton.launch import Launch
+from fastinv.kernels.triton.pair import Pair
+from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -160,6 +162,31 @@ def other_tiles(network: Network, precision: str) -> Iterator[Launch]:
                     yield kernel.with_tile(tile).launch(x, out, Epilogue())
 
 
+def pair_launches() -> Iterator[Launch]:
+    """Pairs of all kinds whose values fill the registers, whether they pay or not."""
+    up = nn.ConvTranspose2d
+    for channels, layers in (
+        (128, (up(128, 64, 3, 2, 1, 1), nn.ReLU(), up(64, 3, 3, 1, 1))),
+        (64, (up(64, 32, 4, 2, 1), nn.Sigmoid(), up(32, 3, 4, 2, 1))),
+        (64, (nn.Conv2d(64, 64, 3), nn.GELU(), nn.Conv2d(64, 1, 5), nn.Sigmoid())),
+        (72, (nn.Conv2d(72, 40, 3), nn.Softplus(), nn.Conv2d(40, 2, 3))),
+        (128, (nn.Conv2d(128, 128, 3), nn.ReLU(), nn.Conv2d(128, 3, 3))),
+        (24, (nn.Conv2d(24, 64, 3), nn.SiLU(), nn.Conv2d(64, 3, 3))),
+        (24, (nn.Conv2d(24, 32, 3), nn.Tanh(), nn.Conv2d(32, 3, 3))),
+    ):
+        network = export(nn.Sequential(*layers).eval(), torch.zeros(2, channels, 40, 40))
+        for numbers in PRECISIONS.values():
+            first, last = Lowering(network, META, numbers, differentiable=True).nodes[:2]
+            if Pair.fits(first.kernel, last.kernel, last.weight):
+                act = network.steps[0].activation
+                pair = Pair(first.kernel, last.kernel, last.weight, (act.kind, act.a, act.b))
+                x, out = (
+                    torch.empty(IMAGES, buffer.elements, dtype=first.kernel.weight.dtype, device=META)
+                    for buffer in (*first.inputs, last.output)
+                )
+                yield pair.launch(x, out, Epilogue("sigmoid"))
+
+
 def all_launches() -> Iterator[Launch]:
     for features, image in DECODERS.values():
         network = export(make_decoder(features, image).eval(), torch.zeros(2, *features))
@@ -182,6 +209,7 @@ def all_launches() -> Iterator[Launch]:
         recipe = RMLE(edge, image, steps=10, clamp=None)
         for options in ({"tv_beta": 1.0}, {"optimizer": "lbfgs"}, {"optimizer": "exact"}):
             yield from solver_launches(dataclasses.replace(recipe, **options), "float32")
+    yield from pair_launches()
     for name in ("conv2d", "conv_transpose2d", "linear", "upsample", "mul", "permute", "affine"):
         for case in OPS[name].cases():
             if case.name in CASES:
