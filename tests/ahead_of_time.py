@@ -15,17 +15,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
 from fastinv.kernels.triton.convolution import Convolution
 from fastinv.kernels.triton.epilogue import Epilogue
 from fastinv.kernels.triton.launch import Launch
-from fastinv.kernels.triton.pair import Pair
 from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastinv.backends import cuda_pair
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.backends.cuda_network import CudaNetwork
 from fastinv.backends.cuda_solver import CudaSolver
@@ -175,16 +176,9 @@ def pair_launches() -> Iterator[Launch]:
         (24, (nn.Conv2d(24, 32, 3), nn.Tanh(), nn.Conv2d(32, 3, 3))),
     ):
         network = export(nn.Sequential(*layers).eval(), torch.zeros(2, channels, 40, 40))
-        for numbers in PRECISIONS.values():
-            first, last = Lowering(network, META, numbers, differentiable=True).nodes[:2]
-            if Pair.fits(first.kernel, last.kernel, last.weight):
-                act = network.steps[0].activation
-                pair = Pair(first.kernel, last.kernel, last.weight, (act.kind, act.a, act.b))
-                x, out = (
-                    torch.empty(IMAGES, buffer.elements, dtype=first.kernel.weight.dtype, device=META)
-                    for buffer in (*first.inputs, last.output)
-                )
-                yield pair.launch(x, out, Epilogue("sigmoid"))
+        with patch.dict(cuda_pair.FLOPS_PER_BYTE, dict.fromkeys(cuda_pair.FLOPS_PER_BYTE, float("inf"))):
+            for precision in PRECISIONS:
+                yield from network_launches(network, precision)
 
 
 def all_launches() -> Iterator[Launch]:
