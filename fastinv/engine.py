@@ -98,12 +98,12 @@ class Engine:
     def describe(self, measure: bool = False) -> list[dict[str, Any]]:
         """The plan, one entry for each kernel launch.
 
-        Each has `step` (its number in the network), `op`, `source` (where it comes from), `kernel` (algorithm and
-        register tile), `activation`, `output` (shape), and for one image `flops` (of the direct form, whatever the
-        algorithm; 0 for launches that only move data) and `bytes` (weights, inputs and outputs, each once). The cpu
-        backend adds `images` (that a thread takes through all layers at once), `split` (what threads share out) and
-        `strips` (that an image is cut into, each to go through all layers before the next, where threads do not share
-        the image).
+        Each has `step` (its number in the network; of several that go in one launch the last), `op`, `source` (where
+        it comes from), `kernel` (algorithm and register tile), `activation`, `output` (shape), and for one image
+        `flops` (of the direct form, whatever the algorithm; 0 for launches that only move data) and `bytes` (weights,
+        inputs and outputs, each once). The cpu backend adds `images` (that a thread takes through all layers at once),
+        `split` (what threads share out) and `strips` (that an image is cut into, each to go through all layers before
+        the next, where threads do not share the image).
 
         Args:
             measure: time every launch, on one thread, for a tenth of a second in all: adds `seconds` and `gflops`

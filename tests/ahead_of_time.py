@@ -15,15 +15,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
 from fastinv.kernels.triton.convolution import Convolution
 from fastinv.kernels.triton.epilogue import Epilogue
 from fastinv.kernels.triton.launch import Launch
+from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastinv.backends import cuda_pair
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.backends.cuda_network import CudaNetwork
 from fastinv.backends.cuda_solver import CudaSolver
@@ -160,6 +163,24 @@ def other_tiles(network: Network, precision: str) -> Iterator[Launch]:
                     yield kernel.with_tile(tile).launch(x, out, Epilogue())
 
 
+def pair_launches() -> Iterator[Launch]:
+    """Pairs of all kinds whose values fill the registers, whether they pay or not."""
+    up = nn.ConvTranspose2d
+    for channels, layers in (
+        (128, (up(128, 64, 3, 2, 1, 1), nn.ReLU(), up(64, 3, 3, 1, 1))),
+        (64, (up(64, 32, 4, 2, 1), nn.Sigmoid(), up(32, 3, 4, 2, 1))),
+        (64, (nn.Conv2d(64, 64, 3), nn.GELU(), nn.Conv2d(64, 1, 5), nn.Sigmoid())),
+        (72, (nn.Conv2d(72, 40, 3), nn.Softplus(), nn.Conv2d(40, 2, 3))),
+        (128, (nn.Conv2d(128, 128, 3), nn.ReLU(), nn.Conv2d(128, 3, 3))),
+        (24, (nn.Conv2d(24, 64, 3), nn.SiLU(), nn.Conv2d(64, 3, 3))),
+        (24, (nn.Conv2d(24, 32, 3), nn.Tanh(), nn.Conv2d(32, 3, 3))),
+    ):
+        network = export(nn.Sequential(*layers).eval(), torch.zeros(2, channels, 40, 40))
+        with patch.dict(cuda_pair.FLOPS_PER_BYTE, dict.fromkeys(cuda_pair.FLOPS_PER_BYTE, float("inf"))):
+            for precision in PRECISIONS:
+                yield from network_launches(network, precision)
+
+
 def all_launches() -> Iterator[Launch]:
     for features, image in DECODERS.values():
         network = export(make_decoder(features, image).eval(), torch.zeros(2, *features))
@@ -182,6 +203,7 @@ def all_launches() -> Iterator[Launch]:
         recipe = RMLE(edge, image, steps=10, clamp=None)
         for options in ({"tv_beta": 1.0}, {"optimizer": "lbfgs"}, {"optimizer": "exact"}):
             yield from solver_launches(dataclasses.replace(recipe, **options), "float32")
+    yield from pair_launches()
     for name in ("conv2d", "conv_transpose2d", "linear", "upsample", "mul", "permute", "affine"):
         for case in OPS[name].cases():
             if case.name in CASES:

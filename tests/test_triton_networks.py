@@ -42,13 +42,14 @@ def decoder(name: str) -> Network:
     return export(make_decoder(features, image).eval(), torch.zeros(2, *features))
 
 
+@pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("name", DECODERS)
-def test_decoders(name: str) -> None:
+def test_decoders(name: str, precision: str) -> None:
     network = decoder(name)
     x = randn(2, *network.input_shape)
     out = np.empty((2, *network.output_shape), np.float32)
-    network_on(network).run(x, out)
-    assert relative(out, reference(network, x)) < TOLERANCES["float32"]
+    network_on(network, precision).run(x, out)
+    assert relative(out, reference(network, x)) < TOLERANCES[precision]
 
 
 @pytest.mark.parametrize("name", ["conv1", "ReLU2", "conv11", "ReLU22", "ReLU32"])

@@ -26,6 +26,7 @@ from fastinv.backends.cuda_nodes import (
     listed,
     places,
 )
+from fastinv.backends.cuda_pair import join_pairs
 from fastinv.backends.cuda_plan import Buffer, Ending, Stage
 from fastinv.backends.cuda_tuning import tuned
 from fastinv.network import Network, Step
@@ -91,7 +92,7 @@ class Lowering:
         self.differentiable = differentiable
         self.nodes: list[Node] = []
         self._own_slope: set[Buffer] = set()  # results whose activation's slope their node takes care of
-        self.steps: list[int] = []  # the step behind every node
+        self.steps: list[tuple[int, ...]] = []  # those behind every node
         self.input = Buffer(math.prod(network.input_shape), input_dtype or numbers.dtype)
         values = [self.input]
         sums = fused_sums(network)
@@ -115,8 +116,10 @@ class Lowering:
                 shapes = [network.shapes[before.inputs[0]]]
                 step = _upsampled(step, before, shapes[0])
             values.append(self._value(step, inputs, shapes, network.shapes[index + 1]))
-            self.steps += [index] * (len(self.nodes) - len(self.steps))
+            self.steps += [(index,)] * (len(self.nodes) - len(self.steps))
         self.output = values[-1]
+        if not differentiable:  # the way back needs what lies between
+            join_pairs(self.nodes, self.steps, self.output)
 
     def _value(self, step: Step, inputs: list[Buffer], shapes: list[Shape], shape: Shape) -> Buffer:
         lower = LOWERINGS[step.op.name]
@@ -241,7 +244,7 @@ def _product(to: Lowering, step: Step, inputs: list[Buffer], shape: Shape, geome
     back = _kernel(to, geometries[1], weights[1], None) if to.differentiable else None
     addend = inputs[1] if len(inputs) > 1 else None
     output = to.buffer(math.prod(shape))
-    return to.add(ConvolutionNode(tuple(inputs), output, forward, back, Ending(step.activation, addend)))
+    return to.add(ConvolutionNode(tuple(inputs), output, forward, back, Ending(step.activation, addend), weights[0]))
 
 
 def _kernel(to: Lowering, geometry: Any, weight: Any, bias: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,12 +114,12 @@ class CudaNetwork:
     def describe(self, measure: bool = False) -> list[dict[str, Any]]:
         network = self._network
         plan = []
-        for index, node in zip(self._lowering.steps, self._lowering.nodes, strict=True):
+        for indices, node in zip(self._lowering.steps, self._lowering.nodes, strict=True):
+            index = indices[-1]
             step = network.steps[index]
-            cost = network.costs[index]
             row = {"step": index, "op": step.op.name, "kernel": _kernel_name(node), "output": network.shapes[index + 1]}
-            row |= {"activation": step.activation.kind, "flops": cost.flops, "bytes": cost.bytes}
-            plan.append(row | {"source": step.source})
+            row |= {"activation": step.activation.kind, "flops": sum(network.costs[i].flops for i in indices)}
+            plan.append(row | {"bytes": _bytes(network, indices), "source": step.source})
         return plan
 
     def _stages(self) -> list[Stage]:
@@ -288,6 +289,13 @@ def _collect(slot: Slot, out: npt.NDArray[Any]) -> bool:
     part = out[start:stop]
     part[...] = slot.host[1][: part.size * part.dtype.itemsize].numpy().view(part.dtype).reshape(part.shape)
     return not slot.host[2].numpy().any()
+
+
+def _bytes(network: Network, indices: tuple[int, ...]) -> int:
+    """Of one image, in float32, of steps that are one launch: what they hand on never reaches memory."""
+    total = sum(network.costs[index].bytes for index in indices)
+    between = [(network.shapes[i + 1], network.shapes[network.steps[j].inputs[0]]) for i, j in pairwise(indices)]
+    return total - sum(4 * int(np.prod(shape)) for shapes in between for shape in shapes)
 
 
 def _kernel_name(node: Node) -> str:

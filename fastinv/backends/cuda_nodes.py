@@ -34,9 +34,10 @@ class ConvolutionNode:
 
     inputs: tuple[Buffer, ...]
     output: Buffer
-    kernel: Any  # `Convolution` or `DirectConvolution`
+    kernel: Any  # `Convolution`, `DirectConvolution`, or a `Pair` of two convolutions
     back: Any  # the same for the way back, or None
     ending: Ending
+    weight: Any  # float32 [groups, outputs, inputs, kh, kw], of the way forward
     out_strides: tuple[int, int, int, int] | None = None
 
     def forward(self) -> Stage:

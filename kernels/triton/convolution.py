@@ -20,6 +20,53 @@ from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
 
 
 @triton.jit
+def products(
+    x, w, rows, base, inside, y, x0, height, width, channels, taps_y, taps_x,
+    x_y, x_x, x_c, spacing_y, spacing_x,
+    FLAT: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Σ_{t,c} w[o, t, c] · x[n, y + ty · spacing_y, x0 + tx · spacing_x, c], float32 [BM, BN].
+
+    Of BM pixels, of which those `inside` count: their first tap is at y, x0 (which may lie outside), and `base` is
+    where their image and group begin; and of the BN outputs o whose weights are these `rows` of w, `packed` for one
+    phase. With FLAT the tiles of the sum run over taps and channels together, else over the channels of one tap; with
+    FULL those fill their tiles.
+    """
+    k = tl.arange(0, BK)
+    taps = taps_y * taps_x
+    if FLAT:
+        blocks = (taps * channels + BK - 1) // BK
+    else:
+        per_tap = (channels + BK - 1) // BK
+        blocks = taps * per_tap
+    weights = w + (rows * (blocks * BK))[None, :] + k[:, None]
+
+    sums = tl.zeros((BM, BN), tl.float32)
+    for block in range(0, blocks):
+        if FLAT:
+            product = block * BK + k
+            t = product // channels
+            c = product % channels
+            iy = y[:, None] + (t // taps_x * spacing_y)[None, :]
+            ix = x0[:, None] + (t % taps_x * spacing_x)[None, :]
+            seen = inside[:, None] & (t < taps)[None, :] & (iy >= 0) & (iy < height) & (ix >= 0) & (ix < width)
+            place = base[:, None] + iy * x_y + ix * x_x + (c * x_c)[None, :]
+        else:
+            t = block // per_tap
+            c = block % per_tap * BK + k
+            iy = y + t // taps_x * spacing_y
+            ix = x0 + t % taps_x * spacing_x
+            seen = (inside & (iy >= 0) & (iy < height) & (ix >= 0) & (ix < width))[:, None]
+            if not FULL:
+                seen = seen & (c < channels)[None, :]
+            place = (base + iy * x_y + ix * x_x)[:, None] + (c * x_c)[None, :]
+        pixels = tl.load(x + place, mask=seen, other=0.0).to(w.dtype.element_ty)
+        sums = tl.dot(pixels, tl.load(weights + block * BK), sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
 def _convolution_kernel(
     x, w, bias, phases, out, addend, saved, a, b,
     images, height, width, channels, outputs, out_height, out_width,
@@ -32,8 +79,8 @@ def _convolution_kernel(
     """out[n, i·step + row, j·step + column, o] = finish(bias[o] + Σ_{t,c} w[o, t, c] · x[n, iy(i, t), ix(j, t), c]).
 
     x: [images, height, width, groups · channels] and out: [images, out_height, out_width, groups · outputs], both with
-    any strides; addend and saved as out, contiguous. w, phases: `packed` and `Geometry.table`. With FLAT the tiles of
-    the sum run over taps and channels together, else over the channels of one tap; with FULL those fill their tiles.
+    any strides; addend and saved as out, contiguous. w, phases: `packed` and `Geometry.table`. FLAT, FULL: as in
+    `products`.
     """
     program = tl.program_id(0)
     per_pixels = column_tiles * groups * PHASES
@@ -57,36 +104,10 @@ def _convolution_kernel(
     x0 = j * stride_x + first_x
     base = n * x_n + group * channels * x_c
     o = tile_n * BN + tl.arange(0, BN)
-    k = tl.arange(0, BK)
-    taps = taps_y * taps_x
-    if FLAT:
-        blocks = (taps * channels + BK - 1) // BK
-    else:
-        per_tap = (channels + BK - 1) // BK
-        blocks = taps * per_tap
-    weights = w + ((group * column_tiles * BN + o) * (blocks * BK))[None, :] + k[:, None]
-
-    sums = tl.zeros((BM, BN), tl.float32)
-    for block in range(0, blocks):
-        if FLAT:
-            product = block * BK + k
-            t = product // channels
-            c = product % channels
-            iy = y[:, None] + (t // taps_x * spacing_y)[None, :]
-            ix = x0[:, None] + (t % taps_x * spacing_x)[None, :]
-            seen = inside[:, None] & (t < taps)[None, :] & (iy >= 0) & (iy < height) & (ix >= 0) & (ix < width)
-            place = base[:, None] + iy * x_y + ix * x_x + (c * x_c)[None, :]
-        else:
-            t = block // per_tap
-            c = block % per_tap * BK + k
-            iy = y + t // taps_x * spacing_y
-            ix = x0 + t % taps_x * spacing_x
-            seen = (inside & (iy >= 0) & (iy < height) & (ix >= 0) & (ix < width))[:, None]
-            if not FULL:
-                seen = seen & (c < channels)[None, :]
-            place = (base + iy * x_y + ix * x_x)[:, None] + (c * x_c)[None, :]
-        pixels = tl.load(x + place, mask=seen, other=0.0).to(w.dtype.element_ty)
-        sums = tl.dot(pixels, tl.load(weights + block * BK), sums, input_precision=PRECISION)
+    sums = products(
+        x, w, group * column_tiles * BN + o, base, inside, y, x0, height, width, channels, taps_y, taps_x,
+        x_y, x_x, x_c, spacing_y, spacing_x, FLAT, FULL, PRECISION, BM, BN, BK,
+    )  # fmt: skip
 
     inside = inside[:, None] & (o < outputs)[None, :]
     o += group * outputs

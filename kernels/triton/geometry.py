@@ -100,17 +100,20 @@ class Weights:
         self.bias = None if bias is None else torch.tensor(bias, device=device)
         self.phases = torch.from_numpy(geometry.table(offsets)).to(device)
 
+    @property
+    def flops(self) -> int:
+        """Of one image, in direct form."""
+        taps = sum(y.rows * x.rows * len(y.taps) * len(x.taps) for y, x in self.geometry.phases())
+        return 2 * taps * self.groups * self.outputs * self.inputs
+
     def arguments(
         self, x: Any, out: Any, epilogue: Epilogue, x_strides: Any, out_strides: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arguments and constants of all kernels; strides that are None are those of contiguous tensors."""
         geometry = self.geometry
         (height, width), (out_height, out_width) = geometry.inputs, geometry.outputs
-        channels, outputs = self.groups * self.inputs, self.groups * self.outputs
-        x_n, x_y, x_x, x_c = x_strides or (height * width * channels, width * channels, channels, 1)
-        out_n, out_y, out_x, out_c = out_strides or (
-            out_height * out_width * outputs, out_width * outputs, outputs, 1
-        )  # fmt: skip
+        x_n, x_y, x_x, x_c = x_strides or strides(height, width, self.groups * self.inputs)
+        out_n, out_y, out_x, out_c = out_strides or strides(out_height, out_width, self.groups * self.outputs)
         args = {
             "x": x, "w": self.weight, "bias": self.bias, "phases": self.phases, "out": out, **epilogue.args,
             "images": len(x), "height": height, "width": width, "channels": self.inputs, "outputs": self.outputs,
@@ -125,6 +128,11 @@ class Weights:
             "PHASE": PHASE, "PHASES": geometry.count, "KIND": epilogue.kind, "BYTES": out.dtype.itemsize == 1,
         }  # fmt: skip
         return args, constants
+
+
+def strides(height: int, width: int, channels: int) -> tuple[int, int, int, int]:
+    """Of contiguous images [N, H, W, C]."""
+    return height * width * channels, width * channels, channels, 1
 
 
 def correlation(inputs: Pair, outputs: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Geometry:
