@@ -74,10 +74,19 @@ struct CorrelateArgs {
   int32_t out_channels;
   const float* addend;  // laid out as `out`, added before the activation (`out` itself: accumulate), or null
   Activation activation;
-  // Broadcast: while a block of weights is multiplied, the one behind it is fetched into L2. Where many matrices follow
-  // each other for few pixels, they come from farther away: 2.4 MB of a Winograd layer 128 → 128, 18 of CIFAR ReLU32's
-  // rMLE step, 4% of whose time this saves.
-  bool fetch_next = false;
+};
+
+// out[k][r][o] = Σ_i in[k][r][i] · weights[k][i][o] for each of so many matrices k.
+//
+// While a block of weights is multiplied, the one behind it is fetched into L2. For few rows they come from farther
+// away: 2.4 MB of a Winograd layer 128 → 128, 18 of CIFAR ReLU32's rMLE step, 4% of whose time this saves.
+struct ProductArgs {
+  const float* in;
+  int64_t in_step;  // floats from matrix to matrix
+  float* out;
+  int64_t out_step;
+  const float* weights;  // as of a correlation, in blocks of channels, matrix after matrix
+  int32_t matrices, rows, in_channels, out_channels;
 };
 
 // Depthwise: out[p, c] = activation(bias[c] + Σ_tap in[p's offset + c] · weights[tap, c]); runs are taps.
@@ -358,6 +367,7 @@ struct Kernels {
   void (*planar)(const PlanarArgs&);
   void (*planar_winograd)(const PlanarWinogradArgs&);
   void (*quadratic)(const QuadraticArgs&);
+  void (*product)(const ProductArgs&);
   void (*bfloat16_product)(const Bfloat16ProductArgs&);  // null where the instruction set has none
   void (*depthwise)(const DepthwiseArgs&);
   // Winograd's input transform of one tile: 36 pixels to 36 positions, position_stride floats apart.

@@ -62,8 +62,8 @@ void Product::run(int first, int matrices, int rows, const float* from, int64_t 
     }
     return;
   }
+  if (!abreast) return kernels_.product({from, from_step, to, to_step, weights(first), matrices, rows, in_, out_});
   constexpr int kMostTiles = 64;  // at once
-  const auto correlate = abreast ? kernels_.correlate_abreast : kernels_.correlate;
   const int tiles = ceil_div(rows, kMaxTilePixels);
   TileRow tile[kMostTiles];
   for (int done = 0, begin = 0; done < tiles; done += kMostTiles) {
@@ -74,20 +74,19 @@ void Product::run(int first, int matrices, int rows, const float* from, int64_t 
       begin += size;
     }
     for (int k = 0; k < matrices; ++k) {
-      correlate({from + k * from_step,
-                 to + k * to_step,
-                 nullptr,
-                 tile,
-                 count,
-                 tiles_.data(),
-                 runs_.data(),
-                 weights(first + k),
-                 in_,
-                 nullptr,
-                 out_,
-                 nullptr,
-                 {},
-                 true});
+      kernels_.correlate_abreast({from + k * from_step,
+                                  to + k * to_step,
+                                  nullptr,
+                                  tile,
+                                  count,
+                                  tiles_.data(),
+                                  runs_.data(),
+                                  weights(first + k),
+                                  in_,
+                                  nullptr,
+                                  out_,
+                                  nullptr,
+                                  {}});
     }
   }
 }

@@ -6,13 +6,11 @@
 // of last layers, where output channels would leave most lanes empty.
 #pragma once
 
-constexpr int kLineVectors = kWidth < 16 ? 16 / kWidth : 1;  // of a cache line
-
 FASTINV_INLINE const float* run_start(const CorrelateArgs& args, const float* in, int32_t offset) {
   return offset == kOutside ? args.zeros : in + offset;
 }
 
-template <int kVectors, int kPixels, bool kFetch = false>
+template <int kVectors, int kPixels>
 void correlate_tile(const CorrelateArgs& args, const Tile& tile, const float* in, float* out, const float* addend,
                     const float* weights, const float* bias, int last_lanes) {
   constexpr int kBlock = kVectors * kWidth;
@@ -23,7 +21,6 @@ void correlate_tile(const CorrelateArgs& args, const Tile& tile, const float* in
 #pragma GCC unroll 6
     for (int p = 0; p < kPixels; ++p) acc[p][v] = start;
   }
-  const int64_t next_block = args.weight_rows * kBlock;
   const Run* run = args.runs + tile.first_run;
   for (const Run* end = run + tile.runs; run != end; ++run) {
     const float* w = weights + static_cast<int64_t>(run->weight) * kBlock;
@@ -35,10 +32,6 @@ void correlate_tile(const CorrelateArgs& args, const Tile& tile, const float* in
       V row[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) row[v] = load(w + v * kWidth);
-      if constexpr (kFetch) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; v += kLineVectors) __builtin_prefetch(w + next_block + v * kWidth, 0, 2);
-      }
 #pragma GCC unroll 6
       for (int p = 0; p < kPixels; ++p) {
         const V pixel = set1(x[p][k]);
@@ -71,11 +64,11 @@ void correlate_tile(const CorrelateArgs& args, const Tile& tile, const float* in
 using CorrelateTile = void (*)(const CorrelateArgs&, const Tile&, const float*, float*, const float*, const float*,
                                const float*, int);
 
-template <int kVectors, bool kFetch = false>
+template <int kVectors>
 CorrelateTile correlate_tile_for(int pixels) {
-  constexpr CorrelateTile table[] = {correlate_tile<kVectors, 1, kFetch>, correlate_tile<kVectors, 2, kFetch>,
-                                     correlate_tile<kVectors, 3, kFetch>, correlate_tile<kVectors, 4, kFetch>,
-                                     correlate_tile<kVectors, 5, kFetch>, correlate_tile<kVectors, 6, kFetch>};
+  constexpr CorrelateTile table[] = {correlate_tile<kVectors, 1>, correlate_tile<kVectors, 2>,
+                                     correlate_tile<kVectors, 3>, correlate_tile<kVectors, 4>,
+                                     correlate_tile<kVectors, 5>, correlate_tile<kVectors, 6>};
   return table[pixels - 1];
 }
 
@@ -98,11 +91,8 @@ void correlate(const CorrelateArgs& args) {
     const int left = args.out_channels - done;
     const int vectors = left >= kMaxVectors * kWidth ? kMaxVectors : (left + kWidth - 1) / kWidth;
     const int last_lanes = left >= vectors * kWidth ? kWidth : left - (vectors - 1) * kWidth;
-    const bool fetch = args.fetch_next && vectors == kMaxVectors;
     CorrelateTile by_pixels[kMaxTilePixels + 1];
-    for (int p = 1; p <= kMaxTilePixels; ++p) {
-      by_pixels[p] = fetch ? correlate_tile_for<kMaxVectors, true>(p) : correlate_tile_for(vectors, p);
-    }
+    for (int p = 1; p <= kMaxTilePixels; ++p) by_pixels[p] = correlate_tile_for(vectors, p);
     const float* bias = args.bias ? args.bias + done : nullptr;
     for (int64_t r = 0; r < args.row_count; ++r) {
       const TileRow& row = args.rows[r];

@@ -32,6 +32,7 @@ static_assert(kMaxVectors == FASTINV_MAX_VECTORS);
 #include "kernels/planar_winograd.h"
 #include "kernels/polyphase.h"
 #include "kernels/pool.h"
+#include "kernels/product.h"
 #include "kernels/quadratic.h"
 #include "kernels/rmle.h"
 #include "kernels/transpose.h"
@@ -56,6 +57,7 @@ const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
     planar,
     planar_winograd,
     quadratic,
+    product,
     bfloat16_product,
     depthwise,
     winograd_input,
