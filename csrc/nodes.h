@@ -72,6 +72,7 @@ class MaxPoolNode : public Node {
   void forward(const Frame& values, int64_t images, Share share) const override;
   void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
                 Share) const override;
+  bool shares_backward() const override;
   int64_t saved_floats() const override { return int64_t{geometry_.out_h} * geometry_.out_w * geometry_.channels; }
   std::string describe() const override { return "max_pool"; }
 

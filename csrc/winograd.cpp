@@ -144,16 +144,19 @@ void Winograd::transform_inputs(const Operands& operands, const Chunk& chunk, in
 }
 
 void Winograd::add_outputs(const Operands& operands, const Chunk& chunk, const float* products, int64_t first,
-                           int count) const {
+                           int count, RowRange own) const {
   const Axis &rows = geometry_.axis[0], &columns = geometry_.axis[1];
   const int channels = geometry_.out_channels * static_cast<int>(operands.lanes);
   for (int t = 0; t < count; ++t) {
     const Tile tile = this->tile(first + t);
     const int y = tile.y - padding_[0], x = tile.x - padding_[1];
+    const int64_t row = tile.image * rows.out;  // of the image's first
+    const auto begin = static_cast<int>(std::max<int64_t>(0, own.begin - row));
+    const auto end = static_cast<int>(std::min<int64_t>(rows.out, own.end - row));
     kernels_.winograd_adjoint_output(
         {products + int64_t{t} * channels, chunk.out_stride,
          operands.out + tile.image * operands.out_stride + (int64_t{y} * columns.out + x) * channels,
-         int64_t{columns.out} * channels, channels, std::max(0, -y), std::min(kIn, rows.out - y), std::max(0, -x),
+         int64_t{columns.out} * channels, channels, std::max(0, begin - y), std::min(kIn, end - y), std::max(0, -x),
          std::min(kIn, columns.out - x)});
   }
 }
@@ -174,7 +177,7 @@ void Winograd::transform_outputs(const Operands& operands, const Chunk& chunk, c
   }
 }
 
-void Winograd::run_tiles(const Operands& operands, int64_t first, int64_t last, float* scratch) const {
+void Winograd::run_tiles(const Operands& operands, int64_t first, int64_t last, float* scratch, RowRange rows) const {
   const Chunk& chunk = this->chunk(operands.lanes);
   float* products = scratch + kPositions * chunk.in_stride;
   for (; first < last; first += chunk.tiles) {
@@ -183,7 +186,7 @@ void Winograd::run_tiles(const Operands& operands, int64_t first, int64_t last, 
     product_.run(0, kPositions, count, scratch, chunk.in_stride, products, chunk.out_stride, nullptr,
                  operands.lanes > 1);
     if (adjoint_) {
-      add_outputs(operands, chunk, products, first, count);
+      add_outputs(operands, chunk, products, first, count, rows);
     } else {
       transform_outputs(operands, chunk, products, first, count);
     }
@@ -191,26 +194,37 @@ void Winograd::run_tiles(const Operands& operands, int64_t first, int64_t last, 
 }
 
 // What tiles of the adjoint form add to.
-void Winograd::clear(const Operands& x) const {
-  const int64_t size = int64_t{geometry_.axis[0].out} * geometry_.axis[1].out * geometry_.out_channels * x.lanes;
-  for (int64_t i = 0; i < x.images; ++i) {
-    float* out = x.out + i * x.out_stride;
+void Winograd::clear(const Operands& x, RowRange rows) const {
+  const int64_t row = geometry_.axis[1].out * geometry_.out_channels * x.lanes, height = geometry_.axis[0].out;
+  for (int64_t at = rows.begin, end; at < rows.end; at = end) {
+    const int64_t image = at / height, first = at % height;
+    end = std::min(rows.end, (image + 1) * height);
+    float* out = x.out + image * x.out_stride + first * row;
     if (!x.addend) {
-      std::fill_n(out, size, 0.0f);
+      std::fill_n(out, (end - at) * row, 0.0f);
     } else if (x.addend != x.out) {
-      std::copy_n(x.addend + i * x.addend_stride, size, out);
+      std::copy_n(x.addend + image * x.addend_stride + first * row, (end - at) * row, out);
     }
   }
 }
 
+// Tiles that reach over the border of two workers' rows are computed by both.
+void Winograd::run_adjoint(const Operands& operands, RowRange rows, float* scratch) const {
+  if (rows.begin == rows.end) return;
+  clear(operands, rows);
+  const int height = geometry_.axis[0].out;
+  const auto tile_row = [&](int64_t row, int reach) {  // the first that begins `reach` rows above this one, or lower
+    const auto at = static_cast<int>(row % height) + padding_[0] - reach;
+    return row / height * tiles_y_ + std::clamp(at < 0 ? 0 : ceil_div(at, outputs_), 0, tiles_y_);
+  };
+  const int64_t first = tile_row(rows.begin, kIn - 1), last = tile_row(rows.end - 1, -1);
+  run_tiles(operands, first * tiles_x_, last * tiles_x_, scratch, rows);
+}
+
 void Winograd::run(const Operands& operands, Share share, float* scratch) const {
-  const int64_t total = operands.images * tiles_y_ * tiles_x_;
-  if (adjoint_) {
-    if (share.index > 0) return;
-    clear(operands);
-    return run_tiles(operands, 0, total, scratch);
-  }
-  run_tiles(operands, share.begin(total), share.end(total), scratch);
+  const int64_t units = operands.images * (adjoint_ ? geometry_.axis[0].out : int64_t{tiles_y_} * tiles_x_);
+  const int64_t begin = share.begin(units), end = share.end(units);
+  adjoint_ ? run_adjoint(operands, {begin, end}, scratch) : run_tiles(operands, begin, end, scratch);
 }
 
 // As many tiles as go through all three stages together, or most of them.

@@ -36,7 +36,7 @@ class Winograd : public Convolution {
 
   Winograd(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias);
 
-  // In the adjoint form, which knows neither bias nor activation, and all of which the first worker does.
+  // In the adjoint form, which knows neither bias nor activation.
   Winograd(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight);
 
   void run(const Operands& operands, Share share, float* scratch) const override;
@@ -49,8 +49,14 @@ class Winograd : public Convolution {
  private:
   Winograd(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, bool adjoint);
   void pack(const WeightAt& weight);
-  void clear(const Operands& operands) const;
-  void run_tiles(const Operands& operands, int64_t first, int64_t last, float* scratch) const;
+  // Rows of results, image after image.
+  struct RowRange {
+    int64_t begin, end;
+  };
+  void clear(const Operands& operands, RowRange rows) const;
+  void run_adjoint(const Operands& operands, RowRange rows, float* scratch) const;
+  // In the adjoint form adding to these rows alone.
+  void run_tiles(const Operands& operands, int64_t first, int64_t last, float* scratch, RowRange rows = {}) const;
   // Tiles, of one image or several, that go through all three stages together.
   struct Chunk {
     int tiles;
@@ -68,7 +74,8 @@ class Winograd : public Convolution {
                         float* transformed) const;
   void transform_outputs(const Operands& operands, const Chunk& chunk, const float* products, int64_t first,
                          int count) const;
-  void add_outputs(const Operands& operands, const Chunk& chunk, const float* products, int64_t first, int count) const;
+  void add_outputs(const Operands& operands, const Chunk& chunk, const float* products, int64_t first, int count,
+                   RowRange rows) const;
 
   const Kernels& kernels_;
   const Geometry geometry_;

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checks import ACTIVATIONS, CASES, InterruptAt, check_gradient, network_of, randn, reference, relative, run
+from torch import nn
 
 import fastinv
 from fastinv import _core
@@ -225,6 +226,36 @@ def test_solver_gives_an_image_one_answer(edge: str, optimizer: str, isa: str) -
         z, one, _ = alone.solve(features[i : i + 1], start[i])
         np.testing.assert_array_equal(z[0], whole[i])
         assert one.objective[0] == report.objective[i]
+
+
+# Unpadded convolutions go back in the adjoint form; pools overlap, and tile.
+POOLED = (
+    nn.Sequential(nn.Conv2d(3, 24, 5), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(24, 32, 3), nn.MaxPool2d(2)),
+    nn.Sequential(nn.Conv2d(1, 8, 5), nn.MaxPool2d(2), nn.LeakyReLU(), nn.Conv2d(8, 16, 5), nn.MaxPool2d((2, 3))),
+)
+
+
+@pytest.mark.parametrize("edge", POOLED, ids=["three channels", "one channel"])
+def test_threads_share_an_image(edge: nn.Module, isa: str) -> None:
+    """Large images, of which there are fewer than threads: bit for bit as one thread alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        for layer in edge:
+            if isinstance(layer, nn.Conv2d):
+                layer.reset_parameters()
+    channels = edge[0].in_channels
+    recipe = recipe_for(export(edge.eval(), torch.zeros(2, channels, 99, 61)), steps=6)
+    (z, _), (expected, _) = solve_both(recipe, randn(*recipe.input_shape, seed=6), images=1)
+    assert relative(z, expected) < 1e-3
+    features = reference(recipe.edge, randn(3, *recipe.input_shape, seed=7)).astype(np.float32)
+    start = randn(*recipe.input_shape, seed=6)
+    one, _, _ = CpuSolver(recipe, 1).solve(features, start)
+    for threads in (2, 3, 7):
+        for images in (1, 3):
+            z, _, _ = CpuSolver(recipe, threads).solve(features[:images], start)
+            np.testing.assert_array_equal(z, one[:images])
+    if isa == "avx512":
+        assert any("winograd adjoint" in kernel for kernel in CpuSolver(recipe, 1).kernels)
 
 
 # ---- interruptions -------------------------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "nodes.h"
 
 namespace fastinv {
@@ -14,54 +16,105 @@ bool MaxPoolNode::in_pairs(const PoolArgs& g) {
 
 namespace {
 
-// Calls body(arguments, first input, first output) for each stretch of an image that lies as [H, W, channels]: all of
-// it, or, where planes of images abreast lie one after the other, each plane.
+// What a worker does of one image: where its inputs and outputs begin, and a pool of its own there.
+struct Part {
+  PoolArgs pool;
+  int64_t in = 0, out = 0;
+};
+
+// Rows of windows first to last of an image that lies as [H, W, C].
+Part window_rows(const PoolArgs& pool, int64_t first, int64_t last) {
+  const int64_t start = first * pool.stride[0] - pool.padding[0], begin = std::max<int64_t>(0, start);
+  const int64_t reach = (last - first - 1) * pool.stride[0] + (pool.kernel[0] - 1) * pool.dilation[0] + 1;
+  Part part = {pool, begin * pool.in_w * pool.channels, first * pool.out_w * pool.channels};
+  part.pool.padding[0] = static_cast<int32_t>(begin - start);
+  part.pool.in_h = static_cast<int32_t>(std::min<int64_t>(pool.in_h, start + reach) - begin);
+  part.pool.out_h = static_cast<int32_t>(last - first);
+  return part;
+}
+
+// Calls body(image, part) for this share of the images' rows, one image after the other. Planes of [C, H, W] are cut
+// into rows as well, one by one: the layers around a pool are, and what this worker has made is in its cache.
 template <class Body>
-void for_each_plane(PoolArgs pool, bool row_major, int64_t lanes, const Body& body) {
-  const int planes = row_major ? pool.channels : 1;
-  pool.channels = static_cast<int32_t>(pool.channels / planes * lanes);
-  for (int64_t p = 0; p < planes; ++p) {
-    body(pool, p * pool.in_h * pool.in_w * pool.channels, p * pool.out_h * pool.out_w * pool.channels);
+void for_each_part(const PoolArgs& pool, bool row_major, int64_t images, Share share, const Body& body) {
+  const int64_t rows = pool.out_h, end = share.end(images * rows);
+  for (int64_t at = share.begin(images * rows); at < end;) {
+    const int64_t image = at / rows, first = at % rows, last = std::min(rows, first + end - at);
+    at += last - first;
+    if (last - first == rows) {
+      body(image, Part{pool});
+    } else if (!row_major) {
+      body(image, window_rows(pool, first, last));
+    } else {
+      PoolArgs plane = pool;
+      plane.channels = 1;
+      Part part = window_rows(plane, first, last);
+      for (int c = 0; c < pool.channels; ++c) {
+        body(image, part);
+        part.in += int64_t{pool.in_h} * pool.in_w;
+        part.out += int64_t{pool.out_h} * pool.out_w;
+      }
+    }
+  }
+}
+
+// Calls body(part) for each plane of images abreast, [C, H, W, lane], or once where they lie as [H, W, C, lane].
+template <class Body>
+void for_each_plane(const PoolArgs& pool, bool row_major, int64_t lanes, const Body& body) {
+  const int count = row_major ? pool.channels : 1;
+  Part part = {pool};
+  part.pool.channels = static_cast<int32_t>(pool.channels / count * lanes);
+  for (int p = 0; p < count; ++p) {
+    body(part);
+    part.in += int64_t{pool.in_h} * pool.in_w * part.pool.channels;
+    part.out += int64_t{pool.out_h} * pool.out_w * part.pool.channels;
   }
 }
 
 }  // namespace
 
 void MaxPoolNode::forward(const Frame& values, int64_t images, Share share) const {
-  PoolArgs args = geometry_;
-  args.activation = activation;
-  for (int64_t i = share.begin(images); i < share.end(images); ++i) {
-    args.in = values.at(inputs[0], i);
-    args.out = values.at(output, i);
-    args.index = values.saved ? values.saved + i * values.saved_stride : nullptr;
-    if (row_major_ && values.lanes == 1) {
-      kernels.max_pool_pairs(args);
-      continue;
-    }
-    for_each_plane(args, row_major_, values.lanes, [&](PoolArgs plane, int64_t in, int64_t out) {
-      plane.in += in;
-      plane.out += out;
-      if (plane.index) plane.index += out;
-      kernels.max_pool(plane);
-    });
+  const auto run = [&](const Part& part, int64_t image, auto kernel) {
+    PoolArgs args = part.pool;
+    args.activation = activation;
+    args.in = values.at(inputs[0], image) + part.in;
+    args.out = values.at(output, image) + part.out;
+    if (values.saved) args.index = values.saved + image * values.saved_stride + part.out;
+    kernel(args);
+  };
+  if (values.lanes > 1) {
+    return for_each_plane(geometry_, row_major_, values.lanes,
+                          [&](const Part& part) { run(part, 0, kernels.max_pool); });
   }
+  for_each_part(geometry_, row_major_, images, share, [&](int64_t image, const Part& part) {
+    run(part, image, row_major_ ? kernels.max_pool_pairs : kernels.max_pool);
+  });
 }
 
-void MaxPoolNode::backward(const Frame& values, const Frame& grads, int64_t images, size_t, bool first, Share) const {
-  PoolArgs args = geometry_;
-  for (int64_t i = 0; i < images; ++i) {
-    args.index = values.saved + i * values.saved_stride;
-    const float* from = grads.at(output, i);
-    float* to = grads.at(inputs[0], i);
-    if (row_major_ && grads.lanes == 1) {
-      kernels.max_pool_pairs_gradient({args, from, to, !first});
-      continue;
-    }
-    for_each_plane(args, row_major_, grads.lanes, [&](PoolArgs plane, int64_t in, int64_t out) {
-      plane.index += out;
-      kernels.max_pool_gradient({plane, from + out, to + in, !first});
-    });
+// Whether windows cover the image side by side.
+bool MaxPoolNode::shares_backward() const {
+  const PoolArgs& g = geometry_;
+  const auto tiles = [&g](int axis, int in, int out) {
+    return g.kernel[axis] == g.stride[axis] && g.padding[axis] == 0 && g.dilation[axis] == 1 &&
+           in == out * g.stride[axis];
+  };
+  return tiles(0, g.in_h, g.out_h) && tiles(1, g.in_w, g.out_w);
+}
+
+void MaxPoolNode::backward(const Frame& values, const Frame& grads, int64_t images, size_t, bool first,
+                           Share share) const {
+  const auto run = [&](const Part& part, int64_t image, auto kernel) {
+    PoolArgs args = part.pool;
+    args.index = values.saved + image * values.saved_stride + part.out;
+    kernel({args, grads.at(output, image) + part.out, grads.at(inputs[0], image) + part.in, !first});
+  };
+  if (grads.lanes > 1) {
+    return for_each_plane(geometry_, row_major_, grads.lanes,
+                          [&](const Part& part) { run(part, 0, kernels.max_pool_gradient); });
   }
+  for_each_part(geometry_, row_major_, images, share, [&](int64_t image, const Part& part) {
+    run(part, image, row_major_ ? kernels.max_pool_pairs_gradient : kernels.max_pool_gradient);
+  });
 }
 
 SparseMatrix SparseMatrix::transposed() const {
