@@ -35,16 +35,19 @@ bool Solver::conjugate_gradients(Workspace& w, Call& call, Watch& watch) const {
   Slot& slot = w.slots.front();
   ImageReport& report = slot.report;
   float *z = w.images, *residual_left = w.first, *direction = w.second, *solution = w.largest;
-  forward(w, 1);
-  residual(w, 0);
-  backward(w, 1);
-  add_total_variation(w, 0);
-  for (int64_t i = 0; i < size; ++i) direction[i] = residual_left[i] = -w.gradients[i];
-  std::copy_n(z, size, solution);
-  std::fill_n(z, size, 0.0f);
   if (knows_hessian()) {
+    quadratic_->gradient(z, w.constant, w.gradients, w.copy);
     std::fill_n(w.constant, size, 0.0f);
   } else {
+    forward(w, 1);
+    residual(w, 0);
+    backward(w, 1);
+    add_total_variation(w, 0);
+  }
+  for (int64_t i = 0; i < size; ++i) direction[i] = residual_left[i] = -w.gradients[i];
+  std::copy_n(z, size, solution);
+  if (!knows_hessian()) {
+    std::fill_n(z, size, 0.0f);
     forward(w, 1);
     std::copy_n(w.results, out_size, w.features);
   }
@@ -73,7 +76,7 @@ bool Solver::conjugate_gradients(Workspace& w, Call& call, Watch& watch) const {
     ++call.steps;
   }
   std::copy_n(solution, size, z);
-  load_features(w, call.batch.features + slot.image * out_size, 0);
+  if (!knows_hessian()) load_features(w, call.batch.features + slot.image * out_size, 0);
   forward(w, 1);
   report.objective = residual(w, 0) + add_total_variation(w, 0);
   return !stopped;

@@ -168,7 +168,7 @@ void Solver::begin(Workspace& w, const Batch& batch, int64_t index, int64_t imag
   slot.calm = 0;
   slot.descent = {};
   load_features(w, batch.features + image * out_size, index);
-  if (quadratic_ && recipe_.method != Method::kExact) {  // the gradient at zero
+  if (quadratic_ && (recipe_.method != Method::kExact || knows_hessian())) {  // the gradient at zero
     residual(w, 0, at_zero_.data());
     backward(w, 1);
     std::copy_n(w.gradients, size, w.constant);
