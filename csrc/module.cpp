@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <cmath>
 #include <numeric>
 #include <optional>
 
@@ -355,6 +356,18 @@ PYBIND11_MODULE(_core, m) {
           py::arg("progress") = py::none(),
           "(z, objective, steps, converged), one entry per image, and whether it came to the end. `progress` is called "
           "with the images done and the steps of all images so far, ten times a second.")
+      .def(
+          "hessian",
+          [](const Solver& s) {
+            const std::vector<float> matrix = s.hessian();
+            const auto size = static_cast<py::ssize_t>(std::sqrt(static_cast<double>(matrix.size())));
+            return py::array_t<float>({size, size}, matrix.data());
+          },
+          "The matrix [n, n] of a quadratic objective's gradient, where its inverse would pay; else [0, 0].")
+      .def(
+          "take_inverse",
+          [](Solver& s, const py::array_t<double, py::array::c_style>& inverse) { s.take_inverse(inverse.data()); },
+          py::arg("inverse").noconvert(), "Of that matrix: from now on exact minima come from it.")
       .def("describe", [](const Solver& s) { return describe(s.program()); })
       .def_property_readonly("quadratic", &Solver::quadratic, "Whether steps take the gradient from a quadratic form.")
       .def_property_readonly("isa", [](const Solver& s) { return std::string(s.program().kernels().isa); })

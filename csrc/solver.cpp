@@ -84,6 +84,7 @@ int64_t Solver::workspace_bytes() const {
   int64_t floats = memory_floats() + program_.scratch_floats(1);
   if (recipe_.method == Method::kLbfgs) floats += block_ * Lbfgs::floats(image_stride());
   if (lockstep_) floats += lockstep_->workspace_floats();
+  if (inverse_) floats += newton_floats();
   return floats * int64_t{sizeof(float)};
 }
 
@@ -315,6 +316,13 @@ void Solver::work(Workspace& w, Call& call, bool caller, const Crew& crew) const
     const int64_t group = call.next_abreast.fetch_add(lockstep_ ? lockstep_->images() : 0);
     if (group < call.abreast) {
       run_abreast(w, call, watch, group);
+      continue;
+    }
+    if (inverse_) {
+      const int64_t even = (batch.n + threads_ - 1) / threads_, some = std::min(even, kMostTogether);
+      const int64_t first = call.next.fetch_add(some);
+      if (first >= batch.n) return;
+      newton(w, call, first, std::min(some, batch.n - first));
       continue;
     }
     const int64_t wanted = crew.barrier ? block_ : in_flight(call);

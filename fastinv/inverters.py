@@ -122,8 +122,9 @@ class RMLE(Inverter):
         tv_weight: λ, weight of the total variation; 0 switches it off.
         tv_beta: β >= 1, exponent of the total variation.
         optimizer: "adam", "amsgrad", "sgd"; "lbfgs", quasi-Newton steps that always make the objective fall, and need
-            no lr; "exact", the minimum itself by conjugate gradients, where the objective is quadratic: an affine edge,
-            β 2 or λ 0, no clamp; "auto": "exact" where it can be had, else "lbfgs".
+            no lr; "exact", the minimum itself where the objective is quadratic (an affine edge, β 2 or λ 0, no clamp),
+            by conjugate gradients or, for small images, an inverse matrix; "auto": "exact" where it can be had, else
+            "lbfgs".
         init: the start in pixels: a number, an array [C, H, W], or an `InverseNetwork` for the same features, whose
             images are refined.
         clamp: pixel bounds kept after every step, or None for free iterates.

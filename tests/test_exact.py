@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fastinv
 from fastinv.attacks.rmle import rmle, total_variation
+from fastinv.backends.cpu import CpuSolver
 from fastinv.errors import NetworkError
 from fastinv.export import export
 from fastinv.inverters import RMLE
@@ -108,13 +109,62 @@ def test_no_adam_gets_lower(backend: str) -> None:
     assert (exact.steps < 300).all()
 
 
-def test_steps_are_a_limit(backend: str) -> None:
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+def test_large_images(weight: float) -> None:
+    """Too large for the inverse of their matrix: conjugate gradients, by the quadratic form."""
+    shape = (2, 33, 18)
+    edge = edge_of("conv")
+    network = export(edge, torch.zeros(2, *shape))
+    v = randn(3, *network.output_shape)
+    recipe = RMLE(network, shape, optimizer="exact", clamp=None, tv_weight=weight, steps=2000)
+    z, report, _ = CpuSolver(recipe, 2).solve(v, randn(*shape, seed=1))
+    assert report.converged.all()
+    assert (report.steps > 3).all()
+
+    def slope(images: np.ndarray) -> float:
+        x = torch.from_numpy(images.astype(np.float64)).requires_grad_()
+        value = (edge.double()(x) - torch.from_numpy(v)).square().sum() + weight * total_variation(x, 2.0).sum()
+        return float(torch.autograd.grad(value, x)[0].norm())
+
+    assert slope(z) < 1e-5 * slope(np.zeros_like(z))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_small_images_take_a_step_or_two(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the inverse of their matrix; the same for an image alone and in any company."""
+    monkeypatch.setenv("FASTINV_ISA", isa)
     network = export(edge_of("conv"), torch.zeros(2, *SHAPE))
+    v, start = randn(45, *network.output_shape), randn(*SHAPE, seed=1)
+    v[5] *= 1e3
+    recipe = RMLE(network, SHAPE, optimizer="exact", clamp=None)
+    z, report, finished = CpuSolver(recipe, 1).solve(v, start)
+    assert finished
+    assert report.converged.all()
+    assert (report.steps <= 2).all()
+    for threads, images in ((2, slice(None)), (2, slice(0, 1)), (3, slice(5, 24)), (1, slice(44, 3, -2))):
+        some, again, _ = CpuSolver(recipe, threads).solve(np.ascontiguousarray(v[images]), start)
+        np.testing.assert_array_equal(some, z[images])
+        np.testing.assert_array_equal(again.objective, report.objective[images])
+        np.testing.assert_array_equal(again.steps, report.steps[images])
+    v[7] = 3e38  # more than float32 can square
+    _, report, _ = CpuSolver(recipe, 2).solve(v, start)
+    assert report.converged.sum() == 44
+    assert not report.converged[7]
+
+
+def test_steps_are_a_limit(backend: str) -> None:
+    network = export(edge_of("stride 2"), torch.zeros(2, *SHAPE))
     v, start = randn(2, *network.output_shape), np.full(SHAPE, 0.25, np.float32)
     recipe = RMLE(network, SHAPE, optimizer="exact", clamp=None, steps=3, init=start)
     _, report = fastinv.compile(recipe, backend).solve(v)
     assert report.steps.tolist() == [3, 3]
     assert not report.converged.any()
+
+
+@pytest.mark.parametrize("name", ["conv", "stride 2"])
+def test_no_steps(name: str, backend: str) -> None:
+    network = export(edge_of(name), torch.zeros(2, *SHAPE))
+    v, start = randn(2, *network.output_shape), np.full(SHAPE, 0.25, np.float32)
     images, report = fastinv.compile(RMLE(network, SHAPE, optimizer="exact", clamp=None, steps=0), backend).solve(
         v, init=start
     )

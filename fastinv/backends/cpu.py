@@ -149,6 +149,9 @@ class CpuSolver:
             threads=_thread_count(threads),
             block=block,
         )
+        inverse = _inverse(self._solver.hessian())
+        if inverse is not None:
+            self._solver.take_inverse(inverse)
         self.isa = self._solver.isa
         self.kernels = [kernel for kernel, _ in self._solver.describe()]
         self.images_abreast = self._solver.images_abreast  # that a thread takes through all steps together, or 0
@@ -156,6 +159,18 @@ class CpuSolver:
     def solve(self, features: Array, init: Array, progress: Progress | None = None) -> tuple[Array, Report, bool]:
         z, objective, steps, converged, finished = self._solver.solve(features, init, progress)
         return z, Report(objective, steps, converged, CpuBackend.name, self.isa), finished
+
+
+def _inverse(matrix: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+    """Of a symmetric matrix; None where there is none, or none that float32 could use."""
+    most = 1e5  # a step by an inverse of this condition, rounded to float32, leaves less than 1% of the gradient
+    matrix = matrix.astype(np.float64)
+    try:
+        inverse = np.linalg.inv((matrix + matrix.T) / 2)
+    except np.linalg.LinAlgError:
+        return None
+    known = inverse.size > 0 and np.linalg.norm(matrix, 1) * np.linalg.norm(inverse, 1) <= most
+    return inverse if known else None
 
 
 class Lowering:
