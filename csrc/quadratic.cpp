@@ -152,9 +152,11 @@ void Quadratic::gradient(const float* z, const float* constant, float* gradient,
     std::memcpy(first + (y + rows.kernel - 1) * in_row_, z + y * row_, static_cast<size_t>(row_) * sizeof(float));
   }
   for (const Band& band : bands_) {
-    const int tiles = ceil_div(band.rows, kernels_.quadratic_rows);
-    for (int t = 0; t < tiles; ++t) {
-      const int begin = band.first + band.rows * t / tiles, end = band.first + band.rows * (t + 1) / tiles;
+    // Tiles of about the same size; the kernel has those of even numbers of rows.
+    const int tiles = ceil_div(band.rows, kernels_.quadratic_rows), last = band.first + band.rows;
+    const int size = static_cast<int>(round_up(ceil_div(band.rows, tiles), 2));
+    for (int begin = band.first; begin < last; begin += size) {
+      const int end = std::min(begin + size, last);
       kernels_.quadratic({first + (begin + band.tap) * in_row_, in_row_, constant + begin * row_,
                           gradient + begin * row_, row_, weights_.data() + band.weights, offsets_.data(),
                           static_cast<int32_t>(offsets_.size()), band.groups, band.taps, end - begin});

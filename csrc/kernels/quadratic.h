@@ -60,7 +60,8 @@ QuadraticTile quadratic_tile_for(int rows) {
   if (kTaps == 1 && rows == 1) return quadratic_row;
   if (rows <= 4) return quadratic_tile<4, kTaps>;
   if constexpr (kQuadraticRows > 8) {
-    if (rows > 12) return quadratic_tile<16, kTaps>;
+    if (rows > 14) return quadratic_tile<16, kTaps>;
+    if (rows > 12) return quadratic_tile<14, kTaps>;
     if (rows > 10) return quadratic_tile<12, kTaps>;
     if (rows > 8) return quadratic_tile<10, kTaps>;
   }
