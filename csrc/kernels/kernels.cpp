@@ -27,6 +27,7 @@ static_assert(kMaxVectors == FASTINV_MAX_VECTORS);
 #include "kernels/depthwise.h"
 #include "kernels/elementwise.h"
 #include "kernels/gate.h"
+#include "kernels/lanes.h"
 #include "kernels/peak.h"
 #include "kernels/planar.h"
 #include "kernels/planar_winograd.h"

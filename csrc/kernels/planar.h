@@ -21,19 +21,19 @@ struct PlanarColumns {
 
 // The products of kTaps row taps and one column tap of one input channel. Input rows `first` to `last` are there, of
 // the kRows + kTaps − 1 that the tile reads; kRowsWhole says that all are, kLanesWhole that whole vectors are.
-template <int kOutputs, int kTaps, int kRows, bool kRowsWhole, bool kLanesWhole>
-FASTINV_INLINE void planar_products(V (&acc)[kRows][kOutputs], const float* in, int64_t in_w, Lanes lanes,
-                                    const float* w, int first, int last) {
-  V weight[kTaps][kOutputs];
+template <class L, int kOutputs, int kTaps, int kRows, bool kRowsWhole, bool kLanesWhole>
+FASTINV_INLINE void planar_products(typename L::Vector (&acc)[kRows][kOutputs], const float* in, int64_t in_w,
+                                    Lanes lanes, const float* w, int first, int last) {
+  typename L::Vector weight[kTaps][kOutputs];
 #pragma GCC unroll 5
   for (int i = 0; i < kTaps; ++i) {
 #pragma GCC unroll 4
-    for (int o = 0; o < kOutputs; ++o) weight[i][o] = set1(w[i * kOutputs + o]);
+    for (int o = 0; o < kOutputs; ++o) weight[i][o] = L::all(w[i * kOutputs + o]);
   }
 #pragma GCC unroll 20
   for (int r = 0; r < kRows + kTaps - 1; ++r, in += in_w) {
     if (!kRowsWhole && (r < first || r >= last)) continue;
-    const V x = kLanesWhole ? load(in) : load_lanes(in, lanes);
+    const typename L::Vector x = kLanesWhole ? L::get(in) : L::get_lanes(in, lanes);
 #pragma GCC unroll 5
     for (int i = 0; i < kTaps; ++i) {
       if (r - i < 0 || r - i >= kRows) continue;
@@ -43,15 +43,15 @@ FASTINV_INLINE void planar_products(V (&acc)[kRows][kOutputs], const float* in, 
   }
 }
 
-template <int kOutputs, int kTaps, int kRows, bool kAbreast>
+template <class L, int kOutputs, int kTaps, int kRows, bool kAbreast>
 void planar_tile(const PlanarArgs& a, const PlanarColumns& columns, int x0, const float* weights, const float* bias,
                  float* out, const float* addend, const float* next) {
   constexpr int kReads = kRows + kTaps - 1;
-  V acc[kRows][kOutputs];
+  typename L::Vector acc[kRows][kOutputs];
 #pragma GCC unroll 4
   for (int o = 0; o < kOutputs; ++o) {
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) acc[r][o] = set1(bias[o]);
+    for (int r = 0; r < kRows; ++r) acc[r][o] = L::all(bias[o]);
   }
   const int y0 = a.first_row, rows = a.rows, taps_x = a.taps_x;
   constexpr int kPitch = kAbreast ? kWidth : 1;  // floats from pixel to pixel
@@ -82,16 +82,16 @@ void planar_tile(const PlanarArgs& a, const PlanarColumns& columns, int x0, cons
         if (kAbreast) {
           if (!columns.whole[k]) continue;
           if (all) {
-            planar_products<kOutputs, kTaps, kRows, true, true>(acc, at, in_w, lanes, w, 0, kReads);
+            planar_products<L, kOutputs, kTaps, kRows, true, true>(acc, at, in_w, lanes, w, 0, kReads);
           } else {
-            planar_products<kOutputs, kTaps, kRows, false, true>(acc, at, in_w, lanes, w, first, last);
+            planar_products<L, kOutputs, kTaps, kRows, false, true>(acc, at, in_w, lanes, w, first, last);
           }
         } else if (!all) {
-          planar_products<kOutputs, kTaps, kRows, false, false>(acc, at, in_w, lanes, w, first, last);
+          planar_products<L, kOutputs, kTaps, kRows, false, false>(acc, at, in_w, lanes, w, first, last);
         } else if (!kFreeMasks && columns.whole[k]) {
-          planar_products<kOutputs, kTaps, kRows, true, true>(acc, at, in_w, lanes, w, 0, kReads);
+          planar_products<L, kOutputs, kTaps, kRows, true, true>(acc, at, in_w, lanes, w, 0, kReads);
         } else {
-          planar_products<kOutputs, kTaps, kRows, true, false>(acc, at, in_w, lanes, w, 0, kReads);
+          planar_products<L, kOutputs, kTaps, kRows, true, false>(acc, at, in_w, lanes, w, 0, kReads);
         }
       }
     }
@@ -112,16 +112,16 @@ void planar_tile(const PlanarArgs& a, const PlanarColumns& columns, int x0, cons
 #pragma GCC unroll 4
       for (int o = 0; o < kOutputs; ++o) {
         const int channel = o / a.step_x, x = o % a.step_x;
-        if (x < left) put((channel * out_plane + row + x) * kWidth, acc[r][o], kWidth);
+        if (x < left) put((channel * out_plane + row + x) * kWidth, L::widen(acc[r][o]), kWidth);
       }
     } else if (a.step_x == 1) {
 #pragma GCC unroll 4
-      for (int o = 0; o < kOutputs; ++o) put(o * out_plane + row, acc[r][o], count);
+      for (int o = 0; o < kOutputs; ++o) put(o * out_plane + row, L::widen(acc[r][o]), count);
     } else if constexpr (kOutputs % 2 == 0) {  // channel pairs are the even and the odd columns of one channel
 #pragma GCC unroll 2
       for (int o = 0; o < kOutputs / 2; ++o) {
         V low, high;
-        interleave(acc[r][2 * o], acc[r][2 * o + 1], &low, &high);
+        interleave(L::widen(acc[r][2 * o]), L::widen(acc[r][2 * o + 1]), &low, &high);
         put(o * out_plane + row, low, count);
         if (left > kWidth) put(o * out_plane + row + kWidth, high, left < 2 * kWidth ? left - kWidth : kWidth);
       }
@@ -132,30 +132,30 @@ void planar_tile(const PlanarArgs& a, const PlanarColumns& columns, int x0, cons
 using PlanarTile = void (*)(const PlanarArgs&, const PlanarColumns&, int, const float*, const float*, float*,
                             const float*, const float*);
 
-template <int kOutputs, int kTaps, bool kAbreast>
+template <class L, int kOutputs, int kTaps, bool kAbreast>
 PlanarTile planar_tile_for(int rows) {
   constexpr int kMost = kPlanarRows[kOutputs];
   if constexpr (kTaps > 1) {  // with one tap rows past the tile cost nothing
-    if (rows <= kMost / 2) return planar_tile<kOutputs, kTaps, kMost / 2, kAbreast>;
-    if (rows <= kMost * 3 / 4) return planar_tile<kOutputs, kTaps, kMost * 3 / 4, kAbreast>;
-    if (rows <= kMost * 7 / 8) return planar_tile<kOutputs, kTaps, kMost * 7 / 8, kAbreast>;
+    if (rows <= kMost / 2) return planar_tile<L, kOutputs, kTaps, kMost / 2, kAbreast>;
+    if (rows <= kMost * 3 / 4) return planar_tile<L, kOutputs, kTaps, kMost * 3 / 4, kAbreast>;
+    if (rows <= kMost * 7 / 8) return planar_tile<L, kOutputs, kTaps, kMost * 7 / 8, kAbreast>;
   }
-  return planar_tile<kOutputs, kTaps, kMost, kAbreast>;
+  return planar_tile<L, kOutputs, kTaps, kMost, kAbreast>;
 }
 
-template <bool kAbreast>
+template <class L, bool kAbreast>
 PlanarTile planar_tile_for(int outputs, int taps, int rows) {
   switch (outputs * 10 + taps) {
-    case 11: return planar_tile_for<1, 1, kAbreast>(rows);
-    case 12: return planar_tile_for<1, 2, kAbreast>(rows);
-    case 13: return planar_tile_for<1, 3, kAbreast>(rows);
-    case 14: return planar_tile_for<1, 4, kAbreast>(rows);
-    case 15: return planar_tile_for<1, 5, kAbreast>(rows);
-    case 21: return planar_tile_for<2, 1, kAbreast>(rows);
-    case 22: return planar_tile_for<2, 2, kAbreast>(rows);
-    case 23: return planar_tile_for<2, 3, kAbreast>(rows);
-    case 31: return planar_tile_for<3, 1, kAbreast>(rows);
-    default: return planar_tile_for<4, 1, kAbreast>(rows);
+    case 11: return planar_tile_for<L, 1, 1, kAbreast>(rows);
+    case 12: return planar_tile_for<L, 1, 2, kAbreast>(rows);
+    case 13: return planar_tile_for<L, 1, 3, kAbreast>(rows);
+    case 14: return planar_tile_for<L, 1, 4, kAbreast>(rows);
+    case 15: return planar_tile_for<L, 1, 5, kAbreast>(rows);
+    case 21: return planar_tile_for<L, 2, 1, kAbreast>(rows);
+    case 22: return planar_tile_for<L, 2, 2, kAbreast>(rows);
+    case 23: return planar_tile_for<L, 2, 3, kAbreast>(rows);
+    case 31: return planar_tile_for<L, 3, 1, kAbreast>(rows);
+    default: return planar_tile_for<L, 4, 1, kAbreast>(rows);
   }
 }
 
@@ -173,13 +173,15 @@ void planar_columns(const PlanarArgs& a) {
       taps.lanes[k] = lanes_between(-x, a.in_w - x);
       taps.whole[k] = x >= 0 && x + kColumns <= a.in_w;
     }
+    const bool narrow = kFastHalves && !kAbreast && columns - x0 <= Narrow::kLanes;
     const float* weights = a.weights;
     for (int done = 0; done < a.out_channels; done += a.block) {
       const int channels = a.out_channels - done < a.block ? a.out_channels - done : a.block;
       const int outputs = channels * a.step_x;
       const float* addend = a.addend ? a.addend + done * out_plane : nullptr;
-      planar_tile_for<kAbreast>(outputs, a.taps, a.rows)(a, taps, x0, weights, a.bias + done * a.step_x,
-                                                         a.out + done * out_plane, addend, next);
+      const PlanarTile tile = narrow ? planar_tile_for<Narrow, kAbreast>(outputs, a.taps, a.rows)
+                                     : planar_tile_for<Wide, kAbreast>(outputs, a.taps, a.rows);
+      tile(a, taps, x0, weights, a.bias + done * a.step_x, a.out + done * out_plane, addend, next);
       next += int64_t{a.in_channels} * a.next_step;
       weights += int64_t{outputs} * a.in_channels * a.taps_y * a.taps_x;
     }

@@ -121,7 +121,7 @@ void planar_winograd_output(const PlanarWinogradArgs& a, const float* products, 
     V m[6], y[4];
 #pragma GCC unroll 6
     for (int u = 0; u < 6; ++u) m[u] = load(products + u * position + x);
-    winograd_output_line<4>(m, y);
+    winograd_output_line<4, Wide>(m, y);
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
       if (r >= a.rows) break;

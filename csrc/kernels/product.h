@@ -4,18 +4,6 @@
 // short as 16 in channels, and what a call does before and after them counted for half of it.
 #pragma once
 
-// Output channels in whole vectors.
-struct Wide {
-  using Vector = V;
-  static constexpr int kLanes = kWidth;
-  static Vector zeros() { return zero(); }
-  static Vector get(const float* p) { return load(p); }
-  static Vector all(float x) { return set1(x); }
-  static Vector multiply_add(Vector a, Vector b, Vector c) { return fma(a, b, c); }
-  static void put(float* p, Vector v) { store(p, v); }
-  static void put_first(float* p, Vector v, int n) { store_first(p, v, n); }
-};
-
 constexpr int kLineVectors = kWidth < 16 ? 16 / kWidth : 1;  // of a cache line
 // By vectors of output channels. One row of vectors waits for its last sum four cycles; eight hide that where two
 // vectors are summed a cycle.
@@ -44,7 +32,7 @@ void product_tile(const float* in, float* out, const float* weights, const Produ
     for (int r = 0; r < kRows; ++r) {
       const typename L::Vector x = L::all(in[r * length + k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = L::multiply_add(x, row[v], acc[r][v]);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(x, row[v], acc[r][v]);
     }
   }
 #pragma GCC unroll 8
@@ -78,9 +66,7 @@ ProductTile product_tile_for(int rows) {
 ProductTile product_tile_for(int vectors, int last_lanes, int rows) {
   switch (vectors) {
     case 1:
-#ifdef FASTINV_FAST_HALVES
-      if (last_lanes <= Narrow::kLanes) return product_tile_for<Narrow, 1>(rows);
-#endif
+      if (kFastHalves && last_lanes <= Narrow::kLanes) return product_tile_for<Narrow, 1>(rows);
       return product_tile_for<Wide, 1>(rows);
     case kMaxVectors: return product_tile_for<Wide, kMaxVectors, true>(rows);
 #if FASTINV_MAX_VECTORS > 2

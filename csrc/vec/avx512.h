@@ -33,22 +33,6 @@ FASTINV_INLINE V load_once(const float* p) {
 FASTINV_INLINE V load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
 FASTINV_INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
 FASTINV_INLINE void store_first(float* p, V v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
-// The lower half of the lanes. Later loads take what these store from the store buffer; with masks they wait.
-FASTINV_INLINE V load_low(const float* p) { return _mm512_zextps256_ps512(_mm256_loadu_ps(p)); }
-FASTINV_INLINE void store_low(float* p, V v) { _mm256_storeu_ps(p, _mm512_castps512_ps256(v)); }
-// Output channels in half a vector, where there are no more.
-struct Narrow {
-  using Vector = __m256;
-  static constexpr int kLanes = kWidth / 2;
-  static Vector zeros() { return _mm256_setzero_ps(); }
-  static Vector get(const float* p) { return _mm256_loadu_ps(p); }
-  static Vector all(float x) { return _mm256_set1_ps(x); }
-  static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
-  static void put(float* p, Vector v) { _mm256_storeu_ps(p, v); }
-  static void put_first(float* p, Vector v, int n) {
-    _mm256_mask_storeu_ps(p, static_cast<__mmask8>(first_lanes(n)), v);
-  }
-};
 // The first n lanes, and zeros.
 FASTINV_INLINE V first_of(V v, int n) { return _mm512_maskz_mov_ps(first_lanes(n), v); }
 // Lanes `begin` to `end` of a vector, cut to those there are; memory under the other lanes is not touched.
@@ -61,6 +45,30 @@ FASTINV_INLINE Lanes lanes_between(int begin, int end) {
 FASTINV_INLINE V load_lanes(const float* p, Lanes lanes) { return _mm512_maskz_loadu_ps(lanes, p); }
 FASTINV_INLINE V set1(float x) { return _mm512_set1_ps(x); }
 FASTINV_INLINE V zero() { return _mm512_setzero_ps(); }
+
+FASTINV_INLINE __m256 add(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+FASTINV_INLINE __m256 sub(__m256 a, __m256 b) { return _mm256_sub_ps(a, b); }
+FASTINV_INLINE __m256 mul(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
+FASTINV_INLINE __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+
+// Half a vector, as `Wide` in kernels/lanes.h is a whole one.
+struct Narrow {
+  using Vector = __m256;
+  static constexpr int kLanes = kWidth / 2;
+  FASTINV_INLINE Vector zeros() { return _mm256_setzero_ps(); }
+  FASTINV_INLINE Vector get(const float* p) { return _mm256_loadu_ps(p); }
+  FASTINV_INLINE Vector get_lanes(const float* p, Lanes lanes) {
+    return _mm256_maskz_loadu_ps(static_cast<__mmask8>(lanes), p);
+  }
+  FASTINV_INLINE Vector all(float x) { return _mm256_set1_ps(x); }
+  FASTINV_INLINE V widen(Vector v) { return _mm512_zextps256_ps512(v); }
+  FASTINV_INLINE Vector cut(V v) { return _mm512_castps512_ps256(v); }
+  // Without masks: later loads take what this stores from the store buffer, and wait where there was one.
+  FASTINV_INLINE void put(float* p, Vector v) { _mm256_storeu_ps(p, v); }
+  FASTINV_INLINE void put_first(float* p, Vector v, int n) {
+    _mm256_mask_storeu_ps(p, static_cast<__mmask8>(first_lanes(n)), v);
+  }
+};
 
 FASTINV_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
 FASTINV_INLINE V sub(V a, V b) { return _mm512_sub_ps(a, b); }
