@@ -140,7 +140,6 @@ struct WinogradAdjointArgs {
   int32_t first_row, last_row, first_column, last_column;  // those inside the image; the last is not
 };
 
-// The transforms of one tile of a polyphase convolution, of one axis (3 or 5 positions) or two (9 or 25).
 constexpr int kMaxQuadraticRows = 16;
 
 // Rows of 2·AᵀA·z + c, from a copy of z with zeros around it.
@@ -159,6 +158,7 @@ struct QuadraticArgs {
 // (the root of the mean of Aᵀ²·(Bᵀ² ∘ G²) over random inputs). All that the transforms multiply by is exact in float32.
 constexpr float kNearPoint = 0.375f, kFarPoint = 1.25f;
 
+// The transforms of one tile of a polyphase convolution, of one axis (3 or 5 positions) or two (9 or 25).
 struct PolyphaseInputArgs {
   const float* const* pixels;  // as many as positions, row by row
   int32_t channels;
