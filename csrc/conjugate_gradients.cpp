@@ -9,7 +9,7 @@ namespace fastinv {
 // What follows from a direction d by the quadratic part of the objective: its gradient is H·z + c, and this H·d.
 void Solver::times_hessian(Workspace& w, const float* direction) const {
   const Kernels& kernels = program_.kernels();
-  const int64_t size = element_count(program_.shapes().front());
+  const int64_t size = image_size();
   float *z = w.images, *result = w.gradients;
   if (knows_hessian()) {
     quadratic_->gradient(direction, w.constant, result, w.copy);
@@ -28,10 +28,9 @@ void Solver::times_hessian(Workspace& w, const float* direction) const {
 
 // Hestenes and Stiefel 1952. Takes the image in the first slot to the end; false when it was stopped on the way.
 bool Solver::conjugate_gradients(Workspace& w, Call& call, Watch& watch) const {
-  constexpr double kExact = 1e-6;  // of the first residual
-  constexpr int kStalled = 50;     // steps without a new lowest residual: rounding is all that is left
+  constexpr int kStalled = 50;  // steps without a new lowest residual: rounding is all that is left
   const Kernels& kernels = program_.kernels();
-  const int64_t size = element_count(program_.shapes().front()), out_size = element_count(program_.shapes().back());
+  const int64_t size = image_size(), out_size = element_count(program_.shapes().back());
   Slot& slot = w.slots.front();
   ImageReport& report = slot.report;
   float *z = w.images, *residual_left = w.first, *direction = w.second, *solution = w.largest;
@@ -52,7 +51,7 @@ bool Solver::conjugate_gradients(Workspace& w, Call& call, Watch& watch) const {
     std::copy_n(w.results, out_size, w.features);
   }
   double before = kernels.dot(residual_left, residual_left, size);
-  const double goal = kExact * kExact * before;
+  const double goal = kExactGradient * kExactGradient * before;
   double lowest = before;
   int idle = 0;
   bool stopped = false;

@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
-#include <cmath>
 #include <numeric>
 #include <optional>
 
@@ -360,13 +359,16 @@ PYBIND11_MODULE(_core, m) {
           "hessian",
           [](const Solver& s) {
             const std::vector<float> matrix = s.hessian();
-            const auto size = static_cast<py::ssize_t>(std::sqrt(static_cast<double>(matrix.size())));
+            const int64_t size = matrix.empty() ? 0 : s.image_size();
             return py::array_t<float>({size, size}, matrix.data());
           },
           "The matrix [n, n] of a quadratic objective's gradient, where its inverse would pay; else [0, 0].")
       .def(
           "take_inverse",
-          [](Solver& s, const py::array_t<double, py::array::c_style>& inverse) { s.take_inverse(inverse.data()); },
+          [](Solver& s, const py::array_t<double, py::array::c_style>& inverse) {
+            if (inverse.size() != s.image_size() * s.image_size()) throw std::invalid_argument("not [n, n]");
+            s.take_inverse(inverse.data());
+          },
           py::arg("inverse").noconvert(), "Of that matrix: from now on exact minima come from it.")
       .def("describe", [](const Solver& s) { return describe(s.program()); })
       .def_property_readonly("quadratic", &Solver::quadratic, "Whether steps take the gradient from a quadratic form.")

@@ -7,7 +7,7 @@
 namespace fastinv {
 
 std::vector<float> Solver::hessian() const {
-  const int64_t size = element_count(program_.shapes().front());
+  const int64_t size = image_size();
   if (recipe_.method != Method::kExact || !knows_hessian() || size > kMostInverted) return {};
   std::vector<float> unit(static_cast<size_t>(size)), zeros(static_cast<size_t>(size));
   std::vector<float> matrix(static_cast<size_t>(size * size));
@@ -21,7 +21,7 @@ std::vector<float> Solver::hessian() const {
 }
 
 void Solver::take_inverse(const double* inverse) {
-  const auto size = static_cast<int>(element_count(program_.shapes().front()));
+  const auto size = static_cast<int>(image_size());
   inverse_ = std::make_unique<Product>(program_.kernels(), size, size, 1, false);
   for (int i = 0; i < size; ++i) {
     for (int o = 0; o < size; ++o) inverse_->set(0, i, o, *inverse++);
@@ -31,11 +31,10 @@ void Solver::take_inverse(const double* inverse) {
 // Steps of Newton's method: the first one leaves what rounding the inverse to float32 does, and the next one mends
 // that. Images take each together, so that the matrix, 2.4 MB for 28×28 pixels, comes from memory once for all of them.
 void Solver::newton(Workspace& w, Call& call, int64_t first, int64_t count) const {
-  constexpr double kExact = 1e-6;  // of the first gradient
   constexpr double kFalls = 0.25;  // a step's gradient of the one before, squared; where it does not, it is rounding
   const Kernels& kernels = program_.kernels();
   const Batch& batch = call.batch;
-  const int64_t size = element_count(program_.shapes().front()), out_size = element_count(program_.shapes().back());
+  const int64_t size = image_size();
   if (w.newton.size() == 0) w.newton = Buffer::for_work(newton_floats());
   float* const constants = w.newton.data();
   float* const solutions = constants + kMostTogether * size;
@@ -57,7 +56,8 @@ void Solver::newton(Workspace& w, Call& call, int64_t first, int64_t count) cons
     std::copy_n(w.images, size, solutions + i * size);
     differentiate(i);
     const double start = images[i].left;
-    images[i] = {{0.0, 0, start == 0.0}, kExact * kExact * start, start, start == 0.0 || recipe_.steps == 0};
+    images[i] = {
+        {0.0, 0, start == 0.0}, kExactGradient * kExactGradient * start, start, start == 0.0 || recipe_.steps == 0};
   }
   const auto is_done = [](const Image& image) { return image.done; };
   while (!std::all_of(images, images + count, is_done)) {
@@ -76,14 +76,7 @@ void Solver::newton(Workspace& w, Call& call, int64_t first, int64_t count) cons
     }
   }
   for (int64_t i = 0; i < count; ++i) {
-    Slot& slot = w.slots.front();
-    slot.image = first + i;
-    slot.report = images[i].report;
-    std::copy_n(solutions + i * size, size, w.images);
-    load_features(w, batch.features + slot.image * out_size, 0);
-    forward(w, 1);
-    slot.report.objective = residual(w, 0) + add_total_variation(w, 0);
-    finish(w, batch, 0);
+    conclude(w, batch, first + i, solutions + i * size, images[i].report);
     ++call.images;
   }
 }

@@ -13,7 +13,7 @@ namespace fastinv {
 enum class Method {
   kDescent,  // steps of the optimizer
   kLbfgs,
-  kExact  // the minimum of a quadratic objective by conjugate gradients
+  kExact  // the minimum of a quadratic objective
 };
 
 struct Recipe {

@@ -161,7 +161,7 @@ void Solver::help(Workspace& w, const Crew& crew, const std::atomic<int64_t>& ac
 // ---- one image ------------------------------------------------------------------------------------------------------
 
 void Solver::begin(Workspace& w, const Batch& batch, int64_t index, int64_t image) const {
-  const int64_t size = element_count(program_.shapes().front()), out_size = element_count(program_.shapes().back());
+  const int64_t size = image_size(), out_size = element_count(program_.shapes().back());
   Slot& slot = w.slots[static_cast<size_t>(index)];
   slot.image = image;
   slot.report = {0.0, 0, false};
@@ -226,7 +226,7 @@ void Solver::step(Workspace& w, int64_t index) const {
   w.slots[static_cast<size_t>(index)].descent.step(
       program_.kernels(), recipe_,
       {image_at(w.images, index), image_at(w.gradients, index), image_at(w.first, index), image_at(w.second, index),
-       image_at(w.largest, index), low_, high_, element_count(program_.shapes().front())});
+       image_at(w.largest, index), low_, high_, image_size()});
 }
 
 // Writes what the image is now.
@@ -240,7 +240,19 @@ void Solver::finish(Workspace& w, const Batch& batch, int64_t index) const {
     z = image_at(w.best, index);
     report.objective = slot.best;
   }
-  program_.bring_back(0, z, batch.out + slot.image * element_count(program_.shapes().front()));
+  program_.bring_back(0, z, batch.out + slot.image * image_size());
+}
+
+// The objective of an image by itself at z, and all that came of it.
+void Solver::conclude(Workspace& w, const Batch& batch, int64_t image, const float* z, ImageReport report) const {
+  load_features(w, batch.features + image * element_count(program_.shapes().back()), 0);
+  std::copy_n(z, image_size(), w.images);
+  forward(w, 1);
+  Slot& slot = w.slots.front();
+  slot.image = image;
+  slot.report = report;
+  slot.report.objective = residual(w, 0) + add_total_variation(w, 0);
+  finish(w, batch, 0);
 }
 
 // What an image in flight takes along into another slot: all but what each evaluation makes anew.
@@ -254,49 +266,6 @@ void Solver::move(Workspace& w, int64_t from, int64_t to) const {
 }
 
 // ---- many images ----------------------------------------------------------------------------------------------------
-
-// An image of a group takes 0.77 of the time of one by itself, measured at MNIST ReLU2: 14.6 of 19 µs a step. Workers
-// take groups first, then what is left one by one: as many groups as bring the last of them home earliest.
-int64_t Solver::abreast(int64_t n) const {
-  constexpr double kAbreast = 0.77;
-  if (!lockstep_) return 0;
-  const double single = 1.0 / (kAbreast * static_cast<double>(lockstep_->images()));  // in times of a group
-  const int64_t most = n / lockstep_->images();
-  int64_t best = 0;
-  double shortest = INFINITY;
-  for (int64_t groups = std::max<int64_t>(0, most - threads_); groups <= most; ++groups) {
-    const double rounds = static_cast<double>((groups + threads_ - 1) / threads_);
-    const double work = static_cast<double>(groups) + single * static_cast<double>(n - groups * lockstep_->images());
-    const double time = std::max(rounds, work / threads_);
-    if (time <= shortest) best = groups;
-    shortest = std::min(shortest, time);
-  }
-  return best * lockstep_->images();
-}
-
-// A group from this image on to the end, or until it is stopped. The objectives are those of single images.
-void Solver::run_abreast(Workspace& w, Call& call, Watch& watch, int64_t image) const {
-  if (!w.abreast) w.abreast = lockstep_->make_workspace();
-  const Batch& batch = call.batch;
-  const int64_t size = element_count(program_.shapes().front()), out_size = element_count(program_.shapes().back());
-  const int64_t count = lockstep_->images();
-  const int64_t steps = lockstep_->run(*w.abreast, batch.features + image * out_size,
-                                       batch.init + image * batch.init_stride, batch.init_stride, [&] {
-                                         if (watch.stopped()) return false;
-                                         call.steps += count;
-                                         return true;
-                                       });
-  for (int64_t k = 0; k < count; ++k) {
-    load_features(w, batch.features + (image + k) * out_size, 0);
-    std::copy_n(lockstep_->iterate(*w.abreast, k), size, w.images);
-    forward(w, 1);
-    Slot& slot = w.slots.front();
-    slot.image = image + k;
-    slot.report = {residual(w, 0) + add_total_variation(w, 0), steps, false};
-    finish(w, batch, 0);
-  }
-  if (steps == recipe_.steps) call.images += count;
-}
 
 // Images that a worker should have in flight: fewer and fewer towards the end of a batch, so that all end together.
 int64_t Solver::in_flight(const Call& call) const {
@@ -364,7 +333,7 @@ void Solver::work(Workspace& w, Call& call, bool caller, const Crew& crew) const
 
 bool Solver::solve(const Batch& batch, const Poll& poll) {
   if (batch.n == 0) return true;
-  const int64_t size = element_count(program_.shapes().front());
+  const int64_t size = image_size();
   for (int64_t i = 0; i < batch.n; ++i) {
     batch.reports[i] = {std::numeric_limits<double>::quiet_NaN(), 0, false};
     std::copy_n(batch.init + i * batch.init_stride, size, batch.out + i * size);

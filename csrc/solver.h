@@ -62,6 +62,7 @@ class Solver {
   void take_inverse(const double* inverse);
 
   const Program& program() const { return program_; }
+  int64_t image_size() const { return element_count(program_.shapes().front()); }
   bool quadratic() const { return quadratic_ != nullptr; }
   int64_t block() const { return block_; }
   int64_t images_abreast() const { return lockstep_ ? lockstep_->images() : 0; }  // of a group that may go so
@@ -141,6 +142,7 @@ class Solver {
   void help(Workspace& w, const Crew& crew, const std::atomic<int64_t>& active) const;
   bool advance(Workspace& w, int64_t slot) const;  // a step; false when the image is done
   void finish(Workspace& w, const Batch& batch, int64_t slot) const;
+  void conclude(Workspace& w, const Batch& batch, int64_t image, const float* z, ImageReport report) const;
   void move(Workspace& w, int64_t from, int64_t to) const;
 
   void load_features(Workspace& w, const float* features, int64_t slot) const {
@@ -161,12 +163,13 @@ class Solver {
   void times_hessian(Workspace& w, const float* direction) const;  // to the gradient of the image
   bool conjugate_gradients(Workspace& w, Call& call, Watch& watch) const;
   void newton(Workspace& w, Call& call, int64_t first, int64_t count) const;  // so many images, to the end
-  int64_t newton_floats() const { return 4 * kMostTogether * element_count(program_.shapes().front()); }
+  int64_t newton_floats() const { return 4 * kMostTogether * image_size(); }
 
   // Of an image's values. Larger ones take fewer products by conjugate gradients: 3 × 32 × 32 through CIFAR-10's conv11
   // 10 times 0.46 million for 19.
   static constexpr int64_t kMostInverted = 1024;
-  static constexpr int64_t kMostTogether = 18;  // three tiles of the product's rows
+  static constexpr double kExactGradient = 1e-6;  // at an exact minimum, of that at the start
+  static constexpr int64_t kMostTogether = 18;    // three tiles of the product's rows
 
   const Program program_;
   const Passes passes_;

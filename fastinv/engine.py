@@ -303,7 +303,7 @@ def sweep(
 
     Args:
         run: takes the batch, the first and the last image of a chunk, where their results go, and what to tell.
-        empty_report: what the report is joined to.
+        empty_report: what there is to report of no images.
         source: the batch.
         images: what the caller gets, in the memory of `out`.
         out: float32, or uint8 for 255 times the result, rounded (NaN becomes 0); in any layout.
@@ -313,7 +313,7 @@ def sweep(
     Raises:
         Interrupted: Ctrl-C; with what was done by then.
     """
-    reports = [empty_report]
+    reports: list[Report] = []
     done = steps = 0
     with _progress(len(source), progress) as tell:
 
@@ -333,9 +333,9 @@ def sweep(
             if isinstance(stopped, Interrupted):  # within a chunk, whose report it has
                 reports.append(stopped.report)
                 begun += stopped.begun
-            report = _join(reports)
+            report = _join(reports or [empty_report])
             raise Interrupted(images, begun, _filled(report, len(source) - len(report.steps))) from None
-    return _join(reports)
+    return _join(reports or [empty_report])
 
 
 @contextmanager
@@ -381,8 +381,8 @@ def _filled(report: Report, count: int) -> Report:
 
 def _join(reports: Sequence[Report]) -> Report:
     first = reports[0]
-    if len(reports) == 2 and len(first.steps) == 0:  # a batch of one chunk
-        return reports[1]
+    if len(reports) == 1:
+        return first
     objectives = [report.objective for report in reports if report.objective is not None]
     return Report(
         np.concatenate(objectives) if objectives else None,

@@ -33,61 +33,49 @@ Part window_rows(const PoolArgs& pool, int64_t first, int64_t last) {
   return part;
 }
 
-// Calls body(image, part) for this share of the images' rows, one image after the other. Planes of [C, H, W] are cut
-// into rows as well, one by one: the layers around a pool are, and what this worker has made is in its cache.
+// Calls body(part) for each of so many planes, one after the other, from the first one's part.
 template <class Body>
-void for_each_part(const PoolArgs& pool, bool row_major, int64_t images, Share share, const Body& body) {
-  const int64_t rows = pool.out_h, end = share.end(images * rows);
-  for (int64_t at = share.begin(images * rows); at < end;) {
-    const int64_t image = at / rows, first = at % rows, last = std::min(rows, first + end - at);
-    at += last - first;
-    if (last - first == rows) {
-      body(image, Part{pool});
-    } else if (!row_major) {
-      body(image, window_rows(pool, first, last));
-    } else {
-      PoolArgs plane = pool;
-      plane.channels = 1;
-      Part part = window_rows(plane, first, last);
-      for (int c = 0; c < pool.channels; ++c) {
-        body(image, part);
-        part.in += int64_t{pool.in_h} * pool.in_w;
-        part.out += int64_t{pool.out_h} * pool.out_w;
-      }
-    }
-  }
-}
-
-// Calls body(part) for each plane of images abreast, [C, H, W, lane], or once where they lie as [H, W, C, lane].
-template <class Body>
-void for_each_plane(const PoolArgs& pool, bool row_major, int64_t lanes, const Body& body) {
-  const int count = row_major ? pool.channels : 1;
-  Part part = {pool};
-  part.pool.channels = static_cast<int32_t>(pool.channels / count * lanes);
-  for (int p = 0; p < count; ++p) {
+void for_each_plane(const PoolArgs& pool, int planes, Part part, const Body& body) {
+  for (int p = 0; p < planes; ++p) {
     body(part);
     part.in += int64_t{pool.in_h} * pool.in_w * part.pool.channels;
     part.out += int64_t{pool.out_h} * pool.out_w * part.pool.channels;
   }
 }
 
+// Calls body(image, part) for this share of the images' rows, one image after the other. Planes of [C, H, W] are cut
+// into rows as well, one by one: the layers around a pool are, and what this worker has made is in its cache. Images
+// abreast are one of [H, W, C · lane], or planes of [H, W, lane].
+template <class Body>
+void for_each_part(const PoolArgs& pool, bool row_major, int64_t lanes, int64_t images, Share share, const Body& body) {
+  const int planes = row_major ? pool.channels : 1;
+  PoolArgs plane = pool;
+  plane.channels = static_cast<int32_t>(pool.channels / planes * lanes);
+  const int64_t rows = pool.out_h, end = share.end(images * rows);
+  for (int64_t at = share.begin(images * rows); at < end;) {
+    const int64_t image = at / rows, first = at % rows, last = std::min(rows, first + end - at);
+    at += last - first;
+    const bool whole = last - first == rows;
+    if (whole && lanes == 1) {
+      body(image, Part{pool});
+    } else {
+      for_each_plane(plane, planes, whole ? Part{plane} : window_rows(plane, first, last),
+                     [&](const Part& part) { body(image, part); });
+    }
+  }
+}
+
 }  // namespace
 
 void MaxPoolNode::forward(const Frame& values, int64_t images, Share share) const {
-  const auto run = [&](const Part& part, int64_t image, auto kernel) {
+  const auto kernel = row_major_ && values.lanes == 1 ? kernels.max_pool_pairs : kernels.max_pool;
+  for_each_part(geometry_, row_major_, values.lanes, images, share, [&](int64_t image, const Part& part) {
     PoolArgs args = part.pool;
     args.activation = activation;
     args.in = values.at(inputs[0], image) + part.in;
     args.out = values.at(output, image) + part.out;
     if (values.saved) args.index = values.saved + image * values.saved_stride + part.out;
     kernel(args);
-  };
-  if (values.lanes > 1) {
-    return for_each_plane(geometry_, row_major_, values.lanes,
-                          [&](const Part& part) { run(part, 0, kernels.max_pool); });
-  }
-  for_each_part(geometry_, row_major_, images, share, [&](int64_t image, const Part& part) {
-    run(part, image, row_major_ ? kernels.max_pool_pairs : kernels.max_pool);
   });
 }
 
@@ -103,17 +91,11 @@ bool MaxPoolNode::shares_backward() const {
 
 void MaxPoolNode::backward(const Frame& values, const Frame& grads, int64_t images, size_t, bool first,
                            Share share) const {
-  const auto run = [&](const Part& part, int64_t image, auto kernel) {
+  const auto kernel = row_major_ && grads.lanes == 1 ? kernels.max_pool_pairs_gradient : kernels.max_pool_gradient;
+  for_each_part(geometry_, row_major_, grads.lanes, images, share, [&](int64_t image, const Part& part) {
     PoolArgs args = part.pool;
     args.index = values.saved + image * values.saved_stride + part.out;
     kernel({args, grads.at(output, image) + part.out, grads.at(inputs[0], image) + part.in, !first});
-  };
-  if (grads.lanes > 1) {
-    return for_each_plane(geometry_, row_major_, grads.lanes,
-                          [&](const Part& part) { run(part, 0, kernels.max_pool_gradient); });
-  }
-  for_each_part(geometry_, row_major_, images, share, [&](int64_t image, const Part& part) {
-    run(part, image, row_major_ ? kernels.max_pool_pairs_gradient : kernels.max_pool_gradient);
   });
 }
 

@@ -149,8 +149,8 @@ class CpuSolver:
             threads=_thread_count(threads),
             block=block,
         )
-        inverse = _inverse(self._solver.hessian())
-        if inverse is not None:
+        matrix = self._solver.hessian()
+        if matrix.size > 0 and (inverse := _inverse(matrix)) is not None:
             self._solver.take_inverse(inverse)
         self.isa = self._solver.isa
         self.kernels = [kernel for kernel, _ in self._solver.describe()]
@@ -169,8 +169,7 @@ def _inverse(matrix: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
         inverse = np.linalg.inv((matrix + matrix.T) / 2)
     except np.linalg.LinAlgError:
         return None
-    known = inverse.size > 0 and np.linalg.norm(matrix, 1) * np.linalg.norm(inverse, 1) <= most
-    return inverse if known else None
+    return inverse if np.linalg.norm(matrix, 1) * np.linalg.norm(inverse, 1) <= most else None
 
 
 class Lowering:
