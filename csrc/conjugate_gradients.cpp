@@ -30,12 +30,12 @@ void Solver::times_hessian(Workspace& w, const float* direction) const {
 bool Solver::conjugate_gradients(Workspace& w, Call& call, Watch& watch) const {
   constexpr int kStalled = 50;  // steps without a new lowest residual: rounding is all that is left
   const Kernels& kernels = program_.kernels();
-  const int64_t size = image_size(), out_size = element_count(program_.shapes().back());
-  Slot& slot = w.slots.front();
-  ImageReport& report = slot.report;
-  float *z = w.images, *residual_left = w.first, *direction = w.second, *solution = w.largest;
+  const int64_t size = image_size();
+  ImageReport& report = w.slots.front().report;
+  float *z = w.images, *residual_left = w.first, *direction = w.second, *solution = w.largest, *constant = w.best;
   if (knows_hessian()) {
     quadratic_->gradient(z, w.constant, w.gradients, w.copy);
+    std::copy_n(w.constant, size, constant);
     std::fill_n(w.constant, size, 0.0f);
   } else {
     forward(w, 1);
@@ -48,7 +48,7 @@ bool Solver::conjugate_gradients(Workspace& w, Call& call, Watch& watch) const {
   if (!knows_hessian()) {
     std::fill_n(z, size, 0.0f);
     forward(w, 1);
-    std::copy_n(w.results, out_size, w.features);
+    std::copy_n(w.results, element_count(program_.shapes().back()), w.features);
   }
   double before = kernels.dot(residual_left, residual_left, size);
   const double goal = kExactGradient * kExactGradient * before;
@@ -75,9 +75,8 @@ bool Solver::conjugate_gradients(Workspace& w, Call& call, Watch& watch) const {
     ++call.steps;
   }
   std::copy_n(solution, size, z);
-  if (!knows_hessian()) load_features(w, call.batch.features + slot.image * out_size, 0);
-  forward(w, 1);
-  report.objective = residual(w, 0) + add_total_variation(w, 0);
+  if (knows_hessian()) std::copy_n(constant, size, w.constant);
+  report.objective = objective_alone(w);
   return !stopped;
 }
 

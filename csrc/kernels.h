@@ -405,6 +405,8 @@ struct Kernels {
   void (*add)(const float* in, float* out, int64_t size);
   // grad = 2 · (y − v); returns Σ (y − v)².
   double (*residual)(const float* y, const float* v, float* grad, int64_t size);
+  // Σ (v − from)².
+  double (*squared_distance)(const float* v, float from, int64_t size);
   // Adds weight · ∇TV_β(z) to grad; returns weight · TV_β(z).
   double (*total_variation)(const TotalVariationArgs&);
   void (*optimizer)(const OptimizerArgs&);

@@ -145,6 +145,13 @@ py::object run_plain(Engine& engine, const py::object& x, py::ssize_t most) {
   return finite ? py::object(std::move(out)) : py::none();
 }
 
+bool all_finite(const Solver& solver, const FloatArray& features) {
+  const float* values = features.data();
+  const int64_t size = features.size();
+  const py::gil_scoped_release release;
+  return solver.finite(values, size);
+}
+
 // Ctrl-C ends it early; what else a signal's handler or `progress` raises comes through.
 py::tuple solve(Solver& solver, const FloatArray& features, const FloatArray& init, const py::object& progress) {
   const Shape &image = solver.program().shapes().front(), &feature = solver.program().shapes().back();
@@ -355,6 +362,7 @@ PYBIND11_MODULE(_core, m) {
           py::arg("progress") = py::none(),
           "(z, objective, steps, converged), one entry per image, and whether it came to the end. `progress` is called "
           "with the images done and the steps of all images so far, ten times a second.")
+      .def("finite", &all_finite, py::arg("features"), "Whether no value is NaN or Inf.")
       .def(
           "hessian",
           [](const Solver& s) {

@@ -44,6 +44,7 @@ void Solver::newton(Workspace& w, Call& call, int64_t first, int64_t count) cons
     ImageReport report;
     double goal, left;  // squared lengths of gradients
     bool done;
+    double at_zero;
   } images[kMostTogether];
   const auto differentiate = [&](int64_t i) {
     float* gradient = gradients + i * size;
@@ -56,8 +57,11 @@ void Solver::newton(Workspace& w, Call& call, int64_t first, int64_t count) cons
     std::copy_n(w.images, size, solutions + i * size);
     differentiate(i);
     const double start = images[i].left;
-    images[i] = {
-        {0.0, 0, start == 0.0}, kExactGradient * kExactGradient * start, start, start == 0.0 || recipe_.steps == 0};
+    images[i] = {{0.0, 0, start == 0.0},
+                 kExactGradient * kExactGradient * start,
+                 start,
+                 start == 0.0 || recipe_.steps == 0,
+                 w.slots.front().at_zero};
   }
   const auto is_done = [](const Image& image) { return image.done; };
   while (!std::all_of(images, images + count, is_done)) {
@@ -76,6 +80,8 @@ void Solver::newton(Workspace& w, Call& call, int64_t first, int64_t count) cons
     }
   }
   for (int64_t i = 0; i < count; ++i) {
+    std::copy_n(constants + i * size, size, w.constant);
+    w.slots.front().at_zero = images[i].at_zero;
     conclude(w, batch, first + i, solutions + i * size, images[i].report);
     ++call.images;
   }

@@ -12,7 +12,7 @@ class ConvolutionNode : public Node {
  public:
   ConvolutionNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
                   const Geometry& geometry, const float* weight, const float* bias, bool row_major, bool abreast,
-                  double* rounding, bool keep_weight);
+                  double* rounding, bool keep_weights);
   void forward(const Frame& values, int64_t images, Share share) const override;
   bool runs_abreast() const override;
   int64_t scratch_floats(int64_t lanes) const override;
@@ -35,7 +35,7 @@ class ConvolutionNode : public Node {
   WeightAt weight_at(const float* weight, bool adjoint) const;
 
   const Geometry geometry_;
-  std::vector<float> weight_;  // until prepare_backward
+  std::vector<float> weight_, bias_;  // until prepare_backward
   const std::unique_ptr<const Convolution> convolution_;
   std::unique_ptr<const Convolution> gradient_;
   std::unique_ptr<Quadratic> quadratic_;

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cost.h"
+#include "planar.h"
 
 namespace fastinv {
 namespace {
@@ -31,7 +32,7 @@ bool Quadratic::pays(const Geometry& g) {
   const Axis &y = g.axis[0], &x = g.axis[1];
   const bool plain =
       !g.transposed && g.groups == 1 && y.stride == 1 && x.stride == 1 && y.dilation == 1 && x.dilation == 1;
-  if (!plain) return false;
+  if (!plain || !Planar::applies(g.adjoint())) return false;
   const double results = double(y.out) * x.out / (double(y.in) * x.in);
   const int64_t taps = 2 * y.kernel - 1, offsets = 2 * (x.kernel * g.in_channels - 1) + 1;
   const int64_t bands = std::min(y.in, 2 * y.kernel - 1);
@@ -39,8 +40,13 @@ bool Quadratic::pays(const Geometry& g) {
          (taps + 4) * offsets * bands * round_up(int64_t{x.in} * g.in_channels, kLineFloats) <= kMostWeights;
 }
 
-Quadratic::Quadratic(const Kernels& kernels, const Geometry& g, const WeightAt& weight)
-    : kernels_(kernels), geometry_(g) {
+Quadratic::Quadratic(const Kernels& kernels, const Geometry& g, const WeightAt& weight, std::vector<float> bias)
+    : kernels_(kernels),
+      geometry_(g),
+      bias_(std::move(bias)),
+      adjoint_(make_gradient(
+          kernels, g.adjoint(),
+          [&weight](int group, int o, int i, int y, int x) { return -2.0f * weight(group, i, o, y, x); }, true)) {
   const int in = g.in_channels, ky = g.axis[0].kernel, kx = g.axis[1].kernel, all = 2 * ky - 1;
   const int taps = taps_at_once(all);
   const int reach = kx * in - 1;
@@ -80,6 +86,23 @@ Quadratic::Quadratic(const Kernels& kernels, const Geometry& g, const WeightAt& 
   weights_ = Buffer(static_cast<int64_t>(packed_.size()));
   std::copy(packed_.begin(), packed_.end(), weights_.data());
   packed_ = {};
+  std::vector<float> negative;
+  for (const float b : bias_) negative.insert(negative.end(), static_cast<size_t>(plane()), -b);
+  of_bias_.resize(static_cast<size_t>(pixels()) * g.in_channels);
+  adjoint_->run({negative.data(), 0, of_bias_.data(), 0, nullptr, 0, 1, {}}, {},
+                Buffer(adjoint_->scratch_floats(1)).data());
+}
+
+int64_t Quadratic::at_zero_scratch_floats() const { return image_floats() + adjoint_->scratch_floats(1); }
+
+double Quadratic::at_zero(const float* features, float* constant, float* scratch) const {
+  double total = 0.0;
+  for (int o = 0; o < geometry_.out_channels; ++o) {
+    total += kernels_.squared_distance(features + o * plane(), bias_[static_cast<size_t>(o)], plane());
+  }
+  adjoint_->run({features, 0, scratch, 0, of_bias_.data(), 0, 1, {}}, {}, scratch + image_floats());
+  kernels_.transpose(scratch, pixels(), constant, geometry_.in_channels, geometry_.in_channels, pixels());
+  return total;
 }
 
 void Quadratic::add_weights(const std::vector<double>& products, const Band& band) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "buffer.h"
@@ -17,11 +18,17 @@ class Quadratic {
   // Whether it can be formed for the convolution, and is less work than A and Aᵀ.
   static bool pays(const Geometry& geometry);
 
-  Quadratic(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight);
+  // `bias` is [out_channels].
+  Quadratic(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, std::vector<float> bias);
 
   // Adds weight · TV₂(z), a quadratic form too: the sum of squared differences to the next row and column. False where
   // A has a single tap along an axis, and there is no room for it.
   bool add_total_variation(double weight);
+
+  // ‖b − v‖² of features v [C, H, W], and the gradient's constant, 2·Aᵀ(b − v) [H, W, C]. `scratch` has
+  // at_zero_scratch_floats() floats, on a cache line.
+  double at_zero(const float* features, float* constant, float* scratch) const;
+  int64_t at_zero_scratch_floats() const;
 
   // gradient = 2·AᵀA·z + constant, all [H, W, C]. `scratch` has scratch_floats() floats, and is all zeros or what the
   // last call left.
@@ -36,6 +43,9 @@ class Quadratic {
     int64_t weights;  // where they begin
   };
 
+  int64_t plane() const { return int64_t{geometry_.axis[0].out} * geometry_.axis[1].out; }  // of a channel of results
+  int64_t pixels() const { return int64_t{geometry_.axis[0].in} * geometry_.axis[1].in; }
+  int64_t image_floats() const { return round_up(pixels() * geometry_.in_channels, kLineFloats); }
   void add_weights(const std::vector<double>& products, const Band& band);
   double weight(const std::vector<double>& products, int row, int column, int channel, int tap, int64_t offset) const;
 
@@ -46,6 +56,9 @@ class Quadratic {
   std::vector<Band> bands_;
   std::vector<float> packed_;
   Buffer weights_;
+  const std::vector<float> bias_;
+  const std::unique_ptr<const Convolution> adjoint_;  // −2·Aᵀ, from [C, H, W] to [C, H, W]
+  std::vector<float> of_bias_;                        // 2·Aᵀb, [C, H, W]
 };
 
 }  // namespace fastinv

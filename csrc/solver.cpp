@@ -33,22 +33,12 @@ Solver::Solver(Program program, Recipe recipe, int threads, int64_t block)
         return dynamic_cast<const LayoutNode*>(node.get()) != nullptr;
       });
   if (alone) quadratic_ = nodes.back()->quadratic();
-  if (quadratic_ && recipe_.tv_beta == 2.0 && (recipe_.method == Method::kExact || !recipe_.watches())) {
-    smooth_ = quadratic_->add_total_variation(recipe_.tv_weight);
-  }
+  if (quadratic_ && recipe_.tv_beta == 2.0) smooth_ = quadratic_->add_total_variation(recipe_.tv_weight);
   const bool many = block == 0 || block >= program_.kernels().width;
   if (many && !quadratic_ && Lockstep::suits(program_, recipe_)) {
     lockstep_ = std::make_unique<Lockstep>(program_, recipe_);
   }
   block_ = plan_block(block);
-  if (quadratic_) {
-    auto w = make_workspace();
-    forward(*w, 1);  // memory begins as zeros
-    at_zero_.assign(w->results, w->results + element_count(program_.shapes().back()));
-    std::vector<std::unique_ptr<Workspace>> made;
-    made.push_back(std::move(w));
-    workspaces_.give_back(std::move(made));
-  }
 }
 
 // Whether the layers of an image are long enough for threads to meet after each.
@@ -114,8 +104,8 @@ std::unique_ptr<Solver::Workspace> Solver::make_workspace() const {
 
 // ---- the network and the objective ----------------------------------------------------------------------------------
 
-double Solver::residual(Workspace& w, int64_t slot, const float* results) const {
-  return program_.kernels().residual(results ? results : result_at(w.results, slot), result_at(w.features, slot),
+double Solver::residual(Workspace& w, int64_t slot) const {
+  return program_.kernels().residual(result_at(w.results, slot), result_at(w.features, slot),
                                      result_at(w.tape.grads.back(), slot), element_count(program_.shapes().back()));
 }
 
@@ -124,16 +114,39 @@ double Solver::add_total_variation(Workspace& w, int64_t slot) const {
                          image_at(w.gradients, slot), w.tv_scratch);
 }
 
+double Solver::objective(Workspace& w, int64_t slot) const { return residual(w, slot) + add_total_variation(w, slot); }
+
+double Solver::objective_alone(Workspace& w) const {
+  if (quadratic_) return evaluate_quadratic(w, true);
+  load_features(w, 0);
+  forward(w, 1);
+  return objective(w, 0);
+}
+
+double Solver::evaluate_quadratic(Workspace& w, bool valued) const {
+  const Kernels& kernels = program_.kernels();
+  const Slot& slot = w.slots.front();
+  const auto differentiate = [&] { quadratic_->gradient(w.images, w.constant, w.gradients, w.copy); };
+  double value = 0.0;
+  differentiate();
+  if (valued) {
+    const int64_t size = image_size();
+    value = slot.at_zero + 0.5 * (kernels.dot(w.images, w.gradients, size) + kernels.dot(w.images, w.constant, size));
+    // L-BFGS goes on until rounding is all that is left.
+    if (recipe_.method == Method::kLbfgs || !(value >= kTrusted * slot.at_zero)) {
+      load_features(w, 0);
+      forward(w, 1);
+      value = smooth_ ? objective(w, 0) : residual(w, 0);
+      differentiate();
+    }
+  }
+  return smooth_ ? value : value + add_total_variation(w, 0);
+}
+
 void Solver::evaluate(Workspace& w, int64_t active, const Crew& crew) const {
   if (quadratic_) {  // one image in flight
     Slot& slot = w.slots.front();
-    slot.objective = 0.0;
-    if (recipe_.watches() || is_last(slot)) {
-      forward(w, 1);
-      slot.objective = residual(w, 0);
-    }
-    if (!is_last(slot)) quadratic_->gradient(w.images, w.constant, w.gradients, w.copy);
-    if (is_last(slot) || !smooth_) slot.objective += add_total_variation(w, 0);
+    slot.objective = evaluate_quadratic(w, recipe_.watches() || is_last(slot));
     return;
   }
   passes_.forward(w.tape, active, crew);
@@ -161,19 +174,16 @@ void Solver::help(Workspace& w, const Crew& crew, const std::atomic<int64_t>& ac
 // ---- one image ------------------------------------------------------------------------------------------------------
 
 void Solver::begin(Workspace& w, const Batch& batch, int64_t index, int64_t image) const {
-  const int64_t size = image_size(), out_size = element_count(program_.shapes().back());
+  const int64_t size = image_size();
   Slot& slot = w.slots[static_cast<size_t>(index)];
   slot.image = image;
+  slot.features = batch.features + image * element_count(program_.shapes().back());
   slot.report = {0.0, 0, false};
   slot.best = INFINITY;
   slot.calm = 0;
   slot.descent = {};
-  load_features(w, batch.features + image * out_size, index);
-  if (quadratic_ && (recipe_.method != Method::kExact || knows_hessian())) {  // the gradient at zero
-    residual(w, 0, at_zero_.data());
-    backward(w, 1);
-    std::copy_n(w.gradients, size, w.constant);
-  }
+  if (quadratic_) slot.at_zero = quadratic_->at_zero(slot.features, w.constant, w.node_scratch.data());
+  if (!quadratic_ || (recipe_.method == Method::kExact && !knows_hessian())) load_features(w, index);
   float* z = image_at(w.images, index);
   program_.lay_out(0, batch.init + image * batch.init_stride, z);
   for (float* moments : {w.first, w.second, w.largest}) std::fill_n(image_at(moments, index), size, 0.0f);
@@ -245,13 +255,12 @@ void Solver::finish(Workspace& w, const Batch& batch, int64_t index) const {
 
 // The objective of an image by itself at z, and all that came of it.
 void Solver::conclude(Workspace& w, const Batch& batch, int64_t image, const float* z, ImageReport report) const {
-  load_features(w, batch.features + image * element_count(program_.shapes().back()), 0);
-  std::copy_n(z, image_size(), w.images);
-  forward(w, 1);
   Slot& slot = w.slots.front();
   slot.image = image;
+  slot.features = batch.features + image * element_count(program_.shapes().back());
+  std::copy_n(z, image_size(), w.images);
   slot.report = report;
-  slot.report.objective = residual(w, 0) + add_total_variation(w, 0);
+  slot.report.objective = objective_alone(w);
   finish(w, batch, 0);
 }
 
@@ -323,12 +332,24 @@ void Solver::work(Workspace& w, Call& call, bool caller, const Crew& crew) const
     call.steps += steps;
   }
   if (active > 0 && recipe_.method == Method::kDescent) {  // what their last steps came to
-    forward(w, active);
+    if (!quadratic_) forward(w, active);
     for (int64_t i = 0; i < active; ++i) {
-      w.slots[static_cast<size_t>(i)].report.objective = residual(w, i) + add_total_variation(w, i);
+      w.slots[static_cast<size_t>(i)].report.objective = quadratic_ ? evaluate_quadratic(w, true) : objective(w, i);
     }
   }
   while (active > 0) leave(active - 1);
+}
+
+bool Solver::finite(const float* values, int64_t size) const {
+  constexpr int64_t kWorthwhile = 256 * 1024;  // 1 MiB takes about 40 µs
+  const int workers = static_cast<int>(std::clamp<int64_t>(size / kWorthwhile, 1, threads_));
+  std::atomic<bool> found{true};
+  run_team(workers, [&](int worker, int team) {
+    const Share share = {worker, team};
+    const int64_t begin = share.begin(size);
+    if (!program_.kernels().finite(values + begin, share.end(size) - begin)) found = false;
+  });
+  return found;
 }
 
 bool Solver::solve(const Batch& batch, const Poll& poll) {

@@ -56,6 +56,9 @@ class Solver {
   // begun are where they would have begun.
   bool solve(const Batch& batch, const Poll& poll);
 
+  // Whether none of so many numbers is NaN or Inf, by all threads.
+  bool finite(const float* values, int64_t size) const;
+
   // The matrix of a quadratic objective's gradient, row by row, where images are small enough for its inverse to pay;
   // else nothing. Exact minima come from the inverse as soon as it is there.
   std::vector<float> hessian() const;
@@ -71,7 +74,9 @@ class Solver {
  private:
   struct Slot {
     int64_t image;
+    const float* features;  // as they came
     ImageReport report;
+    double at_zero;    // where there is a quadratic form: the squared distance of an image of zeros from the features
     double objective;  // of the last evaluation
     double best;       // the lowest objective, where that iterate is kept
     int64_t calm;      // evaluations in a row within the tolerance
@@ -133,6 +138,10 @@ class Solver {
   float* image_at(float* block, int64_t slot) const { return block + slot * image_stride(); }
   float* result_at(float* block, int64_t slot) const { return block + slot * result_stride(); }
   void begin(Workspace& w, const Batch& batch, int64_t slot, int64_t image) const;
+  // The objective of the one image in flight, where it is asked for, and its gradient.
+  double evaluate_quadratic(Workspace& w, bool valued) const;
+  double objective(Workspace& w, int64_t slot) const;  // from the network's results
+  double objective_alone(Workspace& w) const;          // of the image in the first slot, from its features on
   // The slots' objectives, and the gradients at the images.
   void evaluate(Workspace& w, int64_t active, const Crew& crew) const;
   bool is_large() const;
@@ -145,12 +154,12 @@ class Solver {
   void conclude(Workspace& w, const Batch& batch, int64_t image, const float* z, ImageReport report) const;
   void move(Workspace& w, int64_t from, int64_t to) const;
 
-  void load_features(Workspace& w, const float* features, int64_t slot) const {
+  void load_features(Workspace& w, int64_t slot) const {
+    const float* features = w.slots[static_cast<size_t>(slot)].features;
     program_.lay_out(program_.output(), features, result_at(w.features, slot));
   }
   void forward(Workspace& w, int64_t images) const { passes_.forward(w.tape, images, alone(w)); }
-  // Of these results, or the network's; and its gradient at the network's output.
-  double residual(Workspace& w, int64_t slot, const float* results = nullptr) const;
+  double residual(Workspace& w, int64_t slot) const;  // of the network's results, and its gradient there
   void backward(Workspace& w, int64_t images) const { passes_.backward(w.tape, images, alone(w)); }
   static Crew alone(Workspace& w) { return {{}, w.node_scratch.data()}; }
   double add_total_variation(Workspace& w, int64_t slot) const;  // at z; its gradient is added
@@ -168,6 +177,9 @@ class Solver {
   // Of an image's values. Larger ones take fewer products by conjugate gradients: 3 × 32 × 32 through CIFAR-10's conv11
   // 10 times 0.46 million for 19.
   static constexpr int64_t kMostInverted = 1024;
+  // An objective by the quadratic form is off by up to 7e-8 of that of an image of zeros, which the other terms take
+  // away from: one that is at least this part of it, by 1e-5 of itself.
+  static constexpr double kTrusted = 1e-2;
   static constexpr double kExactGradient = 1e-6;  // at an exact minimum, of that at the start
   static constexpr int64_t kMostTogether = 18;    // three tiles of the product's rows
 
@@ -181,7 +193,6 @@ class Solver {
   std::unique_ptr<Product> inverse_;          // of the matrix of its gradient
   bool smooth_ = false;                       // whether the quadratic form holds the total variation too
   int64_t block_ = 1;                         // images that a worker has in flight
-  std::vector<float> at_zero_;  // what the edge makes of an image of zeros, where there is a quadratic form
   WorkspacePool<Workspace> workspaces_;
 };
 

@@ -172,7 +172,7 @@ class Solver:
             own = starts
             if not isinstance(starts, Engine) and starts.ndim > len(self.recipe.image_shape):
                 own = starts[start:stop]
-            return self._solve(source.chunk(start, stop), out, own, tell)
+            return self._solve(self._features(source, start, stop), out, own, tell)
 
         result, out = tensors.allocate((len(source), *self.recipe.image_shape), "float32", source.torch)
         return result, sweep(run, self.empty_report, source, result, out, self.batch_size, progress)
@@ -184,7 +184,7 @@ class Solver:
 
         After Ctrl-C `Interrupted` has those begun, and the report on them.
         """
-        return self._solve(source.chunk(start, stop), out, self._init, tell)
+        return self._solve(self._features(source, start, stop), out, self._init, tell)
 
     def run_there(self, x: Any, dtype: str) -> tuple[Any, Report]:
         """As of an `Engine`. Ctrl-C raises `Interrupted` with the images begun, on the GPU."""
@@ -205,6 +205,9 @@ class Solver:
         if not finished:
             raise Interrupted(images, _begun(report), report)
         return images, report
+
+    def _features(self, source: tensors.Source, start: int, stop: int) -> Array:
+        return source.chunk(start, stop, self._compiled.finite)
 
     def _solve(self, features: Array, out: npt.NDArray[Any], start: Array | Engine, tell: Progress | None) -> Report:
         if isinstance(start, Engine):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,11 @@ Array = npt.NDArray[np.float32]
 FLOAT32 = np.dtype(np.float32)
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 QUANTISED = ("uint8", "int8")
+
+
+def finite(values: Array) -> bool:
+    """Whether no value is NaN or Inf."""
+    return bool(np.isfinite(values).all())
 
 
 # Not frozen, with slots, and looked at once: on a small network these microseconds are a good part of a call.
@@ -51,8 +56,11 @@ class Source:
         whole = start == 0 and stop == len(self.data)
         return self if whole else replace(self, data=self.data[start:stop])
 
-    def chunk(self, start: int, stop: int) -> Array:
+    def chunk(self, start: int, stop: int, finite: Callable[[Array], bool] = finite) -> Array:
         """Rows start to stop as C-contiguous float32: in place where they are that already, else a copy.
+
+        Args:
+            finite: tells whether they hold neither NaN nor Inf.
 
         Raises:
             FeatureError: the rows hold NaN or Inf.
@@ -65,7 +73,13 @@ class Source:
                 values = np.require(rows, np.float32, ["C", "A"])
             if self.scale is not None and self.zero_point is not None:
                 values = (values - self.zero_point) * self.scale
-        _expect_finite(values, start)
+        if not finite(values):
+            bad = ~np.isfinite(values)
+            first = start + int(bad.reshape(len(values), -1).any(axis=1).argmax())
+            raise FeatureError(
+                f"features hold {np.count_nonzero(bad)} values that are NaN or Inf (as float32), "
+                f"first in image {first}: drop or mend these images"
+            )
         return values
 
 
@@ -173,16 +187,6 @@ def chunks(count: int, size: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of consecutive chunks of `size` rows."""
     for start in range(0, count, size):
         yield start, min(start + size, count)
-
-
-def _expect_finite(values: Array, start: int) -> None:
-    finite = np.isfinite(values)
-    if not finite.all():
-        bad = ~finite.reshape(len(values), -1).all(axis=1)
-        raise FeatureError(
-            f"features hold {finite.size - np.count_nonzero(finite)} values that are NaN or Inf (as float32), "
-            f"first in image {start + int(bad.argmax())}: drop or mend these images"
-        )
 
 
 def _per_channel(name: str, value: Any, shape: Shape) -> Array:

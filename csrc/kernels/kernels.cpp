@@ -87,6 +87,7 @@ const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
     gather,
     add,
     residual,
+    squared_distance,
     total_variation,
     optimizer,
     dot,

@@ -21,6 +21,30 @@ double residual(const float* y, const float* v, float* grad, int64_t size) {
   return total;
 }
 
+double squared_distance(const float* v, float from, int64_t size) {
+  constexpr int kSums = 4;
+  double total = 0.0;
+  for (int64_t begin = 0; begin < size; begin += kSumStretch) {
+    const int64_t end = begin + kSumStretch < size ? begin + kSumStretch : size;
+    V sums[kSums] = {zero(), zero(), zero(), zero()};
+    int64_t i = begin;
+    for (; i + kSums * kWidth <= end; i += kSums * kWidth) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kSums; ++k) {
+        const V d = sub(load(v + i + k * kWidth), set1(from));
+        sums[k] = fma(d, d, sums[k]);
+      }
+    }
+    for (; i < end; i += kWidth) {
+      const int lanes = end - i < kWidth ? static_cast<int>(end - i) : kWidth;
+      const V d = first_of(sub(load_first(v + i, lanes), set1(from)), lanes);
+      sums[0] = fma(d, d, sums[0]);
+    }
+    total += static_cast<double>(sum(add(add(sums[0], sums[1]), add(sums[2], sums[3]))));
+  }
+  return total;
+}
+
 // s^{β/2−1} for exponents that are neither 0 nor −1/2.
 FASTINV_INLINE V power(V s, float exponent) {
   float lanes[kWidth];

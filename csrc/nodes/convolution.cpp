@@ -7,14 +7,16 @@ namespace fastinv {
 
 ConvolutionNode::ConvolutionNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
                                  const Geometry& geometry, const float* weight, const float* bias, bool row_major,
-                                 bool abreast, double* rounding, bool keep_weight)
+                                 bool abreast, double* rounding, bool keep_weights)
     : Node(kernels, std::move(inputs), output, activation),
       geometry_(geometry),
       convolution_(make_convolution(kernels, geometry, weight_at(weight, false), bias, row_major, abreast, rounding)) {
-  if (keep_weight) {
+  if (keep_weights) {
     const int64_t size = int64_t{geometry.in_channels} * geometry.out_channels / geometry.groups *
                          geometry.axis[0].kernel * geometry.axis[1].kernel;
     weight_.assign(weight, weight + size);
+    bias_.resize(static_cast<size_t>(geometry.out_channels));
+    if (bias) std::copy_n(bias, geometry.out_channels, bias_.begin());
   }
 }
 
@@ -67,9 +69,10 @@ void ConvolutionNode::forward_rows(const Frame& values, Rows rows) const {
 void ConvolutionNode::prepare_backward() {
   gradient_ = make_gradient(kernels, geometry_.adjoint(), weight_at(weight_.data(), true), convolution_->row_major());
   if (inputs.size() == 1 && activation.kind == ActivationKind::kIdentity && Quadratic::pays(geometry_)) {
-    quadratic_ = std::make_unique<Quadratic>(kernels, geometry_, weight_at(weight_.data(), false));
+    quadratic_ = std::make_unique<Quadratic>(kernels, geometry_, weight_at(weight_.data(), false), std::move(bias_));
   }
   weight_ = {};
+  bias_ = {};
 }
 
 void ConvolutionNode::backward(const Frame&, const Frame& grads, int64_t images, size_t input, bool first,
@@ -93,7 +96,8 @@ void ConvolutionNode::backward(const Frame&, const Frame& grads, int64_t images,
 }
 
 int64_t ConvolutionNode::scratch_floats(int64_t lanes) const {
-  return std::max(convolution_->scratch_floats(lanes), gradient_ ? gradient_->scratch_floats(lanes) : 0);
+  return std::max({convolution_->scratch_floats(lanes), gradient_ ? gradient_->scratch_floats(lanes) : 0,
+                   quadratic_ ? quadratic_->at_zero_scratch_floats() : 0});
 }
 
 std::string ConvolutionNode::describe() const {

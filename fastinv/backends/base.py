@@ -86,6 +86,9 @@ class CompiledSolver(Protocol):
     batch_size: int | None
     stops_within: bool
 
+    def finite(self, features: Array) -> bool:
+        """Whether none of the features, as `solve` takes them, is NaN or Inf."""
+
     def solve(self, features: Array, init: Array, progress: Progress | None = None) -> tuple[Array, Report, bool]:
         """Recover [N, *input_shape] normalised images z from float32 `features` [N, *output_shape].
 

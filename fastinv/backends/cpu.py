@@ -153,6 +153,7 @@ class CpuSolver:
         if matrix.size > 0 and (inverse := _inverse(matrix)) is not None:
             self._solver.take_inverse(inverse)
         self.isa = self._solver.isa
+        self.finite = self._solver.finite
         self.kernels = [kernel for kernel, _ in self._solver.describe()]
         self.images_abreast = self._solver.images_abreast  # that a thread takes through all steps together, or 0
 

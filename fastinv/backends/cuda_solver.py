@@ -17,6 +17,7 @@ from fastinv.backends.cuda_network import MOST_IMAGES, fitting
 from fastinv.backends.cuda_plan import Arena, Buffer, bucket
 from fastinv.errors import BackendError
 from fastinv.inverters import RMLE
+from fastinv.tensors import finite
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,8 @@ class CudaSolver:
     Raises:
         BackendError: a precision that the method cannot work in.
     """
+
+    finite = staticmethod(finite)
 
     def __init__(
         self, recipe: RMLE, precision: str, device: torch.device, name: str = "cuda", most: int = MOST_IMAGES

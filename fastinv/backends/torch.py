@@ -13,7 +13,7 @@ import numpy.typing as npt
 from fastinv.backends.base import Array, Progress, Report
 from fastinv.inverters import METHODS
 from fastinv.network import Network, Step
-from fastinv.tensors import Source
+from fastinv.tensors import Source, finite
 
 if TYPE_CHECKING:
     import torch
@@ -104,6 +104,7 @@ class TorchSolver:
     isa = "torch"
     batch_size: int | None = None
     stops_within = False
+    finite = staticmethod(finite)
 
     def __init__(self, recipe: RMLE, precision: str, threads: int | None) -> None:
         import torch
