@@ -144,15 +144,18 @@ constexpr int kMaxQuadraticRows = 16;
 
 // Rows of 2·AᵀA·z + c, from a copy of z with zeros around it.
 struct QuadraticArgs {
-  const float* in;  // what the first row tap of the first of these rows reads
+  const float* in;  // what the first offset of the first row tap of the first of these rows reads
   int64_t in_row;   // floats from row to row
   const float* constant;
   float* out;
-  int64_t row;           // floats in a row of `constant` and `out`
-  const float* weights;  // [vector of the row][group][offset][tap][lane]
-  const int64_t* offset;
-  int32_t offsets, groups, taps, rows;
+  int64_t row;  // floats in a row of `constant` and `out`
+  // [vector of the row][group][offset][tap][lane] where all rows have the same; else [vector of the row][row tap of
+  // the first row][offset][row][lane], of groups row taps.
+  const float* weights;
+  int32_t offsets, groups, taps, rows;  // so many floats of a row, from one on; taps: 0 where rows differ
 };
+
+constexpr int kMaxDifferentRows = 2;
 
 // The points ±a and ±b of F(4, 2). These multiply rounding errors by 1.7 along an axis; the usual 0, ±1 and 2 by 2.5
 // (the root of the mean of Aᵀ²·(Bᵀ² ∘ G²) over random inputs). All that the transforms multiply by is exact in float32.

@@ -48,12 +48,10 @@ Quadratic::Quadratic(const Kernels& kernels, const Geometry& g, const WeightAt& 
           kernels, g.adjoint(),
           [&weight](int group, int o, int i, int y, int x) { return -2.0f * weight(group, i, o, y, x); }, true)) {
   const int in = g.in_channels, ky = g.axis[0].kernel, kx = g.axis[1].kernel, all = 2 * ky - 1;
-  const int taps = taps_at_once(all);
-  const int reach = kx * in - 1;
-  for (int o = -reach; o <= reach; ++o) offsets_.push_back(o);
+  reach_ = kx * in - 1;
   row_ = int64_t{g.axis[1].in} * in;
-  in_row_ = round_up(row_ + reach, kLineFloats);
-  in_rows_ = g.axis[0].in + kMaxQuadraticRows + round_up(all, taps);
+  in_row_ = round_up(row_ + reach_, kLineFloats);
+  in_rows_ = g.axis[0].in + kMaxQuadraticRows + round_up(all, taps_at_once(all));
 
   // [row tap, column tap, channel] twice: products summed over the output channels.
   const int places = ky * kx * in;
@@ -65,27 +63,23 @@ Quadratic::Quadratic(const Kernels& kernels, const Geometry& g, const WeightAt& 
       for (int q = 0; q < places; ++q) products[static_cast<size_t>(p) * places + q] += one[p] * one[q];
     }
   }
-  for (int y = 0; y < g.axis[0].in; ++y) {
-    const bool inner = y > 1 && y + 1 < g.axis[0].in;  // TV differs in the first and the last row
-    if (inner && seen(g.axis[0], y) == seen(g.axis[0], y - 1)) {
-      ++bands_.back().rows;
-      continue;
+  plan_bands();
+  for (const Band& band : bands_) {
+    const int rows = band.taps == 0 ? band.rows : 1;
+    for (int row = band.first; row < band.first + rows; ++row) {
+      const int outside = std::max(0, ky - 1 - row), below = g.axis[0].in - 1 - row;
+      const int first = band.taps == 0 ? outside : 0, last = band.taps == 0 ? std::min(all, ky + below) : all;
+      for (int64_t i = 0; i < row_; ++i) {
+        const int column = static_cast<int>(i / in), channel = static_cast<int>(i % in);
+        for (int tap = first; tap < last; ++tap) {
+          for (int offset = -reach_; offset <= reach_; ++offset) {
+            weight_at(band, row, i, tap, offset) =
+                static_cast<float>(2.0 * this->weight(products, row, column, channel, tap, offset));
+          }
+        }
+      }
     }
-    bands_.push_back({y, 1, 0, taps, ceil_div(all, taps), 0});
   }
-  for (Band& band : bands_) {
-    if (band.rows == 1) {  // its taps outside the image are left out
-      const int below = g.axis[0].in - 1 - band.first;
-      band.tap = std::max(0, ky - 1 - band.first);
-      band.taps = 1;
-      band.groups = ky + std::min(ky - 1, below) - band.tap;
-    }
-    band.weights = static_cast<int64_t>(packed_.size());
-    add_weights(products, band);
-  }
-  weights_ = Buffer(static_cast<int64_t>(packed_.size()));
-  std::copy(packed_.begin(), packed_.end(), weights_.data());
-  packed_ = {};
   std::vector<float> negative;
   for (const float b : bias_) negative.insert(negative.end(), static_cast<size_t>(plane()), -b);
   of_bias_.resize(static_cast<size_t>(pixels()) * g.in_channels);
@@ -105,32 +99,59 @@ double Quadratic::at_zero(const float* features, float* constant, float* scratch
   return total;
 }
 
-void Quadratic::add_weights(const std::vector<double>& products, const Band& band) {
-  const int in = geometry_.in_channels;
-  for (int64_t at = 0; at < row_; at += kernels_.width) {
-    for (int tap = band.tap; tap < band.tap + band.groups * band.taps; tap += band.taps) {
-      for (const int64_t offset : offsets_) {
-        for (int t = tap; t < tap + band.taps; ++t) {
-          for (int64_t i = at; i < at + kernels_.width; ++i) {
-            const double value =
-                i < row_ ? weight(products, band.first, static_cast<int>(i / in), static_cast<int>(i % in), t, offset)
-                         : 0.0;
-            packed_.push_back(static_cast<float>(2.0 * value));
-          }
-        }
-      }
+void Quadratic::plan_bands() {
+  const Axis& y = geometry_.axis[0];
+  const int all = 2 * y.kernel - 1, taps = taps_at_once(all);
+  for (int row = 0; row < y.in; ++row) {
+    const bool inner = row > 1 && row + 1 < y.in;  // TV differs in the first and the last row
+    if (inner && seen(y, row) == seen(y, row - 1)) {
+      ++bands_.back().rows;
+    } else {
+      bands_.push_back({row, 1, 0, taps, ceil_div(all, taps), 0});
     }
   }
+  // Rows with weights of their own: taps outside the image are left out.
+  std::vector<Band> planned;
+  for (Band band : bands_) {
+    const bool joins = band.rows == 1 && !planned.empty() && planned.back().taps == 0 &&
+                       planned.back().rows < kMaxDifferentRows &&
+                       planned.back().first + planned.back().rows == band.first;
+    if (band.rows == 1) band.taps = 0;
+    if (joins) {
+      ++planned.back().rows;
+    } else {
+      planned.push_back(band);
+    }
+  }
+  bands_ = std::move(planned);
+  int64_t total = 0;
+  for (Band& band : bands_) {
+    if (band.taps == 0) {
+      band.tap = std::max(0, y.kernel - 1 - band.first);
+      const int last = std::min(band.first + band.rows - 1 + y.kernel, y.in);  // row of z
+      band.groups = last - (band.first + band.tap - (y.kernel - 1));
+    }
+    band.weights = total;
+    total += round_up(row_, kernels_.width) * band.groups * (2 * reach_ + 1) * band.abreast();
+  }
+  weights_ = Buffer(total);
+}
+
+float& Quadratic::weight_at(const Band& band, int row, int64_t i, int tap, int offset) {
+  const int own = band.taps == 0 ? row - band.first : 0, from = tap + own - band.tap;
+  const int group = band.taps == 0 ? from : from / band.taps, member = band.taps == 0 ? own : from % band.taps;
+  const int64_t place = (i / kernels_.width * band.groups + group) * (2 * reach_ + 1) + reach_ + offset;
+  return weights_[band.weights + (place * band.abreast() + member) * kernels_.width + i % kernels_.width];
 }
 
 // AᵀA from this pixel and channel to what lies so many rows and floats on: the sum over the taps through which a result
 // sees both.
 double Quadratic::weight(const std::vector<double>& products, int row, int column, int channel, int tap,
-                         int64_t offset) const {
+                         int offset) const {
   const Axis &y = geometry_.axis[0], &x = geometry_.axis[1];
   const int in = geometry_.in_channels, places = y.kernel * x.kernel * in;
-  const int64_t to = offset + channel + int64_t{x.kernel} * in;  // from that many columns to the left
-  const int dy = tap - (y.kernel - 1), dx = static_cast<int>(to / in) - x.kernel, other = static_cast<int>(to % in);
+  const int to = offset + channel + x.kernel * in;  // from that many columns to the left
+  const int dy = tap - (y.kernel - 1), dx = to / in - x.kernel, other = to % in;
   const Seen rows = seen(y, row), columns = seen(x, column);
   double sum = 0.0;
   for (int u = rows.first; u < rows.first + rows.count; ++u) {
@@ -147,22 +168,20 @@ double Quadratic::weight(const std::vector<double>& products, int row, int colum
 bool Quadratic::add_total_variation(double weight) {
   const int in = geometry_.in_channels, centre = geometry_.axis[0].kernel - 1, height = geometry_.axis[0].in;
   if (centre == 0 || geometry_.axis[1].kernel == 1) return false;
-  const int count = static_cast<int>(offsets_.size()), middle = count / 2;
   for (const Band& band : bands_) {
-    const int above = band.first > 0, below = band.first + 1 < height;
-    for (int64_t i = 0; i < row_; ++i) {
-      const int left = i >= in, right = i + in < row_, width = kernels_.width;
-      const auto add = [&](int row_tap, int offset, double value) {
-        const int tap = row_tap - band.tap;
-        const int64_t place = (i / width * band.groups + tap / band.taps) * count + middle + offset;
-        weights_[band.weights + (place * band.taps + tap % band.taps) * width + i % width] +=
-            static_cast<float>(2.0 * weight * value);
-      };
-      add(centre, 0, above + below + left + right);
-      if (above) add(centre - 1, 0, -1.0);
-      if (below) add(centre + 1, 0, -1.0);
-      if (left) add(centre, -in, -1.0);
-      if (right) add(centre, in, -1.0);
+    for (int row = band.first; row < band.first + (band.taps == 0 ? band.rows : 1); ++row) {
+      const int above = row > 0, below = row + 1 < height;
+      for (int64_t i = 0; i < row_; ++i) {
+        const int left = i >= in, right = i + in < row_;
+        const auto add = [&](int tap, int offset, double value) {
+          weight_at(band, row, i, tap, offset) += static_cast<float>(2.0 * weight * value);
+        };
+        add(centre, 0, above + below + left + right);
+        if (above) add(centre - 1, 0, -1.0);
+        if (below) add(centre + 1, 0, -1.0);
+        if (left) add(centre, -in, -1.0);
+        if (right) add(centre, in, -1.0);
+      }
     }
   }
   return true;
@@ -180,9 +199,9 @@ void Quadratic::gradient(const float* z, const float* constant, float* gradient,
     const int size = static_cast<int>(round_up(ceil_div(band.rows, tiles), 2));
     for (int begin = band.first; begin < last; begin += size) {
       const int end = std::min(begin + size, last);
-      kernels_.quadratic({first + (begin + band.tap) * in_row_, in_row_, constant + begin * row_,
-                          gradient + begin * row_, row_, weights_.data() + band.weights, offsets_.data(),
-                          static_cast<int32_t>(offsets_.size()), band.groups, band.taps, end - begin});
+      kernels_.quadratic({first + (begin + band.tap) * in_row_ - reach_, in_row_, constant + begin * row_,
+                          gradient + begin * row_, row_, weights_.data() + band.weights, 2 * reach_ + 1, band.groups,
+                          band.taps, end - begin});
     }
   }
 }

@@ -36,25 +36,29 @@ class Quadratic {
   int64_t scratch_floats() const { return (in_rows_ + 2) * in_row_; }
 
  private:
-  // Rows with the same weights: of groups · taps row taps from `tap` on, `taps` at once.
+  // Rows with the same weights, of groups · taps row taps, `taps` at once; or, where taps is 0, a few rows with weights
+  // of their own, of so many row taps of the first of them from `tap` on.
   struct Band {
     int first, rows;
     int tap, taps, groups;
     int64_t weights;  // where they begin
+
+    int abreast() const { return taps == 0 ? rows : taps; }  // vectors of weights to each float of z
   };
 
   int64_t plane() const { return int64_t{geometry_.axis[0].out} * geometry_.axis[1].out; }  // of a channel of results
   int64_t pixels() const { return int64_t{geometry_.axis[0].in} * geometry_.axis[1].in; }
   int64_t image_floats() const { return round_up(pixels() * geometry_.in_channels, kLineFloats); }
-  void add_weights(const std::vector<double>& products, const Band& band);
-  double weight(const std::vector<double>& products, int row, int column, int channel, int tap, int64_t offset) const;
+  void plan_bands();
+  // The weight by which this result depends on the float so many row taps and floats of a row on.
+  float& weight_at(const Band& band, int row, int64_t i, int tap, int offset);
+  double weight(const std::vector<double>& products, int row, int column, int channel, int tap, int offset) const;
 
   const Kernels& kernels_;
   const Geometry geometry_;
   int64_t row_, in_row_, in_rows_;  // floats in a row of the image and of the padded copy of it, whose rows there are
-  std::vector<int64_t> offsets_;    // from a float to those of its row that it depends on
+  int reach_;                       // from a float to the farthest of a row that it depends on, either way
   std::vector<Band> bands_;
-  std::vector<float> packed_;
   Buffer weights_;
   const std::vector<float> bias_;
   const std::unique_ptr<const Convolution> adjoint_;  // −2·Aᵀ, from [C, H, W] to [C, H, W]

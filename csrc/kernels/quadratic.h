@@ -17,7 +17,7 @@ void quadratic_tile(const QuadraticArgs& a, int64_t at, int lanes, const float* 
   const float* in = a.in + at;
   for (int g = 0; g < a.groups; ++g, in += kTaps * a.in_row) {
     for (int o = 0; o < a.offsets; ++o, weights += kTaps * kWidth) {
-      const float* x = in + a.offset[o];
+      const float* x = in + o;
       V w[kTaps];
 #pragma GCC unroll 5
       for (int i = 0; i < kTaps; ++i) w[i] = load(weights + i * kWidth);
@@ -37,27 +37,45 @@ void quadratic_tile(const QuadraticArgs& a, int64_t at, int lanes, const float* 
   }
 }
 
-// A single row, one row tap after the other: with a single sum every product would wait for the one before.
-void quadratic_row(const QuadraticArgs& a, int64_t at, int lanes, const float* weights) {
-  constexpr int kSums = 4;
-  V sums[kSums] = {load_first(a.constant + at, lanes), zero(), zero(), zero()};
+// One or two rows with weights of their own: each vector of z that is read serves both. Sums are few, so there are
+// several to each row: else every product would wait for the one before.
+template <int kRows>
+void quadratic_border(const QuadraticArgs& a, int64_t at, int lanes, const float* weights) {
+  constexpr int kSums = 4 / kRows;
+  V sums[kSums][kRows];
+#pragma GCC unroll 4
+  for (int s = 0; s < kSums; ++s) {
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; ++r) sums[s][r] = s ? zero() : load_first(a.constant + r * a.row + at, lanes);
+  }
+  const auto take = [&](V(&sum)[kRows], const float* x) {
+    const V row = load_once(x);
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; ++r) sum[r] = fma(row, load(weights + r * kWidth), sum[r]);
+    weights += kRows * kWidth;
+  };
   const float* in = a.in + at;
   for (int g = 0; g < a.groups; ++g, in += a.in_row) {
     int o = 0;
-    for (; o + kSums <= a.offsets; o += kSums, weights += kSums * kWidth) {
+    for (; o + kSums <= a.offsets; o += kSums) {
 #pragma GCC unroll 4
-      for (int s = 0; s < kSums; ++s) sums[s] = fma(load(in + a.offset[o + s]), load(weights + s * kWidth), sums[s]);
+      for (int s = 0; s < kSums; ++s) take(sums[s], in + o + s);
     }
-    for (; o < a.offsets; ++o, weights += kWidth) sums[0] = fma(load(in + a.offset[o]), load(weights), sums[0]);
+    for (; o < a.offsets; ++o) take(sums[0], in + o);
   }
-  store_first(a.out + at, add(add(sums[0], sums[1]), add(sums[2], sums[3])), lanes);
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r) {
+    V total = sums[0][r];
+#pragma GCC unroll 4
+    for (int s = 1; s < kSums; ++s) total = add(total, sums[s][r]);
+    store_first(a.out + r * a.row + at, total, lanes);
+  }
 }
 
 using QuadraticTile = void (*)(const QuadraticArgs&, int64_t, int, const float*);
 
 template <int kTaps>
 QuadraticTile quadratic_tile_for(int rows) {
-  if (kTaps == 1 && rows == 1) return quadratic_row;
   if (rows <= 4) return quadratic_tile<4, kTaps>;
   if constexpr (kQuadraticRows > 8) {
     if (rows > 14) return quadratic_tile<16, kTaps>;
@@ -69,12 +87,13 @@ QuadraticTile quadratic_tile_for(int rows) {
 }
 
 void quadratic(const QuadraticArgs& a) {
-  const QuadraticTile tile = a.taps == 1   ? quadratic_tile_for<1>(a.rows)
+  const QuadraticTile tile = a.taps == 0   ? a.rows == 1 ? quadratic_border<1> : quadratic_border<2>
+                             : a.taps == 1 ? quadratic_tile_for<1>(a.rows)
                              : a.taps == 3 ? quadratic_tile_for<3>(a.rows)
                                            : quadratic_tile_for<5>(a.rows);
+  const int64_t step = int64_t{a.groups} * a.offsets * (a.taps == 0 ? a.rows : a.taps) * kWidth;
   const float* weights = a.weights;
-  for (int64_t at = 0; at < a.row; at += kWidth) {
+  for (int64_t at = 0; at < a.row; at += kWidth, weights += step) {
     tile(a, at, a.row - at < kWidth ? static_cast<int>(a.row - at) : kWidth, weights);
-    weights += int64_t{a.groups} * a.offsets * a.taps * kWidth;
   }
 }
