@@ -34,9 +34,9 @@ std::vector<int> phase_taps(const Axis& axis, bool transposed, int phase) {
 
 Correlation::Correlation(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias)
     : kernels_(kernels), geometry_(geometry), form_(choose_form()), tile_pixels_(kMaxTilePixels) {
-  if (form_ == Form::kDot) {
-    tile_pixels_ = kernels.dot_pixels[std::min(geometry.out_channels / geometry.groups, kMaxDotOutputs)];
-  }
+  const int out = geometry.out_channels / geometry.groups;
+  if (form_ == Form::kDot) tile_pixels_ = kernels.dot_pixels[std::min(out, kMaxDotOutputs)];
+  if (form_ == Form::kBroadcast && out <= kernels.width) tile_pixels_ = kMaxNarrowPixels;
   order_taps();
   build_rows();
   pack(weight, bias);

@@ -37,20 +37,21 @@ struct Activation {
 // channels under one tap, or under several taps side by side.
 
 constexpr int kMaxTilePixels = 6;
+constexpr int kMaxNarrowPixels = 8;  // where output channels are one vector: fewer sums would wait for each other
 constexpr int kMaxDotOutputs = 4;
 constexpr int32_t kOutside = -1;  // this pixel's run lies in the padding: read zeros
 
 struct Run {
   int32_t weight;  // first weight row
   int32_t length;  // floats, and weight rows
-  int32_t offset[kMaxTilePixels];
+  int32_t offset[kMaxNarrowPixels];
 };
 
 struct Tile {
   int32_t first_run;
   int32_t runs;
   int32_t pixels;
-  int32_t out[kMaxTilePixels];
+  int32_t out[kMaxNarrowPixels];
 };
 
 struct TileRow {

@@ -18,21 +18,21 @@ void correlate_tile(const CorrelateArgs& args, const Tile& tile, const float* in
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     const V start = bias ? load(bias + v * kWidth) : zero();
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int p = 0; p < kPixels; ++p) acc[p][v] = start;
   }
   const Run* run = args.runs + tile.first_run;
   for (const Run* end = run + tile.runs; run != end; ++run) {
     const float* w = weights + static_cast<int64_t>(run->weight) * kBlock;
     const float* x[kPixels];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int p = 0; p < kPixels; ++p) x[p] = run_start(args, in, run->offset[p]);
     const int64_t length = run->length;
     for (int64_t k = 0; k < length; ++k, w += kBlock) {
       V row[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) row[v] = load(w + v * kWidth);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
       for (int p = 0; p < kPixels; ++p) {
         const V pixel = set1(x[p][k]);
 #pragma GCC unroll 4
@@ -41,7 +41,7 @@ void correlate_tile(const CorrelateArgs& args, const Tile& tile, const float* in
     }
   }
   const ActivationKind kind = args.activation.kind;
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int p = 0; p < kPixels; ++p) {
     float* o = out + tile.out[p];
     const float* a = addend ? addend + tile.out[p] : nullptr;
@@ -69,6 +69,9 @@ CorrelateTile correlate_tile_for(int pixels) {
   constexpr CorrelateTile table[] = {correlate_tile<kVectors, 1>, correlate_tile<kVectors, 2>,
                                      correlate_tile<kVectors, 3>, correlate_tile<kVectors, 4>,
                                      correlate_tile<kVectors, 5>, correlate_tile<kVectors, 6>};
+  if constexpr (kVectors == 1) {
+    if (pixels > kMaxTilePixels) return pixels == 7 ? correlate_tile<1, 7> : correlate_tile<1, 8>;
+  }
   return table[pixels - 1];
 }
 
@@ -91,8 +94,9 @@ void correlate(const CorrelateArgs& args) {
     const int left = args.out_channels - done;
     const int vectors = left >= kMaxVectors * kWidth ? kMaxVectors : (left + kWidth - 1) / kWidth;
     const int last_lanes = left >= vectors * kWidth ? kWidth : left - (vectors - 1) * kWidth;
-    CorrelateTile by_pixels[kMaxTilePixels + 1];
-    for (int p = 1; p <= kMaxTilePixels; ++p) by_pixels[p] = correlate_tile_for(vectors, p);
+    const int most = vectors == 1 ? kMaxNarrowPixels : kMaxTilePixels;
+    CorrelateTile by_pixels[kMaxNarrowPixels + 1];
+    for (int p = 1; p <= most; ++p) by_pixels[p] = correlate_tile_for(vectors, p);
     const float* bias = args.bias ? args.bias + done : nullptr;
     for (int64_t r = 0; r < args.row_count; ++r) {
       const TileRow& row = args.rows[r];
@@ -215,7 +219,7 @@ void correlate_dot(const CorrelateArgs& args) {
 constexpr int kAbreastOutputs = FASTINV_MAX_VECTORS > 2 ? 4 : 2;
 
 template <int kPixels, int kOutputs>
-void correlate_abreast_tile(const CorrelateArgs& args, const Tile& tile, const float* in, float* out,
+void correlate_abreast_tile(const CorrelateArgs& args, const Tile& tile, int first, const float* in, float* out,
                             const float* weights, int64_t weight_row, const float* bias) {
   V acc[kPixels][kOutputs];
 #pragma GCC unroll 4
@@ -227,12 +231,13 @@ void correlate_abreast_tile(const CorrelateArgs& args, const Tile& tile, const f
   const Run* run = args.runs + tile.first_run;
   for (const Run* end = run + tile.runs; run != end; ++run) {
     const float* w = weights + run->weight * weight_row;
+    const int32_t* offset = run->offset + first;
     const float* x[kPixels];
     bool inside = true;
 #pragma GCC unroll 6
     for (int p = 0; p < kPixels; ++p) {
-      inside = inside && run->offset[p] != kOutside;
-      x[p] = in + int64_t{run->offset[p]} * kWidth;
+      inside = inside && offset[p] != kOutside;
+      x[p] = in + int64_t{offset[p]} * kWidth;
     }
     for (int64_t k = 0; k < run->length; ++k, w += weight_row) {
       V weight[kOutputs];
@@ -240,7 +245,7 @@ void correlate_abreast_tile(const CorrelateArgs& args, const Tile& tile, const f
       for (int o = 0; o < kOutputs; ++o) weight[o] = set1(w[o]);
 #pragma GCC unroll 6
       for (int p = 0; p < kPixels; ++p) {
-        if (!inside && run->offset[p] == kOutside) continue;
+        if (!inside && offset[p] == kOutside) continue;
         const V pixel = load(x[p] + k * kWidth);
 #pragma GCC unroll 4
         for (int o = 0; o < kOutputs; ++o) acc[p][o] = fma(pixel, weight[o], acc[p][o]);
@@ -249,14 +254,14 @@ void correlate_abreast_tile(const CorrelateArgs& args, const Tile& tile, const f
   }
 #pragma GCC unroll 6
   for (int p = 0; p < kPixels; ++p) {
-    float* to = out + int64_t{tile.out[p]} * kWidth;
+    float* to = out + int64_t{tile.out[first + p]} * kWidth;
 #pragma GCC unroll 4
     for (int o = 0; o < kOutputs; ++o) store(to + o * kWidth, activate_cheap(acc[p][o], args.activation.kind));
     if (!is_cheap(args.activation.kind)) activate_in_place(to, kOutputs * kWidth, args.activation);
   }
 }
 
-using AbreastTile = void (*)(const CorrelateArgs&, const Tile&, const float*, float*, const float*, int64_t,
+using AbreastTile = void (*)(const CorrelateArgs&, const Tile&, int, const float*, float*, const float*, int64_t,
                              const float*);
 
 template <int kOutputs>
@@ -279,10 +284,14 @@ void correlate_abreast(const CorrelateArgs& args) {
       const TileRow& row = args.rows[r];
       const Tile* tile = args.tiles + row.first_tile;
       for (const Tile* end = tile + row.tiles; tile != end; ++tile) {
-        const AbreastTile run = outputs > 1 ? correlate_abreast_tile_for<kAbreastOutputs>(tile->pixels)
-                                            : correlate_abreast_tile_for<1>(tile->pixels);
-        run(args, *tile, args.in + row.in_base * kWidth, args.out + (row.out_base + done) * kWidth, weights, span,
-            args.bias ? args.bias + done : nullptr);
+        const int parts = tile->pixels > kMaxTilePixels ? 2 : 1;
+        for (int part = 0; part < parts; ++part) {
+          const int first = tile->pixels * part / parts, pixels = tile->pixels * (part + 1) / parts - first;
+          const AbreastTile run =
+              outputs > 1 ? correlate_abreast_tile_for<kAbreastOutputs>(pixels) : correlate_abreast_tile_for<1>(pixels);
+          run(args, *tile, first, args.in + row.in_base * kWidth, args.out + (row.out_base + done) * kWidth, weights,
+              span, args.bias ? args.bias + done : nullptr);
+        }
       }
     }
     done += outputs;

@@ -19,9 +19,13 @@ struct PlanarColumns {
   bool whole[kMaxPlanarTaps];
 };
 
+// Which of the input rows that a tile reads are there: all; all that every row tap reads for some row of the tile; or
+// some. Each that is looked at takes a branch.
+enum class PlanarRows { kAll, kInner, kSome };
+
 // The products of kTaps row taps and one column tap of one input channel. Input rows `first` to `last` are there, of
-// the kRows + kTaps − 1 that the tile reads; kRowsWhole says that all are, kLanesWhole that whole vectors are.
-template <class L, int kOutputs, int kTaps, int kRows, bool kRowsWhole, bool kLanesWhole>
+// the kRows + kTaps − 1 that the tile reads; kLanesWhole says that whole vectors are.
+template <class L, int kOutputs, int kTaps, int kRows, PlanarRows kThere, bool kLanesWhole>
 FASTINV_INLINE void planar_products(typename L::Vector (&acc)[kRows][kOutputs], const float* in, int64_t in_w,
                                     Lanes lanes, const float* w, int first, int last) {
   typename L::Vector weight[kTaps][kOutputs];
@@ -32,7 +36,8 @@ FASTINV_INLINE void planar_products(typename L::Vector (&acc)[kRows][kOutputs], 
   }
 #pragma GCC unroll 20
   for (int r = 0; r < kRows + kTaps - 1; ++r, in += in_w) {
-    if (!kRowsWhole && (r < first || r >= last)) continue;
+    const bool inner = r >= kTaps - 1 && r < kRows;
+    if (kThere != PlanarRows::kAll && !(kThere == PlanarRows::kInner && inner) && (r < first || r >= last)) continue;
     const typename L::Vector x = kLanesWhole ? L::get(in) : L::get_lanes(in, lanes);
 #pragma GCC unroll 5
     for (int i = 0; i < kTaps; ++i) {
@@ -47,6 +52,7 @@ template <class L, int kOutputs, int kTaps, int kRows, bool kAbreast>
 void planar_tile(const PlanarArgs& a, const PlanarColumns& columns, int x0, const float* weights, const float* bias,
                  float* out, const float* addend, const float* next) {
   constexpr int kReads = kRows + kTaps - 1;
+  constexpr PlanarRows kAll = PlanarRows::kAll, kInner = PlanarRows::kInner, kSome = PlanarRows::kSome;
   typename L::Vector acc[kRows][kOutputs];
 #pragma GCC unroll 4
   for (int o = 0; o < kOutputs; ++o) {
@@ -76,22 +82,26 @@ void planar_tile(const PlanarArgs& a, const PlanarColumns& columns, int x0, cons
     for (int g = 0; g < groups; ++g) {
       const float* at = in + group[g].offset;
       const int first = group[g].first, last = group[g].last;
-      const bool all = first == 0 && last == kReads;
+      const bool all = first == 0 && last == kReads, inner = first <= kTaps - 1 && last >= kRows;
       for (int k = 0; k < taps_x; ++k, at += kPitch, w += kTaps * kOutputs) {
         const Lanes lanes = columns.lanes[k];
         if (kAbreast) {
           if (!columns.whole[k]) continue;
           if (all) {
-            planar_products<L, kOutputs, kTaps, kRows, true, true>(acc, at, in_w, lanes, w, 0, kReads);
+            planar_products<L, kOutputs, kTaps, kRows, kAll, true>(acc, at, in_w, lanes, w, 0, kReads);
+          } else if (kTaps > 1 && inner) {
+            planar_products<L, kOutputs, kTaps, kRows, kInner, true>(acc, at, in_w, lanes, w, first, last);
           } else {
-            planar_products<L, kOutputs, kTaps, kRows, false, true>(acc, at, in_w, lanes, w, first, last);
+            planar_products<L, kOutputs, kTaps, kRows, kSome, true>(acc, at, in_w, lanes, w, first, last);
           }
+        } else if (kTaps > 1 && inner && !all) {
+          planar_products<L, kOutputs, kTaps, kRows, kInner, false>(acc, at, in_w, lanes, w, first, last);
         } else if (!all) {
-          planar_products<L, kOutputs, kTaps, kRows, false, false>(acc, at, in_w, lanes, w, first, last);
+          planar_products<L, kOutputs, kTaps, kRows, kSome, false>(acc, at, in_w, lanes, w, first, last);
         } else if (!kFreeMasks && columns.whole[k]) {
-          planar_products<L, kOutputs, kTaps, kRows, true, true>(acc, at, in_w, lanes, w, 0, kReads);
+          planar_products<L, kOutputs, kTaps, kRows, kAll, true>(acc, at, in_w, lanes, w, 0, kReads);
         } else {
-          planar_products<L, kOutputs, kTaps, kRows, true, false>(acc, at, in_w, lanes, w, 0, kReads);
+          planar_products<L, kOutputs, kTaps, kRows, kAll, false>(acc, at, in_w, lanes, w, 0, kReads);
         }
       }
     }
