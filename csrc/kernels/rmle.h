@@ -53,7 +53,33 @@ FASTINV_INLINE V power(V s, float exponent) {
   return load(lanes);
 }
 
-enum class Exponent { kSquares, kRoots, kOther };  // β = 2, β = 1
+// β = 2: the gradient is 2·(dy above − dy + dx to the left − dx), which nothing has to be kept for.
+double total_variation_of_squares(const TotalVariationArgs& a) {
+  const int64_t row = static_cast<int64_t>(a.width) * a.channels, next = a.channels;
+  const V scale = set1(2.0f * a.weight);
+  double total = 0.0;
+  for (int64_t i = 0; i < a.height; ++i) {
+    const float* z = a.z + i * row;
+    float* grad = a.grad + i * row;
+    V acc = zero();
+    for (int64_t k = 0; k < row; k += kWidth) {
+      const int lanes = row - k < kWidth ? static_cast<int>(row - k) : kWidth;
+      const Lanes has_next = lanes_between(0, static_cast<int>(row - next - k < kWidth ? row - next - k : kWidth));
+      const Lanes has_last = lanes_between(static_cast<int>(next > k ? next - k : 0), lanes);
+      const V here = load_first(z + k, lanes);
+      const V dy = i + 1 < a.height ? sub(load_first(z + row + k, lanes), here) : zero();
+      const V above = i > 0 ? sub(here, load_first(z - row + k, lanes)) : zero();
+      const V dx = sub(load_lanes(z + next + k, has_next), load_lanes(z + k, has_next));
+      const V before = sub(load_lanes(z + k, has_last), load_lanes(z - next + k, has_last));
+      acc = fma(dy, dy, fma(dx, dx, acc));
+      store_first(grad + k, fma(add(sub(above, dy), sub(before, dx)), scale, load_first(grad + k, lanes)), lanes);
+    }
+    total += static_cast<double>(sum(acc));
+  }
+  return total * static_cast<double>(a.weight);
+}
+
+enum class Exponent { kRoots, kOther };  // β = 1
 
 // With dy, dx the differences to the next row and column (0 over the border) and s = dy² + dx² (+ 1e-12 for β < 2):
 // the value is Σ s^{β/2}; s^{β/2} has the gradient q·dy to z[i+1, j], q·dx to z[i, j+1] and −q·(dy + dx) to z[i, j],
@@ -79,14 +105,10 @@ double total_variation_of(const TotalVariationArgs& a) {
       const V dy = last_row ? zero() : sub(load_first(z + row + k, lanes), load_first(z + k, lanes));
       const V dx = sub(load_lanes(z + a.channels + k, has_next), load_lanes(z + k, has_next));
       const V s = fma(dy, dy, fma(dx, dx, epsilon));
-      V q = scale, value = s;
-      if constexpr (kExponent != Exponent::kSquares) {
-        const V factor = kExponent == Exponent::kRoots ? div(set1(1.0f), sqrt(s)) : power(s, a.beta * 0.5f - 1.0f);
-        value = mul(s, factor);
-        q = mul(factor, scale);
-      }
+      const V factor = kExponent == Exponent::kRoots ? div(set1(1.0f), sqrt(s)) : power(s, a.beta * 0.5f - 1.0f);
+      const V value = mul(s, factor), q = mul(factor, scale);
       // Lanes past the end hold s = epsilon: they are left out of the sum.
-      acc = add(acc, kExponent == Exponent::kSquares || lanes == kWidth ? value : first_of(value, lanes));
+      acc = add(acc, lanes == kWidth ? value : first_of(value, lanes));
       store_first(down + k, mul(q, dy), lanes);
       store_first(right + a.channels + k, mul(q, dx), lanes);
     }
@@ -106,7 +128,7 @@ double total_variation_of(const TotalVariationArgs& a) {
 }
 
 double total_variation(const TotalVariationArgs& a) {
-  return a.beta == 2.0f   ? total_variation_of<Exponent::kSquares>(a)
+  return a.beta == 2.0f   ? total_variation_of_squares(a)
          : a.beta == 1.0f ? total_variation_of<Exponent::kRoots>(a)
                           : total_variation_of<Exponent::kOther>(a);
 }
