@@ -28,6 +28,14 @@ void transpose(const float* in, int64_t in_step, float* out, int64_t out_step, i
       float* to = out + j * out_step + i;
       if (high == kWidth && wide == kWidth) {
         transpose_block(from, in_step, to, out_step);
+#ifdef FASTINV_FAST_HALVES
+      } else if (high % 8 == 0 && wide % 8 == 0) {  // 8 channels are common
+        for (int r = 0; r < high; r += 8) {
+          for (int c = 0; c < wide; c += 8) {
+            transpose_eight(from + r * in_step + c, in_step, to + c * out_step + r, out_step);
+          }
+        }
+#endif
       } else {
         transpose_part(from, in_step, to, out_step, high, wide);
       }

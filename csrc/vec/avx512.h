@@ -9,6 +9,8 @@
 #define FASTINV_BFLOAT16     // products of them, on processors that also have AVX512-BF16
 #define FASTINV_INLINE static inline __attribute__((always_inline))
 
+#include "vec/eight.h"
+
 namespace fastinv {
 namespace {
 
