@@ -65,14 +65,9 @@ class Source:
         Raises:
             FeatureError: the rows hold NaN or Inf.
         """
-        rows = self.data[start:stop]
-        with np.errstate(over="ignore"):  # what overflows is found as Inf below
-            if self.dtype == "bfloat16":
-                values: Array = (rows.astype(np.uint32, order="C") << 16).view(np.float32)
-            else:
-                values = np.require(rows, np.float32, ["C", "A"])
-            if self.scale is not None and self.zero_point is not None:
-                values = (values - self.zero_point) * self.scale
+        values: Array = self.data[start:stop]
+        if values.dtype is not FLOAT32 or not values.flags.c_contiguous or not values.flags.aligned:
+            values = self._converted(values)
         if not finite(values):
             bad = ~np.isfinite(values)
             first = start + int(bad.reshape(len(values), -1).any(axis=1).argmax())
@@ -80,6 +75,16 @@ class Source:
                 f"features hold {np.count_nonzero(bad)} values that are NaN or Inf (as float32), "
                 f"first in image {first}: drop or mend these images"
             )
+        return values
+
+    def _converted(self, rows: npt.NDArray[Any]) -> Array:
+        with np.errstate(over="ignore"):  # what overflows is found as Inf
+            if self.dtype == "bfloat16":
+                values: Array = (rows.astype(np.uint32, order="C") << 16).view(np.float32)
+            else:
+                values = np.require(rows, np.float32, ["C", "A"])
+            if self.scale is not None and self.zero_point is not None:
+                values = (values - self.zero_point) * self.scale
         return values
 
 
