@@ -114,15 +114,14 @@ FASTINV_INLINE void load_pairs(const float* p, int n, V* even, V* odd) {
 // max_pool of windows of 2×2 side by side on [C, H, W].
 void max_pool_pairs(const PoolArgs& a) {
   for_each_pair(a, [&](int64_t in, int64_t out, int n) {
-    V best = set1(-__builtin_inff()), index = set1(-1.0f), x[4];
+    V x[4];
     load_pairs(a.in + in, n, &x[0], &x[1]);
     load_pairs(a.in + in + a.in_w, n, &x[2], &x[3]);
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      const Mask better = less(best, x[k]);
-      best = select(better, x[k], best);
-      index = select(better, set1(static_cast<float>(k)), index);
-    }
+    const Mask right = less(x[0], x[1]), low_right = less(x[2], x[3]);
+    const V high = select(right, x[1], x[0]), low = select(low_right, x[3], x[2]);
+    const Mask below = less(high, low);
+    const V best = select(below, low, high);
+    const V index = select(below, select(low_right, set1(3.0f), set1(2.0f)), select(right, set1(1.0f), zero()));
     store_first(a.out + out, activate(best, a.activation), n);
     if (a.index) store_first(a.index + out, index, n);
   });
