@@ -29,9 +29,9 @@ int64_t Solver::abreast(int64_t n) const {
 void Solver::run_abreast(Workspace& w, Call& call, Watch& watch, int64_t image) const {
   if (!w.abreast) w.abreast = lockstep_->make_workspace();
   const Batch& batch = call.batch;
-  const int64_t count = lockstep_->images(), out_size = element_count(program_.shapes().back());
-  const int64_t steps = lockstep_->run(*w.abreast, batch.features + image * out_size,
-                                       batch.init + image * batch.init_stride, batch.init_stride, [&] {
+  const int64_t count = lockstep_->images();
+  const int64_t steps = lockstep_->run(*w.abreast, features_of(batch, image), batch.init + image * batch.init_stride,
+                                       batch.init_stride, [&] {
                                          if (watch.stopped()) return false;
                                          call.steps += count;
                                          return true;

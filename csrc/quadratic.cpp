@@ -65,8 +65,7 @@ Quadratic::Quadratic(const Kernels& kernels, const Geometry& g, const WeightAt& 
   }
   plan_bands();
   for (const Band& band : bands_) {
-    const int rows = band.taps == 0 ? band.rows : 1;
-    for (int row = band.first; row < band.first + rows; ++row) {
+    for (int row = band.first; row < band.first + band.different(); ++row) {
       const int outside = std::max(0, ky - 1 - row), below = g.axis[0].in - 1 - row;
       const int first = band.taps == 0 ? outside : 0, last = band.taps == 0 ? std::min(all, ky + below) : all;
       for (int64_t i = 0; i < row_; ++i) {
@@ -169,7 +168,7 @@ bool Quadratic::add_total_variation(double weight) {
   const int in = geometry_.in_channels, centre = geometry_.axis[0].kernel - 1, height = geometry_.axis[0].in;
   if (centre == 0 || geometry_.axis[1].kernel == 1) return false;
   for (const Band& band : bands_) {
-    for (int row = band.first; row < band.first + (band.taps == 0 ? band.rows : 1); ++row) {
+    for (int row = band.first; row < band.first + band.different(); ++row) {
       const int above = row > 0, below = row + 1 < height;
       for (int64_t i = 0; i < row_; ++i) {
         const int left = i >= in, right = i + in < row_;

@@ -44,6 +44,7 @@ class Quadratic {
     int64_t weights;  // where they begin
 
     int abreast() const { return taps == 0 ? rows : taps; }  // vectors of weights to each float of z
+    int different() const { return taps == 0 ? rows : 1; }   // rows that have weights of their own
   };
 
   int64_t plane() const { return int64_t{geometry_.axis[0].out} * geometry_.axis[1].out; }  // of a channel of results

@@ -177,7 +177,7 @@ void Solver::begin(Workspace& w, const Batch& batch, int64_t index, int64_t imag
   const int64_t size = image_size();
   Slot& slot = w.slots[static_cast<size_t>(index)];
   slot.image = image;
-  slot.features = batch.features + image * element_count(program_.shapes().back());
+  slot.features = features_of(batch, image);
   slot.report = {0.0, 0, false};
   slot.best = INFINITY;
   slot.calm = 0;
@@ -257,7 +257,7 @@ void Solver::finish(Workspace& w, const Batch& batch, int64_t index) const {
 void Solver::conclude(Workspace& w, const Batch& batch, int64_t image, const float* z, ImageReport report) const {
   Slot& slot = w.slots.front();
   slot.image = image;
-  slot.features = batch.features + image * element_count(program_.shapes().back());
+  slot.features = features_of(batch, image);
   std::copy_n(z, image_size(), w.images);
   slot.report = report;
   slot.report.objective = objective_alone(w);

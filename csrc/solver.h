@@ -154,6 +154,9 @@ class Solver {
   void conclude(Workspace& w, const Batch& batch, int64_t image, const float* z, ImageReport report) const;
   void move(Workspace& w, int64_t from, int64_t to) const;
 
+  const float* features_of(const Batch& batch, int64_t image) const {
+    return batch.features + image * element_count(program_.shapes().back());
+  }
   void load_features(Workspace& w, int64_t slot) const {
     const float* features = w.slots[static_cast<size_t>(slot)].features;
     program_.lay_out(program_.output(), features, result_at(w.features, slot));
