@@ -305,9 +305,16 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
+    """The commit, with "-dirty" where files differ from it; the history, which every run adds to, may."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        history = HISTORY.relative_to(Path(__file__).parents[1])
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{history}")
+        return git("describe", "--always") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
