@@ -25,6 +25,7 @@ from fastinv.kernels.triton.launch import Launch
 from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastinv.backends import cuda_pair
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
@@ -76,6 +77,8 @@ def source_of(launch: Launch) -> tuple[ASTSource, str]:
         if name in launch.constants or value is None or (type(value) is int and value == 1):
             signature[name] = "constexpr"
             constants[name] = value
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype].removeprefix('*')}{list(value.block_shape)}>"
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import fastinv
 from fastinv import benchmark
-from fastinv.backends import BACKENDS, cuda_device, select
+from fastinv.backends import BACKENDS, cuda_device, cuda_native, select
 from fastinv.backends.cuda import CudaBackend
 from fastinv.backends.cuda_device import halving, missing
 from fastinv.backends.cuda_lowering import PRECISIONS
@@ -204,3 +204,18 @@ def test_the_gpu_script_times_the_way_from_host_to_host(script, monkeypatch: pyt
     assert row.percent_of_roofline == pytest.approx(100 * 1e-3 / row.seconds)
     monkeypatch.setattr(script, "compile", lambda network, backend, precision: lambda x: x)
     assert "host to host" in script.host_to_host(subject, "float32", top, 3)
+
+
+def test_an_extension_that_cannot_be_loaded_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise ImportError(f"{name}: undefined symbol")
+
+    monkeypatch.setattr(cuda_native.importlib, "import_module", broken)
+    with pytest.warns(RuntimeWarning, match=r"fastinv\._cuda is built, but cannot be loaded .*undefined symbol"):
+        assert cuda_native.extension() is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_extension_that_is_not_built_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastinv._cuda", None)
+    assert cuda_native.extension() is None

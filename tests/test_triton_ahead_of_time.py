@@ -38,7 +38,7 @@ def test_every_kernel_is_compiled(compiled) -> None:
 
 
 def test_matrix_products_are_on_tensor_cores(compiled) -> None:
-    products = [row for row in compiled if row["kernel"] in ("_convolution_kernel", "_pair_kernel")]
+    products = [row for row in compiled if row["kernel"] in ("_convolution_kernel", "_boxes_kernel", "_pair_kernel")]
     assert len(products) > 20
     assert sum(row["kernel"] == "_pair_kernel" for row in products) > 20
     assert [row for row in products if not row["wgmma"]] == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,12 +27,19 @@ TAPS, FIRST, SECOND = 5, 8, 16  # of both convolutions, and their channels: what
 
 
 def extension() -> Any:
-    """`fastinv._cuda`, or None where it is not built."""
+    """`fastinv._cuda`, or None where it is not built; where it cannot be loaded, that is told."""
     try:
-        from fastinv import _cuda
-    except ImportError:
+        return importlib.import_module("fastinv._cuda")
+    except ModuleNotFoundError:
         return None
-    return _cuda
+    except ImportError as error:
+        warnings.warn(
+            f"fastinv._cuda is built, but cannot be loaded ({error!s:.200}): shallow edges go through Triton, step by "
+            "step; install fastinv anew",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
 
 
 @dataclass(frozen=True, eq=False)

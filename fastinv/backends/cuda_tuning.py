@@ -23,7 +23,8 @@ from fastinv.network import Network
 if TYPE_CHECKING:
     import torch
 
-VERSION = 1  # of the file
+VERSION = 2  # of the file
+NUMBERS = 7  # of a `Tile`
 TUNED_BYTES = 2**28  # of what a measured launch reads or writes: more than the L2 holds
 TUNED_IMAGES = 4096  # at most
 
@@ -35,15 +36,15 @@ def tiles_file() -> Path:
 
 
 def read_tiles() -> dict[str, list[int]]:
-    """[m, n, k, warps, stages] by convolution; none where there is no file. One that is broken is told, and ignored."""
+    """The numbers of a `Tile` by convolution; none where there is no file. One that is broken is told, and ignored."""
     path = tiles_file()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         tiles: dict[str, list[int]] = content["tiles"]
         if content["version"] != VERSION:
             return {}
-        if not all(isinstance(tile, list) and [type(n) for n in tile] == [int] * 5 for tile in tiles.values()):
-            raise ValueError("a tile is not five integers")
+        if not all(isinstance(tile, list) and [type(n) for n in tile] == [int] * NUMBERS for tile in tiles.values()):
+            raise ValueError(f"a tile is not {NUMBERS} integers")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -9,19 +9,23 @@ in the cache.
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
 import triton.language as tl
-from fastinv.kernels.triton.epilogue import Epilogue, finish, stored
+from fastinv.kernels.triton.boxes import _boxes_kernel, box_for, turned
+from fastinv.kernels.triton.epilogue import Epilogue, put
 from fastinv.kernels.triton.geometry import Geometry, Weights, packed
-from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
+from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two, processors
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
 def products(
-    x, w, rows, base, inside, y, x0, height, width, channels, taps_y, taps_x,
+    x, w, rows, pitch, base, inside, y, x0, height, width, channels, taps_y, taps_x,
     x_y, x_x, x_c, spacing_y, spacing_x,
     FLAT: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -29,9 +33,9 @@ def products(
     """Σ_{t,c} w[o, t, c] · x[n, y + ty · spacing_y, x0 + tx · spacing_x, c], float32 [BM, BN].
 
     Of BM pixels, of which those `inside` count: their first tap is at y, x0 (which may lie outside), and `base` is
-    where their image and group begin; and of the BN outputs o whose weights are these `rows` of w, `packed` for one
-    phase. With FLAT the tiles of the sum run over taps and channels together, else over the channels of one tap; with
-    FULL those fill their tiles.
+    where their image and group begin; and of the BN outputs o whose weights are these `rows` of w, `packed`, of `pitch`
+    columns, from a phase's first on. With FLAT the tiles of the sum run over taps and channels together, else over the
+    channels of one tap; with FULL those fill their tiles.
     """
     k = tl.arange(0, BK)
     taps = taps_y * taps_x
@@ -40,7 +44,7 @@ def products(
     else:
         per_tap = (channels + BK - 1) // BK
         blocks = taps * per_tap
-    weights = w + (rows * (blocks * BK))[None, :] + k[:, None]
+    weights = w + (rows * pitch)[None, :] + k[:, None]
 
     sums = tl.zeros((BM, BN), tl.float32)
     for block in range(0, blocks):
@@ -72,7 +76,7 @@ def _convolution_kernel(
     images, height, width, channels, outputs, out_height, out_width,
     x_n, x_y, x_x, x_c, out_n, out_y, out_x, out_c,
     stride_y, stride_x, spacing_y, spacing_x, step_y, step_x,
-    column_tiles, groups,
+    pitch, column_tiles, groups,
     PHASE: tl.constexpr, PHASES: tl.constexpr, FLAT: tl.constexpr, FULL: tl.constexpr, KIND: tl.constexpr,
     BYTES: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -105,44 +109,58 @@ def _convolution_kernel(
     base = n * x_n + group * channels * x_c
     o = tile_n * BN + tl.arange(0, BN)
     sums = products(
-        x, w, group * column_tiles * BN + o, base, inside, y, x0, height, width, channels, taps_y, taps_x,
+        x, w, group * column_tiles * BN + o, pitch, base, inside, y, x0, height, width, channels, taps_y, taps_x,
         x_y, x_x, x_c, spacing_y, spacing_x, FLAT, FULL, PRECISION, BM, BN, BK,
     )  # fmt: skip
 
-    inside = inside[:, None] & (o < outputs)[None, :]
-    o += group * outputs
-    if bias is not None:
-        sums += tl.load(bias + o, mask=o < groups * outputs, other=0.0)[None, :]
-    oy = i * step_y + row
-    ox = j * step_x + column
-    position = ((n * out_height + oy) * out_width + ox)[:, None] * (groups * outputs) + o[None, :]
-    sums = finish(sums, position, inside, addend, saved, a, b, KIND)
-    place = (n * out_n + oy * out_y + ox * out_x)[:, None] + (o * out_c)[None, :]
-    tl.store(out + place, stored(sums, BYTES).to(out.dtype.element_ty), mask=inside)
+    put(
+        sums, n, i * step_y + row, j * step_x + column, group * outputs + o,
+        inside[:, None] & (o < outputs)[None, :], groups * outputs, bias, out, addend, saved, a, b,
+        out_height, out_width, out_n, out_y, out_x, out_c, KIND, BYTES,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of the product: pixels, output channels and products at a time; warps; tiles in flight."""
+    """A tile of the product: pixels, output channels and products at a time; warps; tiles in flight.
+
+    Attributes:
+        boxes: whether its pixels are boxes, which tensor descriptors bring.
+        lasting: whether there are as many programs as multiprocessors, which take tile after tile; only with boxes.
+    """
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
+    boxes: bool = False
+    lasting: bool = False
 
     @property
-    def numbers(self) -> tuple[int, int, int, int, int]:
-        return self.m, self.n, self.k, self.warps, self.stages
+    def numbers(self) -> tuple[int, ...]:
+        return self.m, self.n, self.k, self.warps, self.stages, int(self.boxes), int(self.lasting)
 
 
-def variants(tile: Tile) -> tuple[Tile, ...]:
-    """The tile, and others that may be faster. All have as many products at a time: the order of a sum stays."""
+def variants(tile: Tile, precision: str, boxes: bool, phases: int) -> tuple[Tile, ...]:
+    """The tile, and others that may be faster. All have as many products at a time: the order of a sum stays.
+
+    Args:
+        boxes: whether those are among them.
+        phases: of the convolution. Where there are more than one, loads of a lasting program stop between two tiles:
+            the compiler cannot tell how many a tile takes.
+    """
     found = [tile, replace(tile, stages=tile.stages + 1), replace(tile, stages=tile.stages - 1)]
     if tile.m == 128:
         found.append(replace(tile, m=64, warps=4))  # as many rows for each warp
     if tile.n >= 32:
         found.append(replace(tile, n=tile.n // 2))
+    if boxes:
+        found.append(replace(tile, boxes=True))
+        if turned(tile.n, precision) and tile.m == 128:
+            found.append(replace(found[-1], m=256))  # 128 columns for each wgmma: fewer reads of the rows
+        if phases == 1:
+            found.append(replace(found[-1], lasting=True))
     return tuple(found)
 
 
@@ -183,10 +201,14 @@ class Convolution(Weights):
         products = taps * channels if self.flat else channels
         self.tile = tile_for(outputs, products, dtype.itemsize, precision, self.flat)
         inputs = None if self.flat else self.tile.k
+        # Tensor descriptors take a pixel in whole 16 bytes.
+        boxes = groups == 1 and not self.flat and geometry.stride == (1, 1) and channels * dtype.itemsize % 16 == 0
         # Between groups the weights are rounded up to `tile.n`.
-        self.candidates = tuple(t for t in variants(self.tile) if groups == 1 or t.n == self.tile.n)
-        flat, offsets = packed(geometry.weights(weight), self.tile.n, inputs, self.tile.k)
-        super().__init__(geometry, weight.shape, flat, offsets, bias, device, dtype)
+        self.candidates = tuple(
+            t for t in variants(self.tile, precision, boxes, geometry.count) if groups == 1 or t.n == self.tile.n
+        )
+        matrix, offsets = packed(geometry.weights(weight), self.tile.n, inputs, self.tile.k)
+        super().__init__(geometry, weight.shape, matrix, offsets, bias, device, dtype)
         self.precision = precision
 
     def with_tile(self, tile: Tile) -> Convolution:
@@ -200,13 +222,44 @@ class Convolution(Weights):
 
         A uint8 `out` gets round(255 · y).
         """
+        if self.tile.boxes:
+            return self._launch_boxes(x, out, epilogue, x_strides, out_strides)
         geometry, tile = self.geometry, self.tile
         columns = ceil_div(self.outputs, tile.n)
         args, constants = self.arguments(x, out, epilogue, x_strides, out_strides)
-        args |= {"column_tiles": columns, "groups": self.groups}
+        args |= {"pitch": self.weight.shape[1], "column_tiles": columns, "groups": self.groups}
         constants |= {
             "FLAT": self.flat, "FULL": self.inputs % tile.k == 0, "PRECISION": self.precision,
             "BM": tile.m, "BN": tile.n, "BK": tile.k,
         }  # fmt: skip
         programs = ceil_div(len(x) * geometry.largest, tile.m) * columns * self.groups * geometry.count
         return Launch(_convolution_kernel, programs, args, constants, tile.warps, tile.stages)
+
+    def _launch_boxes(self, x: Any, out: Any, epilogue: Epilogue, x_strides: Any, out_strides: Any) -> Launch:
+        geometry, tile = self.geometry, self.tile
+        box = box_for(geometry, tile.m)
+        boxes = [ceil_div(size, part) for size, part in zip((len(x), *geometry.most), box, strict=True)]
+        columns = ceil_div(self.outputs, tile.n)
+        tiles = math.prod(boxes) * geometry.count * columns
+        given, constants = self.arguments(x, out, epilogue, x_strides, out_strides)
+        args = {name: value for name, value in given.items() if name in _boxes_kernel.arg_names}
+        args |= {
+            **self.described(x, given, box, tile), "tiles": tiles, "tiles_y": boxes[1], "tiles_x": boxes[2],
+            "column_tiles": columns,
+        }  # fmt: skip
+        constants |= {
+            "PRECISION": self.precision, "BI": box[0], "BY": box[1], "BX": box[2], "BN": tile.n, "BK": tile.k,
+            "TURNED": turned(tile.n, self.precision), "LASTING": tile.lasting,
+        }  # fmt: skip
+        programs = min(tiles, processors(x.device)) if tile.lasting else tiles
+        return Launch(_boxes_kernel, programs, args, constants, tile.warps, tile.stages)
+
+    def described(self, x: Any, given: Mapping[str, Any], box: tuple[int, int, int], tile: Tile) -> dict[str, Any]:
+        """Arguments of `products_of_boxes`, for boxes of so many images, rows and columns, and `given` strides."""
+        shape = len(x), *self.geometry.inputs, self.inputs
+        w = self.weight
+        return {
+            "x": TensorDescriptor(x, list(shape), [given[f"x_{axis}"] for axis in "nyxc"], [*box, tile.k]),
+            "w": TensorDescriptor(w, list(w.shape), list(w.stride()), [tile.n, tile.k]),
+            "per_tap": ceil_div(self.inputs, tile.k),
+        }

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import triton
 import triton.language as tl
-from fastinv.kernels.triton.epilogue import Epilogue, finish, stored
+from fastinv.kernels.triton.epilogue import Epilogue, put
 from fastinv.kernels.triton.geometry import Geometry, Weights
 from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
 
@@ -56,16 +56,10 @@ def _pixels_kernel(
         known = (c < channels)[:, None] & (o < outputs)[None, :]
         taps = tl.load(w + (t * channels + c)[:, None] * outputs + o[None, :], mask=known, other=0.0).to(tl.float32)
         sums += pixels[:, :, None] * taps[None, :, :]
-    inside = inside[:, None] & (o < outputs)[None, :]
-    result = tl.sum(sums, axis=1)
-    if bias is not None:
-        result += tl.load(bias + o, mask=o < outputs, other=0.0)[None, :]
-    oy = i * step_y + row
-    ox = j * step_x + column
-    position = ((n * out_height + oy) * out_width + ox)[:, None] * outputs + o[None, :]
-    result = finish(result, position, inside, addend, saved, a, b, KIND)
-    place = (n * out_n + oy * out_y + ox * out_x)[:, None] + (o * out_c)[None, :]
-    tl.store(out + place, stored(result, BYTES).to(out.dtype.element_ty), mask=inside)
+    put(
+        tl.sum(sums, axis=1), n, i * step_y + row, j * step_x + column, o, inside[:, None] & (o < outputs)[None, :],
+        outputs, bias, out, addend, saved, a, b, out_height, out_width, out_n, out_y, out_x, out_c, KIND, BYTES,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -104,15 +98,10 @@ def _grouped_kernel(
         place = (n * x_n + iy * x_y + ix * x_x)[:, None] + (c * x_c)[None, :]
         pixels = tl.load(x + place, mask=seen[:, None] & (o < total)[None, :], other=0.0).to(tl.float32)
         sums += pixels * tl.load(w + product * total + o, mask=o < total, other=0.0).to(tl.float32)[None, :]
-    inside = inside[:, None] & (o < total)[None, :]
-    if bias is not None:
-        sums += tl.load(bias + o, mask=o < total, other=0.0)[None, :]
-    oy = i * step_y + row
-    ox = j * step_x + column
-    position = ((n * out_height + oy) * out_width + ox)[:, None] * total + o[None, :]
-    sums = finish(sums, position, inside, addend, saved, a, b, KIND)
-    place = (n * out_n + oy * out_y + ox * out_x)[:, None] + (o * out_c)[None, :]
-    tl.store(out + place, stored(sums, BYTES).to(out.dtype.element_ty), mask=inside)
+    put(
+        sums, n, i * step_y + row, j * step_x + column, o, inside[:, None] & (o < total)[None, :], total,
+        bias, out, addend, saved, a, b, out_height, out_width, out_n, out_y, out_x, out_c, KIND, BYTES,
+    )  # fmt: skip
 
 
 class DirectConvolution(Weights):

@@ -135,3 +135,17 @@ def stored(x, BYTES: tl.constexpr):
         x = tl.where(x > 0, tl.where(x < 1, x, 1.0), 0.0) * 255.0
         x = (x + 12582912.0) - 12582912.0  # 1.5 · 2^23: rounds halves to even, as numpy's rint
     return x
+
+
+@triton.jit
+def put(
+    sums, n, y, x, o, inside, outputs, bias, out, addend, saved, a, b,
+    height, width, out_n, out_y, out_x, out_c, KIND: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """out[n, y, x, o] = finish(bias[o] + sums), of those `inside`, for float32 sums [pixels, channels]."""
+    if bias is not None:
+        sums += tl.load(bias + o, mask=o < outputs, other=0.0)[None, :]
+    position = ((n * height + y) * width + x)[:, None] * outputs + o[None, :]
+    sums = finish(sums, position, inside, addend, saved, a, b, KIND)
+    place = (n * out_n + y * out_y + x * out_x)[:, None] + (o * out_c)[None, :]
+    tl.store(out + place, stored(sums, BYTES).to(out.dtype.element_ty), mask=inside)

@@ -60,9 +60,14 @@ class Geometry:
         return len(self.axes[0]) * len(self.axes[1])
 
     @property
+    def most(self) -> Pair:
+        """Rows and columns of the largest phase: the first has the most of both."""
+        return self.axes[0][0].rows, self.axes[1][0].rows
+
+    @property
     def largest(self) -> int:
         """Pixels of the largest phase."""
-        return max(y.rows * x.rows for y, x in self.phases())
+        return math.prod(self.most)
 
     def table(self, offsets: list[int]) -> npt.NDArray[np.int32]:
         """[phases, PHASE]: row, column, rows, columns, taps down and across, first row and column, weights' place."""
@@ -85,18 +90,18 @@ class Weights:
 
     Args:
         shape: begins with groups, and with outputs and inputs of a group.
-        flat: the weights of all phases; each phase's begin at its one of `offsets`.
+        packed: the weights of all phases; each phase's begin at its one of `offsets`.
         bias: float32 [groups · outputs], or None.
     """
 
     def __init__(
-        self, geometry: Geometry, shape: Any, flat: Weight, offsets: list[int], bias: Any, device: Any, dtype: Any
+        self, geometry: Geometry, shape: Any, packed: Weight, offsets: list[int], bias: Any, device: Any, dtype: Any
     ) -> None:
         import torch
 
         self.geometry = geometry
         self.groups, self.outputs, self.inputs = shape[:3]
-        self.weight = torch.from_numpy(flat).to(device, dtype)
+        self.weight = torch.from_numpy(packed).to(device, dtype)
         self.bias = None if bias is None else torch.tensor(bias, device=device)
         self.phases = torch.from_numpy(geometry.table(offsets)).to(device)
 
@@ -156,24 +161,21 @@ def _phases(outputs: int, kernel: int, stride: int, padding: int, dilation: int)
 
 
 def packed(parts: Iterator[Weight], outputs: int, inputs: int | None, multiple: int) -> tuple[Any, list[int]]:
-    """The weights of all phases as the matrix kernel reads them, and where each phase begins.
+    """The weights of all phases as the matrix kernels read them, [groups · O', K], and the column where each begins.
 
-    A phase is [groups, O', K]: the products that make an output lie side by side, so that tensor cores take them
-    without a transposition (wgmma has none for tf32). O' is O rounded up to `outputs`. With `inputs`, C is rounded up
-    to it and K is taps · C'; without, K is taps · C. K is rounded up to `multiple`. What is added is zero.
+    The products that make an output lie side by side, so that tensor cores take them without a transposition (wgmma has
+    none for tf32), phase after phase. O' is O rounded up to `outputs`. With `inputs`, C is rounded up to it and a phase
+    has taps · C' columns; without, taps · C. They are rounded up to `multiple`. What is added is zero.
     """
-    flat: list[Weight] = []
-    offsets = []
-    size = 0
+    columns: list[Weight] = []
+    offsets = [0]
     for part in parts:
         g, o, t, c = part.shape
         wide = c if inputs is None else -(-c // inputs) * inputs
-        k = -(-t * wide // multiple) * multiple
-        block = np.zeros((g, -(-o // outputs) * outputs, k), np.float32)
+        block = np.zeros((g, -(-o // outputs) * outputs, -(-t * wide // multiple) * multiple), np.float32)
         padded = np.zeros((g, o, t, wide), np.float32)
         padded[..., :c] = part
         block[:, :o, : t * wide] = padded.reshape(g, o, t * wide)
-        offsets.append(size)
-        size += block.size
-        flat.append(block.ravel())
-    return np.concatenate(flat), offsets
+        columns.append(block.reshape(g * block.shape[1], block.shape[2]))
+        offsets.append(offsets[-1] + block.shape[2])
+    return np.concatenate(columns, axis=1), offsets[:-1]

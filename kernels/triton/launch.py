@@ -32,6 +32,13 @@ class Launch:
         self.kernel[(self.programs,)](**self.args, **self.constants, **options)
 
 
+def processors(device: Any) -> int:
+    """Multiprocessors of a GPU; those of an H100 where another device stands in for one."""
+    import torch
+
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 

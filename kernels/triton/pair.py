@@ -48,7 +48,8 @@ def _pair_kernel(
     x_n, x_y, x_x, x_c, out_n, out_y, out_x, out_c,
     stride_y, stride_x, spacing_y, spacing_x,
     tiles_y, tiles_x, advance_y, advance_x, before_y, before_x, after_y, after_x,
-    PHASE: tl.constexpr, PHASES: tl.constexpr, FLAT: tl.constexpr, FULL: tl.constexpr, BETWEEN: tl.constexpr,
+    PHASE: tl.constexpr, PHASES: tl.constexpr, PITCH: tl.constexpr, FLAT: tl.constexpr, FULL: tl.constexpr,
+    BETWEEN: tl.constexpr,
     KIND: tl.constexpr, BYTES: tl.constexpr, PRECISION: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr, CELL_Y: tl.constexpr, CELL_X: tl.constexpr,
     SLOTS: tl.constexpr, OUTPUTS: tl.constexpr, PLACES: tl.constexpr,
@@ -81,7 +82,7 @@ def _pair_kernel(
         phase = phases + f * PHASE
         inside = (i < tl.load(phase + 2)) & (j < tl.load(phase + 3))
         hidden = products(
-            x, w + tl.load(phase + 8), c, base, inside,
+            x, w + tl.load(phase + 8), c, PITCH, base, inside,
             i * stride_y + tl.load(phase + 6), j * stride_x + tl.load(phase + 7),
             height, width, channels, tl.load(phase + 4), tl.load(phase + 5),
             x_y, x_x, x_c, spacing_y, spacing_x, FLAT, FULL, PRECISION, TY * TX, BN, BK,
@@ -306,7 +307,8 @@ class Pair:
         cell = [a * b for a, b in zip(first.geometry.step, last.geometry.step, strict=True)]
         constants |= {
             "FLAT": first.flat, "FULL": first.inputs % tile.k == 0, "PRECISION": first.precision,
-            "BETWEEN": self.between[0], "TY": self.size[0], "TX": self.size[1], "BN": tile.n, "BK": tile.k,
+            "PITCH": first.weight.shape[1], "BETWEEN": self.between[0],
+            "TY": self.size[0], "TX": self.size[1], "BN": tile.n, "BK": tile.k,
             "COLUMNS": self.columns, "CELL_Y": cell[0], "CELL_X": cell[1],
             "SLOTS": self.slots, "OUTPUTS": self.outputs, "PLACES": self.places,
         }  # fmt: skip
