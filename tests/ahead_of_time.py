@@ -22,6 +22,7 @@ import triton
 from fastinv.kernels.triton.convolution import Convolution
 from fastinv.kernels.triton.epilogue import Epilogue
 from fastinv.kernels.triton.launch import Launch
+from fastinv.kernels.triton.pair import Pair
 from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -154,14 +155,13 @@ def solver_launches(recipe: RMLE, precision: str) -> list[Launch]:
     return [launch for launch in launches if isinstance(launch, Launch)]
 
 
-def other_tiles(network: Network, precision: str) -> Iterator[Launch]:
+def other_tiles(network: Network, precision: str, differentiable: bool = True) -> Iterator[Launch]:
     """The convolutions of a network in every tile that tuning may choose."""
-    for node in Lowering(network, META, PRECISIONS[precision], differentiable=True).nodes:
+    for node in Lowering(network, META, PRECISIONS[precision], differentiable=differentiable).nodes:
         for kernel in (getattr(node, "kernel", None), getattr(node, "back", None)):
-            if isinstance(kernel, Convolution):
-                g, dtype = kernel.geometry, kernel.weight.dtype
-                x = torch.empty(IMAGES, *g.inputs, kernel.groups * kernel.inputs, dtype=dtype, device=META)
-                out = torch.empty(IMAGES, *g.outputs, kernel.groups * kernel.outputs, dtype=dtype, device=META)
+            if isinstance(kernel, (Convolution, Pair)):
+                shapes, dtype = (kernel.input_shape, kernel.output_shape), kernel.weight.dtype
+                x, out = (torch.empty(IMAGES, *shape, dtype=dtype, device=META) for shape in shapes)
                 for tile in kernel.candidates:
                     yield kernel.with_tile(tile).launch(x, out, Epilogue())
 
@@ -182,6 +182,7 @@ def pair_launches() -> Iterator[Launch]:
         with patch.dict(cuda_pair.FLOPS_PER_BYTE, dict.fromkeys(cuda_pair.FLOPS_PER_BYTE, float("inf"))):
             for precision in PRECISIONS:
                 yield from network_launches(network, precision)
+                yield from other_tiles(network, precision, differentiable=False)
 
 
 def all_launches() -> Iterator[Launch]:

@@ -43,6 +43,7 @@ PAIRS: dict[str, tuple[tuple[int, ...], tuple[nn.Module, ...]]] = {
     "stride in front": ((4, 11, 9), (nn.Conv2d(4, 16, 3, 2), nn.SiLU(), nn.Conv2d(16, 4, (3, 1), dilation=(2, 1)))),
     "steps of 3 and 1": ((6, 3, 4), (up(6, 10, (4, 2), (3, 1)), nn.ReLU(), up(10, 1, 2, (1, 2)))),
     "fewer taps than steps": ((4, 5, 3), (up(4, 6, 1, 2), nn.Sigmoid(), up(6, 2, 1, (1, 2), 0, (0, 1)))),
+    "many between": ((16, 4, 3), (nn.Conv2d(16, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 3, 3, padding=1))),
     "larger than a tile": ((16, 21, 19), (nn.Conv2d(16, 16, 3, padding=1), nn.Sigmoid(), up(16, 3, 3, 1, 1))),
     "larger than a tile, up-2": ((16, 18, 35), (up(16, 16, 3, 2, 1, 1), nn.Sigmoid(), up(16, 1, 3, 1, 1))),
 }  # fmt: skip
@@ -71,6 +72,24 @@ def test_pairs(name: str, precision: str, always: None) -> None:
     assert pair is None or np.prod(pair.tiles) > 1 or "larger" not in name
     x = randn(2, *shape)
     assert relative(forward(network, x, precision), reference(network, x)) < TOLERANCES[precision]
+
+
+@pytest.mark.parametrize("precision", ["tf32", "float16"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_in_boxes(name: str, precision: str, always: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layer's pixels by tensor descriptors, where it can take them."""
+    found: list[Pair] = []
+
+    def choose(pair: Pair, device: torch.device) -> Pair:
+        found.append(pair.with_tile(pair.candidates[-1]))
+        return found[-1]
+
+    monkeypatch.setattr(cuda_pair, "tuned", choose)
+    shape, layers = PAIRS[name]
+    network = exported(shape, *layers)
+    x = randn(2, *shape)
+    assert relative(forward(network, x, precision), reference(network, x)) < TOLERANCES[precision]
+    assert [pair.tile.boxes for pair in found] == [shape[0] >= 16]
 
 
 @pytest.mark.parametrize("size", [(4, 4), (16, 4), (4, 8), (16, 16)])

@@ -302,4 +302,7 @@ def _kernel_name(node: Node) -> str:
     kernel = getattr(node, "kernel", None)
     tile = getattr(kernel, "tile", None)
     name = type(kernel).__name__
-    return f"{name} {tile.m}x{tile.n}x{tile.k}" if tile else name
+    if tile is None:
+        return name
+    kind = ", lasting boxes" if tile.lasting else ", boxes" if tile.boxes else ""
+    return f"{name} {tile.m}x{tile.n}x{tile.k}{kind}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastinv.backends.cuda_nodes import ConvolutionNode, Node
 from fastinv.backends.cuda_plan import Buffer
+from fastinv.backends.cuda_tuning import tuned
 
 # FLOPs that tensor cores do while memory moves a byte, by how products are computed ("ieee": from two bytes). Data
 # sheets give 156 (A100) to 295 (H100), half of them for tf32, of which float32 takes three; here it is about half of
@@ -51,4 +52,5 @@ def pair_of(first: ConvolutionNode, last: ConvolutionNode) -> Any:
     pair = Pair(first.kernel, last.kernel, last.weight, (activation.kind, activation.a, activation.b))
     more = pair.flops - first.kernel.flops - last.kernel.flops
     saved = 2 * first.output.elements * first.kernel.weight.dtype.itemsize
-    return pair if more <= FLOPS_PER_BYTE[first.kernel.precision] * saved else None
+    pays = more <= FLOPS_PER_BYTE[first.kernel.precision] * saved
+    return tuned(pair, pair.weight.device) if pays else None

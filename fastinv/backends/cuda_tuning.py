@@ -1,8 +1,8 @@
 """Tiles of matrix products by measurement, kept in a file under the user's cache folder.
 
-`tune` measures the few candidates of every convolution of a network and writes down the fastest. Compiling only looks
-them up: it takes no time, and what was never measured keeps the tile that `tile_for` gives. All candidates add up the
-same products in the same order.
+`tune` measures the few candidates of every convolution of a network, or of two that go together, and writes down the
+fastest. Compiling only looks them up: it takes no time, and what was never measured keeps the tile that it has by its
+shapes. All candidates add up the same products in the same order.
 """
 
 from __future__ import annotations
@@ -84,23 +84,20 @@ def write_tiles(fresh: dict[str, list[int]]) -> None:
             temporary.unlink()
 
 
-def key_of(gpu: str, convolution: Any) -> str:
+def key_of(gpu: str, kernel: Any) -> str:
     """What a tile is measured for: the GPU, the kernel, the shapes, the types."""
-    c, g = convolution, convolution.geometry
-    taps = [[len(axis.taps) for axis in axes] for axes in g.axes]
-    reads = f"{g.inputs}->{g.outputs} stride {g.stride} spacing {g.spacing} step {g.step} taps {taps}"
-    dtype = str(c.weight.dtype).removeprefix("torch.")
-    return f"{gpu} | convolution | {c.groups}x{c.outputs}x{c.inputs} {reads} | {dtype} {c.precision}"
+    dtype = str(kernel.weight.dtype).removeprefix("torch.")
+    return f"{gpu} | {type(kernel).__name__.lower()} | {kernel.reads} | {dtype} {kernel.precision}"
 
 
-def tuned(convolution: Any, device: torch.device) -> Any:
-    """The convolution with the tile that was measured for it on this device, if one was."""
+def tuned(kernel: Any, device: torch.device) -> Any:
+    """A `Convolution` or a `Pair` with the tile that was measured for it on this device, if one was."""
     gpu = gpu_name(device)
     if gpu is None:
-        return convolution
-    found = read_tiles().get(key_of(gpu, convolution))
-    fitting = (tile for tile in convolution.candidates if list(tile.numbers) == found)  # the file may be another's
-    return convolution.with_tile(next(fitting, convolution.tile))
+        return kernel
+    found = read_tiles().get(key_of(gpu, kernel))
+    fitting = (tile for tile in kernel.candidates if list(tile.numbers) == found)  # the file may be another's
+    return kernel.with_tile(next(fitting, kernel.tile))
 
 
 def tune(
@@ -110,7 +107,7 @@ def tune(
     differentiable: bool = False,
     timer: Callable[[Any], float] | None = None,
 ) -> dict[str, list[int]]:
-    """Measure the tiles of the network's convolutions, and of the ways back where it is the edge of a solver.
+    """Measure the tiles of the network's convolutions and pairs, and of the ways back where it is a solver's edge.
 
     Args:
         timer: seconds of a launch; by default by events on the device.
@@ -123,13 +120,14 @@ def tune(
     """
     from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
     from fastinv.kernels.triton.convolution import Convolution
+    from fastinv.kernels.triton.pair import Pair
 
     gpu = gpu_name(device) or device.type
     to = Lowering(network, device, PRECISIONS[precision], differentiable=differentiable)
     kernels = [getattr(node, name, None) for node in to.nodes for name in ("kernel", "back")]
     found: dict[str, list[int]] = {}
     for kernel in kernels:
-        if isinstance(kernel, Convolution) and key_of(gpu, kernel) not in found:
+        if isinstance(kernel, (Convolution, Pair)) and key_of(gpu, kernel) not in found:
             found[key_of(gpu, kernel)] = list(_fastest(kernel, device, timer or _seconds).numbers)
     write_tiles(found)
     return found
@@ -141,8 +139,7 @@ def _fastest(kernel: Any, device: torch.device, timer: Callable[[Any], float]) -
 
     from fastinv.kernels.triton.epilogue import Epilogue
 
-    g, dtype = kernel.geometry, kernel.weight.dtype
-    sizes = [(*g.inputs, kernel.groups * kernel.inputs), (*g.outputs, kernel.groups * kernel.outputs)]
+    dtype, sizes = kernel.weight.dtype, (kernel.input_shape, kernel.output_shape)
     largest = max(h * w * c * dtype.itemsize for h, w, c in sizes)
     images = min(TUNED_IMAGES, max(1, TUNED_BYTES // largest)) if device.type == "cuda" else 1
     x, out = (torch.randn(images, *size, device=device).to(dtype) for size in sizes)

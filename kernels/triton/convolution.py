@@ -143,24 +143,28 @@ class Tile:
 
 
 def variants(tile: Tile, precision: str, boxes: bool, phases: int) -> tuple[Tile, ...]:
-    """The tile, and others that may be faster. All have as many products at a time: the order of a sum stays.
+    """The tile, and up to four others that may be faster: each has to be compiled before it can be measured.
+
+    All have as many products at a time: the order of a sum stays.
 
     Args:
         boxes: whether those are among them.
         phases: of the convolution. Where there are more than one, loads of a lasting program stop between two tiles:
             the compiler cannot tell how many a tile takes.
     """
-    found = [tile, replace(tile, stages=tile.stages + 1), replace(tile, stages=tile.stages - 1)]
+    found = [tile]
     if tile.m == 128:
         found.append(replace(tile, m=64, warps=4))  # as many rows for each warp
-    if tile.n >= 32:
-        found.append(replace(tile, n=tile.n // 2))
-    if boxes:
-        found.append(replace(tile, boxes=True))
-        if turned(tile.n, precision) and tile.m == 128:
-            found.append(replace(found[-1], m=256))  # 128 columns for each wgmma: fewer reads of the rows
-        if phases == 1:
-            found.append(replace(found[-1], lasting=True))
+    if not boxes:
+        found += [replace(tile, stages=tile.stages + 1), replace(tile, stages=tile.stages - 1)]
+        if tile.n >= 32:
+            found.append(replace(tile, n=tile.n // 2))
+        return tuple(found)
+    found.append(replace(tile, boxes=True))
+    if turned(tile.n, precision) and tile.m == 128:
+        found.append(replace(found[-1], m=256))  # 128 columns for each wgmma: fewer reads of the rows
+    if phases == 1:
+        found.append(replace(found[-1], lasting=True))
     return tuple(found)
 
 
@@ -201,11 +205,11 @@ class Convolution(Weights):
         products = taps * channels if self.flat else channels
         self.tile = tile_for(outputs, products, dtype.itemsize, precision, self.flat)
         inputs = None if self.flat else self.tile.k
-        # Tensor descriptors take a pixel in whole 16 bytes.
-        boxes = groups == 1 and not self.flat and geometry.stride == (1, 1) and channels * dtype.itemsize % 16 == 0
+        whole = channels * dtype.itemsize % 16 == 0
+        self.boxes = groups == 1 and not self.flat and geometry.stride == (1, 1) and whole  # as in `boxes.py`
         # Between groups the weights are rounded up to `tile.n`.
         self.candidates = tuple(
-            t for t in variants(self.tile, precision, boxes, geometry.count) if groups == 1 or t.n == self.tile.n
+            t for t in variants(self.tile, precision, self.boxes, geometry.count) if groups == 1 or t.n == self.tile.n
         )
         matrix, offsets = packed(geometry.weights(weight), self.tile.n, inputs, self.tile.k)
         super().__init__(geometry, weight.shape, matrix, offsets, bias, device, dtype)

@@ -106,6 +106,23 @@ class Weights:
         self.phases = torch.from_numpy(geometry.table(offsets)).to(device)
 
     @property
+    def reads(self) -> str:
+        """Groups, channels and geometry, for people and for files."""
+        g = self.geometry
+        taps = [[len(axis.taps) for axis in axes] for axes in g.axes]
+        steps = f"stride {g.stride} spacing {g.spacing} step {g.step} taps {taps}"
+        return f"{self.groups}x{self.outputs}x{self.inputs} {g.inputs}->{g.outputs} {steps}"
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """[H, W, C] of an image."""
+        return (*self.geometry.inputs, self.groups * self.inputs)
+
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        return (*self.geometry.outputs, self.groups * self.outputs)
+
+    @property
     def flops(self) -> int:
         """Of one image, in direct form."""
         taps = sum(y.rows * x.rows * len(y.taps) * len(x.taps) for y, x in self.geometry.phases())

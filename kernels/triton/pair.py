@@ -22,14 +22,16 @@ the product has one shift.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import triton
 import triton.language as tl
+from fastinv.kernels.triton.boxes import products_of_boxes, turned
 from fastinv.kernels.triton.convolution import Convolution, Tile, products
 from fastinv.kernels.triton.direct import FEW
 from fastinv.kernels.triton.epilogue import Epilogue, activate, finish, stored
@@ -47,18 +49,19 @@ def _pair_kernel(
     height, width, channels, between, outputs, out_height, out_width,
     x_n, x_y, x_x, x_c, out_n, out_y, out_x, out_c,
     stride_y, stride_x, spacing_y, spacing_x,
-    tiles_y, tiles_x, advance_y, advance_x, before_y, before_x, after_y, after_x,
-    PHASE: tl.constexpr, PHASES: tl.constexpr, PITCH: tl.constexpr, FLAT: tl.constexpr, FULL: tl.constexpr,
-    BETWEEN: tl.constexpr,
-    KIND: tl.constexpr, BYTES: tl.constexpr, PRECISION: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr, CELL_Y: tl.constexpr, CELL_X: tl.constexpr,
+    tiles_y, tiles_x, advance_y, advance_x, before_y, before_x, after_y, after_x, per_tap,
+    BOXES: tl.constexpr, TURNED: tl.constexpr, PHASE: tl.constexpr, PHASES: tl.constexpr, PITCH: tl.constexpr,
+    FLAT: tl.constexpr, FULL: tl.constexpr, BETWEEN: tl.constexpr, KIND: tl.constexpr, BYTES: tl.constexpr,
+    PRECISION: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    COLUMNS: tl.constexpr, CELL_Y: tl.constexpr, CELL_X: tl.constexpr,
     SLOTS: tl.constexpr, OUTPUTS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """out[n, i·CELL_Y + qy, j·CELL_X + qx, o] = finish(last_bias[o] + Σ_{f,s} h[n, f, (i, j) − shift] · last_w[col]).
 
     h[n, f, i, j, c] = between(bias[c] + Σ_{t,k} w[c, t, k] · x[n, iy(i, t), ix(j, t), k]): the first layer's pixel i, j
     of phase f, 0 outside its image. x: [images, height, width, channels], out: [images, out_height, out_width,
-    outputs], both with any strides; addend as out, contiguous. w, phases: `packed` and `Geometry.table`.
+    outputs], both with any strides; addend as out, contiguous. w, phases: `packed` and `Geometry.table`. With BOXES x
+    and w are tensor descriptors, as in `boxes.py`.
 
     last_w: [COLUMNS, BN], a row for each output and tap. sources: int32 [phases, 3, SLOTS, OUTPUTS, PLACES]: shift down
     and across, in cells, and the column of the s-th tap that brings pixels of phase f to place q of a cell.
@@ -81,12 +84,19 @@ def _pair_kernel(
     for f in range(0, PHASES):
         phase = phases + f * PHASE
         inside = (i < tl.load(phase + 2)) & (j < tl.load(phase + 3))
-        hidden = products(
-            x, w + tl.load(phase + 8), c, PITCH, base, inside,
-            i * stride_y + tl.load(phase + 6), j * stride_x + tl.load(phase + 7),
-            height, width, channels, tl.load(phase + 4), tl.load(phase + 5),
-            x_y, x_x, x_c, spacing_y, spacing_x, FLAT, FULL, PRECISION, TY * TX, BN, BK,
-        )  # fmt: skip
+        taps_y, taps_x = tl.load(phase + 4), tl.load(phase + 5)
+        first_y, first_x = tl.load(phase + 6), tl.load(phase + 7)
+        if BOXES:
+            hidden = products_of_boxes(
+                x, w, n, tile_y * advance_y + first_y, tile_x * advance_x + first_x, 0, tl.load(phase + 8),
+                taps_y, taps_x, per_tap, spacing_y, spacing_x, PRECISION, TURNED, TY * TX, BN, BK,
+            )  # fmt: skip
+        else:
+            hidden = products(
+                x, w + tl.load(phase + 8), c, PITCH, base, inside, i * stride_y + first_y, j * stride_x + first_x,
+                height, width, channels, taps_y, taps_x, x_y, x_x, x_c, spacing_y, spacing_x,
+                FLAT, FULL, PRECISION, TY * TX, BN, BK,
+            )  # fmt: skip
         if bias is not None:
             hidden += tl.load(bias + c, mask=c < between, other=0.0)[None, :]
         hidden = activate(hidden, between_a, between_b, BETWEEN)
@@ -249,11 +259,18 @@ class Pair:
         self.columns = columns_of(weight)
         self.size = self._best(cells_of(first, self.columns, sources))
         self.tile = Tile(math.prod(self.size), width, first.tile.k, 8, 3)
+        self.candidates = (self.tile, replace(self.tile, boxes=True)) if first.boxes else (self.tile,)
         last_w = np.zeros((self.columns, width), np.float32)
         rows = weight[0].swapaxes(1, 0).reshape(first.outputs, -1).T  # [outputs · taps, channels]
         last_w[: len(rows), : first.outputs] = rows
         self.weight = torch.from_numpy(last_w).to(device, dtype)
         self.sources = torch.from_numpy(sources).to(device)
+
+    def with_tile(self, tile: Tile) -> Pair:
+        """The same in tiles that are one of `candidates`; weights and all are shared."""
+        other = copy.copy(self)
+        other.tile = tile
+        return other
 
     @staticmethod
     def fits(first: Any, last: Any, weight: Any) -> bool:
@@ -265,6 +282,23 @@ class Pair:
             return False
         sources = sources_of(a, b, last.outputs, weight.shape[3:])
         return cells_of(first, columns_of(weight), sources) > 0 and all(cover(a, b, k).tiles(8) > 0 for k in (0, 1))
+
+    @property
+    def reads(self) -> str:
+        """As `Weights.reads`, of both."""
+        return f"{self.first.reads} then {self.last.reads}"
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return self.first.input_shape
+
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        return self.last.output_shape
+
+    @property
+    def precision(self) -> str:
+        return self.first.precision
 
     @property
     def tiles(self) -> tuple[int, int]:
@@ -302,11 +336,13 @@ class Pair:
             "advance_y": down.advance(self.size[0]), "advance_x": across.advance(self.size[1]),
             "before_y": down.before, "before_x": across.before, "after_y": down.after, "after_x": across.after,
         }  # fmt: skip
+        args |= first.described(x, args, (1, *self.size), tile) if tile.boxes else {"per_tap": 0}
         for name in ("images", "step_y", "step_x"):
             del args[name]
         cell = [a * b for a, b in zip(first.geometry.step, last.geometry.step, strict=True)]
         constants |= {
-            "FLAT": first.flat, "FULL": first.inputs % tile.k == 0, "PRECISION": first.precision,
+            "BOXES": tile.boxes, "TURNED": turned(tile.n, first.precision), "FLAT": first.flat,
+            "FULL": first.inputs % tile.k == 0, "PRECISION": first.precision,
             "PITCH": first.weight.shape[1], "BETWEEN": self.between[0],
             "TY": self.size[0], "TX": self.size[1], "BN": tile.n, "BK": tile.k,
             "COLUMNS": self.columns, "CELL_Y": cell[0], "CELL_X": cell[1],
