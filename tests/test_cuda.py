@@ -166,6 +166,22 @@ def test_the_gpu_script_refuses_an_unknown_precision(script, monkeypatch: pytest
     assert "--precision int3, expected some of bfloat16, float16" in capsys.readouterr().err
 
 
+def test_the_gpu_script_runs_tests_side_by_side(script, tmp_path: Path, capsys) -> None:
+    bodies = {
+        "right": "assert True",
+        "skipped": "import pytest; pytest.skip()",
+        "wrong": "assert 1 == 2",
+        "slow": "import time; time.sleep(60)",
+    }
+    files = {name: tmp_path / f"test_{name}.py" for name in bodies}
+    for name, file in files.items():
+        file.write_text(f"def test() -> None:\n    {bodies[name]}\n")
+    assert script.run_tests([files["right"], files["skipped"]], 60) == "passed"
+    assert script.run_tests([files["right"], files["wrong"]], 60) == "FAILED: test_wrong.py failed"
+    assert "assert 1 == 2" in capsys.readouterr().out
+    assert script.run_tests([files["slow"]], 0.5) == "FAILED: test_slow.py took too long"
+
+
 def test_the_gpu_script_compares_like_with_like(script, monkeypatch: pytest.MonkeyPatch) -> None:
     """With contenders and times made up here, on the CPU."""
     subject = next(benchmark.decoders())
