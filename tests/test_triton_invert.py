@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from checks import randn, relative
+from checks import randn, reference, relative
 
 pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
 
@@ -13,6 +13,7 @@ from interpreter import DEVICE
 
 import fastinv
 from fastinv import tensors
+from fastinv.backends import cuda_device, cuda_network
 from fastinv.backends.cuda import CudaBackend
 from fastinv.errors import FeatureError
 from fastinv.export import export
@@ -76,6 +77,32 @@ def test_what_is_on_the_gpu_stays_there(name: str, dtype: str, request: pytest.F
     assert images is out
     assert (report.backend, len(report.steps)) == ("cuda", 3)
     assert np.abs(images.cpu().numpy().astype(float) - expected).max() <= (1 if dtype == "uint8" else 1e-6)
+
+
+def test_what_lies_where_it_did_is_a_graph(
+    inverse_network: InverseNetwork, there: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def repeatable(launches, device):
+        made.append(len(launches))
+        return cuda_device.repeatable(launches, device)
+
+    monkeypatch.setattr(cuda_network, "repeatable", repeatable)
+    monkeypatch.setattr(cuda_network, "PLACES", 2)
+    network = inverse_network.network
+    compiled = cuda_network.CudaNetwork(network, "float32", torch.device(DEVICE))
+    x, out = (torch.empty(3, *shape, device=DEVICE) for shape in (network.input_shape, network.output_shape))
+    compiled.run_there(x.zero_(), "float32")
+
+    def check(count: int) -> None:
+        x.copy_(torch.from_numpy(randn(3, 4, 3, 4, seed=len(made) + count)))
+        compiled._run_part(x[:count], out[:count], compiled._ready())
+        assert relative(out[:count].cpu().numpy(), reference(network, x[:count].cpu().numpy())) < 1e-5
+
+    for count, graphs in ((3, 0), (3, 1), (3, 1), (2, 1), (2, 2), (3, 2), (2, 2), (1, 2), (2, 2), (3, 2), (3, 3)):
+        check(count)
+        assert len(made) == graphs
 
 
 def test_quantised_features_on_the_gpu(inverse_network: InverseNetwork, there: None) -> None:

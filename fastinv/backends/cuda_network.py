@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,6 +31,7 @@ MOST_BYTES = 2**32  # of the arena and of all that goes with a batch
 STREAMED_IMAGES = 1024  # at once from the host: a call's first and last such batch overlap with nothing
 STREAMED_BATCHES = 64  # of one call
 FEW = 64  # channels that a convolution can write in the user's order: with more, the addresses spill
+PLACES = 32  # of features and results on the device for which there are graphs
 MOST_ELEMENTS = 2**31 - 1  # of a tensor: the kernels' offsets are 32-bit
 
 RAW_DTYPES = ("float32", "float16", "bfloat16", "uint8", "int8")
@@ -70,6 +72,9 @@ class CudaNetwork:
         self._slots: tuple[Slot, Slot] | None = None
         self._streamed = min(self._most, STREAMED_IMAGES)
         self._bound: dict[tuple[Any, ...], Any] = {}
+        # Runs of what lies on the device, by its place, the last used last: a graph, or None where there was but one.
+        self._there: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self._flag_there: torch.Tensor | None = None
         self._streams: Streams | None = None
         self._quantised: tuple[torch.Tensor, ...] = ()
         self._lock = threading.Lock()
@@ -87,7 +92,7 @@ class CudaNetwork:
 
     def run_there(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
         """Results [N, *output_shape] for x [N, *input_shape] on this device, contiguous, computed where it lies, on the
-        current stream.
+        current stream. Where features and results lie as they did before, as in a loop, the launches are a CUDA graph.
 
         Raises:
             FeatureError: x holds NaN or Inf.
@@ -96,20 +101,37 @@ class CudaNetwork:
 
         network, count = self._network, len(x)
         out = torch.empty((count, *network.output_shape), dtype=getattr(torch, dtype), device=self._device)
-        flag = torch.zeros(1, dtype=torch.int32, device=self._device)
         with self._lock, on_device(self._device):
+            if self._flag_there is None:
+                self._flag_there = torch.empty(1, dtype=torch.int32, device=self._device)
+            self._flag_there.zero_()
             start = 0
             while start < count:
                 memory = self._ready()  # may lower `_most`
                 stop = min(start + self._most, count)
-                outside = {self._features: x[start:stop], self._results: out[start:stop], self._flag: flag}
-                for launch in self._arena.bind(stop - start, memory, self._all(outside)):
-                    launch()
+                self._run_part(x[start:stop], out[start:stop], memory)
                 start = stop
-            wrong = bool(flag.item())  # waits: the arena is free again
+            wrong = bool(self._flag_there.item())  # waits: the arena is free again
         if wrong:
             raise FeatureError("features hold NaN or Inf: drop or mend these images")
         return out
+
+    def _run_part(self, x: torch.Tensor, out: torch.Tensor, memory: torch.Tensor) -> None:
+        key = (len(x), x.data_ptr(), x.dtype, out.data_ptr(), out.dtype)
+        known, run = key in self._there, self._there.pop(key, None)
+        if run is None:
+            outside = {self._features: x, self._results: out, self._flag: self._flag_there}
+            launches = self._arena.bind(len(x), memory, self._all(outside))
+            if known:
+                run = repeatable(launches, self._device)
+            else:
+                for launch in launches:
+                    launch()
+        if run is not None:
+            run()
+        self._there[key] = run
+        if len(self._there) > PLACES:
+            self._there.popitem(last=False)
 
     def describe(self, measure: bool = False) -> list[dict[str, Any]]:
         network = self._network
