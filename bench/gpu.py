@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,7 @@ import torch
 
 from fastinv import benchmark
 from fastinv.backends.cuda import CudaBackend
+from fastinv.backends.cuda_native import extension
 from fastinv.backends.cuda_tuning import tune
 from fastinv.benchmark import CHECKED, SOLVER_TOLERANCE, Subject
 from fastinv.cli.arguments import positive, table
@@ -315,15 +317,33 @@ def as_table(rows: Sequence[Row]) -> str:
     )  # fmt: skip
 
 
+def build() -> str | None:
+    """Build fastinv from this folder, with what is installed; what the build says where it fails."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", str(root)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.stdout if done.returncode != 0 else None
+
+
+def runs(precisions: Sequence[str]) -> Iterator[tuple[Subject, str]]:
+    """What is measured, the most telling first: every case in one precision, networks in the first and solvers in the
+    last, before any is in another."""
+    for of_networks, of_solvers in zip(precisions, reversed(precisions), strict=True):
+        yield from ((subject, of_networks) for subject in benchmark.decoders())
+        if of_solvers != "float16":  # gradients leave its range
+            yield from ((subject, of_solvers) for subject in benchmark.solvers(STEPS))
+
+
 def run_tests(files: Sequence[Path], seconds: float) -> str:
     """Run the tests of all files side by side, since most of their time goes to compiling kernels; what came of it."""
 
     def run(file: Path) -> str | None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
         try:
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            print(f"{file.name}: not done after {seconds:.0f} s", flush=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds)
+        except subprocess.TimeoutExpired as late:
+            said = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+            print(f"{file.name}: not done after {seconds:.0f} s: {said.strip()}", flush=True)
             return f"{file.name} took too long"
         wrong = done.returncode not in (0, NO_TESTS)
         print(f"{file.name}: {(done.stdout if wrong else done.stdout.splitlines()[-1]).strip()}", flush=True)
@@ -336,10 +356,11 @@ def run_tests(files: Sequence[Path], seconds: float) -> str:
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    result.add_argument("--minutes", type=float, default=10, help="for everything; what does not fit is left out")
+    result.add_argument("--minutes", type=float, default=9, help="when no more is begun; what is left out is named")
     result.add_argument("--case", nargs="+", default=[], metavar="NAME", help="parts of names; all where left out")
     result.add_argument("--precision", default=",".join(PRECISIONS), help="as in bfloat16,float32")
     result.add_argument("--repeat", type=positive, default=7, help="samples; medians count")
+    result.add_argument("--no-build", action="store_true", help="take fastinv as it is, do not build it first")
     result.add_argument("--no-tests", action="store_true", help="do not run the tests of the kernels first")
     result.add_argument("--tune", action="store_true", help="first measure the tiles, and keep them for later runs")
     result.add_argument("--json", metavar="FILE", type=Path, help="write the results there, too, after every case")
@@ -358,35 +379,43 @@ def main() -> int:
         return 1
     if args.json is not None:
         expect_place(args.json)
+    if not args.no_build:
+        if (failure := build()) is not None:
+            print(f"fastinv cannot be built (--no-build takes it as it is):\n{failure}", file=sys.stderr)
+            return 1
+        # What has been built is found by a new process only.
+        os.execv(
+            sys.executable, [sys.executable, *sys.argv, "--no-build", "--minutes", str((end - time.monotonic()) / 60)]
+        )
     facts: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": []}
+    facts["CUDA C++"] = "built" if extension() is not None else "NOT BUILT"
     if not args.no_tests:
         facts["tests"] = run_tests(TESTS, 30 * args.minutes)
     top = ceilings()
     facts["ceilings"] = dataclasses.asdict(top)
     products = ", ".join(f"{name} {1e-12 * flops:.0f}" for name, flops in top.products.items())
+    print(f"kernels in CUDA C++: {facts['CUDA C++']}")
     print(f"{facts['gpu']}: copy {1e-12 * top.memory:.2f} TB/s; products, TFLOP/s: {products}")
     print(f"from the host: {1e-9 * top.host:.0f} GB/s")
     rows: list[Row] = []
-    for subject in [*benchmark.decoders(), *benchmark.solvers(STEPS)]:
+    for subject, precision in runs(precisions):
         if args.case and not any(part.lower() in subject.name.lower() for part in args.case):
             continue
-        for precision in precisions:
-            if time.monotonic() > end:
-                print(f"{subject.name}, {precision}: left out, the time is over")
-                continue
-            if subject.recipe is not None and precision == "float16":
-                continue  # gradients leave its range
-            if args.tune:
-                tune(subject.network, precision, torch.device("cuda"), differentiable=subject.recipe is not None)
-            found = list(measure(subject, precision, top, args.repeat))
-            if subject.recipe is None:
-                found.append(host_to_host(subject, precision, top, args.repeat))
-            rows += [row for row in found if isinstance(row, Row)]
-            print("\n".join(note for note in found if isinstance(note, str)), flush=True)
-            if args.json is not None:
-                facts["rows"] = [dataclasses.asdict(row) for row in rows]
-                with replacing(args.json) as temporary:
-                    temporary.write_text(json.dumps(facts, indent=2) + "\n")
+        if time.monotonic() > end:
+            print(f"{subject.name}, {precision}: left out, the time is over")
+            continue
+        if args.tune:
+            tune(subject.network, precision, torch.device("cuda"), differentiable=subject.recipe is not None)
+        found = list(measure(subject, precision, top, args.repeat))
+        if subject.recipe is None:
+            found.append(host_to_host(subject, precision, top, args.repeat))
+        fresh = [row for row in found if isinstance(row, Row)]
+        rows += fresh
+        print("\n".join([*(note for note in found if isinstance(note, str)), as_table(fresh)]), flush=True)
+        if args.json is not None:
+            facts["rows"] = [dataclasses.asdict(row) for row in rows]
+            with replacing(args.json) as temporary:
+                temporary.write_text(json.dumps(facts, indent=2) + "\n")
     print(as_table(rows))
     return int(facts.get("tests", "").startswith("FAILED"))
 

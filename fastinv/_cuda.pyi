@@ -25,6 +25,7 @@ class Descent:
     tv_weight: float
     half_beta: float
     root: float
+    room: int
     def __init__(self) -> None: ...
 
 class QuadraticForm:

@@ -198,6 +198,7 @@ def all_launches() -> Iterator[Launch]:
         recipe = RMLE(edge, image, steps=10, tv_beta=1.0)
         for precision in ("float32", "tf32", "bfloat16"):
             yield from solver_launches(recipe, precision)
+            yield from other_tiles(edge, precision)
         plain = {"optimizer": "sgd", "clamp": None, "tv_weight": 0.0}
         for options in ({"optimizer": "amsgrad", "keep": "best"}, plain):
             yield from solver_launches(dataclasses.replace(recipe, tv_beta=2.0, **options), "float32")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Where there is no GPU, Triton's kernels are interpreted: it has to know before anything imports it.
@@ -22,6 +23,15 @@ settings.load_profile("fastinv")
 
 # The tests' tensors are small: on a busy machine OpenMP's barriers would cost far more than a second thread gains.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_tiles_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What was measured on this machine decides nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 AVAILABLE = [backend.name for backend in BACKENDS if backend.available() is None]
 

@@ -166,6 +166,17 @@ def test_the_gpu_script_refuses_an_unknown_precision(script, monkeypatch: pytest
     assert "--precision int3, expected some of bfloat16, float16" in capsys.readouterr().err
 
 
+def test_the_gpu_script_begins_with_the_most_telling(script) -> None:
+    """Every case comes in one precision before any comes in a second one."""
+    runs = [
+        (subject.name, subject.recipe is not None, precision) for subject, precision in script.runs(script.PRECISIONS)
+    ]
+    cases = len(list(benchmark.decoders())) + len(list(benchmark.solvers()))
+    assert len({name for name, _, _ in runs[:cases]}) == cases
+    assert {(solves, precision) for _, solves, precision in runs[:cases]} == {(False, "bfloat16"), (True, "float32")}
+    assert len(set(runs)) == len(runs) == 4 * cases - len(list(benchmark.solvers()))
+
+
 def test_the_gpu_script_runs_tests_side_by_side(script, tmp_path: Path, capsys) -> None:
     bodies = {
         "right": "assert True",

@@ -15,7 +15,7 @@ import torch
 from checks import randn, relative
 from torch import nn
 
-pytest.importorskip("fastinv._cuda", reason="the kernels in CUDA C++ are not built: there was no nvcc")
+pytest.importorskip("fastinv._cuda", reason="the kernels in CUDA C++ are not built: no nvcc, or FASTINV_CUDA=OFF")
 pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
 
 from interpreter import DEVICE, check_solver, recipe_for, solve_by_definition, solver_on
@@ -124,6 +124,16 @@ def test_of_equal_values_the_first_is_the_largest() -> None:
 )
 def test_what_is_left_to_triton(module: nn.Module, shape: tuple[int, ...], options: dict[str, Any]) -> None:
     assert not is_on_chip(recipe_for(export(module.eval(), torch.zeros(2, *shape)), **options))
+
+
+def test_what_has_no_room_on_a_smaller_gpu_is_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of shared memory a block can have 227 KiB on an H100, 99 on GPUs of compute capability 8.6, 8.9 and 12.0."""
+    recipes = [
+        recipe_for(export(nn.Sequential(*two_layers()).eval(), torch.zeros(2, 1, side, side))) for side in (28, 32)
+    ]
+    assert [is_on_chip(recipe) for recipe in recipes] == [True, True]
+    monkeypatch.setattr(cuda_native, "shared_memory", lambda device: 99 * 1024)
+    assert [is_on_chip(recipe) for recipe in recipes] == [True, False]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")

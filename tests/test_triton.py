@@ -10,7 +10,7 @@ from checks import ACTIVATIONS, CASES, network_of, randn, reference, reference_g
 
 pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
 
-from interpreter import forward, gradient
+from interpreter import DEVICE, forward, gradient
 
 from fastinv.backends.cuda_lowering import LOWERINGS, PRECISIONS, Lowering
 from fastinv.network import Network, Step
@@ -22,15 +22,18 @@ from fastinv.ops.mul import Mul
 from fastinv.ops.permute import Permute
 from fastinv.ops.upsample import Upsample
 
-TOLERANCES = {"float32": 1e-5, "float16": 5e-3}  # relative, of one op; the promise for float32 is 1e-4
+# Relative, of one op; the promise for float32 is 1e-4. The interpreter computes bfloat16 wrongly.
+TOLERANCES = {"float32": 1e-5, "float16": 5e-3} | ({} if DEVICE == "cpu" else {"tf32": 5e-3, "bfloat16": 2e-2})
+GRADIENT_TOLERANCES = {name: (1 if name == "float32" else 2) * within for name, within in TOLERANCES.items()}
 
 
-def check_gradient(network: Network) -> None:
+def check_gradient(network: Network, precision: str = "float32") -> None:
     z = randn(2, *network.input_shape, seed=1)
     features = (reference(network, z) + randn(2, *network.output_shape, seed=2)).astype(np.float32)
     expected = reference_gradient(network, z, features)
-    found = gradient(network, z, features)
-    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected) + 1e-6 * np.linalg.norm(z)
+    found = gradient(network, z, features, precision)
+    within = GRADIENT_TOLERANCES[precision]
+    assert np.linalg.norm(found - expected) <= within * np.linalg.norm(expected) + 0.1 * within * np.linalg.norm(z)
 
 
 def test_table_covers_every_op() -> None:
@@ -45,9 +48,10 @@ def test_forward(case, precision: str) -> None:
     assert relative(forward(network, x, precision), reference(network, x)) < TOLERANCES[precision]
 
 
+@pytest.mark.parametrize("precision", GRADIENT_TOLERANCES)
 @pytest.mark.parametrize("case", CASES)
-def test_gradient(case) -> None:
-    check_gradient(network_of(case))
+def test_gradient(case, precision: str) -> None:
+    check_gradient(network_of(case), precision)
 
 
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, Activation("leaky_relu", -0.5)], ids=lambda a: f"{a.kind}-{a.a}")

@@ -42,7 +42,7 @@ def rmle(inverse_network: InverseNetwork) -> RMLE:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device of the tests takes the place of the first GPU."""
     monkeypatch.setattr(CudaBackend, "available", lambda self: None)
-    monkeypatch.setattr(CudaBackend, "_device", lambda self: torch.device(DEVICE))
+    monkeypatch.setattr(CudaBackend, "_device", lambda self: torch.empty(0, device=DEVICE).device)  # with its number
 
 
 @pytest.fixture

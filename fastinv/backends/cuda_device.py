@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -80,6 +81,16 @@ def gpu_name(device: torch.device) -> str | None:
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block can have; those of an H100 for what only stands in for a GPU."""
+    import torch
+
+    if device.type != "cuda":
+        return 227 * 1024
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Within, launches and new streams go to this device."""
     import torch
@@ -95,8 +106,12 @@ def wait(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
+_capturing = threading.Lock()  # PyTorch captures one graph at a time
+
+
 def repeatable(launches: Sequence[Callable[[], None]], device: torch.device) -> Callable[[], None]:
-    """The launches as one call: a CUDA graph. They are run once here, which compiles them."""
+    """The launches as one call: a CUDA graph. They are run once here, after what is on the current stream, which
+    compiles them."""
     import torch
 
     def run() -> None:
@@ -105,15 +120,16 @@ def repeatable(launches: Sequence[Callable[[], None]], device: torch.device) -> 
 
     if device.type != "cuda":
         return run
-    with on_device(device):
+    with _capturing, on_device(device):
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             run()
-        torch.cuda.current_stream(device).wait_stream(side)
-        torch.cuda.synchronize(device)
+        side.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Captures are on one stream of the process, of whichever device was first, if they are not given one. Other
+        # threads of the program may allocate meanwhile, as a data loader's that pins memory does.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             run()
     return graph.replay
 

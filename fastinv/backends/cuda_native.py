@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fastinv.backends.cuda_device import shared_memory
 from fastinv.backends.cuda_quadratic import QuadraticForm
 from fastinv.errors import BackendError
 from fastinv.network import Network
@@ -125,6 +126,7 @@ class OnChipDescent:
             "tv_weight": rule.variation.weight if rule.sloped else 0.0,
             "half_beta": rule.variation.beta / 2,
             "root": rule.variation.constants["ROOT"],
+            "room": shared_memory(device),
         }
 
     @property

@@ -267,7 +267,9 @@ class CudaNetwork:
             if scale is not None:
                 outside |= {self._scale: scale[0], self._zero_point: scale[1]}
             launches = self._arena.bind(images, memory, self._all(outside))
-            self._bound[key] = repeatable(launches, self._device)
+            assert self._streams is not None
+            with self._streams.on("compute"):  # where the batch before may still be, in the same arena
+                self._bound[key] = repeatable(launches, self._device)
         return self._bound[key]
 
     def _constants(self, rows: tensors.Source) -> Any:

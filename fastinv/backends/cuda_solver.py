@@ -131,6 +131,7 @@ class Batch:
         solver, count = self._solver, len(features)
         objective = solver._objective
         self._images = bucket(count, solver._most)
+        self._capture()
         for tensor in self._tensors.values():
             tensor.zero_()
         self._fill(objective.target, features)
@@ -151,7 +152,7 @@ class Batch:
         finished = True
         try:
             for turn in itertools.count() if method.turns is None else range(method.turns):
-                self._turn()
+                self._graphs[self._images]()
                 if turn % look == look - 1 and not self._look(progress, done, steps_done):
                     break
         except KeyboardInterrupt:
@@ -188,13 +189,11 @@ class Batch:
             progress(done, steps_done + int(self._of("taken").sum()))
         return not self._solver._method.ends_early or bool((self._of("running") == 1).any())
 
-    def _turn(self) -> None:
+    def _capture(self) -> None:
+        """The graph of a turn for so many images. It is run once, on whatever there is: before a batch is loaded."""
         if self._images not in self._graphs:
-            saved = {buffer: tensor.clone() for buffer, tensor in self._tensors.items()}
+            self._of("running").zero_()
             self._graphs[self._images] = repeatable(self._launches()["turn"], self._solver._device)
-            for buffer, tensor in saved.items():  # capturing runs them once
-                self._tensors[buffer].copy_(tensor)
-        self._graphs[self._images]()
 
     def _launch(self, which: str) -> None:
         for launch in self._launches()[which]:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinv.backends.cuda_device import gpu_name
+from fastinv.backends.cuda_device import gpu_name, on_device
 from fastinv.errors import BackendError
 from fastinv.network import Network
 
@@ -126,9 +126,10 @@ def tune(
     to = Lowering(network, device, PRECISIONS[precision], differentiable=differentiable)
     kernels = [getattr(node, name, None) for node in to.nodes for name in ("kernel", "back")]
     found: dict[str, list[int]] = {}
-    for kernel in kernels:
-        if isinstance(kernel, (Convolution, Pair)) and key_of(gpu, kernel) not in found:
-            found[key_of(gpu, kernel)] = list(_fastest(kernel, device, timer or _seconds).numbers)
+    with on_device(device):
+        for kernel in kernels:
+            if isinstance(kernel, (Convolution, Pair)) and key_of(gpu, kernel) not in found:
+                found[key_of(gpu, kernel)] = list(_fastest(kernel, device, timer or _seconds).numbers)
     write_tiles(found)
     return found
 

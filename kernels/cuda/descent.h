@@ -22,10 +22,10 @@ struct Descent {
   Optimizer optimizer;
   float rest1, beta2, rest2, eps, momentum;  // rest1, rest2: 1 − β1, 1 − β2
   float tv_weight, half_beta, root;          // tv_weight 0: the edge has it; root: what is added to the squares
+  int32_t room;                              // bytes of shared memory that a block can have
 };
 
-constexpr int kMostThreads = 256;             // of a block: then each can have 255 registers
-constexpr int kMostSharedBytes = 227 * 1024;  // of a block, on sm_90
+constexpr int kMostThreads = 256;  // of a block: then each can have 255 registers
 constexpr int kFinished = 2;
 
 // Pixels of a thread, and what it knows of them: [row][channel].
@@ -238,7 +238,7 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
 
 template <class Edge>
 bool has_room(const Descent& d, const Edge& edge) {
-  return threads_of<Edge>(d) <= kMostThreads && int64_t{shared_floats(d, edge)} * 4 <= kMostSharedBytes;
+  return threads_of<Edge>(d) <= kMostThreads && int64_t{shared_floats(d, edge)} * 4 <= d.room;
 }
 
 }  // namespace fastinv

@@ -67,6 +67,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def_readwrite("tv_weight", &Descent::tv_weight)
       .def_readwrite("half_beta", &Descent::half_beta)
       .def_readwrite("root", &Descent::root)
+      .def_readwrite("room", &Descent::room)
       .def_property(
           "optimizer", [](const Descent& d) { return static_cast<int>(d.optimizer); },
           [](Descent& d, int code) { d.optimizer = static_cast<fastinv::Optimizer>(code); });

@@ -38,7 +38,9 @@ def _advance_kernel(
                 TV, SQUARES, ROOT, BLOCK,
             )  # fmt: skip
             if KEEP:
-                if found < tl.load(best_value + n):
+                lowest = tl.load(best_value + n)
+                tl.debug_barrier()  # every warp reads it before one writes it
+                if found < lowest:
                     tl.store(best_value + n, found)
                     for start in range(0, size, BLOCK):
                         k = start + tl.arange(0, BLOCK)
