@@ -166,6 +166,8 @@ def test_info_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_info_refuses(tmp_path: Path, finv: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fails(capsys, "missing.finv", "info", tmp_path / "missing.finv")
     fails(capsys, "backend 'gpu'", "info", finv, "--backend", "gpu")
+    fails(capsys, "no precision tf32 here", "info", finv, "--backend", "cpu", "--precision", "tf32")
+    fails(capsys, "backend 'cpu' has no tiles to measure, expected cuda", "info", finv, "--backend", "cpu", "--tune")
     finv.write_bytes(finv.read_bytes()[:-10])
     fails(capsys, "inverse.finv", "info", finv)
 

@@ -16,9 +16,12 @@ from interpreter import DEVICE, forward
 from triton.runtime.errors import OutOfResources
 
 from fastinv.backends import cuda_tuning
+from fastinv.backends.cuda import CudaBackend
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.backends.cuda_tuning import read_tiles, tiles_file, tune, write_tiles
+from fastinv.cli import main
 from fastinv.errors import BackendError
+from fastinv.inverters import RMLE, InverseNetwork
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +117,20 @@ def test_two_layers_in_one_launch_are_measured_as_one() -> None:
     assert tile_of(network, "float16").boxes
     x = randn(2, 16, 16, 16)
     assert relative(forward(network, x, "float16"), reference(network, x)) < 5e-3
+
+
+@pytest.mark.parametrize("solves", [False, True])
+def test_info_tunes(network, solves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    inverter = RMLE(network, network.input_shape) if solves else InverseNetwork(network)
+    inverter.save(tmp_path / "a.finv")
+    monkeypatch.setattr(CudaBackend, "available", lambda self: None)
+    monkeypatch.setattr(CudaBackend, "_device", lambda self: torch.empty(0, device=DEVICE).device)
+    monkeypatch.setattr(cuda_tuning, "_seconds", few_rows)
+    options = ["--backend", "cuda", "--precision", "tf32"]
+    assert main(["info", str(tmp_path / "a.finv"), *options, "--tune"]) == 0
+    assert "Convolution 64x" in capsys.readouterr().out
+    assert len(read_tiles()) == 1 + solves
+    assert tile_of(network, "tf32").m == 64
 
 
 def test_another_gpu_has_tiles_of_its_own(network, monkeypatch: pytest.MonkeyPatch) -> None:

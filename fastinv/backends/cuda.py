@@ -54,6 +54,19 @@ class CudaBackend:
 
         return CudaSolver(recipe, precision, self._device(), self.name)
 
+    def tune(self, network: Network, precision: str, solver: bool) -> dict[str, list[int]]:
+        """Measure the tiles of a network's matrix products, or of an edge's both ways, and keep them for later runs.
+
+        Returns:
+            The tiles by what they were measured for; those before are kept, too.
+
+        Raises:
+            BackendError: the file cannot be written.
+        """
+        from fastinv.backends.cuda_tuning import tune
+
+        return tune(network, precision, self._device(), solver)
+
     def _device(self) -> torch.device:
         import torch
 

@@ -10,20 +10,27 @@ from typing import Any
 import numpy as np
 
 import fastinv
+from fastinv.backends import select
+from fastinv.backends.cuda import CudaBackend
 from fastinv.cli.arguments import plural, shapes, table
-from fastinv.inverters import Inverter
+from fastinv.errors import BackendError
+from fastinv.inverters import RMLE, Inverter
 from fastinv.network import Network
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the .finv file")
     parser.add_argument("--backend", default="auto", help="whose kernel plan to show")
+    parser.add_argument("--precision", default="float32", help="what the plan computes in")
+    parser.add_argument(
+        "--tune", action="store_true", help="first measure the tiles of a GPU's matrix products, and keep them"
+    )
     parser.add_argument("--measure", action="store_true", help="time every launch of the plan, on one thread")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> None:
-    found = describe(args.file, args.backend, args.measure)
+    found = describe(args.file, args.backend, args.measure, args.precision, args.tune)
     print(json.dumps(found, indent=2) if args.json else as_text(found))
 
 
@@ -34,11 +41,15 @@ def _as_json(value: Any) -> Any:
     return f"{value.kind} {value.fingerprint[:16]}" if isinstance(value, Inverter) else value
 
 
-def describe(path: str, backend: str = "auto", measure: bool = False) -> dict[str, Any]:
+def describe(
+    path: str, backend: str = "auto", measure: bool = False, precision: str = "float32", tune: bool = False
+) -> dict[str, Any]:
     """What `path` holds, as JSON values."""
     inverter = fastinv.load(path)
     network: Network = getattr(inverter, inverter.network_field)
-    engine = fastinv.compile(network, backend)
+    if tune:
+        _tune(network, backend, precision, isinstance(inverter, RMLE))
+    engine = fastinv.compile(network, backend, precision)
     assert isinstance(engine, fastinv.Engine)
     recipe = inverter.recipe()
     return {
@@ -56,6 +67,13 @@ def describe(path: str, backend: str = "auto", measure: bool = False) -> dict[st
         "isa": engine.isa,
         "plan": engine.describe(measure),
     }
+
+
+def _tune(network: Network, backend: str, precision: str, solver: bool) -> None:
+    found, precision = select(backend, precision, network.steps, solver)
+    if not isinstance(found, CudaBackend):
+        raise BackendError(f"--tune: backend {found.name!r} has no tiles to measure, expected cuda")
+    found.tune(network, precision, solver)
 
 
 def as_text(found: dict[str, Any]) -> str:
