@@ -305,15 +305,14 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """The commit, with "-dirty" where files differ from it; the history, which every run adds to, may."""
+    """The commit, with "-dirty" where files differ from it; the results, to which every run may add, do not count."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        history = HISTORY.relative_to(Path(__file__).parents[1])
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{history}")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
         return git("describe", "--always") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checks import randn
@@ -20,6 +21,7 @@ from fastinv.backends import BACKENDS, cuda_device, cuda_native, select
 from fastinv.backends.cuda import CudaBackend
 from fastinv.backends.cuda_device import halving, missing
 from fastinv.backends.cuda_lowering import PRECISIONS
+from fastinv.backends.cuda_network import copy
 from fastinv.backends.cuda_plan import ALIGNMENT, Arena, Buffer, Stage, bucket, place
 from fastinv.errors import BackendError
 from fastinv.inverters import METHODS, RMLE
@@ -140,6 +142,18 @@ def test_out_of_memory_halves_the_batch() -> None:
     assert "no room for 500 images at once: going on with 250" in str(told[1].message)
     with pytest.warns(RuntimeWarning), pytest.raises(BackendError, match="no room for one image"):
         halving(lambda images: allocate(1000), 4)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", ["float32", "uint16", "int8"])
+def test_copies_on_the_host(dtype: str) -> None:
+    values = (100 * randn(5, 3, 4)).astype(np.int64).astype(dtype)
+    whole = np.array(values)
+    whole.flags.writeable = False
+    for source in (whole, np.asfortranarray(values), values[:0]):
+        for target in (np.zeros_like(values), np.zeros((5, 3, 8), dtype)[..., ::2]):
+            copy(source, target[: len(source)])
+            np.testing.assert_array_equal(target[: len(source)], source)
 
 
 # ---- bench/gpu.py ----------------------------------------------------------------------------------------------------

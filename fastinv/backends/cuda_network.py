@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -236,7 +237,7 @@ class CudaNetwork:
         images = bucket(count, self._streamed)
         run = self._launched(slot, memory, images, dtype, scale, result)
         size = part.dtype.itemsize * part.size
-        slot.host[0][:size].numpy().view(part.dtype).reshape(part.shape)[...] = part
+        copy(part, slot.host[0][:size].numpy().view(part.dtype).reshape(part.shape))
         with streams.on("in"):
             slot.device[0][:size].copy_(slot.host[0][:size], non_blocking=True)
             slot.device[0][size : size // count * images].zero_()  # the rest of the bucket is computed on, too
@@ -311,8 +312,25 @@ def _collect(slot: Slot, out: npt.NDArray[Any]) -> bool:
     slot.wait = None
     start, stop = slot.rows
     part = out[start:stop]
-    part[...] = slot.host[1][: part.size * part.dtype.itemsize].numpy().view(part.dtype).reshape(part.shape)
+    copy(slot.host[1][: part.size * part.dtype.itemsize].numpy().view(part.dtype).reshape(part.shape), part)
     return not slot.host[2].numpy().any()
+
+
+def copy(source: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
+    """target = source, of the same shape and dtype. Where both lie in one piece it takes all threads of PyTorch: one
+    alone moved 18 GB/s on a Zen 5, and PCIe 4 and 5 carry 25 and 50."""
+    if source.flags.c_contiguous and target.flags.c_contiguous and source.size > 0:
+        _as_bytes(target).copy_(_as_bytes(source))
+    else:
+        target[...] = source
+
+
+def _as_bytes(array: npt.NDArray[Any]) -> torch.Tensor:
+    """Its memory, which must be in one piece. PyTorch would warn of one that is read-only, hence the address."""
+    import torch
+
+    memory = (ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data)
+    return torch.from_numpy(np.ctypeslib.as_array(memory))
 
 
 def _bytes(network: Network, indices: tuple[int, ...]) -> int:
