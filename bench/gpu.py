@@ -15,17 +15,16 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from gpu_checks import TESTS, build_fastinv, run_tests
 
 from fastinv import benchmark
 from fastinv.backends.cuda import CudaBackend
@@ -38,13 +37,6 @@ from fastinv.engine import Engine, compile
 
 Call = Callable[[torch.Tensor], Any]
 
-TESTS = sorted(
-    path
-    for pattern in ("test_triton*.py", "test_cuda_*.py")
-    for path in (Path(__file__).parents[1] / "tests").glob(pattern)
-    if path.stem != "test_triton_ahead_of_time"  # needs no GPU
-)
-NO_TESTS = 5  # pytest's exit code for a file that is skipped as a whole
 PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
 TOLERANCES = {"bfloat16": 2e-2, "float16": 2e-2, "tf32": 5e-3, "float32": 1e-4}  # relative, against float64
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # of features and of peers; others: float32
@@ -317,14 +309,6 @@ def as_table(rows: Sequence[Row]) -> str:
     )  # fmt: skip
 
 
-def build() -> str | None:
-    """Build fastinv from this folder, with what is installed; what the build says where it fails."""
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", str(root)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return done.stdout if done.returncode != 0 else None
-
-
 def runs(precisions: Sequence[str]) -> Iterator[tuple[Subject, str]]:
     """What is measured, the most telling first: every case in one precision, networks in the first and solvers in the
     last, before any is in another."""
@@ -332,26 +316,6 @@ def runs(precisions: Sequence[str]) -> Iterator[tuple[Subject, str]]:
         yield from ((subject, of_networks) for subject in benchmark.decoders())
         if of_solvers != "float16":  # gradients leave its range
             yield from ((subject, of_solvers) for subject in benchmark.solvers(STEPS))
-
-
-def run_tests(files: Sequence[Path], seconds: float) -> str:
-    """Run the tests of all files side by side, since most of their time goes to compiling kernels; what came of it."""
-
-    def run(file: Path) -> str | None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-        try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds)
-        except subprocess.TimeoutExpired as late:
-            said = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-            print(f"{file.name}: not done after {seconds:.0f} s: {said.strip()}", flush=True)
-            return f"{file.name} took too long"
-        wrong = done.returncode not in (0, NO_TESTS)
-        print(f"{file.name}: {(done.stdout if wrong else done.stdout.splitlines()[-1]).strip()}", flush=True)
-        return f"{file.name} failed" if wrong else None
-
-    with ThreadPoolExecutor(len(files)) as pool:
-        wrong = [reason for reason in pool.map(run, files) if reason is not None]
-    return f"FAILED: {', '.join(wrong)}" if wrong else "passed"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -380,7 +344,7 @@ def main() -> int:
     if args.json is not None:
         expect_place(args.json)
     if not args.no_build:
-        if (failure := build()) is not None:
+        if (failure := build_fastinv()) is not None:
             print(f"fastinv cannot be built (--no-build takes it as it is):\n{failure}", file=sys.stderr)
             return 1
         # What has been built is found by a new process only.

@@ -19,10 +19,9 @@ from unittest.mock import patch
 
 import torch
 import triton
-from fastinv.kernels.triton.convolution import Convolution
+from fastinv.kernels.triton.convolution import Tiled
 from fastinv.kernels.triton.epilogue import Epilogue
 from fastinv.kernels.triton.launch import Launch
-from fastinv.kernels.triton.pair import Pair
 from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -159,7 +158,7 @@ def other_tiles(network: Network, precision: str, differentiable: bool = True) -
     """The convolutions of a network in every tile that tuning may choose."""
     for node in Lowering(network, META, PRECISIONS[precision], differentiable=differentiable).nodes:
         for kernel in (getattr(node, "kernel", None), getattr(node, "back", None)):
-            if isinstance(kernel, (Convolution, Pair)):
+            if isinstance(kernel, Tiled):
                 shapes, dtype = (kernel.input_shape, kernel.output_shape), kernel.weight.dtype
                 x, out = (torch.empty(IMAGES, *shape, dtype=dtype, device=META) for shape in shapes)
                 for tile in kernel.candidates:

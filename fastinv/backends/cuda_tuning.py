@@ -91,7 +91,7 @@ def key_of(gpu: str, kernel: Any) -> str:
 
 
 def tuned(kernel: Any, device: torch.device) -> Any:
-    """A `Convolution` or a `Pair` with the tile that was measured for it on this device, if one was."""
+    """What is `Tiled`, a convolution or a pair, with the tile that was measured for it on this device, if one was."""
     gpu = gpu_name(device)
     if gpu is None:
         return kernel
@@ -119,8 +119,7 @@ def tune(
         BackendError: the file cannot be written.
     """
     from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
-    from fastinv.kernels.triton.convolution import Convolution
-    from fastinv.kernels.triton.pair import Pair
+    from fastinv.kernels.triton.convolution import Tiled
 
     gpu = gpu_name(device) or device.type
     to = Lowering(network, device, PRECISIONS[precision], differentiable=differentiable)
@@ -128,7 +127,7 @@ def tune(
     found: dict[str, list[int]] = {}
     with on_device(device):
         for kernel in kernels:
-            if isinstance(kernel, (Convolution, Pair)) and key_of(gpu, kernel) not in found:
+            if isinstance(kernel, Tiled) and key_of(gpu, kernel) not in found:
                 found[key_of(gpu, kernel)] = list(_fastest(kernel, device, timer or _seconds).numbers)
     write_tiles(found)
     return found

@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import triton
 import triton.language as tl
@@ -142,6 +142,19 @@ class Tile:
         return self.m, self.n, self.k, self.warps, self.stages, int(self.boxes), int(self.lasting)
 
 
+class Tiled:
+    """What has a `tile`, and other `candidates` for it."""
+
+    tile: Tile
+    candidates: tuple[Tile, ...]
+
+    def with_tile(self, tile: Tile) -> Self:
+        """The same in tiles that are one of `candidates`; weights and all are shared."""
+        other = copy.copy(self)
+        other.tile = tile
+        return other
+
+
 def variants(tile: Tile, precision: str, boxes: bool, phases: int) -> tuple[Tile, ...]:
     """The tile, and up to four others that may be faster: each has to be compiled before it can be measured.
 
@@ -187,7 +200,7 @@ def tile_for(outputs: int, products: int, itemsize: int, precision: str, flat: b
     return Tile(64 if strict else 128, n, min(k, max(16, power_of_two(products))), 8, 4 if itemsize == 2 else 3)
 
 
-class Convolution(Weights):
+class Convolution(Weights, Tiled):
     """Weights and geometry of one convolution on a device, ready for any batch.
 
     Args:
@@ -214,12 +227,6 @@ class Convolution(Weights):
         matrix, offsets = packed(geometry.weights(weight), self.tile.n, inputs, self.tile.k)
         super().__init__(geometry, weight.shape, matrix, offsets, bias, device, dtype)
         self.precision = precision
-
-    def with_tile(self, tile: Tile) -> Convolution:
-        """The same in tiles that are one of `candidates`; weights and all are shared."""
-        other = copy.copy(self)
-        other.tile = tile
-        return other
 
     def launch(self, x: Any, out: Any, epilogue: Epilogue, x_strides: Any = None, out_strides: Any = None) -> Launch:
         """For x [N, H, W, C] and out [N, OH, OW, O], contiguous where no strides, in elements, are given.

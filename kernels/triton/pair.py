@@ -22,7 +22,6 @@ the product has one shift.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ import numpy as np
 import triton
 import triton.language as tl
 from fastinv.kernels.triton.boxes import products_of_boxes, turned
-from fastinv.kernels.triton.convolution import Convolution, Tile, products
+from fastinv.kernels.triton.convolution import Convolution, Tile, Tiled, products
 from fastinv.kernels.triton.direct import FEW
 from fastinv.kernels.triton.epilogue import Epilogue, activate, finish, stored
 from fastinv.kernels.triton.geometry import Geometry, Weights, strides
@@ -237,7 +236,7 @@ def cells_of(first: Convolution, columns: int, sources: Any) -> int:
     return next((cells for cells in (256, FEWEST) if cells * values <= 256 * most), 0)
 
 
-class Pair:
+class Pair(Tiled):
     """Two convolutions, ready for any batch; launched as one.
 
     Args:
@@ -265,12 +264,6 @@ class Pair:
         last_w[: len(rows), : first.outputs] = rows
         self.weight = torch.from_numpy(last_w).to(device, dtype)
         self.sources = torch.from_numpy(sources).to(device)
-
-    def with_tile(self, tile: Tile) -> Pair:
-        """The same in tiles that are one of `candidates`; weights and all are shared."""
-        other = copy.copy(self)
-        other.tile = tile
-        return other
 
     @staticmethod
     def fits(first: Any, last: Any, weight: Any) -> bool:

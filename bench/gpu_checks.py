@@ -1,0 +1,45 @@
+"""What `gpu.py` does before it measures: fastinv is built, and its tests run on the GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+TESTS = sorted(
+    path
+    for pattern in ("test_triton*.py", "test_cuda_*.py")
+    for path in (Path(__file__).parents[1] / "tests").glob(pattern)
+    if path.stem != "test_triton_ahead_of_time"  # needs no GPU
+)
+NO_TESTS = 5  # pytest's exit code for a file that is skipped as a whole
+
+
+def build_fastinv() -> str | None:
+    """Build fastinv from this folder, with what is installed; what the build says where it fails."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", str(root)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.stdout if done.returncode != 0 else None
+
+
+def run_tests(files: Sequence[Path], seconds: float) -> str:
+    """Run the tests of all files side by side, since most of their time goes to compiling kernels; what came of it."""
+
+    def run(file: Path) -> str | None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+        try:
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds)
+        except subprocess.TimeoutExpired as late:
+            said = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+            print(f"{file.name}: not done after {seconds:.0f} s: {said.strip()}", flush=True)
+            return f"{file.name} took too long"
+        wrong = done.returncode not in (0, NO_TESTS)
+        print(f"{file.name}: {(done.stdout if wrong else done.stdout.splitlines()[-1]).strip()}", flush=True)
+        return f"{file.name} failed" if wrong else None
+
+    with ThreadPoolExecutor(len(files)) as pool:
+        wrong = [reason for reason in pool.map(run, files) if reason is not None]
+    return f"FAILED: {', '.join(wrong)}" if wrong else "passed"
