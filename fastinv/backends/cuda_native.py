@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -158,17 +159,7 @@ class OnChipDescent:
         descent, problem = self._filled(tensors, given)
         descent.images = len(z)
 
-        def run() -> None:
-            import torch
-
-            on_gpu = z.device.type == "cuda"
-            stream = torch.cuda.current_stream(z.device).cuda_stream if on_gpu else 0
-            try:
-                problem.run(descent, z.device.index if on_gpu else -1, stream)
-            except RuntimeError as error:
-                raise BackendError(f"backend 'cuda': {error}") from error
-
-        return run
+        return launching(functools.partial(problem.run, descent), z.device)
 
     def _filled(self, tensors: Mapping[str, Any], given: Any) -> tuple[Any, Any]:
         module = extension()
@@ -176,6 +167,26 @@ class OnChipDescent:
         _fill(descent, {**self._constants, **tensors}, self._numbers)
         _fill(problem, {**self._arrays, self._problem.given: given}, self._problem.numbers)
         return descent, problem
+
+
+def launching(run: Callable[[int, int], None], device: torch.device) -> Callable[[], None]:
+    """run(device, stream) on the current stream of a device, or for what stands in for one on the host (−1).
+
+    Raises:
+        BackendError: when it is called, and fails.
+    """
+
+    def launch() -> None:
+        import torch
+
+        on_gpu = device.type == "cuda"
+        stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+        try:
+            run(device.index if on_gpu else -1, stream)
+        except RuntimeError as error:
+            raise BackendError(f"backend 'cuda': {error}") from error
+
+    return launch
 
 
 def _fill(struct: Any, tensors: Mapping[str, Any], numbers: Mapping[str, float]) -> None:

@@ -154,12 +154,15 @@ class CudaNetwork:
         def features(tensors: Any) -> Any:
             flag, scale, zero_point = (tensors(b) for b in (self._flag, self._scale, self._zero_point))
             sizes = door(network.input_shape)
+            if direct is not None and direct.takes(tensors(self._features)):
+                return nothing
             return launch_channels_last(tensors(self._features), tensors(to.input), *sizes, scale, zero_point, flag)
 
         def results(tensors: Any) -> Any:
             return launch_channels_first(tensors(to.output), tensors(self._results), *door(network.output_shape))
 
         first = Stage(features, (self._features,), (to.input,))
+        direct = self._first_reader()
         last = to.nodes[-1] if to.nodes else None
         read = {source for node in to.nodes for source in node.inputs}
         if (
@@ -175,6 +178,17 @@ class CudaNetwork:
             last.out_strides = (pixels * channels, network.output_shape[2], 1, pixels)
             return [first, *to.forward()]
         return [first, *to.forward(), Stage(results, (to.output,), (self._results,))]
+
+    def _first_reader(self) -> ConvolutionNode | None:
+        """The node that can read features as they come, if it alone reads them."""
+        to = self._lowering
+        readers = [node for node in to.nodes if to.input in node.inputs]
+        if len(readers) != 1 or to.input is to.output or not isinstance(readers[0], ConvolutionNode):
+            return None
+        if not getattr(readers[0].kernel, "reads_features", False):
+            return None
+        readers[0].features = (self._features, self._flag)
+        return readers[0]
 
     def _all(self, outside: dict[Buffer, Any]) -> dict[Buffer, Any]:
         return {buffer: outside.get(buffer) for buffer in self._outside}
@@ -296,6 +310,10 @@ def fitting(arenas: Iterable[Arena], outside: Iterable[Buffer], most: int) -> in
     by_memory = MOST_BYTES // (max(a.bytes(64) for a in arenas) // 64 + sum(b.bytes(64) for b in outside) // 64 + 1)
     largest = max(*(arena.largest() for arena in arenas), *(buffer.elements for buffer in outside))
     return max(1, min(most, by_memory, MOST_ELEMENTS // largest))
+
+
+def nothing() -> None:
+    """A launch of nothing."""
 
 
 def door(shape: Shape) -> tuple[int, int]:

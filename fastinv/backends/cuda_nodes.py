@@ -39,11 +39,20 @@ class ConvolutionNode:
     ending: Ending
     weight: Any  # float32 [groups, outputs, inputs, kh, kw], of the way forward
     out_strides: tuple[int, int, int, int] | None = None
+    features: tuple[Buffer, Buffer] | None = None  # those of the user, [N, C, H, W], and the flag for NaN and Inf
+
+    def takes(self, features: Any) -> bool:
+        """Whether the kernel reads them as they are: 16 bytes at once."""
+        return bool(features.dtype == self.kernel.weight.dtype) and features.data_ptr() % 16 == 0
 
     def forward(self) -> Stage:
         def make(tensors: Any) -> Any:
-            epilogue = self.ending.epilogue(tensors)
-            return self.kernel.launch(tensors(self.inputs[0]), tensors(self.output), epilogue, None, self.out_strides)
+            epilogue, out = self.ending.epilogue(tensors), tensors(self.output)
+            if self.features is not None and self.takes(x := tensors(self.features[0])):
+                channels, height, width = x.shape[1:]
+                strides = channels * height * width, width, 1, height * width
+                return self.kernel.launch(x, out, epilogue, strides, self.out_strides, tensors(self.features[1]))
+            return self.kernel.launch(tensors(self.inputs[0]), out, epilogue, None, self.out_strides)
 
         return Stage(make, self.inputs, (self.output,))
 

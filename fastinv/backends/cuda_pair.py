@@ -8,6 +8,7 @@ from typing import Any
 
 from fastinv.backends.cuda_nodes import ConvolutionNode, Node
 from fastinv.backends.cuda_plan import Buffer
+from fastinv.backends.cuda_tail import Tail
 from fastinv.backends.cuda_tuning import tuned
 
 # FLOPs that tensor cores do while memory moves a byte, by how products are computed ("ieee": from two bytes). Data
@@ -32,7 +33,7 @@ def join_pairs(nodes: list[Node], steps: list[tuple[int, ...]], output: Buffer) 
             and last.inputs[0] is first.output
             and readers[first.output] == 1
             and len(first.inputs) == 1  # nothing is added between the two
-            and (kernel := pair_of(first, last)) is not None
+            and (kernel := Tail(first, last) if Tail.fits(first, last) else pair_of(first, last)) is not None
         ):
             nodes[index - 1 : index + 1] = [replace(last, inputs=first.inputs + last.inputs[1:], kernel=kernel)]
             steps[index - 1 : index + 1] = [steps[index - 1] + steps[index]]

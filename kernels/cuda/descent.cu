@@ -1,15 +1,8 @@
-#include <stdexcept>
-#include <string>
-
+#include "check.h"
 #include "run.h"
 
 namespace fastinv {
 namespace {
-
-void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
 
 extern __shared__ Four shared_memory[];
 

@@ -14,6 +14,23 @@ void descend_on_host(const Descent& descent, const Problem& problem) {
   });
 }
 
+void tail_on_host(const Tail& tail) {
+  constexpr int kBlocks = 2;
+  struct alignas(1024) Kilobyte {
+    unsigned char at[1024];
+  };
+  with_type(tail, [&](auto type, auto channels_last) {
+    for (int block = 0; block < kBlocks; ++block) {
+      std::vector<Kilobyte> shared((tail::kShared + 1023) / 1024);
+      HostThreads threads(tail::kThreads);
+      threads.run([&](int index) {
+        HostThread self(threads, index);
+        run_tail<decltype(type), decltype(channels_last)::value>(tail, self, shared[0].at, block, kBlocks);
+      });
+    }
+  });
+}
+
 template void descend_on_host(const Descent&, const QuadraticForm&);
 template void descend_on_host(const Descent&, const PooledLayers&);
 

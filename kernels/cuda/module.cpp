@@ -12,6 +12,7 @@ namespace {
 using fastinv::Descent;
 using fastinv::PooledLayers;
 using fastinv::QuadraticForm;
+using fastinv::Tail;
 
 // A field that holds the address of memory.
 template <class Struct, class T>
@@ -27,6 +28,12 @@ void run(const Problem& problem, const Descent& descent, int device, uintptr_t s
     throw std::invalid_argument("there is no kernel for this edge and these images");
   if (device < 0) return fastinv::descend_on_host(descent, problem);
   fastinv::launch_descend(descent, problem, device, stream);
+}
+
+void run_tail(const Tail& tail, int device, uintptr_t stream) {
+  if (tail.images == 0) return;
+  if (device < 0) return fastinv::tail_on_host(tail);
+  fastinv::launch_tail(tail, device, stream);
 }
 
 template <class Problem>
@@ -90,4 +97,33 @@ PYBIND11_MODULE(_cuda, m) {
   pointer(pooled, "second_bias", &PooledLayers::second_bias);
   pointer(pooled, "second_back", &PooledLayers::second_back);
   pointer(pooled, "first_back", &PooledLayers::first_back);
+
+  py::class_<Tail> tail(m, "Tail");
+  tail.def(py::init([] { return Tail{}; }));
+  pointer(tail, "x", &Tail::x);
+  pointer(tail, "first", &Tail::first);
+  pointer(tail, "last", &Tail::last);
+  pointer(tail, "bias", &Tail::bias);
+  pointer(tail, "last_bias", &Tail::last_bias);
+  pointer(tail, "out", &Tail::out);
+  pointer(tail, "flag", &Tail::flag);
+  tail.def_readwrite("images", &Tail::images)
+      .def_readwrite("outputs", &Tail::outputs)
+      .def_readwrite("channels_last", &Tail::channels_last)
+      .def_readwrite("float16", &Tail::float16)
+      .def_readwrite("out_n", &Tail::out_n)
+      .def_readwrite("out_c", &Tail::out_c)
+      .def_readwrite("out_y", &Tail::out_y)
+      .def_readwrite("out_x", &Tail::out_x)
+      .def_readwrite("slope", &Tail::slope)
+      .def_readwrite("a", &Tail::a)
+      .def_readwrite("b", &Tail::b)
+      .def_property(
+          "result", [](const Tail& p) { return static_cast<int>(p.result); },
+          [](Tail& p, int code) { p.result = static_cast<fastinv::Result>(code); })
+      .def_property(
+          "finish", [](const Tail& p) { return static_cast<int>(p.finish); },
+          [](Tail& p, int code) { p.finish = static_cast<fastinv::Finish>(code); })
+      .def("run", &run_tail, py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+           "Compute the last layers, for memory of this device, on this stream; device −1: of the host.");
 }

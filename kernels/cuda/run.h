@@ -3,6 +3,7 @@
 
 #include "pooled.h"
 #include "quadratic.h"
+#include "tail.h"
 
 namespace fastinv {
 
@@ -19,5 +20,9 @@ void descend_on_host(const Descent& descent, const Problem& problem);
 // For memory of this device; returns before it is done. Throws std::runtime_error.
 template <class Problem>
 void launch_descend(const Descent& descent, const Problem& problem, int device, uintptr_t stream);
+
+// The same of a decoder's last two layers.
+void tail_on_host(const Tail& tail);
+void launch_tail(const Tail& tail, int device, uintptr_t stream);
 
 }  // namespace fastinv

@@ -1,0 +1,294 @@
+// A thread of a block that multiplies matrices on Hopper's tensor cores, on the GPU and as its stand-in on the host, so
+// that what the threads do is written once and can be tested where there is no GPU.
+//
+// A warp has 16 rows of a product, a warpgroup of four 64. A fragment is what a lane has of them: of a left factor
+// [16, 16] four registers of two values each, of sums [16, N] N / 2 floats, those of column 8·j + 2·(lane % 4) + e in
+// row lane / 4 + 8·h at 4·j + 2·h + e (PTX ISA, "wgmma.mma_async").
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "block.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#else
+#include <array>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+
+#include <ucontext.h>
+#endif
+
+namespace fastinv {
+
+constexpr int kWarp = 32;
+
+// Two-byte types, as tags: `pack` makes two of them, the first in the low half.
+struct Bfloat16 {
+  static constexpr uint32_t kInfinity = 0x7f80;
+};
+struct Float16 {
+  static constexpr uint32_t kInfinity = 0x7c00;
+};
+
+// 16 bytes that are read at once.
+struct alignas(16) Words {
+  uint32_t at[4];
+};
+
+#ifdef __CUDACC__
+FASTINV_BLOCK inline uint32_t pack(Bfloat16, float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(both);
+}
+FASTINV_BLOCK inline uint32_t pack(Float16, float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(both);
+}
+
+// Bytes 2·high and 2·high + 1 of both, those of a in the low half.
+FASTINV_BLOCK inline uint32_t halves(uint32_t a, uint32_t b, int high) {
+  return __byte_perm(a, b, high ? 0x7632 : 0x5410);
+}
+
+class DeviceThread {
+ public:
+  __device__ int index() const { return static_cast<int>(threadIdx.x); }
+  __device__ void sync() const { __syncthreads(); }
+  __device__ float shuffle(float value, int lane) const { return __shfl_sync(0xffffffffu, value, lane); }
+
+  // What was written to shared memory by threads is to be read by tensor cores, after the next `sync`.
+  __device__ void publish() const { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+  // A fragment of a left factor: lane l says where row l % 16, columns 8·(l / 16) to 7 more, lies in shared memory.
+  __device__ void load_fragment(const unsigned char* row, uint32_t (&a)[4]) const {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row))));
+  }
+
+  // Products are asynchronous: those between `begin_products` and `end_products` are a group, and after
+  // `wait_products<n>` all but the last n groups are done.
+  __device__ void begin_products() const { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+  __device__ void end_products() const { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+  template <int kGroups>
+  __device__ void wait_products() const {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
+  }
+
+  // sums = a · Bᵀ, added to what they are where `keep`. B lies in shared memory, [N, 16] of rows of 128 bytes, in the
+  // order of `swizzled`; it begins at a multiple of 1024 bytes, or 32 or 64 or 96 after it.
+#define FASTINV_PRODUCT(kind, n, registers, a0, a1, a2, a3, b_, keep_, ...)                                       \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, " keep_ ", 0; wgmma.mma_async.sync.aligned.m64n" n "k16.f32." kind \
+               " {" registers "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b_ ", p, 1, 1, 0; }"                        \
+               : __VA_ARGS__                                                                                      \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor(b)), "r"(static_cast<int>(keep)))
+#define FASTINV_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define FASTINV_8(d, i) FASTINV_4(d, i), FASTINV_4(d, i + 4)
+#define FASTINV_16(d, i) FASTINV_8(d, i), FASTINV_8(d, i + 8)
+#define FASTINV_32(d, i) FASTINV_16(d, i), FASTINV_16(d, i + 16)
+#define FASTINV_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define FASTINV_R16 FASTINV_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define FASTINV_R32                                                                                             \
+  FASTINV_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTINV_PRODUCTS(Type, kind)                                                                                 \
+  __device__ void product(Type, float (&d)[32], const uint32_t (&a)[4], const unsigned char* b, bool keep) const {   \
+    FASTINV_PRODUCT(kind, "64", FASTINV_R32, "%32", "%33", "%34", "%35", "%36", "%37", FASTINV_32(d, 0));            \
+  }                                                                                                                  \
+  __device__ void product(Type, float (&d)[16], const uint32_t (&a)[4], const unsigned char* b, bool keep) const {   \
+    FASTINV_PRODUCT(kind, "32", FASTINV_R16, "%16", "%17", "%18", "%19", "%20", "%21", FASTINV_16(d, 0));            \
+  }                                                                                                                  \
+  __device__ void product(Type, float (&d)[8], const uint32_t (&a)[4], const unsigned char* b, bool keep) const {    \
+    FASTINV_PRODUCT(kind, "16", FASTINV_R8, "%8", "%9", "%10", "%11", "%12", "%13", FASTINV_8(d, 0));                \
+  }
+  FASTINV_PRODUCTS(Bfloat16, "bf16.bf16")
+  FASTINV_PRODUCTS(Float16, "f16.f16")
+
+ private:
+  // Rows of 128 bytes, swizzled over 8 of them (PTX ISA, "Matrix descriptor format").
+  __device__ static uint64_t descriptor(const unsigned char* b) {
+    const uint64_t address = static_cast<uint64_t>(__cvta_generic_to_shared(b));
+    return ((address & 0x3ffff) >> 4) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+  }
+};
+
+#else
+inline uint32_t bits(float value) {
+  uint32_t result;
+  std::memcpy(&result, &value, 4);
+  return result;
+}
+inline float as_float(uint32_t value) {
+  float result;
+  std::memcpy(&result, &value, 4);
+  return result;
+}
+inline uint32_t rounded(Bfloat16, float value) {
+  const uint32_t all = bits(value);
+  return value != value ? 0x7fffu : (all + 0x7fffu + (all >> 16 & 1u)) >> 16;
+}
+inline uint32_t rounded(Float16, float value) {
+  const _Float16 half = static_cast<_Float16>(value);
+  uint16_t result;
+  std::memcpy(&result, &half, 2);
+  return result;
+}
+inline float widened(Bfloat16, uint32_t half) { return as_float(half << 16); }
+inline float widened(Float16, uint32_t half) {
+  const uint16_t low = static_cast<uint16_t>(half);
+  _Float16 value;
+  std::memcpy(&value, &low, 2);
+  return static_cast<float>(value);
+}
+template <class Type>
+uint32_t pack(Type type, float low, float high) {
+  return rounded(type, low) | rounded(type, high) << 16;
+}
+inline uint32_t halves(uint32_t a, uint32_t b, int high) {
+  return high ? a >> 16 | (b & 0xffff0000u) : (a & 0xffffu) | b << 16;
+}
+
+// The threads of a block, each with a stack of its own, which take turns wherever they wait for each other.
+class HostThreads {
+ public:
+  explicit HostThreads(int count) : threads_(static_cast<size_t>(count)), warps_(static_cast<size_t>(count / kWarp)) {}
+
+  // Run work(thread) in all of them.
+  void run(const std::function<void(int)>& work) {
+    work_ = &work;
+    all_ = {static_cast<int>(threads_.size()), 0, 0};
+    for (Barrier& warp : warps_) warp = {kWarp, 0, 0};
+    for (size_t i = 0; i < threads_.size(); ++i) {
+      Thread& thread = threads_[i];
+      thread.stack = std::make_unique<char[]>(kStack);
+      thread.done = false;
+      getcontext(&thread.context);
+      thread.context.uc_stack.ss_sp = thread.stack.get();
+      thread.context.uc_stack.ss_size = kStack;
+      thread.context.uc_link = &scheduler_;
+      const auto self = reinterpret_cast<uintptr_t>(this);
+      makecontext(&thread.context, reinterpret_cast<void (*)()>(&HostThreads::enter), 3,
+                  static_cast<unsigned>(self >> 32), static_cast<unsigned>(self), static_cast<unsigned>(i));
+    }
+    for (bool left = true; left;) {
+      left = false;
+      for (size_t i = 0; i < threads_.size(); ++i) {
+        if (threads_[i].done) continue;
+        current_ = i;
+        swapcontext(&scheduler_, &threads_[i].context);
+        left = true;
+      }
+    }
+  }
+
+  void sync() { wait(all_); }
+  void sync_warp() { wait(warps_[current_ / kWarp]); }
+  // What a thread shows to the others of its warp.
+  Words& shown(int thread) { return threads_[static_cast<size_t>(thread)].shown; }
+
+ private:
+  static constexpr size_t kStack = 1 << 16;
+  struct Barrier {
+    int size, arrived, generation;
+  };
+  struct Thread {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    bool done = false;
+    Words shown{};
+  };
+
+  static void enter(unsigned high, unsigned low, unsigned index) {
+    auto* self = reinterpret_cast<HostThreads*>(uintptr_t{high} << 32 | low);
+    (*self->work_)(static_cast<int>(index));
+    self->threads_[index].done = true;
+  }
+  void wait(Barrier& barrier) {
+    const int generation = barrier.generation;
+    if (++barrier.arrived == barrier.size) {
+      barrier.arrived = 0;
+      ++barrier.generation;
+    }
+    while (barrier.generation == generation) swapcontext(&threads_[current_].context, &scheduler_);
+  }
+
+  const std::function<void(int)>* work_ = nullptr;
+  std::vector<Thread> threads_;
+  std::vector<Barrier> warps_;
+  Barrier all_{};
+  ucontext_t scheduler_{};
+  size_t current_ = 0;
+};
+
+class HostThread {
+ public:
+  HostThread(HostThreads& all, int index) : all_(all), index_(index) {}
+  int index() const { return index_; }
+  void sync() const { all_.sync(); }
+  void publish() const {}
+  void begin_products() const {}
+  void end_products() const {}
+  template <int kGroups>
+  void wait_products() const {}
+
+  float shuffle(float value, int lane) const {
+    const Words got = exchanged({{bits(value), 0, 0, 0}}, [&](const auto& of) { return of(lane); });
+    return as_float(got.at[0]);
+  }
+
+  void load_fragment(const unsigned char* row, uint32_t (&a)[4]) const {
+    Words mine;
+    std::memcpy(mine.at, row, 16);
+    exchanged(mine, [&](const auto& of) {
+      for (int i = 0; i < 4; ++i) a[i] = of(8 * i + lane() / 4).at[lane() % 4];
+      return mine;
+    });
+  }
+
+  template <class Type, int kFloats>
+  void product(Type type, float (&d)[kFloats], const uint32_t (&a)[4], const unsigned char* b, bool keep) const {
+    float left[2][16];
+    exchanged({{a[0], a[1], a[2], a[3]}}, [&](const auto& of) {
+      for (int k = 0; k < 16; ++k) {
+        const Words pair = of(lane() / 4 * 4 + k % 8 / 2);
+        for (int h = 0; h < 2; ++h) left[h][k] = widened(type, pair.at[k / 8 * 2 + h] >> 16 * (k % 2) & 0xffffu);
+      }
+      return pair_of_zeros();
+    });
+    for (int i = 0; i < kFloats; ++i) {
+      const int column = i / 4 * 8 + lane() % 4 * 2 + i % 2, h = i / 2 % 2;
+      float sum = keep ? d[i] : 0.0f;
+      for (int k = 0; k < 16; ++k) {
+        auto address = reinterpret_cast<uintptr_t>(b) + static_cast<uintptr_t>(column * 128 + k * 2);
+        address ^= (address >> 7 & 7) << 4;
+        uint16_t value;
+        std::memcpy(&value, reinterpret_cast<const void*>(address), 2);
+        sum += left[h][k] * widened(type, value);
+      }
+      d[i] = sum;
+    }
+  }
+
+ private:
+  int lane() const { return index_ % kWarp; }
+  static Words pair_of_zeros() { return {}; }
+  // Show something to the warp, and see of it what others show.
+  template <class F>
+  Words exchanged(Words mine, F&& see) const {
+    all_.shown(index_) = mine;
+    all_.sync_warp();
+    const Words result = see([&](int lane) { return all_.shown(index_ / kWarp * kWarp + lane); });
+    all_.sync_warp();
+    return result;
+  }
+
+  HostThreads& all_;
+  int index_;
+};
+#endif
+
+}  // namespace fastinv
