@@ -112,9 +112,9 @@ def test_two_layers_in_one_launch_are_measured_as_one() -> None:
     network = exported((16, 16, 16), *layers)
     to = Lowering(network, DEVICE, PRECISIONS["float16"])
     assert [type(node.kernel).__name__ for node in to.nodes] == ["Pair"]
-    found = tune(network, "float16", torch.device(DEVICE), timer=lambda launch: 1 - launch.constants["BOXES"])
-    assert [tile[5] for tile in found.values()] == [1]
-    assert tile_of(network, "float16").boxes
+    found = tune(network, "float16", torch.device(DEVICE), timer=lambda launch: launch.stages)
+    assert [tile[4] for tile in found.values()] == [2]
+    assert tile_of(network, "float16").stages == 2
     x = randn(2, 16, 16, 16)
     assert relative(forward(network, x, "float16"), reference(network, x)) < 5e-3
 

@@ -14,6 +14,7 @@ from fastinv.kernels.triton import convolution
 from fastinv.kernels.triton.boxes import box_for, turned
 from fastinv.kernels.triton.convolution import Tile
 from fastinv.kernels.triton.geometry import correlation
+from fastinv.kernels.triton.launch import copies_boxes
 from interpreter import DEVICE, forward, gradient, network_on
 
 from fastinv import tensors
@@ -37,16 +38,18 @@ LAYERS: dict[str, tuple[tuple[int, ...], tuple[nn.Module, ...]]] = {
 }
 
 
-@pytest.fixture(params=["smallest", "largest"])
+@pytest.fixture(params=["few pixels", "lasting"])
 def in_boxes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Tile]:
-    """All convolutions that can take boxes do, in their first or last such tile; those tiles."""
+    """All convolutions that can take boxes do, in tiles of 64 pixels, or in lasting ones where there are; those tiles.
+
+    The tiles that they have by default are in all other tests.
+    """
     found: list[Tile] = []
 
     def choose(kernel: convolution.Convolution, device: torch.device) -> convolution.Convolution:
-        tiles = [tile for tile in kernel.candidates if tile.boxes]
-        if not tiles:
+        if not kernel.tile.boxes:
             return kernel
-        found.append(tiles[0 if request.param == "smallest" else -1])
+        found.append(kernel.candidates[1 if request.param == "few pixels" else -1])
         return kernel.with_tile(found[-1])
 
     monkeypatch.setattr(cuda_lowering, "tuned", choose)
@@ -65,17 +68,57 @@ def test_forward(name: str, precision: str, in_boxes: list[Tile]) -> None:
     assert in_boxes
 
 
-def test_kinds_of_boxes() -> None:
-    """All that the kernel has branches for is among the candidates."""
+def tiles_of(layer: nn.Module, precision: str, shape: tuple[int, ...] = (16, 8, 8)) -> tuple[Tile, ...]:
+    """Those of the only layer, the one it has by default first."""
+    (node,) = cuda_lowering.Lowering(exported(shape, layer), "cpu", PRECISIONS[precision]).nodes
+    assert node.kernel.tile == node.kernel.candidates[0]
+    return node.kernel.candidates
 
-    def tiles(channels: int, precision: str) -> list[tuple[int, bool, bool]]:
-        network = exported((16, 8, 8), nn.Conv2d(16, channels, 3, padding=1))
-        kernel = cuda_lowering.Lowering(network, "cpu", PRECISIONS[precision]).nodes[0].kernel
-        return [(t.m, turned(t.n, kernel.precision), t.lasting) for t in kernel.candidates if t.boxes]
 
-    assert tiles(24, "float16") == [(128, False, False), (128, False, True)]
-    assert tiles(64, "float16") == [(128, True, False), (256, True, False), (256, True, True)]
-    assert tiles(64, "float32") == [(128, False, False), (128, False, True)]
+def test_boxes_are_the_default() -> None:
+    """What was fastest on an H100; what stands in for a GPU is one."""
+    wide = nn.ConvTranspose2d(128, 128, 3, 2, 1, 1)
+    first, *_ = tiles_of(wide, "bfloat16", (128, 8, 8))
+    assert first == Tile(128, 128, 64, 4, 3, boxes=True)
+    first, *_ = tiles_of(wide, "tf32", (128, 8, 8))
+    assert first == Tile(128, 128, 32, 4, 3, boxes=True)
+    first, *_ = tiles_of(wide, "float32", (128, 8, 8))
+    assert first == Tile(128, 64, 32, 4, 3, boxes=True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "boxes"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), True)]
+)
+def test_the_gpu_decides(capability: tuple[int, int], boxes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert copies_boxes("cuda:0") == boxes
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_older_gpus_have_no_boxes(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "copies_boxes", lambda device: False)
+    shape, layers = LAYERS[name]
+    network = exported(shape, *layers)
+    nodes = cuda_lowering.Lowering(network, "cpu", PRECISIONS[precision]).nodes
+    assert not any(tile.boxes for node in nodes for tile in node.kernel.candidates)
+    x = randn(2, *shape)
+    assert relative(forward(network, x, precision), reference(network, x)) < TOLERANCES[precision]
+
+
+def test_candidates() -> None:
+    """All that the kernel has branches for is among them, and all have as many products at a time."""
+
+    def kinds(layer: nn.Module, precision: str) -> list[tuple[int, bool, bool]]:
+        tiles = tiles_of(layer, precision)
+        assert len({tile.k for tile in tiles}) == 1
+        return [(tile.m, turned(tile.n, PRECISIONS[precision].dot), tile.lasting) for tile in tiles]
+
+    plain, up = nn.Conv2d(16, 64, 3, padding=1), nn.ConvTranspose2d(16, 64, 3, 2, 1)
+    some = [(128, True, False), (64, True, False), (128, False, False), (128, True, False)]
+    assert kinds(plain, "float16") == [*some, (128, True, True)]
+    assert kinds(up, "float16") == [*some, (128, True, False)]
+    assert not any(turned for _, turned, _ in kinds(plain, "float32"))
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -10,6 +10,7 @@ from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
 
+from fastinv.kernels.triton import convolution
 from fastinv.kernels.triton.pair import Pair
 from interpreter import DEVICE, forward, network_on
 
@@ -76,20 +77,19 @@ def test_pairs(name: str, precision: str, always: None) -> None:
 
 @pytest.mark.parametrize("precision", ["tf32", "float16"])
 @pytest.mark.parametrize("name", PAIRS)
-def test_pairs_in_boxes(name: str, precision: str, always: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first layer's pixels by tensor descriptors, where it can take them."""
-    found: list[Pair] = []
-
-    def choose(pair: Pair, device: torch.device) -> Pair:
-        found.append(pair.with_tile(pair.candidates[-1]))
-        return found[-1]
-
-    monkeypatch.setattr(cuda_pair, "tuned", choose)
+def test_pairs_without_boxes(name: str, precision: str, always: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On older GPUs the first layer's pixels come by addresses."""
     shape, layers = PAIRS[name]
     network = exported(shape, *layers)
+    pair = pair_in(network, precision)
+    assert pair is not None
+    assert pair.tile.boxes == (shape[0] >= 16)
+    monkeypatch.setattr(convolution, "copies_boxes", lambda device: False)
+    pair = pair_in(network, precision)
+    assert pair is not None
+    assert not any(tile.boxes for tile in pair.candidates)
     x = randn(2, *shape)
     assert relative(forward(network, x, precision), reference(network, x)) < TOLERANCES[precision]
-    assert [pair.tile.boxes for pair in found] == [shape[0] >= 16]
 
 
 @pytest.mark.parametrize("size", [(4, 4), (16, 4), (4, 8), (16, 16)])
@@ -202,7 +202,7 @@ def test_the_plan_is_told() -> None:
     network = export(make_decoder(shape, image).eval(), torch.zeros(2, *shape))
     first, pair = network_on(network, "bfloat16").describe()
     assert (first["step"], pair["step"]) == (0, 2)
-    assert pair["kernel"] == "Pair 256x64x64"
+    assert pair["kernel"] == "Pair 256x64x64, boxes"
     assert first["flops"] + pair["flops"] == network.flops
     between = 4 * int(np.prod(network.shapes[2]))
     assert pair["bytes"] == network.costs[1].bytes + network.costs[2].bytes - 2 * between

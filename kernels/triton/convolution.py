@@ -19,7 +19,7 @@ import triton.language as tl
 from fastinv.kernels.triton.boxes import _boxes_kernel, box_for, turned
 from fastinv.kernels.triton.epilogue import Epilogue, put
 from fastinv.kernels.triton.geometry import Geometry, Weights, packed
-from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two, processors
+from fastinv.kernels.triton.launch import Launch, ceil_div, copies_boxes, power_of_two, processors
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
@@ -155,49 +155,50 @@ class Tiled:
         return other
 
 
-def variants(tile: Tile, precision: str, boxes: bool, phases: int) -> tuple[Tile, ...]:
-    """The tile, and up to four others that may be faster: each has to be compiled before it can be measured.
-
-    All have as many products at a time: the order of a sum stays.
-
-    Args:
-        boxes: whether those are among them.
-        phases: of the convolution. Where there are more than one, loads of a lasting program stop between two tiles:
-            the compiler cannot tell how many a tile takes.
-    """
-    found = [tile]
-    if tile.m == 128:
-        found.append(replace(tile, m=64, warps=4))  # as many rows for each warp
-    if not boxes:
-        found += [replace(tile, stages=tile.stages + 1), replace(tile, stages=tile.stages - 1)]
-        if tile.n >= 32:
-            found.append(replace(tile, n=tile.n // 2))
-        return tuple(found)
-    found.append(replace(tile, boxes=True))
-    if turned(tile.n, precision) and tile.m == 128:
-        found.append(replace(found[-1], m=256))  # 128 columns for each wgmma: fewer reads of the rows
-    if phases == 1:
-        found.append(replace(found[-1], lasting=True))
-    return tuple(found)
-
-
-def tile_for(outputs: int, products: int, itemsize: int, precision: str, flat: bool) -> Tile:
+def tile_for(outputs: int, products: int, itemsize: int, precision: str, flat: bool, boxes: bool) -> Tile:
     """The tile for so many output channels a group and products an output, by the size of an input in bytes.
 
-    128 rows are two wgmma of 64, one for each 4 warps: with all rows on 4 warps the addresses spill out of the
-    registers, as they do with more products or columns where tiles run over taps and channels, or outputs cannot be
-    stored many at a time. 64 two-byte inputs are the 128 bytes that shared memory swizzles best. Without tensor cores
-    (float32, "ieee") a tile's sums have to be few.
+    128 rows are two wgmma of 64. Boxes leave the registers to the sums: one group of 4 warps takes both, and several
+    programs share a multiprocessor. On an H100 that took 563 µs for the paper's ReLU22 decoder's first layer, 249 for
+    ReLU32's; with 8 warps 618 and 274, with addresses in place of boxes 1067 and 551. Addresses spill out of the
+    registers on 4 warps, and on 8 with more products or columns where tiles run over taps and channels, or outputs
+    cannot be stored many at a time. 64 two-byte inputs are the 128 bytes that shared memory swizzles best. Without
+    tensor cores (float32, "ieee") a tile's sums have to be few.
     """
     strict = precision == "ieee" and itemsize == 4
     most_n, most_k = (64, 16) if strict else (128, 64) if itemsize == 2 else (64, 32)
     k = most_k // 2 if flat and not strict else most_k
     if flat and precision == "tf32x3":
         k = 16
+    if boxes and precision == "tf32":
+        most_n = 128
     if flat or outputs % 16 != 0:
         most_n = 64
-    n = min(most_n, max(16, power_of_two(outputs)))
-    return Tile(64 if strict else 128, n, min(k, max(16, power_of_two(products))), 8, 4 if itemsize == 2 else 3)
+    m, n = 64 if strict else 128, min(most_n, max(16, power_of_two(outputs)))
+    k = min(k, max(16, power_of_two(products)))
+    return Tile(m, n, k, 4, 3, boxes=True) if boxes else Tile(m, n, k, 8, 4 if itemsize == 2 else 3)
+
+
+def variants(tile: Tile, phases: int) -> tuple[Tile, ...]:
+    """The tile, and up to four others that may be faster: each has to be compiled before it can be measured.
+
+    All have as many products at a time: the order of a sum stays.
+
+    Args:
+        phases: of the convolution. Where there are more than one, loads of a lasting program stop between two tiles:
+            the compiler cannot tell how many a tile takes.
+    """
+    found = [tile]
+    if tile.m == 128:
+        found.append(replace(tile, m=64, warps=4))
+    if tile.n >= 32:
+        found.append(replace(tile, n=tile.n // 2))
+    if tile.boxes:
+        found.append(replace(tile, warps=8))
+        found.append(replace(tile, lasting=True) if phases == 1 else replace(tile, stages=4))
+    else:
+        found += [replace(tile, stages=tile.stages + 1), replace(tile, stages=tile.stages - 1)]
+    return tuple(found)
 
 
 class Convolution(Weights, Tiled):
@@ -216,13 +217,13 @@ class Convolution(Weights, Tiled):
         # Few channels would leave most of a tile of one tap empty.
         self.flat = channels % 16 != 0 and channels < 64
         products = taps * channels if self.flat else channels
-        self.tile = tile_for(outputs, products, dtype.itemsize, precision, self.flat)
-        inputs = None if self.flat else self.tile.k
         whole = channels * dtype.itemsize % 16 == 0
-        self.boxes = groups == 1 and not self.flat and geometry.stride == (1, 1) and whole  # as in `boxes.py`
+        self.boxes = groups == 1 and not self.flat and geometry.stride == (1, 1) and whole and copies_boxes(device)
+        self.tile = tile_for(outputs, products, dtype.itemsize, precision, self.flat, self.boxes)
+        inputs = None if self.flat else self.tile.k
         # Between groups the weights are rounded up to `tile.n`.
         self.candidates = tuple(
-            t for t in variants(self.tile, precision, self.boxes, geometry.count) if groups == 1 or t.n == self.tile.n
+            t for t in variants(self.tile, geometry.count) if groups == 1 or t.n == self.tile.n
         )
         matrix, offsets = packed(geometry.weights(weight), self.tile.n, inputs, self.tile.k)
         super().__init__(geometry, weight.shape, matrix, offsets, bias, device, dtype)

@@ -39,6 +39,15 @@ def processors(device: Any) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def copies_boxes(device: Any) -> bool:
+    """Whether a GPU has the copy engine (TMA) behind tensor descriptors: from compute capability 9.0 on. What stands in
+    for a GPU counts as an H100, and has it."""
+    import torch
+
+    device = torch.device(device)
+    return device.type != "cuda" or bool(torch.cuda.get_device_capability(device) >= (9, 0))
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 

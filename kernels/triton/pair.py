@@ -257,8 +257,9 @@ class Pair(Tiled):
         self.slots, self.outputs, self.places = sources.shape[2:]
         self.columns = columns_of(weight)
         self.size = self._best(cells_of(first, self.columns, sources))
-        self.tile = Tile(math.prod(self.size), width, first.tile.k, 8, 3)
-        self.candidates = (self.tile, replace(self.tile, boxes=True)) if first.boxes else (self.tile,)
+        # Of the paper's ReLU22 decoder on an H100: 959 µs with boxes, and 1538 without.
+        self.tile = Tile(math.prod(self.size), width, first.tile.k, 8, 3, first.boxes)
+        self.candidates = (self.tile, replace(self.tile, stages=2))
         last_w = np.zeros((self.columns, width), np.float32)
         rows = weight[0].swapaxes(1, 0).reshape(first.outputs, -1).T  # [outputs · taps, channels]
         last_w[: len(rows), : first.outputs] = rows
