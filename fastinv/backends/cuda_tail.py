@@ -51,9 +51,13 @@ class Tail:
     @staticmethod
     def fits(first: ConvolutionNode, last: ConvolutionNode) -> bool:
         """Whether there is a kernel for the two, built, for this device; `last` reads what `first` writes."""
+        from fastinv.kernels.triton.geometry import Weights
+
         a, b = first.kernel, last.kernel
         return (
-            a.groups == b.groups == 1
+            isinstance(a, Weights)
+            and isinstance(b, Weights)
+            and a.groups == b.groups == 1
             and a.weight.dtype.itemsize == 2
             and (a.inputs, a.outputs <= BETWEEN, b.outputs <= OUTPUTS) == (INPUTS, True, True)
             and a.geometry.inputs == (SIDE, SIDE)

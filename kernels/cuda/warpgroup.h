@@ -15,12 +15,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #else
+#include <ucontext.h>
+
 #include <array>
 #include <cstdlib>
 #include <functional>
 #include <memory>
-
-#include <ucontext.h>
 #endif
 
 namespace fastinv {
@@ -48,6 +48,18 @@ FASTINV_BLOCK inline uint32_t pack(Bfloat16, float low, float high) {
 FASTINV_BLOCK inline uint32_t pack(Float16, float low, float high) {
   const __half2 both = __floats2half2_rn(low, high);
   return reinterpret_cast<const uint32_t&>(both);
+}
+
+// The same of max(value, 0).
+FASTINV_BLOCK inline uint32_t pack_relu(Bfloat16, float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+FASTINV_BLOCK inline uint32_t pack_relu(Float16, float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
 }
 
 // Bytes 2·high and 2·high + 1 of both, those of a in the low half.
@@ -93,17 +105,16 @@ class DeviceThread {
 #define FASTINV_32(d, i) FASTINV_16(d, i), FASTINV_16(d, i + 16)
 #define FASTINV_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define FASTINV_R16 FASTINV_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define FASTINV_R32                                                                                             \
-  FASTINV_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FASTINV_PRODUCTS(Type, kind)                                                                                 \
-  __device__ void product(Type, float (&d)[32], const uint32_t (&a)[4], const unsigned char* b, bool keep) const {   \
-    FASTINV_PRODUCT(kind, "64", FASTINV_R32, "%32", "%33", "%34", "%35", "%36", "%37", FASTINV_32(d, 0));            \
-  }                                                                                                                  \
-  __device__ void product(Type, float (&d)[16], const uint32_t (&a)[4], const unsigned char* b, bool keep) const {   \
-    FASTINV_PRODUCT(kind, "32", FASTINV_R16, "%16", "%17", "%18", "%19", "%20", "%21", FASTINV_16(d, 0));            \
-  }                                                                                                                  \
-  __device__ void product(Type, float (&d)[8], const uint32_t (&a)[4], const unsigned char* b, bool keep) const {    \
-    FASTINV_PRODUCT(kind, "16", FASTINV_R8, "%8", "%9", "%10", "%11", "%12", "%13", FASTINV_8(d, 0));                \
+#define FASTINV_R32 FASTINV_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTINV_PRODUCTS(Type, kind)                                                                               \
+  __device__ void product(Type, float (&d)[32], const uint32_t (&a)[4], const unsigned char* b, bool keep) const { \
+    FASTINV_PRODUCT(kind, "64", FASTINV_R32, "%32", "%33", "%34", "%35", "%36", "%37", FASTINV_32(d, 0));          \
+  }                                                                                                                \
+  __device__ void product(Type, float (&d)[16], const uint32_t (&a)[4], const unsigned char* b, bool keep) const { \
+    FASTINV_PRODUCT(kind, "32", FASTINV_R16, "%16", "%17", "%18", "%19", "%20", "%21", FASTINV_16(d, 0));          \
+  }                                                                                                                \
+  __device__ void product(Type, float (&d)[8], const uint32_t (&a)[4], const unsigned char* b, bool keep) const {  \
+    FASTINV_PRODUCT(kind, "16", FASTINV_R8, "%8", "%9", "%10", "%11", "%12", "%13", FASTINV_8(d, 0));              \
   }
   FASTINV_PRODUCTS(Bfloat16, "bf16.bf16")
   FASTINV_PRODUCTS(Float16, "f16.f16")
@@ -147,6 +158,10 @@ inline float widened(Float16, uint32_t half) {
 template <class Type>
 uint32_t pack(Type type, float low, float high) {
   return rounded(type, low) | rounded(type, high) << 16;
+}
+template <class Type>
+uint32_t pack_relu(Type type, float low, float high) {
+  return pack(type, low < 0.0f ? 0.0f : low, high < 0.0f ? 0.0f : high);
 }
 inline uint32_t halves(uint32_t a, uint32_t b, int high) {
   return high ? a >> 16 | (b & 0xffff0000u) : (a & 0xffffu) | b << 16;

@@ -1,0 +1,141 @@
+"""A decoder's last two layers in one launch of CUDA C++, against the torch reference; without a GPU its threads are those
+of the host's stand-in."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from checks import exported, randn, reference, relative
+from torch import nn
+
+pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
+pytest.importorskip("fastinv._cuda", reason="the kernels in CUDA C++ are not built: no nvcc, or FASTINV_CUDA=OFF")
+
+from interpreter import DEVICE
+
+from fastinv.backends import cuda_tail
+from fastinv.backends.cuda_network import CudaNetwork
+from fastinv.errors import FeatureError
+from fastinv.network import Network
+from fastinv.tensors import Source
+
+if DEVICE == "cuda" and not cuda_tail.runs_on(torch.device("cuda", 0)):
+    pytest.skip("this GPU has other tensor cores", allow_module_level=True)
+
+WHERE = torch.device("cuda", 0) if DEVICE == "cuda" else torch.device("cpu")
+TOLERANCES = {"bfloat16": 8e-3, "float16": 1e-3}  # relative; what lies between the layers is rounded, too
+
+
+def decoder(between: int = 64, outputs: int = 3, activation: nn.Module | None = None, *last: nn.Module) -> Network:
+    up = nn.ConvTranspose2d(128, between, 3, stride=2, padding=1, output_padding=1)
+    to_image = nn.ConvTranspose2d(between, outputs, 3, padding=1)
+    return exported((128, 16, 16), up, activation or nn.ReLU(), to_image, *last)
+
+
+def on_device(network: Network, x: np.ndarray, precision: str, dtype: str = "float32") -> np.ndarray:
+    """What `run_there` makes of features of the precision's type; the plan must be one launch of the kernel."""
+    compiled = CudaNetwork(network, precision, WHERE)
+    assert [row["kernel"] for row in compiled.describe()] == ["Tail"]
+    there = torch.from_numpy(x).to(WHERE, getattr(torch, precision))
+    return compiled.run_there(there, dtype).cpu().numpy()
+
+
+def rounded(x: np.ndarray, precision: str) -> np.ndarray:
+    """The features that the kernel is given: theirs is not its error."""
+    return torch.from_numpy(x).to(getattr(torch, precision)).float().numpy()
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("images", [0, 1, 2, 5])
+def test_the_papers_layers(precision: str, images: int) -> None:
+    network, x = decoder(), rounded(randn(images, 128, 16, 16), precision)
+    found = on_device(network, x, precision)
+    assert found.shape == (images, 3, 32, 32)
+    for image, expected in zip(found, reference(network, x), strict=True):
+        assert relative(image, expected) < TOLERANCES[precision]
+
+
+@pytest.mark.parametrize(
+    ("between", "outputs", "activation", "last"),
+    [
+        (64, 1, nn.LeakyReLU(0.2), nn.Sigmoid()),
+        (40, 4, nn.ReLU(), nn.Tanh()),
+        (64, 2, nn.Identity(), nn.LeakyReLU(0.1)),
+        (7, 3, nn.LeakyReLU(-1.5), nn.Hardtanh(-0.5, 0.25)),
+        (64, 3, nn.ReLU(), nn.ReLU()),
+    ],
+)
+def test_other_channels_and_activations(between: int, outputs: int, activation: nn.Module, last: nn.Module) -> None:
+    network, x = decoder(between, outputs, activation, last), rounded(randn(3, 128, 16, 16), "float16")
+    assert relative(on_device(network, x, "float16"), reference(network, x)) < TOLERANCES["float16"]
+
+
+def test_an_input_reaches_the_outputs_that_see_it() -> None:
+    """Every pixel alone, at the borders and corners of an image, of its halves and of a row's halves."""
+    network = decoder()
+    zero = reference(network, np.zeros((1, 128, 16, 16), np.float32))
+    places = [(y, x) for y in (0, 1, 7, 8, 9, 15) for x in (0, 7, 8, 15)]
+    x = np.zeros((len(places), 128, 16, 16), np.float32)
+    for image, (row, column) in zip(x, places, strict=True):
+        image[:, row, column] = randn(128)
+    x = rounded(x, "float16")
+    found, expected = on_device(network, x, "float16"), reference(network, x)
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+    assert ((np.abs(expected - zero) > 1e-6).sum((1, 2, 3)) < 200).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_features_from_the_host_go_through_the_layout(dtype: str) -> None:
+    network, x = decoder(64, 3, nn.ReLU(), nn.Sigmoid()), randn(3, 128, 16, 16)
+    compiled, out = CudaNetwork(network, "bfloat16", WHERE), np.empty((3, 3, 32, 32), dtype)
+    assert compiled.run_raw(Source(x, "float32", False), out)
+    expected = reference(network, x)
+    if dtype == "uint8":
+        assert np.abs(out.astype(float) - 255 * expected).max() < 4
+    else:
+        assert relative(out, expected) < 1e-2
+
+
+def test_within_a_network() -> None:
+    layers = nn.Conv2d(16, 128, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(128, 64, 3, 2, 1, 1), nn.ReLU()
+    network, x = exported((16, 16, 16), *layers, nn.Conv2d(64, 3, 3, padding=1)), randn(3, 16, 16, 16)
+    compiled = CudaNetwork(network, "float16", WHERE)
+    assert [row["kernel"].split()[0] for row in compiled.describe()] == ["Convolution", "Tail"]
+    found = compiled.run_there(torch.from_numpy(x).to(WHERE), "float32").cpu().numpy()
+    assert relative(found, reference(network, x)) < 3e-3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [(0, 0, 0, 0), (2, 127, 15, 15), (1, 64, 8, 3)])
+def test_features_that_are_not_finite_are_refused(value: float, place: tuple[int, ...]) -> None:
+    x = randn(3, 128, 16, 16)
+    x[place] = value
+    with pytest.raises(FeatureError, match="NaN or Inf"):
+        on_device(decoder(), x, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (nn.ConvTranspose2d(128, 96, 3, 2, 1, 1), nn.ReLU(), nn.Conv2d(96, 3, 3, padding=1)),  # more between
+        (nn.ConvTranspose2d(128, 64, 3, 2, 1, 1), nn.SiLU(), nn.Conv2d(64, 3, 3, padding=1)),  # another activation
+        (nn.ConvTranspose2d(128, 64, 4, 2, 1), nn.ReLU(), nn.Conv2d(64, 3, 3, padding=1)),  # other taps
+        (nn.ConvTranspose2d(128, 64, 3, 2, 1, 1), nn.ReLU(), nn.Conv2d(64, 3, 5, padding=2)),
+        (nn.ConvTranspose2d(128, 64, 3, 2, 1, 1), nn.ReLU(), nn.Conv2d(64, 5, 3, padding=1)),  # more outputs
+    ],
+)
+def test_other_layers_take_other_kernels(layers: tuple[nn.Module, ...]) -> None:
+    network, x = exported((128, 16, 16), *layers), randn(2, 128, 16, 16)
+    compiled = CudaNetwork(network, "float16", WHERE)
+    assert "Tail" not in [row["kernel"] for row in compiled.describe()]
+    found = compiled.run_there(torch.from_numpy(x).to(WHERE), "float32").cpu().numpy()
+    assert relative(found, reference(network, x)) < 5e-3
+
+
+def test_without_the_extension_it_is_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_tail, "extension", lambda: None)
+    (row,) = CudaNetwork(decoder(), "float16", WHERE).describe()
+    assert re.match("Pair", row["kernel"])
