@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,20 +28,27 @@ def build_fastinv() -> str | None:
 
 
 def run_tests(files: Sequence[Path], seconds: float) -> str:
-    """Run the tests of all files side by side, since most of their time goes to compiling kernels; what came of it."""
+    """Run the tests of all files on all cores, since most of their time goes to compiling kernels; what came of it.
 
-    def run(file: Path) -> str | None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-        try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds)
-        except subprocess.TimeoutExpired as late:
-            said = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-            print(f"{file.name}: not done after {seconds:.0f} s: {said.strip()}", flush=True)
-            return f"{file.name} took too long"
-        wrong = done.returncode not in (0, NO_TESTS)
-        print(f"{file.name}: {(done.stdout if wrong else done.stdout.splitlines()[-1]).strip()}", flush=True)
-        return f"{file.name} failed" if wrong else None
-
+    With pytest-xdist cores share the tests out, without it the files.
+    """
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") is not None:
+        return _run([*pytest, "-n", str(os.cpu_count()), *files], "tests", seconds) or "passed"
     with ThreadPoolExecutor(len(files)) as pool:
-        wrong = [reason for reason in pool.map(run, files) if reason is not None]
-    return f"FAILED: {', '.join(wrong)}" if wrong else "passed"
+        found = pool.map(lambda file: _run([*pytest, file], file.name, seconds), files)
+        wrong = [reason for reason in found if reason is not None]
+    return ", ".join(wrong) or "passed"
+
+
+def _run(command: Sequence[str | Path], name: str, seconds: float) -> str | None:
+    """Print what a run of pytest says; what is wrong with it."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired as late:
+        said = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+        print(f"{name}: not done after {seconds:.0f} s: {said.strip()}", flush=True)
+        return f"FAILED: {name} took too long"
+    wrong = done.returncode not in (0, NO_TESTS)
+    print(f"{name}: {(done.stdout if wrong else done.stdout.splitlines()[-1]).strip()}", flush=True)
+    return f"FAILED: {name}" if wrong else None

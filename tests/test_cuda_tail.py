@@ -1,5 +1,7 @@
-"""A decoder's last two layers in one launch of CUDA C++, against the torch reference; without a GPU its threads are those
-of the host's stand-in."""
+"""A decoder's last two layers in one launch of CUDA C++, against the torch reference.
+
+Without a GPU a block's threads are those of the host's stand-in.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from fastinv.backends.cuda_native import extension, launching
 from fastinv.backends.cuda_nodes import ConvolutionNode
-from fastinv.ops.activation import Activation
 
 if TYPE_CHECKING:
     import torch
