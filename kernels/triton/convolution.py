@@ -222,9 +222,7 @@ class Convolution(Weights, Tiled):
         self.tile = tile_for(outputs, products, dtype.itemsize, precision, self.flat, self.boxes)
         inputs = None if self.flat else self.tile.k
         # Between groups the weights are rounded up to `tile.n`.
-        self.candidates = tuple(
-            t for t in variants(self.tile, geometry.count) if groups == 1 or t.n == self.tile.n
-        )
+        self.candidates = tuple(t for t in variants(self.tile, geometry.count) if groups == 1 or t.n == self.tile.n)
         matrix, offsets = packed(geometry.weights(weight), self.tile.n, inputs, self.tile.k)
         super().__init__(geometry, weight.shape, matrix, offsets, bias, device, dtype)
         self.precision = precision
