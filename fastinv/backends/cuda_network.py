@@ -137,11 +137,16 @@ class CudaNetwork:
 
     def describe(self, measure: bool = False) -> list[dict[str, Any]]:
         network = self._network
-        plan: list[dict[str, Any]] = []
+        plan = []
         for indices, node in zip(self._lowering.steps, self._lowering.nodes, strict=True):
             index = indices[-1]
             step = network.steps[index]
-            row = {"step": index, "op": step.op.name, "kernel": _kernel_name(node), "output": network.shapes[index + 1]}
+            row: dict[str, Any] = {
+                "step": index,
+                "op": step.op.name,
+                "kernel": _kernel_name(node),
+                "output": network.shapes[index + 1],
+            }
             row |= {"activation": step.activation.kind, "flops": sum(network.costs[i].flops for i in indices)}
             plan.append(row | {"bytes": _bytes(network, indices), "source": step.source})
         if measure:
