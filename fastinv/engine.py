@@ -106,8 +106,9 @@ class Engine:
         the next, where threads do not share the image).
 
         Args:
-            measure: time every launch, on one thread, for a tenth of a second in all: adds `seconds` and `gflops`
-                (10^9 direct-form FLOPs a second), for one image. The cpu backend can do that.
+            measure: time every launch: adds `seconds` and `gflops` (10^9 direct-form FLOPs a second), for one image.
+                The cpu backend does that on one thread, for a tenth of a second in all; the cuda backend in a large
+                batch, on the device, without the transfers.
         """
         return self._compiled.describe(measure)
 

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed: it is there for L
 from interpreter import DEVICE, forward
 from triton.runtime.errors import OutOfResources
 
-from fastinv.backends import cuda_tuning
+from fastinv.backends import cuda_device, cuda_tuning
 from fastinv.backends.cuda import CudaBackend
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.backends.cuda_tuning import read_tiles, tiles_file, tune, write_tiles
@@ -119,13 +119,43 @@ def test_two_layers_in_one_launch_are_measured_as_one() -> None:
     assert relative(forward(network, x, "float16"), reference(network, x)) < 5e-3
 
 
+def test_a_launch_is_timed_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many in a graph, between two events: what Python takes to launch them does not count."""
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    def launch() -> None:
+        clock[0] += 3.0  # ms
+
+    def graph_of(launches, device):
+        assert len(launches) > 1
+        return lambda: [launch() for launch in launches]
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(cuda_device, "repeatable", graph_of)
+    assert cuda_device.seconds(launch, torch.device("cuda")) == pytest.approx(3e-3)
+    assert 0 <= cuda_device.seconds(launch, torch.device("cpu")) < 1
+
+
 @pytest.mark.parametrize("solves", [False, True])
 def test_info_tunes(network, solves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     inverter = RMLE(network, network.input_shape) if solves else InverseNetwork(network)
     inverter.save(tmp_path / "a.finv")
     monkeypatch.setattr(CudaBackend, "available", lambda self: None)
     monkeypatch.setattr(CudaBackend, "_device", lambda self: torch.empty(0, device=DEVICE).device)
-    monkeypatch.setattr(cuda_tuning, "_seconds", few_rows)
+    monkeypatch.setattr(cuda_tuning, "seconds", lambda launch, device: few_rows(launch))
     options = ["--backend", "cuda", "--precision", "tf32"]
     assert main(["info", str(tmp_path / "a.finv"), *options, "--tune"]) == 0
     assert "Convolution 64x" in capsys.readouterr().out

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from checks import InterruptAt, randn, reference, relative
+from checks import InterruptAt, exported, randn, reference, relative
+from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
 
@@ -203,3 +204,24 @@ def test_the_plan_is_told() -> None:
     assert [row["op"] for row in plan] == ["conv_transpose2d", "conv_transpose2d"]
     assert [row["kernel"] for row in plan] == ["Convolution 128x64x32, boxes", "DirectConvolution"]
     assert sum(row["flops"] for row in plan) == decoder("CIFAR ReLU22").flops
+
+
+class Branches(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.tanh(), x.relu()], 1)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(16, 3, 3), Branches()], ids=["writes the results", "two write one value"])
+def test_every_launch_is_measured_on_request(layer: nn.Module) -> None:
+    network = exported((16, 4, 4), layer)
+    compiled = network_on(network, most=2)
+    assert "seconds" not in compiled.describe()[0]
+    plan = compiled.describe(measure=True)
+    assert len(plan) == len(compiled.describe())
+    assert all(row["seconds"] > 0 for row in plan)
+    for row in plan:
+        assert row["gflops"] == pytest.approx(row["flops"] / row["seconds"] / 1e9)
+    x = randn(3, *network.input_shape)
+    out = np.empty((3, *network.output_shape), np.float32)
+    compiled.run(x, out)
+    assert relative(out, reference(network, x)) < 1e-5

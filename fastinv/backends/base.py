@@ -70,7 +70,7 @@ class CompiledNetwork(Protocol):
         """
 
     def describe(self, measure: bool = False) -> list[dict[str, Any]]:
-        """The plan, as `fastinv.Engine.describe` gives it."""
+        """The plan, as `fastinv.Engine.describe` gives it; with `measure` launches are timed, where that is done."""
 
 
 class CompiledSolver(Protocol):

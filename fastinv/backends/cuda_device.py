@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import statistics
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -132,6 +134,31 @@ def repeatable(launches: Sequence[Callable[[], None]], device: torch.device) -> 
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             run()
     return graph.replay
+
+
+REPEATED = 10  # launches between two events: Python alone takes up to 100 µs for one, more than many kernels
+MEASURED = 7
+
+
+def seconds(launch: Callable[[], None], device: torch.device) -> float:
+    """What a launch takes on the device: the median of some runs of a CUDA graph of several, after one that compiles
+    it. Of what only stands in for a GPU, one run by the clock."""
+    import torch
+
+    if device.type != "cuda":
+        start = time.perf_counter()
+        launch()
+        return time.perf_counter() - start
+    run = repeatable([launch] * REPEATED, device)
+    times: list[float] = []
+    for _ in range(MEASURED):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1000 / REPEATED)
+    return statistics.median(times)
 
 
 def halving(allocate: Callable[[int], Value], images: int) -> tuple[Value, int]:

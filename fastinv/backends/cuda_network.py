@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from fastinv import tensors
 from fastinv.backends.base import Array
-from fastinv.backends.cuda_device import Streams, halving, isa_of, on_device, repeatable
+from fastinv.backends.cuda_device import Streams, halving, isa_of, on_device, repeatable, seconds
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.backends.cuda_nodes import ConvolutionNode, Node
 from fastinv.backends.cuda_plan import Arena, Buffer, Stage, bucket
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MOST_IMAGES = 4096  # at once
 MOST_BYTES = 2**32  # of the arena and of all that goes with a batch
 STREAMED_IMAGES = 1024  # at once from the host: a call's first and last such batch overlap with nothing
+MEASURED_IMAGES = 1024  # at most
 STREAMED_BATCHES = 64  # of one call
 FEW = 64  # channels that a convolution can write in the user's order: with more, the addresses spill
 PLACES = 32  # of features and results on the device for which there are graphs
@@ -140,10 +141,36 @@ class CudaNetwork:
         for indices, node in zip(self._lowering.steps, self._lowering.nodes, strict=True):
             index = indices[-1]
             step = network.steps[index]
-            row = {"step": index, "op": step.op.name, "kernel": _kernel_name(node), "output": network.shapes[index + 1]}
+            row: dict[str, Any] = {
+                "step": index,
+                "op": step.op.name,
+                "kernel": _kernel_name(node),
+                "output": network.shapes[index + 1],
+            }
             row |= {"activation": step.activation.kind, "flops": sum(network.costs[i].flops for i in indices)}
             plan.append(row | {"bytes": _bytes(network, indices), "source": step.source})
+        if measure:
+            for row, taken in zip(plan, self._measured(), strict=True):
+                row |= {"seconds": taken, "gflops": row["flops"] / taken / 1e9 if taken > 0 else 0.0}
         return plan
+
+    def _measured(self) -> list[float]:
+        """Seconds that every node takes for one image, of a large batch of random features."""
+        import torch
+
+        network = self._network
+        with self._lock, on_device(self._device):
+            memory = self._ready()  # may lower `_most`
+            images = min(self._most, MEASURED_IMAGES)
+            features = torch.randn((images, *network.input_shape), device=self._device)
+            results = torch.empty((images, *network.output_shape), device=self._device)
+            flag = torch.empty(1, dtype=torch.int32, device=self._device)
+            outside = {self._features: features, self._results: results, self._flag: flag}
+            # In turn, so that each reads what those before have written.
+            launches = self._arena.bind(images, memory, self._all(outside))
+            taken = [seconds(launch, self._device) / images for launch in launches]
+        stages = zip(self._arena.stages, taken, strict=True)
+        return [next(t for stage, t in stages if node.output in stage.writes) for node in self._lowering.nodes]
 
     def _stages(self) -> list[Stage]:
         """From features [N, *input_shape] of any type, through the nodes, to results [N, *output_shape]."""

@@ -85,10 +85,14 @@ def place(buffers: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
 
 
 class Arena:
-    """Where the buffers of some stages lie; those in `outside` are given by the caller."""
+    """Where the buffers of some stages lie; those in `outside` are given by the caller.
+
+    Attributes:
+        stages: in the order in which they run.
+    """
 
     def __init__(self, stages: Sequence[Stage], outside: Iterable[Buffer]) -> None:
-        self._stages = tuple(stages)
+        self.stages = tuple(stages)
         self._outside = set(outside)
         self._spans: dict[Buffer, tuple[int, int]] = {}
         for index, stage in enumerate(stages):
@@ -116,7 +120,7 @@ class Arena:
             dtype: torch.dtype = getattr(torch, buffer.dtype)
             length = images * buffer.elements * dtype.itemsize
             tensors[buffer] = memory[offset : offset + length].view(dtype).view(images, buffer.elements)
-        return [stage.make(tensors.__getitem__) for stage in self._stages]
+        return [stage.make(tensors.__getitem__) for stage in self.stages]
 
     def _layout(self, images: int) -> tuple[list[int], int]:
         return place([(buffer.bytes(images), *span) for buffer, span in self._spans.items()])

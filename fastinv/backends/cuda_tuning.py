@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinv.backends.cuda_device import gpu_name, on_device
+from fastinv.backends.cuda_device import gpu_name, on_device, seconds
 from fastinv.errors import BackendError
 from fastinv.network import Network
 
@@ -110,7 +110,7 @@ def tune(
     """Measure the tiles of the network's convolutions and pairs, and of the ways back where it is a solver's edge.
 
     Args:
-        timer: seconds of a launch; by default by events on the device.
+        timer: seconds of a launch; by default those it takes on the device.
 
     Returns:
         What was written to the file.
@@ -124,11 +124,12 @@ def tune(
     gpu = gpu_name(device) or device.type
     to = Lowering(network, device, PRECISIONS[precision], differentiable=differentiable)
     kernels = [getattr(node, name, None) for node in to.nodes for name in ("kernel", "back")]
+    timer = timer or (lambda launch: seconds(launch, device))
     found: dict[str, list[int]] = {}
     with on_device(device):
         for kernel in kernels:
             if isinstance(kernel, Tiled) and key_of(gpu, kernel) not in found:
-                found[key_of(gpu, kernel)] = list(_fastest(kernel, device, timer or _seconds).numbers)
+                found[key_of(gpu, kernel)] = list(_fastest(kernel, device, timer).numbers)
     write_tiles(found)
     return found
 
@@ -144,26 +145,10 @@ def _fastest(kernel: Any, device: torch.device, timer: Callable[[Any], float]) -
     images = min(TUNED_IMAGES, max(1, TUNED_BYTES // largest)) if device.type == "cuda" else 1
     x, out = (torch.randn(images, *size, device=device).to(dtype) for size in sizes)
 
-    def seconds(tile: Any) -> float:
+    def measured(tile: Any) -> float:
         try:
             return timer(kernel.with_tile(tile).launch(x, out, Epilogue()))
         except OutOfResources:
             return float("inf")
 
-    return min(kernel.candidates, key=seconds)
-
-
-def _seconds(launch: Any) -> float:
-    """The median of some runs, after one that compiles it."""
-    import torch
-
-    launch()
-    times: list[float] = []
-    for _ in range(7):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        launch()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1000)
-    return sorted(times)[3]
+    return min(kernel.candidates, key=measured)

@@ -11,18 +11,20 @@ import triton
 import triton.language as tl
 from fastinv.kernels.triton.epilogue import put
 from fastinv.kernels.triton.geometry import Geometry
+from fastinv.kernels.triton.halves import add_product
 from fastinv.kernels.triton.launch import ceil_div
 
 
 @triton.jit
 def products_of_boxes(
-    x, w, n, y, x0, o, begin, taps_y, taps_x, per_tap, spacing_y, spacing_x,
+    x, w, n, y, x0, o, begin, taps_y, taps_x, per_tap, halfway, spacing_y, spacing_x,
     PRECISION: tl.constexpr, TURNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """As `products`, where x and w are tensor descriptors, whose boxes hold BM pixels and BN outputs.
 
     The box of the first tap begins at n, y, x0, that of the weights at output o and column `begin`; each tap has
-    `per_tap` of them. With TURNED the pixels are the columns of the product, see `turned`.
+    `per_tap` of them; that of the lower halves at `halfway` + o. With TURNED the pixels are the columns of the product,
+    see `turned`.
     """
     sums = tl.zeros((BN, BM) if TURNED else (BM, BN), tl.float32)
     for block in range(0, taps_y * taps_x * per_tap):
@@ -33,7 +35,8 @@ def products_of_boxes(
         if TURNED:
             sums = tl.dot(weights, pixels.T, sums, input_precision=PRECISION)
         else:
-            sums = tl.dot(pixels, weights.T, sums, input_precision=PRECISION)
+            lower = w.load([halfway + o, begin + block * BK]).T if PRECISION == "tf32x3" else None
+            sums = add_product(sums, pixels, weights.T, lower, PRECISION)
     return tl.trans(sums) if TURNED else sums
 
 
@@ -41,7 +44,7 @@ def products_of_boxes(
 def _boxes_kernel(
     x, w, bias, phases, out, addend, saved, a, b,
     images, outputs, out_height, out_width, out_n, out_y, out_x, out_c,
-    spacing_y, spacing_x, step_y, step_x, tiles, tiles_y, tiles_x, column_tiles, per_tap,
+    spacing_y, spacing_x, step_y, step_x, tiles, tiles_y, tiles_x, column_tiles, per_tap, halfway,
     PHASE: tl.constexpr, PHASES: tl.constexpr, KIND: tl.constexpr, BYTES: tl.constexpr, PRECISION: tl.constexpr,
     BI: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     TURNED: tl.constexpr, LASTING: tl.constexpr,
@@ -67,8 +70,8 @@ def _boxes_kernel(
         j0 = box % tiles_x * BX
         n0 = box // (tiles_x * tiles_y) * BI
         sums = products_of_boxes(
-            x, w, n0, i0 + first_y, j0 + first_x, tile_n * BN, begin, taps_y, taps_x, per_tap, spacing_y, spacing_x,
-            PRECISION, TURNED, BM, BN, BK,
+            x, w, n0, i0 + first_y, j0 + first_x, tile_n * BN, begin, taps_y, taps_x, per_tap, halfway,
+            spacing_y, spacing_x, PRECISION, TURNED, BM, BN, BK,
         )  # fmt: skip
         n = n0 + p // (BY * BX)
         i = i0 + p // BX % BY

@@ -14,18 +14,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import numpy as np
 import triton
 import triton.language as tl
 from fastinv.kernels.triton.boxes import _boxes_kernel, box_for, turned
 from fastinv.kernels.triton.epilogue import Epilogue, put
 from fastinv.kernels.triton.geometry import Geometry, Weights, packed
+from fastinv.kernels.triton.halves import add_product, halved
 from fastinv.kernels.triton.launch import Launch, ceil_div, copies_boxes, power_of_two, processors
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
 def products(
-    x, w, rows, pitch, base, inside, y, x0, height, width, channels, taps_y, taps_x,
+    x, w, rows, pitch, halfway, base, inside, y, x0, height, width, channels, taps_y, taps_x,
     x_y, x_x, x_c, spacing_y, spacing_x,
     FLAT: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -34,8 +36,9 @@ def products(
 
     Of BM pixels, of which those `inside` count: their first tap is at y, x0 (which may lie outside), and `base` is
     where their image and group begin; and of the BN outputs o whose weights are these `rows` of w, `packed`, of `pitch`
-    columns, from a phase's first on. With FLAT the tiles of the sum run over taps and channels together, else over the
-    channels of one tap; with FULL those fill their tiles.
+    columns, from a phase's first on, and `halfway` rows further their lower halves, where `add_product` asks for them.
+    With FLAT the tiles of the sum run over taps and channels together, else over the channels of one tap; with FULL
+    those fill their tiles.
     """
     k = tl.arange(0, BK)
     taps = taps_y * taps_x
@@ -66,7 +69,9 @@ def products(
                 seen = seen & (c < channels)[None, :]
             place = (base + iy * x_y + ix * x_x)[:, None] + (c * x_c)[None, :]
         pixels = tl.load(x + place, mask=seen, other=0.0).to(w.dtype.element_ty)
-        sums = tl.dot(pixels, tl.load(weights + block * BK), sums, input_precision=PRECISION)
+        place = weights + block * BK
+        lower = tl.load(place + halfway * pitch) if PRECISION == "tf32x3" else None
+        sums = add_product(sums, pixels, tl.load(place), lower, PRECISION)
     return sums
 
 
@@ -76,7 +81,7 @@ def _convolution_kernel(
     images, height, width, channels, outputs, out_height, out_width,
     x_n, x_y, x_x, x_c, out_n, out_y, out_x, out_c,
     stride_y, stride_x, spacing_y, spacing_x, step_y, step_x,
-    pitch, column_tiles, groups,
+    pitch, halfway, column_tiles, groups,
     PHASE: tl.constexpr, PHASES: tl.constexpr, FLAT: tl.constexpr, FULL: tl.constexpr, KIND: tl.constexpr,
     BYTES: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -109,8 +114,8 @@ def _convolution_kernel(
     base = n * x_n + group * channels * x_c
     o = tile_n * BN + tl.arange(0, BN)
     sums = products(
-        x, w, group * column_tiles * BN + o, pitch, base, inside, y, x0, height, width, channels, taps_y, taps_x,
-        x_y, x_x, x_c, spacing_y, spacing_x, FLAT, FULL, PRECISION, BM, BN, BK,
+        x, w, group * column_tiles * BN + o, pitch, halfway, base, inside, y, x0, height, width, channels,
+        taps_y, taps_x, x_y, x_x, x_c, spacing_y, spacing_x, FLAT, FULL, PRECISION, BM, BN, BK,
     )  # fmt: skip
 
     put(
@@ -222,10 +227,12 @@ class Convolution(Weights, Tiled):
         self.tile = tile_for(outputs, products, dtype.itemsize, precision, self.flat, self.boxes)
         inputs = None if self.flat else self.tile.k
         # Between groups the weights are rounded up to `tile.n`.
-        self.candidates = tuple(
-            t for t in variants(self.tile, geometry.count) if groups == 1 or t.n == self.tile.n
-        )
+        self.candidates = tuple(t for t in variants(self.tile, geometry.count) if groups == 1 or t.n == self.tile.n)
         matrix, offsets = packed(geometry.weights(weight), self.tile.n, inputs, self.tile.k)
+        self.halfway = 0  # rows of the weights before their lower halves
+        if precision == "tf32x3":
+            self.halfway = len(matrix)
+            matrix = np.concatenate(halved(matrix))
         super().__init__(geometry, weight.shape, matrix, offsets, bias, device, dtype)
         self.precision = precision
 
@@ -239,7 +246,9 @@ class Convolution(Weights, Tiled):
         geometry, tile = self.geometry, self.tile
         columns = ceil_div(self.outputs, tile.n)
         args, constants = self.arguments(x, out, epilogue, x_strides, out_strides)
-        args |= {"pitch": self.weight.shape[1], "column_tiles": columns, "groups": self.groups}
+        args |= {
+            "pitch": self.weight.shape[1], "halfway": self.halfway, "column_tiles": columns, "groups": self.groups,
+        }  # fmt: skip
         constants |= {
             "FLAT": self.flat, "FULL": self.inputs % tile.k == 0, "PRECISION": self.precision,
             "BM": tile.m, "BN": tile.n, "BK": tile.k,
@@ -274,4 +283,5 @@ class Convolution(Weights, Tiled):
             "x": TensorDescriptor(x, list(shape), [given[f"x_{axis}"] for axis in "nyxc"], [*box, tile.k]),
             "w": TensorDescriptor(w, list(w.shape), list(w.stride()), [tile.n, tile.k]),
             "per_tap": ceil_div(self.inputs, tile.k),
+            "halfway": self.halfway,
         }

@@ -35,6 +35,7 @@ from fastinv.kernels.triton.convolution import Convolution, Tile, Tiled, product
 from fastinv.kernels.triton.direct import FEW
 from fastinv.kernels.triton.epilogue import Epilogue, activate, finish, stored
 from fastinv.kernels.triton.geometry import Geometry, Weights, strides
+from fastinv.kernels.triton.halves import add_product, halved
 from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
 
 WIDEST = 128  # channels between the layers: all of them are one tile
@@ -48,7 +49,7 @@ def _pair_kernel(
     height, width, channels, between, outputs, out_height, out_width,
     x_n, x_y, x_x, x_c, out_n, out_y, out_x, out_c,
     stride_y, stride_x, spacing_y, spacing_x,
-    tiles_y, tiles_x, advance_y, advance_x, before_y, before_x, after_y, after_x, per_tap,
+    tiles_y, tiles_x, advance_y, advance_x, before_y, before_x, after_y, after_x, per_tap, halfway,
     BOXES: tl.constexpr, TURNED: tl.constexpr, PHASE: tl.constexpr, PHASES: tl.constexpr, PITCH: tl.constexpr,
     FLAT: tl.constexpr, FULL: tl.constexpr, BETWEEN: tl.constexpr, KIND: tl.constexpr, BYTES: tl.constexpr,
     PRECISION: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -62,8 +63,9 @@ def _pair_kernel(
     outputs], both with any strides; addend as out, contiguous. w, phases: `packed` and `Geometry.table`. With BOXES x
     and w are tensor descriptors, as in `boxes.py`.
 
-    last_w: [COLUMNS, BN], a row for each output and tap. sources: int32 [phases, 3, SLOTS, OUTPUTS, PLACES]: shift down
-    and across, in cells, and the column of the s-th tap that brings pixels of phase f to place q of a cell.
+    last_w: [COLUMNS, BN], a row for each output and tap, then the rows of their lower halves, as w has them. sources:
+    int32 [phases, 3, SLOTS, OUTPUTS, PLACES]: shift down and across, in cells, and the column of the s-th tap that
+    brings pixels of phase f to place q of a cell.
     """
     program = tl.program_id(0)
     tile_x = program % tiles_x
@@ -88,20 +90,22 @@ def _pair_kernel(
         if BOXES:
             hidden = products_of_boxes(
                 x, w, n, tile_y * advance_y + first_y, tile_x * advance_x + first_x, 0, tl.load(phase + 8),
-                taps_y, taps_x, per_tap, spacing_y, spacing_x, PRECISION, TURNED, TY * TX, BN, BK,
+                taps_y, taps_x, per_tap, halfway, spacing_y, spacing_x, PRECISION, TURNED, TY * TX, BN, BK,
             )  # fmt: skip
         else:
             hidden = products(
-                x, w + tl.load(phase + 8), c, PITCH, base, inside, i * stride_y + first_y, j * stride_x + first_x,
-                height, width, channels, taps_y, taps_x, x_y, x_x, x_c, spacing_y, spacing_x,
-                FLAT, FULL, PRECISION, TY * TX, BN, BK,
+                x, w + tl.load(phase + 8), c, PITCH, halfway, base, inside,
+                i * stride_y + first_y, j * stride_x + first_x, height, width, channels, taps_y, taps_x,
+                x_y, x_x, x_c, spacing_y, spacing_x, FLAT, FULL, PRECISION, TY * TX, BN, BK,
             )  # fmt: skip
         if bias is not None:
             hidden += tl.load(bias + c, mask=c < between, other=0.0)[None, :]
         hidden = activate(hidden, between_a, between_b, BETWEEN)
         hidden = tl.where(inside[:, None], hidden, 0.0).to(last_w.dtype.element_ty)
-        taps = tl.load(last_w + tl.arange(0, COLUMNS)[None, :] * BN + c[:, None])
-        given = tl.trans(tl.dot(hidden, taps, input_precision=PRECISION))
+        taps = last_w + tl.arange(0, COLUMNS)[None, :] * BN + c[:, None]
+        lower = tl.load(taps + COLUMNS * BN) if PRECISION == "tf32x3" else None
+        given = tl.zeros((TY * TX, COLUMNS), tl.float32)
+        given = tl.trans(add_product(given, hidden, tl.load(taps), lower, PRECISION))
         from_y = at_y[None, None, :] - tl.load(source)[:, :, None]
         from_x = at_x[None, None, :] - tl.load(source + SLOTS * PART)[:, :, None]
         there = (from_y >= 0) & (from_y < TY) & (from_x >= 0) & (from_x < TX)
@@ -263,6 +267,8 @@ class Pair(Tiled):
         last_w = np.zeros((self.columns, width), np.float32)
         rows = weight[0].swapaxes(1, 0).reshape(first.outputs, -1).T  # [outputs · taps, channels]
         last_w[: len(rows), : first.outputs] = rows
+        if first.precision == "tf32x3":
+            last_w = np.concatenate(halved(last_w))
         self.weight = torch.from_numpy(last_w).to(device, dtype)
         self.sources = torch.from_numpy(sources).to(device)
 
@@ -330,7 +336,9 @@ class Pair(Tiled):
             "advance_y": down.advance(self.size[0]), "advance_x": across.advance(self.size[1]),
             "before_y": down.before, "before_x": across.before, "after_y": down.after, "after_x": across.after,
         }  # fmt: skip
-        args |= first.described(x, args, (1, *self.size), tile) if tile.boxes else {"per_tap": 0}
+        args |= {"per_tap": 0, "halfway": first.halfway}
+        if tile.boxes:
+            args |= first.described(x, args, (1, *self.size), tile)
         for name in ("images", "step_y", "step_x"):
             del args[name]
         cell = [a * b for a, b in zip(first.geometry.step, last.geometry.step, strict=True)]
