@@ -257,7 +257,7 @@ def _kernel(to: Lowering, geometry: Any, weight: Any, bias: Any) -> Any:
     if groups > 1 and min(outputs, inputs) < SMALL_GROUP:
         return GroupedConvolution(geometry, weight, bias, to.device, to.dtype)
     if DirectConvolution.fits(geometry, weight) and outputs <= _few(inputs, to.dtype.itemsize):
-        return DirectConvolution(geometry, weight, bias, to.device, to.dtype)
+        return DirectConvolution(geometry, weight, bias, to.device)
     return tuned(Convolution(geometry, weight, bias, to.device, to.dtype, to.numbers.dot), to.device)
 
 

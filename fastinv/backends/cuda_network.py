@@ -17,7 +17,7 @@ from fastinv import tensors
 from fastinv.backends.base import Array
 from fastinv.backends.cuda_device import Streams, halving, isa_of, on_device, repeatable
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
-from fastinv.backends.cuda_nodes import ConvolutionNode, Node
+from fastinv.backends.cuda_nodes import ConvolutionNode, Door, Node
 from fastinv.backends.cuda_plan import Arena, Buffer, Stage, bucket
 from fastinv.errors import FeatureError
 from fastinv.network import Network
@@ -159,7 +159,7 @@ class CudaNetwork:
         def results(tensors: Any) -> Any:
             return launch_channels_first(tensors(to.output), tensors(self._results), *door(network.output_shape))
 
-        first = Stage(features, (self._features,), (to.input,))
+        first = [] if self._reads_features() else [Stage(features, (self._features,), (to.input,))]
         last = to.nodes[-1] if to.nodes else None
         read = {source for node in to.nodes for source in node.inputs}
         if (
@@ -173,8 +173,28 @@ class CudaNetwork:
             pixels, channels = door(network.output_shape)
             last.output = self._results
             last.out_strides = (pixels * channels, network.output_shape[2], 1, pixels)
-            return [first, *to.forward()]
-        return [first, *to.forward(), Stage(results, (to.output,), (self._results,))]
+            return [*first, *to.forward()]
+        return [*first, *to.forward(), Stage(results, (to.output,), (self._results,))]
+
+    def _reads_features(self) -> bool:
+        """Let the node that reads the features do so where they are, if it can and no other does."""
+        from fastinv.kernels.triton.direct import DirectConvolution
+
+        to, shape = self._lowering, self._network.input_shape
+        readers = [node for node in to.nodes for source in node.inputs if source is to.input]
+        node = readers[0] if len(readers) == 1 and to.output is not to.input else None
+        if (
+            isinstance(node, ConvolutionNode)
+            and isinstance(node.kernel, DirectConvolution)
+            and node.kernel.input_shape == (*shape[1:], shape[0])
+            and node.inputs[0] is to.input
+            and node.kernel.whole  # else it could not tell whether all features are finite
+        ):
+            node.kernel = node.kernel.planar()
+            node.door = Door(self._features, self._scale, self._zero_point, self._flag)
+            node.inputs = (self._features, *node.inputs[1:])
+            return True
+        return False
 
     def _all(self, outside: dict[Buffer, Any]) -> dict[Buffer, Any]:
         return {buffer: outside.get(buffer) for buffer in self._outside}

@@ -28,22 +28,39 @@ class Node(Protocol):
         """From the gradient of the output before the activation to `into`, the gradient of input `which`."""
 
 
+@dataclass(frozen=True, eq=False)
+class Door:
+    """Features as users hold them, [N, C, H, W] of any type, and what goes with them: see `layout.py` of the kernels."""
+
+    features: Buffer
+    scale: Buffer
+    zero_point: Buffer
+    flag: Buffer
+
+
 @dataclass(eq=False)
 class ConvolutionNode:
-    """A convolution, also a dense layer. A second input is added to its result before the activation."""
+    """A convolution, also a dense layer. A second input is added to its result before the activation.
+
+    With a `door` the first input is the features there, which only a `DirectConvolution` can read.
+    """
 
     inputs: tuple[Buffer, ...]
     output: Buffer
-    kernel: Any  # `Convolution`, `DirectConvolution`, or a `Pair` of two convolutions
+    kernel: Any  # `Convolution`, `DirectConvolution`, `GroupedConvolution`, or a `Pair` of two convolutions
     back: Any  # the same for the way back, or None
     ending: Ending
     weight: Any  # float32 [groups, outputs, inputs, kh, kw], of the way forward
     out_strides: tuple[int, int, int, int] | None = None
+    door: Door | None = None
 
     def forward(self) -> Stage:
         def make(tensors: Any) -> Any:
-            epilogue = self.ending.epilogue(tensors)
-            return self.kernel.launch(tensors(self.inputs[0]), tensors(self.output), epilogue, None, self.out_strides)
+            x, out, epilogue = tensors(self.inputs[0]), tensors(self.output), self.ending.epilogue(tensors)
+            if self.door is None:
+                return self.kernel.launch(x, out, epilogue, None, self.out_strides)
+            beside = (tensors(b) for b in (self.door.scale, self.door.zero_point, self.door.flag))
+            return self.kernel.launch_planar(x, out, epilogue, self.out_strides, *beside)
 
         return Stage(make, self.inputs, (self.output,))
 

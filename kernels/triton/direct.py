@@ -4,9 +4,9 @@ A thread has some outputs one below the other, of all phases, and what it reads 
 outputs that see it. Taps, strides and borders are constants of the kernel,
 so that a load is an address plus a constant. All products are of float32.
 
-What lies side by side in memory is side by side among threads. With few outputs the columns of a tile are channels, whose
-sums come together at the end, or one channel where the input is planar, as features are in the user's order: there it
-is pixels that lie side by side. Else the columns are the outputs.
+What lies side by side in memory is side by side among threads. With few outputs the columns of a tile are channels,
+whose sums come together at the end, or one channel where the input is planar, as features are in the user's order:
+there it is pixels that lie side by side. Else the columns are the outputs.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import numpy as np
 import triton
 import triton.language as tl
 from fastinv.kernels.triton.epilogue import Epilogue, put
-from fastinv.kernels.triton.geometry import Axis, Geometry, Weights
+from fastinv.kernels.triton.geometry import Geometry, Weight, Weights
 from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
 
 FEW = 4  # outputs whose sums a thread has all
 WIDEST = 64  # outputs that can be the columns of a tile
 SECTOR = 16  # channels that are loaded side by side: 32 bytes, of which memory is made, if they have two each
 VALUES = 72  # of a thread, sums and what it reads of a column: of 128 registers, with weights and addresses
+MOST_ROWS = 8  # of a thread: more would leave too few threads
 PRODUCTS = 400  # of a channel and an output of each phase: all are written out, one by one
 LOAD = 4  # products that a multiprocessor can do while it loads one value from its cache
 THREADS = 128  # of a program
@@ -33,7 +34,7 @@ THREADS = 128  # of a program
 
 @triton.jit
 def _added(sums, value, INDEX: tl.constexpr):
-    return sums[:INDEX] + (sums[INDEX] + value,) + sums[INDEX + 1 :]
+    return sums[:INDEX] + (sums[INDEX] + value,) + sums[INDEX + 1 :]  # noqa: RUF005
 
 
 @triton.jit
@@ -74,10 +75,10 @@ def _direct_kernel(
     pixels = x + (n * x_n + y * X_Y + x0 * X_X)[:, None] + (c * X_C)[None, :]
     weights = w + k[None, :] + tl.zeros((1 if OVER_CHANNELS else BM, 1), tl.int32)
 
-    wrong = tl.zeros((BM, XC), tl.float32)
+    largest = tl.zeros((BM, XC), tl.float32)
     sums = ()
     for _ in tl.static_range(ROWS * COUNT_Y * COUNT_X * PARTS):
-        sums = sums + (tl.zeros((BM, COLUMNS), tl.float32),)
+        sums = sums + (tl.zeros((BM, COLUMNS), tl.float32),)  # noqa: RUF005
     for block in range(0, (channels + XC - 1) // XC):
         if scale is not None:
             known = block * XC + c < channels
@@ -104,8 +105,8 @@ def _direct_kernel(
                         value = tl.where(seen, (value - zero) * unit, 0.0)
                 if flag is not None:
                     if CHECKED_Y[f] and CHECKED_X[e]:
-                        wrong += value * 0.0  # NaN where the value is NaN or Inf
-                column = column + (value,)
+                        largest = tl.maximum(largest, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
+                column = column + (value,)  # noqa: RUF005
             for s in tl.static_range(len(TAPS_Y)):
                 for t in tl.static_range(len(TAPS_X)):
                     if ENTRIES_X[t] == e:
@@ -122,7 +123,7 @@ def _direct_kernel(
         weights += KERNEL_Y * KERNEL_X * PARTS * COLUMNS
 
     if flag is not None:
-        bad = wrong != wrong
+        bad = (largest != largest) | (largest == float("inf"))
         tl.store(flag + tl.zeros((BM, XC), tl.int32), tl.full((BM, XC), 1, tl.int32), mask=bad)
     for r in tl.static_range(ROWS):
         for p in tl.static_range(COUNT_Y):
@@ -182,73 +183,66 @@ class Reach:
 def reach(geometry: Geometry, axis: int, rows: int) -> Reach:
     """Along an axis, for cells of so many outputs of each phase."""
     inputs, stride, spacing = geometry.inputs[axis], geometry.stride[axis], geometry.spacing[axis]
-    axes: tuple[Axis, ...] = geometry.axes[axis]
+    axes = geometry.axes[axis]
     cells = ceil_div(axes[0].rows, rows)
     taps = [(p, u, a.first + t * spacing) for p, a in enumerate(axes) for t, u in enumerate(a.taps)]
     offsets = sorted({first + r * stride for _, _, first in taps for r in range(rows)})
     begins = range(0, cells * rows * stride, rows * stride)
-    free = tuple(offset >= 0 and begins[-1] + offset < inputs for offset in offsets)
-    reached = {offset: {b + offset for b in begins} & set(range(inputs)) for offset in offsets}
     left, checked = set(range(inputs)), set()
-    while left and (best := max(offsets, key=lambda offset: len(reached[offset] & left), default=None)) is not None:
-        if not reached[best] & left:
-            break
-        left -= reached[best]
-        checked.add(best)
+    for offset in sorted(offsets, key=lambda offset: (not 0 <= offset < rows * stride, offset)):
+        reached = left & {begin + offset for begin in begins}
+        if reached:
+            left -= reached
+            checked.add(offset)
     return Reach(
-        rows, cells, len(axes), tuple(offsets), free, tuple(offset in checked for offset in offsets),
-        tuple(p for p, _, _ in taps), tuple(u for _, u, _ in taps),
-        tuple(offsets.index(first + r * stride) for _, _, first in taps for r in range(rows)), not left,
-    )  # fmt: skip
+        rows=rows,
+        cells=cells,
+        count=len(axes),
+        offsets=tuple(offsets),
+        free=tuple(offset >= 0 and begins[-1] + offset < inputs for offset in offsets),
+        checked=tuple(offset in checked for offset in offsets),
+        phases=tuple(p for p, _, _ in taps),
+        taps=tuple(u for _, u, _ in taps),
+        entries=tuple(offsets.index(first + r * stride) for _, _, first in taps for r in range(rows)),
+        whole=not left,
+    )
 
 
 class DirectConvolution(Weights):
-    """As `convolution.Convolution`, for one group with few outputs or few inputs. See `fits`.
+    """As `convolution.Convolution`, for one group with few outputs or few inputs. Products are of float32.
 
     Args:
         planar: whether in memory the pixels of a channel lie side by side, not the channels of a pixel.
     """
 
-    def __init__(
-        self, geometry: Geometry, weight: Any, bias: Any, device: Any, dtype: Any, planar: bool = False
-    ) -> None:
+    def __init__(self, geometry: Geometry, weight: Any, bias: Any, device: Any, planar: bool = False) -> None:
         import torch
 
-        _, outputs, channels, kernel_y, kernel_x = weight.shape
-        self.kernel = kernel_y, kernel_x
-        self.over_channels = _over_channels(outputs)
+        _, outputs, channels, *kernel = weight.shape
+        self.kernel = kernel
+        self.over_channels = outputs <= FEW
         if self.over_channels:
-            self.parts = outputs
-            self.columns = 1 if planar else min(power_of_two(channels), SECTOR)
+            self.parts, self.columns = outputs, 1 if planar else min(power_of_two(channels), SECTOR)
+            width = min(self.columns, 2)  # columns of a thread
+            pixels = 2 if self.columns == 1 else 1  # of a thread: a weight is loaded once for all of them
+            self.rows = _rows(geometry, self.parts, width * pixels, width * pixels)
         else:
             self.parts, self.columns = 1, power_of_two(outputs)
-        block = self.columns if self.over_channels else 1
-        blocks = ceil_div(channels, block)
-        padded = np.zeros((self.parts * (1 if self.over_channels else self.columns), blocks * block, *self.kernel))
-        padded[:outputs, :channels] = weight[0]
-        if self.over_channels:
-            padded = padded.reshape(outputs, blocks, block, *self.kernel).transpose(1, 3, 4, 0, 2)
-        else:
-            padded = padded.transpose(1, 2, 3, 0)
-        width = min(self.columns, 2 if self.over_channels else 4)  # columns of a thread
-        pixels = 2 if self.columns == 1 else 1  # of a thread: a weight is loaded once for all of them
-        read = width * pixels if self.over_channels else 1  # values of an input
-        self.rows = _rows(geometry, self.parts, width * pixels, read)
+            width, pixels = min(self.columns, 4), 1
+            self.rows = _rows(geometry, self.parts, width, 1)
         self.tile_pixels = THREADS * width * pixels // self.columns
-        offsets = [0] * geometry.count
-        packed = np.ascontiguousarray(padded, np.float32).ravel()
-        super().__init__(geometry, weight.shape, packed, offsets, bias, device, torch.float32)
         self.reaches = reach(geometry, 0, self.rows), reach(geometry, 1, 1)
-        self._again = geometry, weight, bias, device, dtype
+        packed = _packed(weight[0], self.columns, self.over_channels)
+        super().__init__(geometry, weight.shape, packed, [0] * geometry.count, bias, device, torch.float32)
+        self._again = geometry, weight, bias, device
 
     @staticmethod
     def fits(geometry: Geometry, weight: Any) -> bool:
-        """Whether there is a kernel for weights [groups, outputs, inputs, kh, kw]."""
+        """Whether weights [groups, outputs, inputs, kh, kw] are one group's, few enough to be written out."""
         groups, outputs, _, *kernel = weight.shape
-        over = _over_channels(outputs)
-        parts, side = (outputs, 1) if over else (1, min(4, power_of_two(outputs)))
-        products = math.prod(kernel) * parts
-        return groups == 1 and outputs <= WIDEST and products <= PRODUCTS and geometry.count * parts * side <= WIDEST
+        parts = outputs if outputs <= FEW else 1
+        sums = geometry.count * (outputs if outputs <= FEW else 4)  # of a thread, and as many again in what it reads
+        return groups == 1 and outputs <= WIDEST and 2 * sums <= VALUES and math.prod(kernel) * parts <= PRODUCTS
 
     @property
     def whole(self) -> bool:
@@ -259,18 +253,29 @@ class DirectConvolution(Weights):
         """The same for inputs that are planar."""
         return DirectConvolution(*self._again, planar=True) if self.over_channels and self.columns > 1 else self
 
-    def launch(
+    def launch(self, x: Any, out: Any, epilogue: Epilogue, x_strides: Any = None, out_strides: Any = None) -> Launch:
+        """As `Convolution.launch`."""
+        return self._launch(x, out, epilogue, x_strides, out_strides)
+
+    def launch_planar(
+        self, x: Any, out: Any, epilogue: Epilogue, out_strides: Any, scale: Any, zero_point: Any, flag: Any
+    ) -> Launch:
+        """For x [N, C, H, W], contiguous, of any type; scale, zero point and flag as in `layout.py`."""
+        height, width, channels = self.input_shape
+        x_strides = channels * height * width, width, 1, height * width
+        return self._launch(x, out, epilogue, x_strides, out_strides, scale, zero_point, flag)
+
+    def _launch(
         self,
         x: Any,
         out: Any,
         epilogue: Epilogue,
-        x_strides: Any = None,
-        out_strides: Any = None,
+        x_strides: Any,
+        out_strides: Any,
         scale: Any = None,
         zero_point: Any = None,
         flag: Any = None,
     ) -> Launch:
-        """As `Convolution.launch`; with scale, zero point and flag as in `layout.py`."""
         given, constants = self.arguments(x, out, epilogue, x_strides, out_strides)
         down, across = self.reaches
         args = {name: value for name, value in given.items() if name in _direct_kernel.arg_names}
@@ -290,8 +295,17 @@ class DirectConvolution(Weights):
         return Launch(_direct_kernel, programs, args, constants, THREADS // 32)
 
 
-def _over_channels(outputs: int) -> bool:
-    return outputs <= FEW
+def _packed(weight: Weight, columns: int, over_channels: bool) -> Weight:
+    """Weights [outputs, inputs, kh, kw] as the kernel has them, flat; what fills up the columns is zero."""
+    outputs, channels, *kernel = weight.shape
+    if over_channels:
+        blocks = ceil_div(channels, columns)
+        padded = np.zeros((outputs, blocks * columns, *kernel), np.float32)
+        padded[:, :channels] = weight
+        return padded.reshape(outputs, blocks, columns, *kernel).transpose(1, 3, 4, 0, 2).ravel()
+    padded = np.zeros((columns, channels, *kernel), np.float32)
+    padded[:outputs] = weight
+    return padded.transpose(1, 2, 3, 0).ravel()
 
 
 def _rows(geometry: Geometry, parts: int, width: int, read: int) -> int:
@@ -312,7 +326,7 @@ def _rows(geometry: Geometry, parts: int, width: int, read: int) -> int:
         values = width * rows * geometry.count * parts + read * len(reach(geometry, 0, rows).offsets)
         return values <= VALUES and rows * _products(geometry, parts) <= 2 * PRODUCTS
 
-    return min((rows for rows in range(1, 17) if rows == 1 or fits(rows)), key=cost)
+    return min((rows for rows in range(1, MOST_ROWS + 1) if rows == 1 or fits(rows)), key=cost)
 
 
 def _products(geometry: Geometry, parts: int) -> int:

@@ -58,7 +58,7 @@ def _grouped_kernel(
 
 
 class GroupedConvolution(Weights):
-    """As `convolution.Convolution`, for groups of few channels. Its weights are [taps, inputs, outputs] of each phase."""
+    """As `convolution.Convolution`, for groups of few channels. Weights are [taps, inputs, outputs] of each phase."""
 
     def __init__(self, geometry: Geometry, weight: Any, bias: Any, device: Any, dtype: Any) -> None:
         parts = [part.transpose(2, 3, 0, 1).ravel() for part in geometry.weights(weight)]  # [taps, c, groups · o]
