@@ -250,14 +250,28 @@ def _product(to: Lowering, step: Step, inputs: list[Buffer], shape: Shape, geome
 def _kernel(to: Lowering, geometry: Any, weight: Any, bias: Any) -> Any:
     """The kernel for weights [groups, outputs, inputs, kh, kw]: by shapes and precision alone."""
     from fastinv.kernels.triton.convolution import Convolution
-    from fastinv.kernels.triton.direct import FEW, DirectConvolution
+    from fastinv.kernels.triton.direct import DirectConvolution
+    from fastinv.kernels.triton.grouped import GroupedConvolution
 
     groups, outputs, inputs = weight.shape[:3]
-    # Two-byte products are so fast on tensor cores that a tile may be three quarters empty.
-    few = groups == 1 and outputs <= FEW and to.dtype.itemsize == 4
-    small = groups > 1 and min(outputs, inputs) < SMALL_GROUP
-    arguments = (geometry, weight, bias, to.device, to.dtype, to.numbers.dot)
-    return DirectConvolution(*arguments) if few or small else tuned(Convolution(*arguments), to.device)
+    if groups > 1 and min(outputs, inputs) < SMALL_GROUP:
+        return GroupedConvolution(geometry, weight, bias, to.device, to.dtype)
+    if DirectConvolution.fits(geometry, weight) and outputs <= _few(inputs, to.dtype.itemsize):
+        return DirectConvolution(geometry, weight, bias, to.device)
+    return tuned(Convolution(geometry, weight, bias, to.device, to.dtype, to.numbers.dot), to.device)
+
+
+def _few(inputs: int, itemsize: int) -> int:
+    """Up to how many outputs a convolution takes longer as a matrix product than product by product.
+
+    On an H100 about 15 · 10^12 products a second are to be had without tensor cores. With them it is not products that
+    count but what they read, gathered from memory: 10^12 values a second where a tile runs over taps and channels, or
+    its tap has 16 channels, so that 16 products cost as much as a value; 3 · 10^12 with more channels. float32 values
+    take longer, and become three tf32 products.
+    """
+    if inputs > 16:
+        return 4
+    return 16 if itemsize == 2 else 64
 
 
 def _linear(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Shape], shape: Shape) -> Buffer:

@@ -17,7 +17,7 @@ from fastinv import tensors
 from fastinv.backends.base import Array
 from fastinv.backends.cuda_device import Streams, halving, isa_of, on_device, repeatable, seconds
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
-from fastinv.backends.cuda_nodes import ConvolutionNode, Node
+from fastinv.backends.cuda_nodes import ConvolutionNode, Door, Node
 from fastinv.backends.cuda_plan import Arena, Buffer, Stage, bucket
 from fastinv.errors import FeatureError
 from fastinv.network import Network
@@ -181,15 +181,16 @@ class CudaNetwork:
         def features(tensors: Any) -> Any:
             flag, scale, zero_point = (tensors(b) for b in (self._flag, self._scale, self._zero_point))
             sizes = door(network.input_shape)
-            if direct is not None and direct.takes(tensors(self._features)):
+            if reader is not None and reader.takes(tensors):
                 return nothing
             return launch_channels_last(tensors(self._features), tensors(to.input), *sizes, scale, zero_point, flag)
 
         def results(tensors: Any) -> Any:
             return launch_channels_first(tensors(to.output), tensors(self._results), *door(network.output_shape))
 
-        first = Stage(features, (self._features,), (to.input,))
-        direct = self._first_reader()
+        reader = self._reader()
+        always = reader is not None and reader.kernel.takes_all
+        first = [] if always else [Stage(features, (self._features,), (to.input,))]
         last = to.nodes[-1] if to.nodes else None
         read = {source for node in to.nodes for source in node.inputs}
         if (
@@ -203,19 +204,24 @@ class CudaNetwork:
             pixels, channels = door(network.output_shape)
             last.output = self._results
             last.out_strides = (pixels * channels, network.output_shape[2], 1, pixels)
-            return [first, *to.forward()]
-        return [first, *to.forward(), Stage(results, (to.output,), (self._results,))]
+            return [*first, *to.forward()]
+        return [*first, *to.forward(), Stage(results, (to.output,), (self._results,))]
 
-    def _first_reader(self) -> ConvolutionNode | None:
-        """The node that can read features as they come, if it alone reads them."""
-        to = self._lowering
-        readers = [node for node in to.nodes if to.input in node.inputs]
-        if len(readers) != 1 or to.input is to.output or not isinstance(readers[0], ConvolutionNode):
+    def _reader(self) -> ConvolutionNode | None:
+        """The node that reads the features where they are: where a kernel can, and nothing else reads them."""
+        to, shape = self._lowering, self._network.input_shape
+        readers = [node for node in to.nodes for source in node.inputs if source is to.input]
+        node = readers[0] if len(readers) == 1 and to.output is not to.input else None
+        if not isinstance(node, ConvolutionNode) or node.inputs[0] is not to.input:
             return None
-        if not getattr(readers[0].kernel, "reads_features", False):
+        kernel = node.kernel.planar() if len(shape) == 3 else None
+        if kernel is None or kernel.input_shape != (*shape[1:], shape[0]):
             return None
-        readers[0].features = (self._features, self._flag)
-        return readers[0]
+        node.kernel = kernel
+        node.door = Door(self._features, self._scale, self._zero_point, self._flag)
+        if kernel.takes_all:
+            node.inputs = (self._features, *node.inputs[1:])
+        return node
 
     def _all(self, outside: dict[Buffer, Any]) -> dict[Buffer, Any]:
         return {buffer: outside.get(buffer) for buffer in self._outside}

@@ -28,31 +28,49 @@ class Node(Protocol):
         """From the gradient of the output before the activation to `into`, the gradient of input `which`."""
 
 
+@dataclass(frozen=True, eq=False)
+class Door:
+    """Features as users hold them, [N, C, H, W] of any type, and what goes with them, as in `layout.py`."""
+
+    features: Buffer
+    scale: Buffer
+    zero_point: Buffer
+    flag: Buffer
+
+    @property
+    def beside(self) -> tuple[Buffer, ...]:
+        return self.scale, self.zero_point, self.flag
+
+
 @dataclass(eq=False)
 class ConvolutionNode:
-    """A convolution, also a dense layer. A second input is added to its result before the activation."""
+    """A convolution, also a dense layer. A second input is added to its result before the activation.
+
+    With a `door` the features there are read instead of the first input, by kernels that can (`planar`), if they take
+    them.
+    """
 
     inputs: tuple[Buffer, ...]
     output: Buffer
-    kernel: Any  # `Convolution`, `DirectConvolution`, or a `Pair` of two convolutions
+    kernel: Any  # `Convolution`, `DirectConvolution`, `GroupedConvolution`, or a `Pair` or `Tail` of two
     back: Any  # the same for the way back, or None
     ending: Ending
     weight: Any  # float32 [groups, outputs, inputs, kh, kw], of the way forward
     out_strides: tuple[int, int, int, int] | None = None
-    features: tuple[Buffer, Buffer] | None = None  # those of the user, [N, C, H, W], and the flag for NaN and Inf
+    door: Door | None = None
 
-    def takes(self, features: Any) -> bool:
-        """Whether the kernel reads them as they are: 16 bytes at once."""
-        return bool(features.dtype == self.kernel.weight.dtype) and features.data_ptr() % 16 == 0
+    def takes(self, tensors: Any) -> bool:
+        """Whether the kernel reads these features where they are."""
+        door = self.door
+        return door is not None and self.kernel.takes(tensors(door.features), tensors(door.scale))
 
     def forward(self) -> Stage:
         def make(tensors: Any) -> Any:
-            epilogue, out = self.ending.epilogue(tensors), tensors(self.output)
-            if self.features is not None and self.takes(x := tensors(self.features[0])):
-                channels, height, width = x.shape[1:]
-                strides = channels * height * width, width, 1, height * width
-                return self.kernel.launch(x, out, epilogue, strides, self.out_strides, tensors(self.features[1]))
-            return self.kernel.launch(tensors(self.inputs[0]), out, epilogue, None, self.out_strides)
+            out, epilogue = tensors(self.output), self.ending.epilogue(tensors)
+            if self.door is None or not self.takes(tensors):
+                return self.kernel.launch(tensors(self.inputs[0]), out, epilogue, None, self.out_strides)
+            features, *beside = map(tensors, (self.door.features, *self.door.beside))
+            return self.kernel.launch_planar(features, out, epilogue, self.out_strides, *beside)
 
         return Stage(make, self.inputs, (self.output,))
 

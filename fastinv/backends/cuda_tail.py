@@ -32,7 +32,7 @@ class Tail:
         first, last: the two nodes, as they were for two launches.
     """
 
-    reads_features = True  # x may be [N, C, H, W], too
+    takes_all = False  # features that are not of its type, or do not begin at a multiple of 16 bytes, go another way
 
     def __init__(self, first: ConvolutionNode, last: ConvolutionNode) -> None:
         kernel = first.kernel
@@ -70,21 +70,37 @@ class Tail:
             and extension() is not None
         )
 
-    def launch(
-        self, x: Any, out: Any, epilogue: Any, x_strides: Any = None, out_strides: Any = None, flag: Any = None
-    ) -> Any:
-        """As `Convolution.launch`, of the two.
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """[H, W, C] of an image."""
+        return SIDE, SIDE, INPUTS
 
-        Args:
-            x_strides: None, or those of contiguous [N, C, H, W], whose NaN and Inf set `flag`.
-        """
+    def planar(self) -> Tail:
+        """As `Weights.planar`."""
+        return self
+
+    def takes(self, features: Any, scale: Any) -> bool:
+        """Whether `launch_planar` can read them."""
+        return features.dtype == self.weight.dtype and features.data_ptr() % 16 == 0 and scale is None
+
+    def launch(self, x: Any, out: Any, epilogue: Any, x_strides: Any = None, out_strides: Any = None) -> Any:
+        """As `Convolution.launch`, of the two; x is contiguous."""
+        return self._launch(x, out, epilogue, out_strides, None, channels_last=True)
+
+    def launch_planar(
+        self, x: Any, out: Any, epilogue: Any, out_strides: Any, scale: Any, zero_point: Any, flag: Any
+    ) -> Any:
+        """For x [N, C, H, W] that it `takes`, contiguous; `flag` is set to 1 where a value is NaN or Inf."""
+        return self._launch(x, out, epilogue, out_strides, flag, channels_last=False)
+
+    def _launch(self, x: Any, out: Any, epilogue: Any, out_strides: Any, flag: Any, channels_last: bool) -> Any:
         from fastinv.kernels.triton.geometry import strides
 
         side = 2 * SIDE
         out_n, out_y, out_x, out_c = out_strides or strides(side, side, self.outputs)
         tail = extension().Tail()
         tail.images, tail.outputs = len(x), self.outputs
-        tail.channels_last, tail.float16 = int(x_strides is None), int(str(self.weight.dtype) == "torch.float16")
+        tail.channels_last, tail.float16 = int(channels_last), int(str(self.weight.dtype) == "torch.float16")
         tail.out_n, tail.out_y, tail.out_x, tail.out_c = out_n, out_y, out_x, out_c
         tail.result = RESULTS.index(str(out.dtype).removeprefix("torch."))
         tail.slope = self.slope

@@ -113,6 +113,10 @@ class Weights:
         steps = f"stride {g.stride} spacing {g.spacing} step {g.step} taps {taps}"
         return f"{self.groups}x{self.outputs}x{self.inputs} {g.inputs}->{g.outputs} {steps}"
 
+    def planar(self) -> Any:
+        """The kernel that can read features [N, C, H, W] by `launch_planar`; None where there is none."""
+        return None
+
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """[H, W, C] of an image."""

@@ -288,6 +288,9 @@ class Pair(Tiled):
         """As `Weights.reads`, of both."""
         return f"{self.first.reads} then {self.last.reads}"
 
+    def planar(self) -> None:
+        """As `Weights.planar`."""
+
     @property
     def input_shape(self) -> tuple[int, int, int]:
         return self.first.input_shape
