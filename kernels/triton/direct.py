@@ -250,7 +250,7 @@ class DirectConvolution(Weights):
         return groups == 1 and outputs <= WIDEST and 2 * sums <= VALUES and math.prod(kernel) * parts <= PRODUCTS
 
     def planar(self) -> DirectConvolution | None:
-        """The same for inputs that are planar; None where some are not read: it could not tell whether all are finite."""
+        """The same for inputs that are planar; None where some are not read: are all finite?."""
         if not all(r.whole for r in self.reaches):
             return None
         return DirectConvolution(*self._again, planar=True) if self.over_channels and self.columns > 1 else self
