@@ -26,8 +26,8 @@ void launch_tail(const Tail& p, int device, uintptr_t stream) {
     const auto kernel = tail_kernel<decltype(type), decltype(channels_last)::value>;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tail::kShared),
           "no room for the weights on chip");
-    kernel<<<static_cast<unsigned>(std::min(processors, p.images)), tail::kThreads, tail::kShared,
-             reinterpret_cast<cudaStream_t>(stream)>>>(p);
+    kernel<<<static_cast<unsigned>(std::min(processors, (p.images + tail::kTeams - 1) / tail::kTeams)), tail::kThreads,
+             tail::kShared, reinterpret_cast<cudaStream_t>(stream)>>>(p);
     check(cudaGetLastError(), "the last layers cannot be launched");
   });
 }

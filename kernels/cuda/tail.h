@@ -3,18 +3,18 @@
 //
 // As in `kernels/triton/pair.py` both are on one grid of cells, the input's pixels: a cell has 2×2 pixels of the first
 // layer, one of each phase (row parity · 2 + column parity), and 2×2 of the second. A persistent block keeps all
-// weights in shared memory and takes image after image, 8 rows of cells at a time, the next 8 on their way in registers
-// meanwhile. A warp has a row of 16 cells:
+// weights in shared memory. Its two warpgroups go their own ways, so that one multiplies while the other does all else:
+// each takes image after image, 4 rows of cells at a time, the next 4 on their way in registers meanwhile. A warp has a
+// row of 16 cells:
 //
-//   1. sums[phase] [16 cells, kBetween] = Σ over shifts (0 or 1 down, 0 or 1 right) x[cell + shift] · first[shift,
-//   phase]
-//   2. activated, they are the left factors of what each phase gives to the pixels around: [16, kBetween] ·
-//   last[phase].
-//      A column is an output of this cell or of a neighbour; see `Column`.
-//   3. What goes to the left and to the right is exchanged between lanes, what goes up and down through shared memory.
+//   1. sums[phase] [16 cells, kBetween] = Σ x[cell + shift] · first[shift, phase] over shifts of 0 or 1 down and right.
+//   2. Activated, they are the left factors of what each phase gives to the pixels around it: [16, kBetween] ·
+//      last[phase], whose columns are outputs of this cell or of a neighbour; see `Column`.
+//   3. What goes to the left and right is exchanged between lanes, what goes up and down through shared memory.
 //
-// That is 9 · 2 products of 64×64×64 for 64 cells, and 4 of 64×48×64: 37.7 and 6.3 MFLOP an image at 128 channels,
-// where the direct form has 37.7 and 3.5. At 4,096 FLOPs a cycle they take 10,700 cycles of a multiprocessor.
+// For 64 cells these are 9 · 2 products of 64×64×64 and 4 of 64×48×64: 37.7 and 6.3 MFLOP an image, where the direct
+// form has 37.7 and 3.5. At 4,096 FLOPs a cycle they take 10,700 cycles of a multiprocessor. With the warpgroups in
+// step the tensor cores were busy 46% of the time on an H100.
 #pragma once
 
 #include <type_traits>
@@ -44,20 +44,21 @@ struct Tail {
 namespace tail {
 
 constexpr int kInputs = 128, kBetween = 64, kMostOutputs = 4;
-constexpr int kSide = 16, kBand = 8, kRows = kBand + 1;  // cells of an image; rows at a time, and with the next one
-constexpr int kThreads = kBand * kWarp;
-constexpr int kRow = 128;                         // bytes: of a row that tensor cores read
-constexpr int kPixel = 2 * kInputs;               // bytes
+constexpr int kSide = 16, kBand = 4, kBands = kSide / kBand;                 // rows of cells: of an image, at a time
+constexpr int kTeams = 2, kTeam = kBand * kWarp, kThreads = kTeams * kTeam;  // warpgroups and their threads
+constexpr int kRow = 128;                                                    // bytes: of a row that tensor cores read
+constexpr int kPixel = 2 * kInputs;                                          // bytes
 constexpr int kAtOnce = 2;                        // 16s of channels of which a thread has fragments
 constexpr int kFirst = kBetween * kPixel;         // bytes of a shift and a phase
 constexpr int kGiven = 32, kAcross = 16;          // columns of the second product: within a row, and to others
 constexpr int kLast = (kGiven + kAcross) * kRow;  // bytes of a phase
 constexpr int kFirstBytes = 9 * kFirst, kLastBytes = 4 * kLast;
-constexpr int kCells = kRows * kSide * kPixel;
-constexpr int kSent = kBand * kSide * 8;  // floats that rows of cells give to those above, or below
-constexpr int kWaiting = 8 * kWarp;       // floats of a row that waits for the one below
+constexpr int kCells = (kBand + 1) * kSide * kPixel;  // bytes of the rows, and of the one after them
+constexpr int kRowSent = kSide * 8;                   // floats that a row of cells gives to the one above, or below
+constexpr int kSent = (2 * kBand + 1) * kRowSent;
+constexpr int kWaiting = 8 * kWarp;  // floats of a row that waits for the one below
 constexpr int kShared =
-    kFirstBytes + kLastBytes + kCells + kPixel + 4 * (kBetween + 2 * kSent + kWaiting + kMostOutputs);
+    kFirstBytes + kLastBytes + kPixel + 4 * (kBetween + kMostOutputs) + kTeams * (kCells + 4 * (kSent + kWaiting));
 
 // Whether phase `phase` reads pixels at this shift (row · 2 + column), and the number of the two among all that do.
 FASTINV_BOTH constexpr bool reads(int phase, int shift) { return (phase & shift) == shift; }
@@ -123,71 +124,81 @@ class Worker {
   FASTINV_BLOCK Worker(const Tail& p, Thread& self, unsigned char* shared)
       : p_(p),
         self_(self),
-        warp_(self.index() / kWarp),
+        team_(self.index() / kTeam),
+        warp_(self.index() % kTeam / kWarp),
         lane_(self.index() % kWarp),
         first_(shared),
         last_(first_ + kFirstBytes),
-        cells_(last_ + kLastBytes),
-        zeros_(cells_ + kCells),
+        zeros_(last_ + kLastBytes),
         bias_(reinterpret_cast<float*>(zeros_ + kPixel)),
-        up_(bias_ + kBetween),
-        down_(up_ + kSent),
-        waiting_(down_ + kSent + lane_),
-        last_bias_(down_ + kSent + kWaiting) {}
+        last_bias_(bias_ + kBetween),
+        cells_(reinterpret_cast<unsigned char*>(last_bias_ + kMostOutputs) + team_ * kCells),
+        up_(reinterpret_cast<float*>(cells_ + (kTeams - team_) * kCells) + team_ * (kSent + kWaiting)),
+        down_(up_ + kBand * kRowSent),
+        waiting_(up_ + kSent + lane_) {}
 
-  // Images block, block + blocks, …
+  // A warpgroup takes every (blocks · kTeams)-th image.
   FASTINV_BLOCK void run(int block, int blocks) {
-    if (block >= p_.images) return;
+    const int step = blocks * kTeams;
+    int n = block * kTeams + team_;
+    begin();
+    self_.sync();
+    if (n >= p_.images) return;
     Chunk chunk;
-    begin(block, chunk);
-    for (int n = block; n < p_.images; n += blocks) {
+    if (group() / 2 == kBand - 1) {
+      fetch(row_of(n, 0), chunk);
+      put_at(0, chunk);
+    }
+    fetch(after(n, n + step, 0), chunk);
+    for (; n < p_.images; n += step) {
 #pragma unroll 1
-      for (int band = 0; band < 2; ++band) {
-        put(chunk, band);
-        self_.sync();
-        if (band == 0) {
-          fetch_second(n, n + blocks, chunk);
-        } else if (n + blocks < p_.images) {
-          fetch_first(n + blocks, chunk);
-        }
+      for (int band = 0; band < kBands; ++band) {
+        put_at(place_of(1 + group() / 2, band), chunk);
+        self_.sync(team_);
+        const bool ends = band + 1 == kBands;
+        const unsigned char* next = ends ? after(n + step, n + 2 * step, 0) : after(n, n + step, band + 1);
+        ask_for(next);  // there are no registers for it yet
         multiply(band);
+        fetch(next, chunk);
         give(band);
-        self_.sync();
+        self_.sync(team_);
         take(n, band);
       }
     }
   }
 
  private:
-  // ---- the input: a thread brings 8 channels of half a row of cells, those of a quarter of a warp 64 channels
-  // --------
+  // ---- the input: a thread brings 8 channels of half a row of cells; 8 threads bring 64
+  // ------------------------------
 
   FASTINV_BLOCK int octet() const { return lane_ % 8 + 8 * (warp_ % 2); }
   FASTINV_BLOCK int group() const { return warp_ / 2 * 4 + lane_ / 8; }
 
-  FASTINV_BLOCK void fetch(int n, int row, Chunk& chunk) {
-    const auto* x = static_cast<const unsigned char*>(p_.x);
+  // Where what a thread brings of a row begins, and bytes from one of its eight pieces to the next.
+  FASTINV_BLOCK const unsigned char* row_of(int n, int row) const {
     const int column = group() % 2 * 8;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      int64_t at;
-      if constexpr (kChannelsLast) {
-        at = ((int64_t{n} * kSide + row) * kSide + column + i) * kInputs + octet() * 8;
-      } else {
-        at = ((int64_t{n} * kInputs + octet() * 8 + i) * kSide + row) * kSide + column;
-      }
-      chunk.words[i] = *reinterpret_cast<const Words*>(x + 2 * at);
-    }
+    const int64_t at = kChannelsLast ? ((int64_t{n} * kSide + row) * kSide + column) * kInputs + octet() * 8
+                                     : ((int64_t{n} * kInputs + octet() * 8) * kSide + row) * kSide + column;
+    return static_cast<const unsigned char*>(p_.x) + 2 * at;
   }
-  // Rows 1 to 8 of an image.
-  FASTINV_BLOCK void fetch_first(int n, Chunk& chunk) { fetch(n, 1 + group() / 2, chunk); }
-  // Rows 9 to 15, and row 0 of the image after.
-  FASTINV_BLOCK void fetch_second(int n, int after, Chunk& chunk) {
-    if (group() / 2 < kBand - 1) {
-      fetch(n, kRows + group() / 2, chunk);
-    } else if (after < p_.images) {
-      fetch(after, 0, chunk);
-    }
+  static constexpr int kPiece = kChannelsLast ? kPixel : 2 * kSide * kSide;
+
+  // The same of the rows after the first of a band, and of the first of the next: after the last band, of the image
+  // `next`. Null where there is none.
+  FASTINV_BLOCK const unsigned char* after(int n, int next, int band) const {
+    const int row = band * kBand + 1 + group() / 2;
+    if (n < p_.images && row < kSide) return row_of(n, row);
+    return next < p_.images && row == kSide ? row_of(next, 0) : nullptr;
+  }
+  FASTINV_BLOCK void ask_for(const unsigned char* row) const {
+    if (row == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) self_.ask_for(row + i * kPiece);
+  }
+  FASTINV_BLOCK void fetch(const unsigned char* row, Chunk& chunk) const {
+    if (row == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) chunk.words[i] = *reinterpret_cast<const Words*>(row + i * kPiece);
   }
 
   FASTINV_BLOCK void check(const Chunk& chunk) const {
@@ -204,8 +215,10 @@ class Worker {
     if (low >= Type::kInfinity || high >= Type::kInfinity << 16) *p_.flag = 1;
   }
 
-  // Rows of cells lie in places 0 to 8. Row 8, which both halves of an image read, stays where it is; before it the
-  // second half's rows, and row 0 of the image after, take the places of the first half's.
+  // Where row `row` of a band lies. The row after a band, the next one's first, stays where it is: at either end in
+  // turn.
+  FASTINV_BLOCK static int place_of(int row, int band) { return band % 2 == 0 || row % kBand != 0 ? row : kBand - row; }
+
   FASTINV_BLOCK void put_at(int place, const Chunk& chunk) {
     if (!kChannelsLast && p_.flag != nullptr) check(chunk);  // here, where the values have to be there
     unsigned char* row = cells_ + (place * kSide + group() % 2 * 8) * kPixel;
@@ -223,12 +236,8 @@ class Worker {
       *reinterpret_cast<Words*>(row + i * kPixel + (octet() ^ i) * 16) = pixel;
     }
   }
-  FASTINV_BLOCK void put(const Chunk& chunk, int band) {
-    const int row = group() / 2;
-    put_at(band == 1 && row == kBand - 1 ? 0 : 1 + row, chunk);
-  }
-
-  FASTINV_BLOCK void begin(int block, Chunk& chunk) {
+  // What all share.
+  FASTINV_BLOCK void begin() {
     const int thread = self_.index();
     const auto copy = [&](unsigned char* to, const void* from, int bytes) {
       for (int i = 16 * thread; i < bytes; i += 16 * kThreads) {
@@ -244,24 +253,17 @@ class Worker {
       last_bias_[thread] = p_.last_bias == nullptr || thread >= p_.outputs ? 0.0f : p_.last_bias[thread];
     }
     self_.publish();
-    if (group() / 2 == kBand - 1) {
-      fetch(block, 0, chunk);
-      put_at(0, chunk);
-    }
-    fetch_first(block, chunk);
   }
 
-  // ---- the first layer
-  // ------------------------------------------------------------------------------------------------
+  // ---- the first layer ---------------------------------------------------------------------------------------------
 
   FASTINV_BLOCK void multiply(int band) {
     uint32_t left[2][kAtOnce][4];
 #pragma unroll
     for (int shift = 0; shift < 4; ++shift) {
       const int row = warp_ + shift / 2, column = lane_ % 16 + shift % 2;
-      const bool inside = column < kSide && (band == 0 || row < kBand);
-      const int at = band == 1 && row == 0 ? kBand : row;
-      const unsigned char* pixel = inside ? cells_ + (at * kSide + column) * kPixel : zeros_;
+      const bool inside = column < kSide && band * kBand + row < kSide;
+      const unsigned char* pixel = inside ? cells_ + (place_of(row, band) * kSide + column) * kPixel : zeros_;
       const int key = column % 8, half = lane_ / 16;
 #pragma unroll
       for (int begin = 0; begin < kInputs / 16; begin += kAtOnce) {
@@ -289,8 +291,7 @@ class Worker {
     self_.template wait_products<0>();
   }
 
-  // ---- the second layer
-  // -----------------------------------------------------------------------------------------------
+  // ---- the second layer --------------------------------------------------------------------------------------------
 
   // The sums, with the bias, as left factors: two at a time through `activation`.
   template <class F>
@@ -312,7 +313,7 @@ class Worker {
 
   // Leaves in `own_` what is this row's, in shared memory what goes up and down.
   FASTINV_BLOCK void give(int band) {
-    float given[4 * kGiven / 8], above[4 * kAcross / 8], below[4 * kAcross / 8];
+    float given[2][4 * kGiven / 8], above[4 * kAcross / 8], below[4 * kAcross / 8];
     uint32_t left[4][4][4];
     if (p_.slope == 0.0f) {
       activate(left, [](float low, float high) { return pack_relu(Type{}, low, high); });
@@ -321,30 +322,32 @@ class Worker {
         return pack(Type{}, low < 0.0f ? p_.slope * low : low, high < 0.0f ? p_.slope * high : high);
       });
     }
-    self_.begin_products();
+    self_.begin_products();  // two sums in turn: a product waits for the one before it
 #pragma unroll
     for (int phase = 0; phase < 4; ++phase) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const unsigned char* weights = last_ + phase * kLast + k * 32;
-        self_.product(Type{}, given, left[phase][k], weights, phase + k > 0);
+        self_.product(Type{}, given[phase % 2], left[phase][k], weights, phase / 2 + k > 0);
         self_.product(Type{}, phase < 2 ? above : below, left[phase][k], weights + kGiven * kRow, phase % 2 + k > 0);
       }
     }
     self_.end_products();
     self_.template wait_products<0>();
 #pragma unroll
+    for (int i = 0; i < 4 * kGiven / 8; ++i) given[0][i] += given[1][i];
+#pragma unroll
     for (int e = 0; e < 2; ++e) {
       float to_left[2], to_right[2];
-      from_right(given[4 * kLeft + e], given[4 * kLeft + 2 + e], to_left);
-      from_left(given[4 * kRight + e], given[4 * kRight + 2 + e], to_right);
+      from_right(given[0][4 * kLeft + e], given[0][4 * kLeft + 2 + e], to_left);
+      from_left(given[0][4 * kRight + e], given[0][4 * kRight + 2 + e], to_right);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        own_[value(e, h, 0)] = given[4 * kEven + 2 * h + e] + to_right[h];
-        own_[value(e, h, 1)] = given[4 * kOdd + 2 * h + e] + to_left[h];
+        own_[value(e, h, 0)] = given[0][4 * kEven + 2 * h + e] + to_right[h];
+        own_[value(e, h, 1)] = given[0][4 * kOdd + 2 * h + e] + to_left[h];
       }
-      send(above, e, up_, warp_);
-      if (band == 0 || warp_ < kBand - 1) send(below, e, down_, warp_);
+      send(above, e, up_ + warp_ * kRowSent);
+      send(below, e, down_ + (warp_ < kBand - 1 ? warp_ : kBand - 1 + band % 2) * kRowSent);
     }
   }
 
@@ -365,14 +368,14 @@ class Worker {
   }
 
   // Gives [cell, column parity · 4 + output] of this row to the one above or below.
-  FASTINV_BLOCK void send(const float (&given)[8], int e, float* to, int row) {
+  FASTINV_BLOCK void send(const float (&given)[8], int e, float* to) {
     float right[2], left[2];
     from_right(given[4 + e], given[6 + e], right);
     from_left(given[4 + e], given[6 + e], left);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float across = lane_ % 4 < 2 ? left[h] : right[h];
-      to[(row * kSide + lane_ / 4 + 8 * h) * 8 + lane_ % 4 * 2 + e] = given[2 * h + e] + across;
+      to[(lane_ / 4 + 8 * h) * 8 + lane_ % 4 * 2 + e] = given[2 * h + e] + across;
     }
   }
 
@@ -380,24 +383,25 @@ class Worker {
   FASTINV_BLOCK static constexpr int value(int e, int h, int parity) { return 4 * e + 2 * h + parity; }
 
   // Adds what came from above and below, and stores what is complete. Lanes have even rows of pixels where lane % 4 <
-  // 2, for which the row of cells above counts, and odd ones, for which that below does: the last of the first half
-  // waits for the second. `down_` is what the row before sent.
+  // 2, for which the row of cells above counts, and odd ones, for which that below does: a band's last waits for the
+  // next band. `down_` is what the rows above sent; what a band's last row did has a place that changes, for the next
+  // band.
   FASTINV_BLOCK void take(int n, int band) {
     const bool odd = lane_ % 4 >= 2, last = warp_ == kBand - 1;
     const int row = band * kBand + warp_;
-    const float* above = row == 0 ? nullptr : down_ + (warp_ > 0 ? warp_ - 1 : kBand - 1) * kSide * 8;
-    const float* below = last ? nullptr : up_ + (warp_ + 1) * kSide * 8;
-    put_row(n, row, own_, odd ? below : above, !(odd && last && band == 0));
-    if (!last) return;
+    if (last && band > 0) {
+      float before[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (band == 0) {
-        waiting_[i * kWarp] = own_[i];
-      } else {
-        own_[i] = waiting_[i * kWarp];
-      }
+      for (int i = 0; i < 8; ++i) before[i] = waiting_[i * kWarp];
+      put_row(n, row - kBand, before, up_, odd);
     }
-    if (band == 1) put_row(n, kBand - 1, own_, up_, odd);
+    const float* above = warp_ > 0 ? down_ + (warp_ - 1) * kRowSent : down_ + (kBand - 1 + (band + 1) % 2) * kRowSent;
+    const float* below = last ? nullptr : up_ + (warp_ + 1) * kRowSent;
+    put_row(n, row, own_, odd ? below : row == 0 ? nullptr : above, !(odd && last && band + 1 < kBands));
+    if (last) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) waiting_[i * kWarp] = own_[i];
+    }
   }
 
   FASTINV_BLOCK void put_row(int n, int row, const float (&own)[8], const float* other, bool complete) const {
@@ -433,9 +437,11 @@ class Worker {
 
   const Tail& p_;
   Thread& self_;
-  const int warp_, lane_;
-  unsigned char *first_, *last_, *cells_, *zeros_;
-  float *bias_, *up_, *down_, *waiting_, *last_bias_;
+  const int team_, warp_, lane_;
+  unsigned char *first_, *last_, *zeros_;
+  float *bias_, *last_bias_;
+  unsigned char* cells_;
+  float *up_, *down_, *waiting_;
   float sums_[4][kBetween / 2];  // [phase]
   float own_[8];
 };

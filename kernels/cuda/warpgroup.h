@@ -71,7 +71,16 @@ class DeviceThread {
  public:
   __device__ int index() const { return static_cast<int>(threadIdx.x); }
   __device__ void sync() const { __syncthreads(); }
+  // The threads of the warpgroup, which is number `group` of the block.
+  __device__ void sync(int group) const {
+    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(4 * kWarp) : "memory");
+  }
   __device__ float shuffle(float value, int lane) const { return __shfl_sync(0xffffffffu, value, lane); }
+
+  // What will be read from global memory is brought to the L2 cache.
+  __device__ void ask_for(const unsigned char* address) const {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+  }
 
   // What was written to shared memory by threads is to be read by tensor cores, after the next `sync`.
   __device__ void publish() const { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -170,13 +179,17 @@ inline uint32_t halves(uint32_t a, uint32_t b, int high) {
 // The threads of a block, each with a stack of its own, which take turns wherever they wait for each other.
 class HostThreads {
  public:
-  explicit HostThreads(int count) : threads_(static_cast<size_t>(count)), warps_(static_cast<size_t>(count / kWarp)) {}
+  explicit HostThreads(int count)
+      : threads_(static_cast<size_t>(count)),
+        warps_(static_cast<size_t>(count / kWarp)),
+        groups_(static_cast<size_t>(count / (4 * kWarp))) {}
 
   // Run work(thread) in all of them.
   void run(const std::function<void(int)>& work) {
     work_ = &work;
     all_ = {static_cast<int>(threads_.size()), 0, 0};
     for (Barrier& warp : warps_) warp = {kWarp, 0, 0};
+    for (Barrier& group : groups_) group = {4 * kWarp, 0, 0};
     for (size_t i = 0; i < threads_.size(); ++i) {
       Thread& thread = threads_[i];
       thread.stack = std::make_unique<char[]>(kStack);
@@ -201,6 +214,7 @@ class HostThreads {
   }
 
   void sync() { wait(all_); }
+  void sync_group() { wait(groups_[current_ / (4 * kWarp)]); }
   void sync_warp() { wait(warps_[current_ / kWarp]); }
   // What a thread shows to the others of its warp.
   Words& shown(int thread) { return threads_[static_cast<size_t>(thread)].shown; }
@@ -233,7 +247,7 @@ class HostThreads {
 
   const std::function<void(int)>* work_ = nullptr;
   std::vector<Thread> threads_;
-  std::vector<Barrier> warps_;
+  std::vector<Barrier> warps_, groups_;
   Barrier all_{};
   ucontext_t scheduler_{};
   size_t current_ = 0;
@@ -244,6 +258,8 @@ class HostThread {
   HostThread(HostThreads& all, int index) : all_(all), index_(index) {}
   int index() const { return index_; }
   void sync() const { all_.sync(); }
+  void sync(int) const { all_.sync_group(); }
+  void ask_for(const unsigned char*) const {}
   void publish() const {}
   void begin_products() const {}
   void end_products() const {}
