@@ -134,8 +134,7 @@ class Worker {
         last_bias_(bias_ + kBetween),
         cells_(reinterpret_cast<unsigned char*>(last_bias_ + kMostOutputs) + team_ * kCells),
         up_(reinterpret_cast<float*>(cells_ + (kTeams - team_) * kCells) + team_ * (kSent + kWaiting)),
-        down_(up_ + kBand * kRowSent),
-        waiting_(up_ + kSent + lane_) {}
+        down_(up_ + kBand * kRowSent) {}
 
   // A warpgroup takes every (blocks · kTeams)-th image.
   FASTINV_BLOCK void run(int block, int blocks) {
@@ -146,10 +145,10 @@ class Worker {
     if (n >= p_.images) return;
     Chunk chunk;
     if (group() / 2 == kBand - 1) {
-      fetch(row_of(n, 0), chunk);
+      fetch<0, 8>(row_of(n, 0), chunk);
       put_at(0, chunk);
     }
-    fetch(after(n, n + step, 0), chunk);
+    fetch<0, 8>(after(n, n + step, 0), chunk);
     for (; n < p_.images; n += step) {
 #pragma unroll 1
       for (int band = 0; band < kBands; ++band) {
@@ -157,9 +156,9 @@ class Worker {
         self_.sync(team_);
         const bool ends = band + 1 == kBands;
         const unsigned char* next = ends ? after(n + step, n + 2 * step, 0) : after(n, n + step, band + 1);
-        ask_for(next);  // there are no registers for it yet
+        fetch<0, kEarly>(next, chunk);  // the rest when there are registers for it
         multiply(band);
-        fetch(next, chunk);
+        fetch<kEarly, 8>(next, chunk);
         give(band);
         self_.sync(team_);
         take(n, band);
@@ -182,6 +181,7 @@ class Worker {
     return static_cast<const unsigned char*>(p_.x) + 2 * at;
   }
   static constexpr int kPiece = kChannelsLast ? kPixel : 2 * kSide * kSide;
+  static constexpr int kEarly = kChannelsLast ? 0 : 4;  // pieces that are on their way during the first layer
 
   // The same of the rows after the first of a band, and of the first of the next: after the last band, of the image
   // `next`. Null where there is none.
@@ -190,29 +190,21 @@ class Worker {
     if (n < p_.images && row < kSide) return row_of(n, row);
     return next < p_.images && row == kSide ? row_of(next, 0) : nullptr;
   }
-  FASTINV_BLOCK void ask_for(const unsigned char* row) const {
-    if (row == nullptr) return;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) self_.ask_for(row + i * kPiece);
-  }
+  template <int kBegin, int kEnd>
   FASTINV_BLOCK void fetch(const unsigned char* row, Chunk& chunk) const {
     if (row == nullptr) return;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) chunk.words[i] = *reinterpret_cast<const Words*>(row + i * kPiece);
+    for (int i = kBegin; i < kEnd; ++i) chunk.words[i] = *reinterpret_cast<const Words*>(row + i * kPiece);
   }
 
   FASTINV_BLOCK void check(const Chunk& chunk) const {
-    uint32_t low = 0, high = 0;
+    uint32_t largest = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const uint32_t word = chunk.words[i].at[k];
-        if ((word & 0x7fffu) > low) low = word & 0x7fffu;
-        if ((word & 0x7fff0000u) > high) high = word & 0x7fff0000u;
-      }
+      for (int k = 0; k < 4; ++k) largest = larger_halves(largest, chunk.words[i].at[k] & 0x7fff7fffu);
     }
-    if (low >= Type::kInfinity || high >= Type::kInfinity << 16) *p_.flag = 1;
+    if ((largest & 0xffffu) >= Type::kInfinity || largest >> 16 >= Type::kInfinity) *p_.flag = 1;
   }
 
   // Where row `row` of a band lies. The row after a band, the next one's first, stays where it is: at either end in
@@ -258,6 +250,7 @@ class Worker {
   // ---- the first layer ---------------------------------------------------------------------------------------------
 
   FASTINV_BLOCK void multiply(int band) {
+    const Right first(first_);
     uint32_t left[2][kAtOnce][4];
 #pragma unroll
     for (int shift = 0; shift < 4; ++shift) {
@@ -279,8 +272,7 @@ class Worker {
 #pragma unroll
           for (int phase = 0; phase < 4; ++phase) {
             if (!reads(phase, shift)) continue;
-            const unsigned char* weights =
-                first_ + place(phase, shift) * kFirst + step / 4 * (kFirst / 2) + step % 4 * 32;
+            const Right weights = first + (place(phase, shift) * kFirst + step / 4 * (kFirst / 2) + step % 4 * 32);
             self_.product(Type{}, sums_[phase], fragments[k], weights, shift + step > 0);
           }
         }
@@ -314,6 +306,7 @@ class Worker {
   // Leaves in `own_` what is this row's, in shared memory what goes up and down.
   FASTINV_BLOCK void give(int band) {
     float given[2][4 * kGiven / 8], above[4 * kAcross / 8], below[4 * kAcross / 8];
+    const Right last(last_);
     uint32_t left[4][4][4];
     if (p_.slope == 0.0f) {
       activate(left, [](float low, float high) { return pack_relu(Type{}, low, high); });
@@ -327,7 +320,7 @@ class Worker {
     for (int phase = 0; phase < 4; ++phase) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const unsigned char* weights = last_ + phase * kLast + k * 32;
+        const Right weights = last + (phase * kLast + k * 32);
         self_.product(Type{}, given[phase % 2], left[phase][k], weights, phase / 2 + k > 0);
         self_.product(Type{}, phase < 2 ? above : below, left[phase][k], weights + kGiven * kRow, phase % 2 + k > 0);
       }
@@ -389,10 +382,11 @@ class Worker {
   FASTINV_BLOCK void take(int n, int band) {
     const bool odd = lane_ % 4 >= 2, last = warp_ == kBand - 1;
     const int row = band * kBand + warp_;
+    float* waiting = up_ + kSent + lane_;
     if (last && band > 0) {
       float before[8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) before[i] = waiting_[i * kWarp];
+      for (int i = 0; i < 8; ++i) before[i] = waiting[i * kWarp];
       put_row(n, row - kBand, before, up_, odd);
     }
     const float* above = warp_ > 0 ? down_ + (warp_ - 1) * kRowSent : down_ + (kBand - 1 + (band + 1) % 2) * kRowSent;
@@ -400,7 +394,7 @@ class Worker {
     put_row(n, row, own_, odd ? below : row == 0 ? nullptr : above, !(odd && last && band + 1 < kBands));
     if (last) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) waiting_[i * kWarp] = own_[i];
+      for (int i = 0; i < 8; ++i) waiting[i * kWarp] = own_[i];
     }
   }
 
@@ -441,7 +435,7 @@ class Worker {
   unsigned char *first_, *last_, *zeros_;
   float *bias_, *last_bias_;
   unsigned char* cells_;
-  float *up_, *down_, *waiting_;
+  float *up_, *down_;
   float sums_[4][kBetween / 2];  // [phase]
   float own_[8];
 };

@@ -67,6 +67,24 @@ FASTINV_BLOCK inline uint32_t halves(uint32_t a, uint32_t b, int high) {
   return __byte_perm(a, b, high ? 0x7632 : 0x5410);
 }
 
+// A right factor in shared memory, transposed: rows of 128 bytes, from a multiple of 1024 on, whose pieces of 16 lie in
+// the order of their number xor the row's, modulo 8; and places in it, in rows at multiples of 32 bytes.
+struct Right {
+  uint64_t descriptor;  // PTX ISA, "Matrix descriptor format"; its low bits are an address in sixteens of bytes
+
+  FASTINV_BLOCK explicit Right(const unsigned char* at)
+      : descriptor((static_cast<uint64_t>(__cvta_generic_to_shared(at)) & 0x3ffff) >> 4 | uint64_t{1} << 16 |
+                   uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62) {}
+  FASTINV_BLOCK Right operator+(int bytes) const {
+    Right result = *this;
+    result.descriptor += static_cast<uint64_t>(bytes >> 4);
+    return result;
+  }
+};
+
+// The largest of each half of two words, as unsigned numbers.
+FASTINV_BLOCK inline uint32_t larger_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+
 class DeviceThread {
  public:
   __device__ int index() const { return static_cast<int>(threadIdx.x); }
@@ -76,11 +94,6 @@ class DeviceThread {
     asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(4 * kWarp) : "memory");
   }
   __device__ float shuffle(float value, int lane) const { return __shfl_sync(0xffffffffu, value, lane); }
-
-  // What will be read from global memory is brought to the L2 cache.
-  __device__ void ask_for(const unsigned char* address) const {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-  }
 
   // What was written to shared memory by threads is to be read by tensor cores, after the next `sync`.
   __device__ void publish() const { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -101,13 +114,12 @@ class DeviceThread {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
   }
 
-  // sums = a · Bᵀ, added to what they are where `keep`. B lies in shared memory, [N, 16] of rows of 128 bytes, in the
-  // order of `swizzled`; it begins at a multiple of 1024 bytes, or 32 or 64 or 96 after it.
+  // sums = a · Bᵀ, added to what they are where `keep`, for B [N, 16] as `Right` says.
 #define FASTINV_PRODUCT(kind, n, registers, a0, a1, a2, a3, b_, keep_, ...)                                       \
   asm volatile("{ .reg .pred p; setp.ne.b32 p, " keep_ ", 0; wgmma.mma_async.sync.aligned.m64n" n "k16.f32." kind \
                " {" registers "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b_ ", p, 1, 1, 0; }"                        \
                : __VA_ARGS__                                                                                      \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor(b)), "r"(static_cast<int>(keep)))
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "r"(static_cast<int>(keep)))
 #define FASTINV_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define FASTINV_8(d, i) FASTINV_4(d, i), FASTINV_4(d, i + 4)
 #define FASTINV_16(d, i) FASTINV_8(d, i), FASTINV_8(d, i + 8)
@@ -115,25 +127,18 @@ class DeviceThread {
 #define FASTINV_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define FASTINV_R16 FASTINV_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define FASTINV_R32 FASTINV_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FASTINV_PRODUCTS(Type, kind)                                                                               \
-  __device__ void product(Type, float (&d)[32], const uint32_t (&a)[4], const unsigned char* b, bool keep) const { \
-    FASTINV_PRODUCT(kind, "64", FASTINV_R32, "%32", "%33", "%34", "%35", "%36", "%37", FASTINV_32(d, 0));          \
-  }                                                                                                                \
-  __device__ void product(Type, float (&d)[16], const uint32_t (&a)[4], const unsigned char* b, bool keep) const { \
-    FASTINV_PRODUCT(kind, "32", FASTINV_R16, "%16", "%17", "%18", "%19", "%20", "%21", FASTINV_16(d, 0));          \
-  }                                                                                                                \
-  __device__ void product(Type, float (&d)[8], const uint32_t (&a)[4], const unsigned char* b, bool keep) const {  \
-    FASTINV_PRODUCT(kind, "16", FASTINV_R8, "%8", "%9", "%10", "%11", "%12", "%13", FASTINV_8(d, 0));              \
+#define FASTINV_PRODUCTS(Type, kind)                                                                      \
+  __device__ void product(Type, float (&d)[32], const uint32_t (&a)[4], Right b, bool keep) const {       \
+    FASTINV_PRODUCT(kind, "64", FASTINV_R32, "%32", "%33", "%34", "%35", "%36", "%37", FASTINV_32(d, 0)); \
+  }                                                                                                       \
+  __device__ void product(Type, float (&d)[16], const uint32_t (&a)[4], Right b, bool keep) const {       \
+    FASTINV_PRODUCT(kind, "32", FASTINV_R16, "%16", "%17", "%18", "%19", "%20", "%21", FASTINV_16(d, 0)); \
+  }                                                                                                       \
+  __device__ void product(Type, float (&d)[8], const uint32_t (&a)[4], Right b, bool keep) const {        \
+    FASTINV_PRODUCT(kind, "16", FASTINV_R8, "%8", "%9", "%10", "%11", "%12", "%13", FASTINV_8(d, 0));     \
   }
   FASTINV_PRODUCTS(Bfloat16, "bf16.bf16")
   FASTINV_PRODUCTS(Float16, "f16.f16")
-
- private:
-  // Rows of 128 bytes, swizzled over 8 of them (PTX ISA, "Matrix descriptor format").
-  __device__ static uint64_t descriptor(const unsigned char* b) {
-    const uint64_t address = static_cast<uint64_t>(__cvta_generic_to_shared(b));
-    return ((address & 0x3ffff) >> 4) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
-  }
 };
 
 #else
@@ -175,6 +180,18 @@ uint32_t pack_relu(Type type, float low, float high) {
 inline uint32_t halves(uint32_t a, uint32_t b, int high) {
   return high ? a >> 16 | (b & 0xffff0000u) : (a & 0xffffu) | b << 16;
 }
+
+inline uint32_t larger_halves(uint32_t a, uint32_t b) {
+  const uint32_t low = (a & 0xffffu) > (b & 0xffffu) ? a : b, high = a >> 16 > b >> 16 ? a : b;
+  return (low & 0xffffu) | (high & 0xffff0000u);
+}
+
+struct Right {
+  const unsigned char* place;
+
+  explicit Right(const unsigned char* at) : place(at) {}
+  Right operator+(int bytes) const { return Right(place + bytes); }
+};
 
 // The threads of a block, each with a stack of its own, which take turns wherever they wait for each other.
 class HostThreads {
@@ -259,7 +276,6 @@ class HostThread {
   int index() const { return index_; }
   void sync() const { all_.sync(); }
   void sync(int) const { all_.sync_group(); }
-  void ask_for(const unsigned char*) const {}
   void publish() const {}
   void begin_products() const {}
   void end_products() const {}
@@ -281,7 +297,7 @@ class HostThread {
   }
 
   template <class Type, int kFloats>
-  void product(Type type, float (&d)[kFloats], const uint32_t (&a)[4], const unsigned char* b, bool keep) const {
+  void product(Type type, float (&d)[kFloats], const uint32_t (&a)[4], Right b, bool keep) const {
     float left[2][16];
     exchanged({{a[0], a[1], a[2], a[3]}}, [&](const auto& of) {
       for (int k = 0; k < 16; ++k) {
@@ -294,7 +310,7 @@ class HostThread {
       const int column = i / 4 * 8 + lane() % 4 * 2 + i % 2, h = i / 2 % 2;
       float sum = keep ? d[i] : 0.0f;
       for (int k = 0; k < 16; ++k) {
-        auto address = reinterpret_cast<uintptr_t>(b) + static_cast<uintptr_t>(column * 128 + k * 2);
+        auto address = reinterpret_cast<uintptr_t>(b.place) + static_cast<uintptr_t>(column * 128 + k * 2);
         address ^= (address >> 7 & 7) << 4;
         uint16_t value;
         std::memcpy(&value, reinterpret_cast<const void*>(address), 2);
