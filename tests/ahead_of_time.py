@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+from fastinv.kernels.triton import convolution
 from fastinv.kernels.triton.convolution import Tiled
 from fastinv.kernels.triton.epilogue import Epilogue
 from fastinv.kernels.triton.launch import Launch
@@ -165,7 +166,7 @@ def other_tiles(network: Network, precision: str, differentiable: bool = True) -
                     yield kernel.with_tile(tile).launch(x, out, Epilogue())
 
 
-def pair_launches() -> Iterator[Launch]:
+def pair_launches(precisions: Iterable[str] = PRECISIONS) -> Iterator[Launch]:
     """Pairs of all kinds whose values fill the registers, whether they pay or not."""
     up = nn.ConvTranspose2d
     for channels, layers in (
@@ -179,17 +180,18 @@ def pair_launches() -> Iterator[Launch]:
     ):
         network = export(nn.Sequential(*layers).eval(), torch.zeros(2, channels, 40, 40))
         with patch.dict(cuda_pair.FLOPS_PER_BYTE, dict.fromkeys(cuda_pair.FLOPS_PER_BYTE, float("inf"))):
-            for precision in PRECISIONS:
+            for precision in precisions:
                 yield from network_launches(network, precision)
                 yield from other_tiles(network, precision, differentiable=False)
 
 
 def all_launches() -> Iterator[Launch]:
-    for features, image in DECODERS.values():
+    for features, image in DECODERS.values():  # the last is that of CIFAR ReLU32
         network = export(make_decoder(features, image).eval(), torch.zeros(2, *features))
         for precision in PRECISIONS if image == (3, 32, 32) else ("float32", "bfloat16"):
             yield from network_launches(network, precision)
     yield from other_tiles(network, "bfloat16")
+    yield from other_tiles(network, "float32")
     yield from network_launches(network, "bfloat16", "bfloat16", "uint8")
     yield from network_launches(network, "float16", "uint8", "uint8")
     for target, at, image in ((lenet5(), "ReLU2", (1, 28, 28)), (cifar_net(), "ReLU32", (3, 32, 32))):
@@ -208,6 +210,10 @@ def all_launches() -> Iterator[Launch]:
         for options in ({"tv_beta": 1.0}, {"optimizer": "lbfgs"}, {"optimizer": "exact"}):
             yield from solver_launches(dataclasses.replace(recipe, **options), "float32")
     yield from pair_launches()
+    with patch.object(convolution, "copies_boxes", lambda device: False):  # as on older GPUs
+        for precision in ("float32", "bfloat16"):
+            yield from other_tiles(network, precision)
+        yield from pair_launches(("float32", "bfloat16"))
     for name in ("conv2d", "conv_transpose2d", "linear", "upsample", "mul", "permute", "affine"):
         for case in OPS[name].cases():
             if case.name in CASES:

@@ -50,8 +50,8 @@ class Numbers:
 
     Attributes:
         dtype: of values in memory, and of what products are computed from; sums are always float32.
-        dot: how float32 products are computed: `tl.dot`'s input_precision. float32 itself is three tf32 products on
-            the tensor cores (as in CUTLASS's 3xTF32), as exact as the order of a sum is.
+        dot: how products are computed: `tl.dot`'s input_precision, or "tf32x3" (`kernels/triton/halves.py`): of
+            float32, three tf32 products on the tensor cores, as exact as the order of a sum is.
     """
 
     dtype: str

@@ -89,7 +89,7 @@ def turned(outputs: int, precision: str) -> bool:
     """Whether the pixels of boxes are the columns of the product, and so many output channels its rows.
 
     Triton takes a box from where the copy engine has put it only as the second factor; as the first, it goes through
-    registers. But rows of wgmma are 64 at least, and the halves of float32 values are taken in registers anyhow.
+    registers. But rows of wgmma are 64 at least, and pixels are halved (`halves.py`) in registers anyhow.
     """
     return outputs >= 64 and precision != "tf32x3"
 

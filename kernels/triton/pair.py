@@ -79,10 +79,11 @@ def _pair_kernel(
     base = n * x_n + tl.zeros((TY * TX,), tl.int32)
     c = tl.arange(0, BN)
     PART: tl.constexpr = OUTPUTS * PLACES
-    source = sources + tl.arange(0, SLOTS)[:, None] * PART + tl.arange(0, PART)[None, :]
+    entry = tl.arange(0, SLOTS)[:, None] * PART + tl.arange(0, PART)[None, :]
 
     total = tl.zeros((PART, TY * TX), tl.float32)
-    for f in range(0, PHASES):
+    # What is alike in all phases would be loaded before them, and fill registers that the sums need.
+    for f in tl.range(0, PHASES, disable_licm=True):
         phase = phases + f * PHASE
         inside = (i < tl.load(phase + 2)) & (j < tl.load(phase + 3))
         taps_y, taps_x = tl.load(phase + 4), tl.load(phase + 5)
@@ -106,6 +107,7 @@ def _pair_kernel(
         lower = tl.load(taps + COLUMNS * BN) if PRECISION == "tf32x3" else None
         given = tl.zeros((TY * TX, COLUMNS), tl.float32)
         given = tl.trans(add_product(given, hidden, tl.load(taps), lower, PRECISION))
+        source = sources + f * (3 * SLOTS * PART) + entry
         from_y = at_y[None, None, :] - tl.load(source)[:, :, None]
         from_x = at_x[None, None, :] - tl.load(source + SLOTS * PART)[:, :, None]
         there = (from_y >= 0) & (from_y < TY) & (from_x >= 0) & (from_x < TX)
@@ -114,7 +116,6 @@ def _pair_kernel(
         taken = tl.gather(tl.reshape(given, (COLUMNS * TY * TX,)), place, 0)
         taken = tl.reshape(taken, (SLOTS, PART, TY * TX))
         total += tl.sum(tl.where(there, taken, 0.0), axis=0)
-        source += 3 * SLOTS * PART
 
     # Cells at an edge of the tile that the image goes on beyond are the neighbouring tile's.
     whole = (at_y >= tl.where(tile_y == 0, 0, before_y)) & (at_x >= tl.where(tile_x == 0, 0, before_x))
@@ -232,11 +233,11 @@ def cells_of(first: Convolution, columns: int, sources: Any) -> int:
     """Cells of a tile, 256 or `FEWEST`, that 8 warps can have in registers without spilling; 0 where those are none.
 
     A cell has the sums of both products, what is taken of the second, and the total. Addresses of tiles that run over
-    taps and channels leave less room for them, and the halves of float32 values that go through tf32 even less.
+    taps and channels leave less room for them.
     """
     taken, total = math.prod(sources.shape[2:]), math.prod(sources.shape[3:])
     values = max(16, power_of_two(first.outputs)) + columns + taken + total
-    most = 72 if first.precision == "tf32x3" else 96 if first.flat else 192  # of a thread: tried with the compiler
+    most = 96 if first.flat else 192  # of a thread: tried with the compiler
     return next((cells for cells in (256, FEWEST) if cells * values <= 256 * most), 0)
 
 
