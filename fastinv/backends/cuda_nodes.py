@@ -30,7 +30,7 @@ class Node(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Door:
-    """Features as users hold them, [N, C, H, W] of any type, and what goes with them: see `layout.py` of the kernels."""
+    """Features as users hold them, [N, C, H, W] of any type, and what goes with them: see the kernels' `layout.py`."""
 
     features: Buffer
     scale: Buffer

@@ -75,7 +75,7 @@ def _direct_kernel(
     pixels = x + (n * x_n + y * X_Y + x0 * X_X)[:, None] + (c * X_C)[None, :]
     weights = w + k[None, :] + tl.zeros((1 if OVER_CHANNELS else BM, 1), tl.int32)
 
-    largest = tl.zeros((BM, XC), tl.float32)
+    finite = tl.full((BM, XC), True, tl.int1)
     sums = ()
     for _ in tl.static_range(ROWS * COUNT_Y * COUNT_X * PARTS):
         sums = sums + (tl.zeros((BM, COLUMNS), tl.float32),)  # noqa: RUF005
@@ -105,7 +105,7 @@ def _direct_kernel(
                         value = tl.where(seen, (value - zero) * unit, 0.0)
                 if flag is not None:
                     if CHECKED_Y[f] and CHECKED_X[e]:
-                        largest = tl.maximum(largest, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
+                        finite = finite & (tl.abs(value) < float("inf"))
                 column = column + (value,)  # noqa: RUF005
             for s in tl.static_range(len(TAPS_Y)):
                 for t in tl.static_range(len(TAPS_X)):
@@ -123,8 +123,7 @@ def _direct_kernel(
         weights += KERNEL_Y * KERNEL_X * PARTS * COLUMNS
 
     if flag is not None:
-        bad = (largest != largest) | (largest == float("inf"))
-        tl.store(flag + tl.zeros((BM, XC), tl.int32), tl.full((BM, XC), 1, tl.int32), mask=bad)
+        tl.store(flag + tl.zeros((BM, XC), tl.int32), tl.full((BM, XC), 1, tl.int32), mask=~finite)
     for r in tl.static_range(ROWS):
         for p in tl.static_range(COUNT_Y):
             for q in tl.static_range(COUNT_X):
