@@ -20,6 +20,7 @@ from unittest.mock import patch
 import torch
 import triton
 from fastinv.kernels.triton.convolution import Tiled
+from fastinv.kernels.triton.direct import DirectConvolution
 from fastinv.kernels.triton.epilogue import Epilogue
 from fastinv.kernels.triton.launch import Launch
 from torch import nn
@@ -184,6 +185,28 @@ def pair_launches() -> Iterator[Launch]:
                 yield from other_tiles(network, precision, differentiable=False)
 
 
+def direct_launches() -> Iterator[Launch]:
+    """Convolutions product by product that fill the registers, first on bytes and then between layers."""
+    up = nn.ConvTranspose2d
+    for layer in (
+        nn.Conv2d(64, 4, 3, padding=1),
+        nn.Conv2d(20, 3, 9, padding=4),
+        nn.Conv2d(16, 16, 5),
+        nn.Conv2d(3, 64, 7, 2, 3),
+        up(64, 3, 4, 2, 1),
+        up(12, 2, 5, (3, 4)),
+    ):
+        network = export(nn.Sequential(layer).eval(), torch.zeros(2, layer.in_channels, 33, 31))
+        for precision in ("float32", "bfloat16"):
+            yield from network_launches(network, precision, "uint8", "uint8")
+            for node in Lowering(network, META, PRECISIONS[precision], differentiable=True).nodes:
+                for kernel in (node.kernel, node.back):
+                    if isinstance(kernel, DirectConvolution):
+                        shapes, dtype = (kernel.input_shape, kernel.output_shape), getattr(torch, precision)
+                        x, out = (torch.empty(IMAGES, *shape, dtype=dtype, device=META) for shape in shapes)
+                        yield kernel.launch(x, out, Epilogue("relu", addend=out, saved=out))
+
+
 def all_launches() -> Iterator[Launch]:
     for features, image in DECODERS.values():
         network = export(make_decoder(features, image).eval(), torch.zeros(2, *features))
@@ -208,6 +231,7 @@ def all_launches() -> Iterator[Launch]:
         for options in ({"tv_beta": 1.0}, {"optimizer": "lbfgs"}, {"optimizer": "exact"}):
             yield from solver_launches(dataclasses.replace(recipe, **options), "float32")
     yield from pair_launches()
+    yield from direct_launches()
     for name in ("conv2d", "conv_transpose2d", "linear", "upsample", "mul", "permute", "affine"):
         for case in OPS[name].cases():
             if case.name in CASES:

@@ -164,7 +164,7 @@ def test_which_convolutions() -> None:
     assert not direct("bfloat16", 3, 64)
     assert direct("float32", 3, 64)
     assert not direct("float32", 3, 65)
-    assert direct("float32", 3, 3, 11)
+    assert direct("float32", 3, 2, 11)
     assert not direct("float32", 4, 4, 11)
 
 
