@@ -160,7 +160,9 @@ def test_which_convolutions() -> None:
 
     assert direct("bfloat16", 64, 4)
     assert not direct("float32", 64, 5)
-    assert direct("bfloat16", 16, 16)
+    assert direct("bfloat16", 16, 8)
+    assert not direct("float32", 16, 9)
+    assert direct("bfloat16", 15, 16)
     assert not direct("bfloat16", 3, 64)
     assert direct("float32", 3, 64)
     assert not direct("float32", 3, 65)
