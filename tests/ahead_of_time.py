@@ -21,6 +21,7 @@ import torch
 import triton
 from fastinv.kernels.triton import convolution
 from fastinv.kernels.triton.convolution import Tiled
+from fastinv.kernels.triton.direct import DirectConvolution
 from fastinv.kernels.triton.epilogue import Epilogue
 from fastinv.kernels.triton.launch import Launch
 from torch import nn
@@ -139,7 +140,8 @@ def network_launches(network: Network, precision: str, dtype: str = "float32", r
     if dtype in ("uint8", "int8"):
         outside |= {buffer: torch.empty(16, device=META) for buffer in (compiled._scale, compiled._zero_point)}
     memory = torch.empty(compiled._arena.bytes(IMAGES), dtype=torch.uint8, device=META)
-    return compiled._arena.bind(IMAGES, memory, compiled._all(outside))
+    launches = compiled._arena.bind(IMAGES, memory, compiled._all(outside))
+    return [launch for launch in launches if isinstance(launch, Launch)]
 
 
 def solver_launches(recipe: RMLE, precision: str) -> list[Launch]:
@@ -185,6 +187,28 @@ def pair_launches(precisions: Iterable[str] = PRECISIONS) -> Iterator[Launch]:
                 yield from other_tiles(network, precision, differentiable=False)
 
 
+def direct_launches() -> Iterator[Launch]:
+    """Convolutions product by product that fill the registers, first on bytes and then between layers."""
+    up = nn.ConvTranspose2d
+    for layer in (
+        nn.Conv2d(64, 4, 3, padding=1),
+        nn.Conv2d(20, 3, 9, padding=4),
+        nn.Conv2d(16, 16, 5),
+        nn.Conv2d(3, 64, 7, 2, 3),
+        up(64, 3, 4, 2, 1),
+        up(12, 2, 5, (3, 4)),
+    ):
+        network = export(nn.Sequential(layer).eval(), torch.zeros(2, layer.in_channels, 33, 31))
+        for precision in ("float32", "bfloat16"):
+            yield from network_launches(network, precision, "uint8", "uint8")
+            for node in Lowering(network, META, PRECISIONS[precision], differentiable=True).nodes:
+                for kernel in (node.kernel, node.back):
+                    if isinstance(kernel, DirectConvolution):
+                        shapes, dtype = (kernel.input_shape, kernel.output_shape), getattr(torch, precision)
+                        x, out = (torch.empty(IMAGES, *shape, dtype=dtype, device=META) for shape in shapes)
+                        yield kernel.launch(x, out, Epilogue("relu", addend=out, saved=out))
+
+
 def all_launches() -> Iterator[Launch]:
     for features, image in DECODERS.values():  # the last is that of CIFAR ReLU32
         network = export(make_decoder(features, image).eval(), torch.zeros(2, *features))
@@ -214,6 +238,7 @@ def all_launches() -> Iterator[Launch]:
         for precision in ("float32", "bfloat16"):
             yield from other_tiles(network, precision)
         yield from pair_launches(("float32", "bfloat16"))
+    yield from direct_launches()
     for name in ("conv2d", "conv_transpose2d", "linear", "upsample", "mul", "permute", "affine"):
         for case in OPS[name].cases():
             if case.name in CASES:

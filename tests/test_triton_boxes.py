@@ -30,7 +30,7 @@ LAYERS: dict[str, tuple[tuple[int, ...], tuple[nn.Module, ...]]] = {
     "dilated": ((16, 9, 8), (nn.Conv2d(16, 16, 3, padding=2, dilation=2),)),
     "wider than a tile": ((16, 3, 140), (nn.Conv2d(16, 16, (2, 1)),)),
     "all phases": ((16, 5, 6), (nn.ConvTranspose2d(16, 20, 3, 2, 1, output_padding=1), nn.ReLU())),
-    "phases of other sizes": ((16, 3, 4), (nn.ConvTranspose2d(16, 8, (2, 4), (3, 2), (0, 1)),)),
+    "phases of other sizes": ((16, 3, 4), (nn.ConvTranspose2d(16, 12, (2, 4), (3, 2), (0, 1)),)),
     "more channels": ((32, 5, 5), (nn.Conv2d(32, 72, 3, padding=1), nn.ReLU())),
     "more channels, all phases": ((16, 4, 9), (nn.ConvTranspose2d(16, 40, 3, 2, 1), nn.ReLU())),
     "one after the other": ((16, 6, 6), (nn.Conv2d(16, 16, 3, padding=1), nn.Sigmoid(), nn.Conv2d(16, 32, 1))),
@@ -132,7 +132,7 @@ def test_gradient(name: str, in_boxes: list[Tile]) -> None:
 
 
 def test_bytes_in_the_users_order(in_boxes: list[Tile]) -> None:
-    network = exported((16, 5, 6), nn.ConvTranspose2d(16, 8, 4, 2, 1), nn.Sigmoid())
+    network = exported((16, 5, 6), nn.ConvTranspose2d(16, 12, 4, 2, 1), nn.Sigmoid())
     x = randn(3, 16, 5, 6)
     out = np.empty((3, *network.output_shape), np.uint8)
     assert network_on(network).run_raw(tensors.Source(x, "float32", False), out)
@@ -145,7 +145,7 @@ def test_bytes_in_the_users_order(in_boxes: list[Tile]) -> None:
     [
         nn.Conv2d(16, 16, 3, stride=2),
         nn.Conv2d(32, 32, 3, groups=2),
-        nn.Conv2d(6, 16, 3),
+        nn.Conv2d(22, 16, 3),
         nn.Conv2d(66, 16, 3),
     ],
     ids=["strided", "grouped", "few channels", "channels in no 16 bytes"],

@@ -265,12 +265,12 @@ def _few(inputs: int, itemsize: int) -> int:
     """Up to how many outputs a convolution takes longer as a matrix product than product by product.
 
     On an H100 about 15 · 10^12 products a second are to be had without tensor cores. With them it is not products that
-    count but what they read, gathered from memory: 10^12 values a second where a tile runs over taps and channels, or
-    its tap has 16 channels, so that 16 products cost as much as a value; 3 · 10^12 with more channels. float32 values
-    take longer, and become three tf32 products.
+    count but what they read, gathered from memory: 10^12 values a second where a tap has 16 channels, fewer where tiles
+    run over taps and channels, so that 16 products and more cost as much as a value; 3 · 10^12 with more channels.
+    float32 values take longer, and become three tf32 products. With 16 channels boxes are faster than what is gathered.
     """
-    if inputs > 16:
-        return 4
+    if inputs >= 16:
+        return 4 if inputs > 16 else 8
     return 16 if itemsize == 2 else 64
 
 

@@ -27,7 +27,7 @@ WIDEST = 64  # outputs that can be the columns of a tile
 SECTOR = 16  # channels that are loaded side by side: 32 bytes, of which memory is made, if they have two each
 VALUES = 72  # of a thread, sums and what it reads of a column: of 128 registers, with weights and addresses
 MOST_ROWS = 8  # of a thread: more would leave too few threads
-PRODUCTS = 400  # of a channel and an output of each phase: all are written out, one by one
+PRODUCTS = 256  # of a channel, that are written out one by one: each takes the compiler milliseconds
 LOAD = 4  # products that a multiprocessor can do while it loads one value from its cache
 THREADS = 128  # of a program
 
@@ -47,7 +47,7 @@ def _direct_kernel(
     ENTRIES_Y: tl.constexpr, PHASES_Y: tl.constexpr, TAPS_Y: tl.constexpr, COUNT_Y: tl.constexpr,
     OFFSETS_X: tl.constexpr, FREE_X: tl.constexpr, CHECKED_X: tl.constexpr,
     ENTRIES_X: tl.constexpr, PHASES_X: tl.constexpr, TAPS_X: tl.constexpr, COUNT_X: tl.constexpr,
-    KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr, OVER_CHANNELS: tl.constexpr, FULL: tl.constexpr,
+    KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr, OVER_CHANNELS: tl.constexpr,
     KIND: tl.constexpr, BYTES: tl.constexpr,
     BM: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -75,20 +75,19 @@ def _direct_kernel(
     pixels = x + (n * x_n + y * X_Y + x0 * X_X)[:, None] + (c * X_C)[None, :]
     weights = w + k[None, :] + tl.zeros((1 if OVER_CHANNELS else BM, 1), tl.int32)
 
-    largest = tl.zeros((BM, XC), tl.float32)
+    finite = tl.full((BM, XC), True, tl.int1)
     sums = ()
     for _ in tl.static_range(ROWS * COUNT_Y * COUNT_X * PARTS):
         sums = sums + (tl.zeros((BM, COLUMNS), tl.float32),)  # noqa: RUF005
-    for block in range(0, (channels + XC - 1) // XC):
+    for block in range(0, channels // XC):
         if scale is not None:
-            known = block * XC + c < channels
-            zero = tl.load(zero_point + block * XC + c, mask=known, other=0.0)[None, :]
-            unit = tl.load(scale + block * XC + c, mask=known, other=0.0)[None, :]
+            zero = tl.load(zero_point + block * XC + c)[None, :]
+            unit = tl.load(scale + block * XC + c)[None, :]
         for e in tl.static_range(len(OFFSETS_X)):
             column = ()
             for f in tl.static_range(len(OFFSETS_Y)):
                 place = pixels + (OFFSETS_Y[f] * X_Y + OFFSETS_X[e] * X_X)
-                if FREE_Y[f] and FREE_X[e] and FULL:
+                if FREE_Y[f] and FREE_X[e]:
                     value = tl.load(place).to(tl.float32)
                     if scale is not None:
                         value = (value - zero) * unit
@@ -98,14 +97,12 @@ def _direct_kernel(
                         seen = seen & ((y + OFFSETS_Y[f] >= 0) & (y + OFFSETS_Y[f] < height))[:, None]
                     if not FREE_X[e]:
                         seen = seen & ((x0 + OFFSETS_X[e] >= 0) & (x0 + OFFSETS_X[e] < width))[:, None]
-                    if not FULL:
-                        seen = seen & (block * XC + c < channels)[None, :]
                     value = tl.load(place, mask=seen, other=0).to(tl.float32)
                     if scale is not None:
                         value = tl.where(seen, (value - zero) * unit, 0.0)
                 if flag is not None:
                     if CHECKED_Y[f] and CHECKED_X[e]:
-                        largest = tl.maximum(largest, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
+                        finite = finite & (tl.abs(value) < float("inf"))
                 column = column + (value,)  # noqa: RUF005
             for s in tl.static_range(len(TAPS_Y)):
                 for t in tl.static_range(len(TAPS_X)):
@@ -123,8 +120,7 @@ def _direct_kernel(
         weights += KERNEL_Y * KERNEL_X * PARTS * COLUMNS
 
     if flag is not None:
-        bad = (largest != largest) | (largest == float("inf"))
-        tl.store(flag + tl.zeros((BM, XC), tl.int32), tl.full((BM, XC), 1, tl.int32), mask=bad)
+        tl.store(flag + tl.zeros((BM, XC), tl.int32), tl.full((BM, XC), 1, tl.int32), mask=~finite)
     for r in tl.static_range(ROWS):
         for p in tl.static_range(COUNT_Y):
             for q in tl.static_range(COUNT_X):
@@ -227,7 +223,7 @@ class DirectConvolution(Weights):
         self.kernel = kernel
         self.over_channels = outputs <= FEW
         if self.over_channels:
-            self.parts, self.columns = outputs, 1 if planar else min(power_of_two(channels), SECTOR)
+            self.parts, self.columns = outputs, 1 if planar else math.gcd(channels, SECTOR)
             width = min(self.columns, 2)  # columns of a thread
             pixels = 2 if self.columns == 1 else 1  # of a thread: a weight is loaded once for all of them
             self.rows = _rows(geometry, self.parts, width * pixels, width * pixels)
@@ -293,7 +289,7 @@ class DirectConvolution(Weights):
             "OUT_Y": given["out_y"], "OUT_X": given["out_x"], "OUT_C": given["out_c"], "OUTPUTS": self.outputs,
             "STRIDE_Y": self.geometry.stride[0], "STRIDE_X": self.geometry.stride[1],
             **down.constants("Y"), **across.constants("X"), "KERNEL_Y": self.kernel[0], "KERNEL_X": self.kernel[1],
-            "OVER_CHANNELS": self.over_channels, "FULL": not self.over_channels or self.inputs % self.columns == 0,
+            "OVER_CHANNELS": self.over_channels,
             "KIND": constants["KIND"], "BYTES": constants["BYTES"],
             "BM": self.tile_pixels, "ROWS": self.rows, "PARTS": self.parts, "COLUMNS": self.columns,
         }  # fmt: skip
@@ -302,16 +298,13 @@ class DirectConvolution(Weights):
 
 
 def _packed(weight: Weight, columns: int, over_channels: bool) -> Weight:
-    """Weights [outputs, inputs, kh, kw] as the kernel has them, flat; what fills up the columns is zero."""
+    """Weights [outputs, inputs, kh, kw] as the kernel has them, flat; outputs that fill up the columns are zero."""
     outputs, channels, *kernel = weight.shape
     if over_channels:
-        blocks = ceil_div(channels, columns)
-        padded = np.zeros((outputs, blocks * columns, *kernel), np.float32)
-        padded[:, :channels] = weight
-        return padded.reshape(outputs, blocks, columns, *kernel).transpose(1, 3, 4, 0, 2).ravel()
+        return weight.reshape(outputs, channels // columns, columns, *kernel).transpose(1, 3, 4, 0, 2).flatten()
     padded = np.zeros((columns, channels, *kernel), np.float32)
     padded[:outputs] = weight
-    return padded.transpose(1, 2, 3, 0).ravel()
+    return padded.transpose(1, 2, 3, 0).flatten()
 
 
 def _rows(geometry: Geometry, parts: int, width: int, read: int) -> int:
@@ -330,7 +323,7 @@ def _rows(geometry: Geometry, parts: int, width: int, read: int) -> int:
 
     def fits(rows: int) -> bool:
         values = width * rows * geometry.count * parts + read * len(reach(geometry, 0, rows).offsets)
-        return values <= VALUES and rows * _products(geometry, parts) <= 2 * PRODUCTS
+        return values <= VALUES and rows * _products(geometry, parts) <= PRODUCTS
 
     return min((rows for rows in range(1, MOST_ROWS + 1) if rows == 1 or fits(rows)), key=cost)
 
