@@ -34,11 +34,12 @@ def run_tests(files: Sequence[Path], seconds: float) -> str:
     """
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist") is not None:
-        return _run([*pytest, "-n", str(os.cpu_count()), *files], "tests", seconds) or "passed"
-    with ThreadPoolExecutor(len(files)) as pool:
-        found = pool.map(lambda file: _run([*pytest, file], file.name, seconds), files)
-        wrong = [reason for reason in found if reason is not None]
-    return ", ".join(wrong) or "passed"
+        found = [_run([*pytest, "-n", str(os.cpu_count()), *files], "the tests", seconds)]
+    else:
+        with ThreadPoolExecutor(len(files)) as pool:
+            found = list(pool.map(lambda file: _run([*pytest, file], file.name, seconds), files))
+    wrong = [reason for reason in found if reason is not None]
+    return f"FAILED: {', '.join(wrong)}" if wrong else "passed"
 
 
 def _run(command: Sequence[str | Path], name: str, seconds: float) -> str | None:
@@ -48,7 +49,7 @@ def _run(command: Sequence[str | Path], name: str, seconds: float) -> str | None
     except subprocess.TimeoutExpired as late:
         said = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
         print(f"{name}: not done after {seconds:.0f} s: {said.strip()}", flush=True)
-        return f"FAILED: {name} took too long"
+        return f"{name} took too long"
     wrong = done.returncode not in (0, NO_TESTS)
     print(f"{name}: {(done.stdout if wrong else done.stdout.splitlines()[-1]).strip()}", flush=True)
-    return f"FAILED: {name}" if wrong else None
+    return f"{name} failed" if wrong else None
