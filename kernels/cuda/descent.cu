@@ -7,7 +7,7 @@ namespace {
 extern __shared__ Four shared_memory[];
 
 template <class Edge>
-__global__ void __launch_bounds__(kMostThreads, 1) descend_kernel(const Descent descent, const Edge edge) {
+__global__ void __launch_bounds__(kMostThreads, Edge::kBlocks) descend_kernel(const Descent descent, const Edge edge) {
   DeviceBlock block(shared_memory->at);
   descend(descent, edge, block);
 }

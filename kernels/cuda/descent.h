@@ -47,10 +47,17 @@ struct Planes {
   }
 };
 
+// Threads for a row of the image: whole warps where a block may have so many, so that a warp's rows are the same and it
+// goes one way where an edge differs near the border.
+template <class Edge>
+FASTINV_BOTH int threads_across(const Descent& d) {
+  const int whole = (d.width + 31) / 32 * 32, down = (d.height + Edge::P::kRows - 1) / Edge::P::kRows;
+  return whole * down <= kMostThreads ? whole : d.width;
+}
 // Threads of a block, whole warps; rows of its image, a whole number for each thread; its floats in shared memory.
 template <class Edge>
 FASTINV_BOTH int threads_of(const Descent& d) {
-  return ((d.height + Edge::P::kRows - 1) / Edge::P::kRows * d.width + 31) / 32 * 32;
+  return ((d.height + Edge::P::kRows - 1) / Edge::P::kRows * threads_across<Edge>(d) + 31) / 32 * 32;
 }
 template <class Edge>
 FASTINV_BOTH int rows_of(const Descent& d) {
@@ -160,13 +167,14 @@ FASTINV_BLOCK void step(const Descent& d, const float* rate, P& p, int r, int c)
 
 // What a block does with its image: as many steps as are left, `most` at most. The edge has
 // - `Own`, what a thread keeps beside its pixels, a `Pixels` among it as `pixels`; `kBorder`, of the image;
+//   `kBlocks`, that share a multiprocessor;
 // - `shared_floats(d)`, and `begin(d, block, memory)`, which fills that memory and ends with a barrier;
 // - `own(d, n, own)`, which completes a thread's own for image n;
 // - `differentiate(d, block, image, all)`, which leaves the gradients in the pixels of all, and ends with a barrier.
 template <class Edge, class Block>
 FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
   using P = typename Edge::P;
-  const int n = block.index();
+  const int n = block.index(), across = threads_across<Edge>(d);
   if (d.running[n] != 1) return;
   const Planes image = image_of<Edge>(d, block.shared());
   const int64_t start = int64_t{n} * d.height * d.width * P::kChannels;
@@ -193,8 +201,8 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
   block.each([&](int thread) {
     all[thread] = {};
     P& p = all[thread].pixels;
-    p.row = thread / d.width * P::kRows;
-    p.column = p.row < d.height ? thread % d.width : -1;
+    p.row = thread / across * P::kRows;
+    p.column = p.row < d.height && thread % across < d.width ? thread % across : -1;
     if (p.column < 0) return;
     values(p, [&](int r, int c, int64_t at) {
       p.z[r][c] = d.z[at];

@@ -42,6 +42,7 @@ struct Pooled {
   static constexpr int kTaps = kTaps_, kFirst = kFirst_, kSecond = kSecond_;  // channels of the layers
   using P = Pixels<1, 4>;
   static constexpr int kBorder = 0;
+  static constexpr int kBlocks = 1;
   static constexpr int kEdge = kTaps - 1;  // what a convolution takes away
   static constexpr int kFirstWeights = kTaps * kTaps * kFirst, kSecondWeights = kFirstWeights * kSecond;
   static constexpr int kBackWeights = kTaps * kFirst * ((kTaps + 3) / 4 * 4);

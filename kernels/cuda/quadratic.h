@@ -20,28 +20,37 @@ struct Quadratic {
   static constexpr int kBorder = kTaps / 2;
   static constexpr int kWeights = kTaps * kChannels * ((kTaps * kChannels + 3) / 4 * 4);  // of a kind
 
+  // Blocks of a multiprocessor: with three channels the registers of a thread have to be told, 153 would be taken.
+  static constexpr int kBlocks = 2;
+
   struct Own {
     P pixels;
-    typename P::Values constant;
+    const float* constant;       // c, [row][channel], so many floats from one to the next; in shared memory
     const Four* weights[kRows];  // of the row's kind
     bool uniform;                // whether all rows are of the same kind
   };
 
   QuadraticForm form;
-  const float* weights = nullptr;  // in shared memory
+  float *weights = nullptr, *constants = nullptr;  // in shared memory
 
-  FASTINV_BOTH int shared_floats(const Descent&) const { return form.row_kinds * form.column_kinds * kWeights; }
+  FASTINV_BOTH int weight_floats() const { return form.row_kinds * form.column_kinds * kWeights; }
+  FASTINV_BOTH int shared_floats(const Descent& d) const {
+    return weight_floats() + kRows * kChannels * threads_of<Quadratic>(d);
+  }
 
   template <class Block>
   FASTINV_BLOCK void begin(const Descent& d, Block& block, float* memory) {
     weights = memory;
+    constants = memory + weight_floats();
     block.each([&](int thread) {
-      for (int i = thread; i < shared_floats(d); i += block.threads()) memory[i] = form.weight[i];
+      for (int i = thread; i < weight_floats(); i += block.threads()) weights[i] = form.weight[i];
     });
   }
 
   FASTINV_BLOCK void own(const Descent& d, int n, Own& own) const {
     const P& p = own.pixels;
+    float* constant = constants + p.row / kRows * threads_across<Quadratic>(d) + p.column;
+    own.constant = constant;
     own.uniform = true;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -51,7 +60,9 @@ struct Quadratic {
       own.uniform = own.uniform && own.weights[r] == own.weights[0];
       const int64_t at = ((int64_t{n} * d.height + row) * d.width + p.column) * kChannels;
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) own.constant[r][c] = form.constant[at + c];
+      for (int c = 0; c < kChannels; ++c) {
+        constant[(r * kChannels + c) * threads_of<Quadratic>(d)] = form.constant[at + c];
+      }
     }
   }
 
@@ -64,7 +75,7 @@ struct Quadratic {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-        for (int c = 0; c < kChannels; ++c) p.gradient[r][c] = own.constant[r][c];
+        for (int c = 0; c < kChannels; ++c) p.gradient[r][c] = own.constant[(r * kChannels + c) * block.threads()];
       }
       const int row = p.row - kBorder, column = p.column - kBorder;
       if (own.uniform) {
