@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from fastinv.kernels.triton.epilogue import Epilogue, put
 from fastinv.kernels.triton.geometry import Geometry, Weight, Weights
-from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
+from fastinv.kernels.triton.launch import Launch, ceil_div, interpreted, power_of_two
 
 FEW = 4  # outputs whose sums a thread has all
 WIDEST = 64  # outputs that can be the columns of a tile
@@ -231,7 +231,7 @@ class DirectConvolution(Weights):
             self.parts, self.columns = 1, power_of_two(outputs)
             width, pixels = min(self.columns, 4), 1
             self.rows = _rows(geometry, self.parts, width, 1)
-        self.tile_pixels = THREADS * width * pixels // self.columns
+        self.tile_pixels = THREADS * width * pixels // self.columns * interpreted(device)
         self.reaches = reach(geometry, 0, self.rows), reach(geometry, 1, 1)
         packed = _packed(weight[0], self.columns, self.over_channels)
         super().__init__(geometry, weight.shape, packed, [0] * geometry.count, bias, device, torch.float32)

@@ -48,6 +48,13 @@ def copies_boxes(device: Any) -> bool:
     return device.type != "cuda" or bool(torch.cuda.get_device_capability(device) >= (9, 0))
 
 
+def interpreted(device: Any) -> int:
+    """By how much tiles may be larger: on a CPU the interpreter takes as long for a program, however large its tile."""
+    import torch
+
+    return 16 if torch.device(device).type == "cpu" else 1
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
