@@ -156,7 +156,8 @@ class Worker {
         self_.sync(team_);
         const bool ends = band + 1 == kBands;
         const unsigned char* next = ends ? after(n + step, n + 2 * step, 0) : after(n, n + step, band + 1);
-        fetch<0, kEarly>(next, chunk);  // the rest when there are registers for it
+        fetch<0, kEarly>(next, chunk);
+        ask_for(next);  // the rest: there are no registers for it yet
         multiply(band);
         fetch<kEarly, 8>(next, chunk);
         give(band);
@@ -195,6 +196,12 @@ class Worker {
     if (row == nullptr) return;
 #pragma unroll
     for (int i = kBegin; i < kEnd; ++i) chunk.words[i] = *reinterpret_cast<const Words*>(row + i * kPiece);
+  }
+
+  FASTINV_BLOCK void ask_for(const unsigned char* row) const {
+    if (row == nullptr) return;
+#pragma unroll
+    for (int i = kEarly; i < 8; ++i) self_.ask_for(row + i * kPiece);
   }
 
   FASTINV_BLOCK void check(const Chunk& chunk) const {

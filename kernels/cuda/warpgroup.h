@@ -95,6 +95,11 @@ class DeviceThread {
   }
   __device__ float shuffle(float value, int lane) const { return __shfl_sync(0xffffffffu, value, lane); }
 
+  // What will be read from global memory is brought to the L2 cache.
+  __device__ void ask_for(const unsigned char* address) const {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+  }
+
   // What was written to shared memory by threads is to be read by tensor cores, after the next `sync`.
   __device__ void publish() const { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -276,6 +281,7 @@ class HostThread {
   int index() const { return index_; }
   void sync() const { all_.sync(); }
   void sync(int) const { all_.sync_group(); }
+  void ask_for(const unsigned char*) const {}
   void publish() const {}
   void begin_products() const {}
   void end_products() const {}
