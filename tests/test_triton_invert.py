@@ -129,6 +129,7 @@ def test_wrong_features_on_the_gpu(inverse_network: InverseNetwork, rmle: RMLE, 
             fastinv.invert(x[..., :3], inverter)
         with pytest.raises(FeatureError, match="NaN or Inf"):
             fastinv.invert(bad, inverter)
+        assert torch.isfinite(fastinv.invert(x, inverter)).all()  # what was wrong is not remembered
         with pytest.raises(FeatureError, match="out does not fit: expected a tensor"):
             fastinv.invert(x, inverter, out=np.empty((3, *inverter.image_shape), np.float32))
     with pytest.raises(FeatureError, match=r"backend 'cpu' .* leave both out"):

@@ -105,8 +105,7 @@ class CudaNetwork:
         out = torch.empty((count, *network.output_shape), dtype=getattr(torch, dtype), device=self._device)
         with self._lock, on_device(self._device):
             if self._flag_there is None:
-                self._flag_there = torch.empty(1, dtype=torch.int32, device=self._device)
-            self._flag_there.zero_()
+                self._flag_there = torch.zeros(1, dtype=torch.int32, device=self._device)
             start = 0
             while start < count:
                 memory = self._ready()  # may lower `_most`
@@ -114,6 +113,8 @@ class CudaNetwork:
                 self._run_part(x[start:stop], out[start:stop], memory)
                 start = stop
             wrong = bool(self._flag_there.item())  # waits: the arena is free again
+            if wrong:
+                self._flag_there.zero_()
         if wrong:
             raise FeatureError("features hold NaN or Inf: drop or mend these images")
         return out
