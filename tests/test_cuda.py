@@ -21,7 +21,7 @@ from fastinv.backends import BACKENDS, cuda_device, cuda_native, select
 from fastinv.backends.cuda import CudaBackend
 from fastinv.backends.cuda_device import halving, missing
 from fastinv.backends.cuda_lowering import PRECISIONS
-from fastinv.backends.cuda_network import copy
+from fastinv.backends.cuda_network import copy, fill
 from fastinv.backends.cuda_plan import ALIGNMENT, Arena, Buffer, Stage, bucket, place
 from fastinv.errors import BackendError
 from fastinv.inverters import METHODS, RMLE
@@ -154,6 +154,23 @@ def test_copies_on_the_host(dtype: str) -> None:
         for target in (np.zeros_like(values), np.zeros((5, 3, 8), dtype)[..., ::2]):
             copy(source, target[: len(source)])
             np.testing.assert_array_equal(target[: len(source)], source)
+
+
+def test_float32_is_rounded_on_its_way_to_pinned_memory() -> None:
+    """As PyTorch rounds, whatever the layout; all else is copied as it is."""
+    x = randn(6, 5, 4)
+    x[0, 0, :3] = np.nan, np.inf, -np.inf
+    locked = x.copy()
+    locked.flags.writeable = False
+    for source in (x, locked, x[::2], x[..., 1:], x.transpose(2, 0, 1), x[:0]):
+        target = torch.full((source.size,), 7.0, dtype=torch.bfloat16)
+        fill(target, source)
+        expected = torch.from_numpy(np.array(source)).to(torch.bfloat16).flatten()
+        assert torch.equal(target.view(torch.int16), expected.view(torch.int16))
+    bytes_ = np.arange(256, dtype=np.uint8)
+    target = torch.zeros(256, dtype=torch.uint8)
+    fill(target, bytes_)
+    np.testing.assert_array_equal(target.numpy(), bytes_)
 
 
 # ---- bench/gpu.py ----------------------------------------------------------------------------------------------------

@@ -89,16 +89,20 @@ def test_an_input_reaches_the_outputs_that_see_it() -> None:
     assert ((np.abs(expected - zero) > 1e-6).sum((1, 2, 3)) < 200).all()
 
 
+@pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("dtype", ["float32", "uint8"])
-def test_features_from_the_host_go_through_the_layout(dtype: str) -> None:
+def test_features_from_the_host(dtype: str, precision: str) -> None:
+    """float32: rounded to bfloat16 on the host, and read as they are; to float16 on the device, by the layout."""
     network, x = decoder(64, 3, nn.ReLU(), nn.Sigmoid()), randn(3, 128, 16, 16)
-    compiled, out = CudaNetwork(network, "bfloat16", WHERE), np.empty((3, 3, 32, 32), dtype)
+    compiled, out = CudaNetwork(network, precision, WHERE), np.empty((3, 3, 32, 32), dtype)
     assert compiled.run_raw(Source(x, "float32", False), out)
     expected = reference(network, x)
     if dtype == "uint8":
         assert np.abs(out.astype(float) - 255 * expected).max() < 4
     else:
         assert relative(out, expected) < 1e-2
+    x[1, 2, 3, 4] = np.nan
+    assert not compiled.run_raw(Source(x, "float32", False), out)
 
 
 def test_within_a_network() -> None:
