@@ -46,7 +46,7 @@ def kernel_of(network: Network, precision: str = "float32") -> object:
 
 
 def launches(network: Network) -> int:
-    return len(network_on(network)._arena._stages)
+    return len(network_on(network)._arena.stages)
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)
