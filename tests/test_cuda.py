@@ -20,8 +20,8 @@ from fastinv import benchmark
 from fastinv.backends import BACKENDS, cuda_device, cuda_native, select
 from fastinv.backends.cuda import CudaBackend
 from fastinv.backends.cuda_device import halving, missing
+from fastinv.backends.cuda_host import copy, fill
 from fastinv.backends.cuda_lowering import PRECISIONS
-from fastinv.backends.cuda_network import copy, fill
 from fastinv.backends.cuda_plan import ALIGNMENT, Arena, Buffer, Stage, bucket, place
 from fastinv.errors import BackendError
 from fastinv.inverters import METHODS, RMLE

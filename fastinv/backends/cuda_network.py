@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ import numpy.typing as npt
 from fastinv import tensors
 from fastinv.backends.base import Array
 from fastinv.backends.cuda_device import Streams, halving, isa_of, on_device, repeatable, seconds
+from fastinv.backends.cuda_host import copy, fill
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.backends.cuda_nodes import ConvolutionNode, Door, Node
 from fastinv.backends.cuda_plan import Arena, Buffer, Stage, bucket
@@ -372,34 +372,6 @@ def _collect(slot: Slot, out: npt.NDArray[Any]) -> bool:
     part = out[start:stop]
     copy(slot.host[1][: part.size * part.dtype.itemsize].numpy().view(part.dtype).reshape(part.shape), part)
     return not slot.host[2].numpy().any()
-
-
-def fill(target: torch.Tensor, source: npt.NDArray[Any]) -> None:
-    """target = source, whose type is the target's, or float32 for bfloat16."""
-    import torch
-
-    if source.dtype == np.float32 and target.dtype is torch.bfloat16:
-        if source.size > 0:
-            target.copy_(_as_bytes(np.ascontiguousarray(source)).view(torch.float32))
-    else:
-        copy(source, target.view(torch.uint8).numpy().view(source.dtype).reshape(source.shape))
-
-
-def copy(source: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
-    """target = source, of the same shape and dtype. Where both lie in one piece it takes all threads of PyTorch: one
-    alone moved 18 GB/s on a Zen 5, and PCIe 4 and 5 carry 25 and 50."""
-    if source.flags.c_contiguous and target.flags.c_contiguous and source.size > 0:
-        _as_bytes(target).copy_(_as_bytes(source))
-    else:
-        target[...] = source
-
-
-def _as_bytes(array: npt.NDArray[Any]) -> torch.Tensor:
-    """Its memory, which must be in one piece. PyTorch would warn of one that is read-only, hence the address."""
-    import torch
-
-    memory = (ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data)
-    return torch.from_numpy(np.ctypeslib.as_array(memory))
 
 
 def _bytes(network: Network, indices: tuple[int, ...]) -> int:
