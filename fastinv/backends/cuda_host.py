@@ -34,7 +34,10 @@ def copy(source: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
 
 
 def _as_bytes(array: npt.NDArray[Any]) -> torch.Tensor:
-    """Its memory, which must be in one piece and is not kept alive. PyTorch would warn of one that is read-only, hence the address."""
+    """Its memory, which must be in one piece; it is not kept alive.
+
+    PyTorch would warn of an array that is read-only, hence the address.
+    """
     import torch
 
     memory = (ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data)
