@@ -40,6 +40,11 @@ def _run(stages: list[Stage], images: int, outside: dict[Buffer, torch.Tensor]) 
         launch()
 
 
+def rounded(x: np.ndarray, precision: str) -> np.ndarray:
+    """As values are stored in this precision: what a kernel cannot see is not its error."""
+    return torch.from_numpy(x).to(getattr(torch, PRECISIONS[precision].dtype)).float().numpy()
+
+
 def forward(network: Network, x: np.ndarray, precision: str) -> np.ndarray:
     """What the launches make of x."""
     numbers = PRECISIONS[precision]

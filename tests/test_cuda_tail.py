@@ -16,7 +16,7 @@ from torch import nn
 pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
 pytest.importorskip("fastinv._cuda", reason="the kernels in CUDA C++ are not built: no nvcc, or FASTINV_CUDA=OFF")
 
-from interpreter import DEVICE
+from interpreter import DEVICE, rounded
 
 from fastinv.backends import cuda_tail
 from fastinv.backends.cuda_network import CudaNetwork
@@ -43,11 +43,6 @@ def on_device(network: Network, x: np.ndarray, precision: str, dtype: str = "flo
     assert [row["kernel"] for row in compiled.describe()] == ["Tail"]
     there = torch.from_numpy(x).to(WHERE, getattr(torch, precision))
     return compiled.run_there(there, dtype).cpu().numpy()
-
-
-def rounded(x: np.ndarray, precision: str) -> np.ndarray:
-    """The features that the kernel is given: theirs is not its error."""
-    return torch.from_numpy(x).to(getattr(torch, precision)).float().numpy()
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)

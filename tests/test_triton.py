@@ -10,7 +10,7 @@ from checks import ACTIVATIONS, CASES, network_of, randn, reference, reference_g
 
 pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
 
-from interpreter import DEVICE, forward, gradient
+from interpreter import DEVICE, forward, gradient, rounded
 
 from fastinv.backends.cuda_lowering import LOWERINGS, PRECISIONS, Lowering
 from fastinv.network import Network, Step
@@ -28,7 +28,7 @@ GRADIENT_TOLERANCES = {name: (1 if name == "float32" else 2) * within for name, 
 
 
 def check_gradient(network: Network, precision: str = "float32") -> None:
-    z = randn(2, *network.input_shape, seed=1)
+    z = rounded(randn(2, *network.input_shape, seed=1), precision)
     features = (reference(network, z) + randn(2, *network.output_shape, seed=2)).astype(np.float32)
     expected = reference_gradient(network, z, features)
     found = gradient(network, z, features, precision)
