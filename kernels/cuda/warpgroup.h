@@ -162,17 +162,18 @@ inline uint32_t rounded(Bfloat16, float value) {
   return value != value ? 0x7fffu : (all + 0x7fffu + (all >> 16 & 1u)) >> 16;
 }
 inline uint32_t rounded(Float16, float value) {
-  const _Float16 half = static_cast<_Float16>(value);
-  uint16_t result;
-  std::memcpy(&result, &half, 2);
-  return result;
+  const uint32_t sign = bits(value) >> 16 & 0x8000u, size = bits(value) & 0x7fffffffu;
+  if (size > 0x7f800000u) return sign | 0x7e00u;
+  if (size >= 0x477ff000u) return sign | 0x7c00u;  // from 65,520 on
+  // Below 2^-14 steps are of 2^-24, as floats' from 0.5 on.
+  if (size < 0x38800000u) return sign | (bits(as_float(size) + 0.5f) - bits(0.5f));
+  return sign | (size - 0x38000000u + 0xfffu + (size >> 13 & 1u)) >> 13;
 }
 inline float widened(Bfloat16, uint32_t half) { return as_float(half << 16); }
 inline float widened(Float16, uint32_t half) {
-  const uint16_t low = static_cast<uint16_t>(half);
-  _Float16 value;
-  std::memcpy(&value, &low, 2);
-  return static_cast<float>(value);
+  const uint32_t sign = (half & 0x8000u) << 16, rest = half & 0x7fffu;
+  if (rest >= 0x7c00u) return as_float(sign | 0x7f800000u | rest << 13);
+  return as_float(sign | bits(as_float(rest << 13) * as_float(0x77800000u)));  // times 2^112
 }
 template <class Type>
 uint32_t pack(Type type, float low, float high) {
