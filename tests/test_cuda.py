@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import itertools
 import subprocess
 import sys
@@ -208,7 +208,8 @@ def test_the_gpu_script_begins_with_the_most_telling(script) -> None:
     assert len(set(runs)) == len(runs) == 4 * cases - len(list(benchmark.solvers()))
 
 
-def test_the_gpu_script_runs_tests_side_by_side(script, tmp_path: Path, capsys) -> None:
+def test_the_gpu_script_runs_tests_side_by_side(script, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no pytest-xdist
     bodies = {
         "right": "assert True",
         "skipped": "import pytest; pytest.skip()",
@@ -220,7 +221,9 @@ def test_the_gpu_script_runs_tests_side_by_side(script, tmp_path: Path, capsys) 
         file.write_text(f"def test() -> None:\n    {bodies[name]}\n")
     assert script.run_tests([files["right"], files["skipped"]], 60) == "passed"
     assert script.run_tests([files["right"], files["wrong"]], 60) == "FAILED: test_wrong.py failed"
-    assert "assert 1 == 2" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "assert 1 == 2" in told
+    assert "FAILED" in told.partition("short test summary")[0]  # as it came
     assert script.run_tests([files["slow"]], 0.5) == "FAILED: test_slow.py took too long"
 
 
