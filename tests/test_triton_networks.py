@@ -202,8 +202,10 @@ def test_a_gpu_is_given_large_batches(edges: dict[str, Network]) -> None:
 def test_the_plan_is_told() -> None:
     plan = network_on(decoder("MNIST ReLU2")).describe()
     assert [row["op"] for row in plan] == ["conv_transpose2d", "conv_transpose2d"]
-    assert [row["kernel"] for row in plan] == ["Convolution 128x16x16, boxes", "DirectConvolution"]
+    assert [row["kernel"] for row in plan] == ["DirectConvolution", "DirectConvolution"]
     assert sum(row["flops"] for row in plan) == decoder("MNIST ReLU2").flops
+    plan = network_on(decoder("CIFAR ReLU32")).describe()
+    assert plan[0]["kernel"] == "Convolution 128x64x32, boxes"
 
 
 class Branches(nn.Module):
