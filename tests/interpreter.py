@@ -8,6 +8,7 @@ import torch
 import triton
 from checks import randn, reference, relative
 
+from fastinv import tensors
 from fastinv.attacks.rmle import rmle
 from fastinv.backends.cuda import CudaBackend
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
@@ -79,6 +80,22 @@ def gradient(network: Network, z: np.ndarray, features: np.ndarray, precision: s
 def network_on(network: Network, precision: str = "float32", most: int = 64) -> CudaNetwork:
     """The whole path of the GPU backend, on `DEVICE`."""
     return CudaNetwork(network, precision, torch.device(DEVICE), most)
+
+
+def check_features(network: Network, dtype: str) -> None:
+    """Features [3, 2, 6, 8] of this type: quantised ones with scale and zero point, float32 ones in another layout."""
+    values = randn(3, 2, 6, 8)
+    options = {}
+    x = torch.from_numpy(values).to(torch.bfloat16 if dtype == "bfloat16" else torch.float16)
+    if dtype in ("uint8", "int8"):
+        x = torch.from_numpy((values * 20 + 60).astype(dtype))
+        options = {"scale": [0.05, 0.1], "zero_point": [60, 50]}
+    elif dtype == "float32":
+        x = torch.from_numpy(np.ascontiguousarray(values[::-1])).permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)
+    source = tensors.source(x, network.input_shape, **options)
+    out = np.empty((3, *network.output_shape), np.float32)
+    assert network_on(network, most=2).run_raw(source, out)
+    assert relative(out, reference(network, source.chunk(0, 3))) < 1e-5
 
 
 def solver_on(recipe: RMLE, precision: str = "float32", most: int = 64) -> CudaSolver:

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed: it is there for L
 
 from fastinv.kernels.triton.direct import DirectConvolution, reach
 from fastinv.kernels.triton.geometry import Geometry, correlation, transposed
-from interpreter import DEVICE, forward, gradient, network_on
+from interpreter import DEVICE, check_features, forward, gradient, network_on
 
 from fastinv import tensors
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
@@ -87,18 +87,7 @@ def test_first_layer(name: str, precision: str) -> None:
 def test_features_of_any_type(dtype: str, layer: nn.Module) -> None:
     network = exported((2, 6, 8), layer)
     assert launches(network) == 1
-    values = randn(3, 2, 6, 8)
-    options = {}
-    x = torch.from_numpy(values).to(torch.bfloat16 if dtype == "bfloat16" else torch.float16)
-    if dtype in ("uint8", "int8"):
-        x = torch.from_numpy((values * 20 + 60).astype(dtype))
-        options = {"scale": [0.05, 0.1], "zero_point": [60, 50]}
-    elif dtype == "float32":
-        x = torch.from_numpy(np.ascontiguousarray(values[::-1])).permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)
-    source = tensors.source(x, network.input_shape, **options)
-    out = np.empty((3, *network.output_shape), np.float32)
-    assert network_on(network, most=2).run_raw(source, out)
-    assert relative(out, reference(network, source.chunk(0, 3))) < 1e-5
+    check_features(network, dtype)
 
 
 def test_bytes_to_bytes() -> None:

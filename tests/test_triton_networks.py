@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
 
-from interpreter import DEVICE, check_solver, network_on, recipe_for, solver_on
+from interpreter import DEVICE, check_features, check_solver, network_on, recipe_for, solver_on
 
 from fastinv import tensors
 from fastinv.benchmark import DECODERS
@@ -123,19 +123,7 @@ def test_an_image_has_one_answer_in_any_batch() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "uint8", "int8"])
 def test_features_of_any_type(dtype: str) -> None:
-    network = small_edge()
-    values = randn(3, 2, 6, 8)
-    options = {}
-    x = torch.from_numpy(values).to(torch.bfloat16 if dtype == "bfloat16" else torch.float16)
-    if dtype in ("uint8", "int8"):
-        x = torch.from_numpy((values * 20 + 60).astype(dtype))
-        options = {"scale": [0.05, 0.1], "zero_point": [60, 50]}
-    elif dtype == "float32":
-        x = torch.from_numpy(np.ascontiguousarray(values[::-1])).permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)
-    source = tensors.source(x, network.input_shape, **options)
-    out = np.empty((3, 4, 3, 4), np.float32)
-    assert network_on(network, most=2).run_raw(source, out)
-    assert relative(out, reference(network, source.chunk(0, 3))) < 1e-5
+    check_features(small_edge(), dtype)
 
 
 def test_results_as_bytes() -> None:

@@ -164,8 +164,8 @@ class OnChipDescent:
     def _filled(self, tensors: Mapping[str, Any], given: Any) -> tuple[Any, Any]:
         module = extension()
         descent, problem = module.Descent(), getattr(module, self._problem.kind)()
-        _fill(descent, {**self._constants, **tensors}, self._numbers)
-        _fill(problem, {**self._arrays, self._problem.given: given}, self._problem.numbers)
+        set_fields(descent, {**self._constants, **tensors}, self._numbers)
+        set_fields(problem, {**self._arrays, self._problem.given: given}, self._problem.numbers)
         return descent, problem
 
 
@@ -189,7 +189,7 @@ def launching(run: Callable[[int, int], None], device: torch.device) -> Callable
     return launch
 
 
-def _fill(struct: Any, tensors: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
+def set_fields(struct: Any, tensors: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
     """Addresses and numbers as fields; 0 for what is None."""
     for name, tensor in tensors.items():
         setattr(struct, name, 0 if tensor is None else tensor.data_ptr())

@@ -105,7 +105,8 @@ class CudaNetwork:
         out = torch.empty((count, *network.output_shape), dtype=getattr(torch, dtype), device=self._device)
         with self._lock, on_device(self._device):
             if self._flag_there is None:
-                self._flag_there = torch.zeros(1, dtype=torch.int32, device=self._device)
+                self._flag_there = torch.empty(1, dtype=torch.int32, device=self._device)
+            self._flag_there.zero_()  # each time: a call that was cut short may have left it set
             start = 0
             while start < count:
                 memory = self._ready()  # may lower `_most`
@@ -113,8 +114,6 @@ class CudaNetwork:
                 self._run_part(x[start:stop], out[start:stop], memory)
                 start = stop
             wrong = bool(self._flag_there.item())  # waits: the arena is free again
-            if wrong:
-                self._flag_there.zero_()
         if wrong:
             raise FeatureError("features hold NaN or Inf: drop or mend these images")
         return out
@@ -178,6 +177,7 @@ class CudaNetwork:
         from fastinv.kernels.triton.layout import launch_channels_first, launch_channels_last
 
         to, network = self._lowering, self._network
+        reader = self._reader()
 
         def features(tensors: Any) -> Any:
             flag, scale, zero_point = (tensors(b) for b in (self._flag, self._scale, self._zero_point))
@@ -189,7 +189,6 @@ class CudaNetwork:
         def results(tensors: Any) -> Any:
             return launch_channels_first(tensors(to.output), tensors(self._results), *door(network.output_shape))
 
-        reader = self._reader()
         always = reader is not None and reader.kernel.takes_all
         first = [] if always else [Stage(features, (self._features,), (to.input,))]
         last = to.nodes[-1] if to.nodes else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastinv.backends.cuda_native import extension, launching
+from fastinv.backends.cuda_native import extension, launching, set_fields
 from fastinv.backends.cuda_nodes import ConvolutionNode
 
 if TYPE_CHECKING:
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 INPUTS, BETWEEN, OUTPUTS, SIDE = 128, 64, 4, 16  # the first exactly, the next two at most
 LEFT, EVEN, ODD, RIGHT = range(4)  # the order of Column in tail.h
 BESIDE = 32  # the column where those to the rows above and below begin
-SLOPES = {"identity": 1.0, "relu": 0.0, "leaky_relu": None}  # None: the activation's own
+LINEAR = ("identity", "relu", "leaky_relu")  # activations between the layers
+SLOPES = {"identity": 1.0, "relu": 0.0}  # below 0; leaky_relu's is its own parameter
 FINISHES = {"identity": 0, "relu": 1, "leaky_relu": 1, "sigmoid": 2, "tanh": 3, "hardtanh": 4, "clamp": 4}
 RESULTS = ("float32", "bfloat16", "float16", "uint8")  # the order of Result in tail.h
 CAPABILITY = (9, 0)  # of a GPU with these tensor cores; later ones have others
@@ -41,8 +42,7 @@ class Tail:
         self.bias = _padded(kernel.bias, BETWEEN)
         self.last_bias = last.kernel.bias
         activation = first.ending.activation
-        slope = SLOPES[activation.kind]
-        self.slope = activation.a if slope is None else slope
+        self.slope = SLOPES.get(activation.kind, activation.a)
         dtype, device = kernel.weight.dtype, kernel.weight.device
         self.first = _for_tensor_cores(_first_tiles(kernel.geometry, first.weight), dtype, device)
         self.last = _for_tensor_cores(_last_tiles(kernel.geometry, last.kernel.geometry, last.weight), dtype, device)
@@ -58,10 +58,12 @@ class Tail:
             and isinstance(b, Weights)
             and a.groups == b.groups == 1
             and a.weight.dtype.itemsize == 2
-            and (a.inputs, a.outputs <= BETWEEN, b.outputs <= OUTPUTS) == (INPUTS, True, True)
+            and a.inputs == INPUTS
+            and a.outputs <= BETWEEN
+            and b.outputs <= OUTPUTS
             and a.geometry.inputs == (SIDE, SIDE)
             and a.geometry.outputs == b.geometry.outputs == (2 * SIDE, 2 * SIDE)
-            and first.ending.activation.kind in SLOPES
+            and first.ending.activation.kind in LINEAR
             and last.ending.activation.kind in FINISHES
             and len(first.inputs) == len(last.inputs) == 1
             and _doubles(a.geometry)
@@ -94,22 +96,22 @@ class Tail:
         return self._launch(x, out, epilogue, out_strides, flag, channels_last=False)
 
     def _launch(self, x: Any, out: Any, epilogue: Any, out_strides: Any, flag: Any, channels_last: bool) -> Any:
+        import torch
+
         from fastinv.kernels.triton.geometry import strides
 
         side = 2 * SIDE
         out_n, out_y, out_x, out_c = out_strides or strides(side, side, self.outputs)
         tail = extension().Tail()
-        tail.images, tail.outputs = len(x), self.outputs
-        tail.channels_last, tail.float16 = int(channels_last), int(str(self.weight.dtype) == "torch.float16")
-        tail.out_n, tail.out_y, tail.out_x, tail.out_c = out_n, out_y, out_x, out_c
-        tail.result = RESULTS.index(str(out.dtype).removeprefix("torch."))
-        tail.slope = self.slope
-        tail.finish, tail.a, tail.b = FINISHES[epilogue.kind], epilogue.a, epilogue.b
-        if epilogue.kind == "relu":
-            tail.a = 0.0
-        tensors = {"x": x, "first": self.first, "last": self.last, "bias": self.bias, "last_bias": self.last_bias}
-        for name, tensor in {**tensors, "out": out, "flag": flag}.items():
-            setattr(tail, name, 0 if tensor is None else tensor.data_ptr())
+        weights = {"first": self.first, "last": self.last, "bias": self.bias, "last_bias": self.last_bias}
+        numbers = {
+            "images": len(x), "outputs": self.outputs,
+            "channels_last": int(channels_last), "float16": int(self.weight.dtype is torch.float16),
+            "out_n": out_n, "out_y": out_y, "out_x": out_x, "out_c": out_c,
+            "result": RESULTS.index(str(out.dtype).removeprefix("torch.")), "slope": self.slope,
+            "finish": FINISHES[epilogue.kind], "a": SLOPES.get(epilogue.kind, epilogue.a), "b": epilogue.b,
+        }  # fmt: skip
+        set_fields(tail, {"x": x, "out": out, "flag": flag, **weights}, numbers)
         return launching(tail.run, x.device)
 
 
@@ -122,16 +124,20 @@ def runs_on(device: torch.device) -> bool:
 
 def _doubles(geometry: Any) -> bool:
     """Whether phase f of an axis reads the pixels 0 to f further on, as a 3×3 kernel at a stride of 2 does."""
-    phases = [[sorted(axis.first + t * spacing for t in range(len(axis.taps))) for axis in axes]
-              for axes, spacing in zip(geometry.axes, geometry.spacing, strict=True)]  # fmt: skip
-    return geometry.step == (2, 2) and geometry.stride == (1, 1) and phases == [[[0], [0, 1]]] * 2
+    return geometry.step == (2, 2) and geometry.stride == (1, 1) and _reads(geometry) == [[[0], [0, 1]]] * 2
 
 
 def _stays(geometry: Any) -> bool:
     """Whether each pixel reads those around it."""
-    reads = [sorted(axes[0].first + t * spacing for t in range(len(axes[0].taps)))
-             for axes, spacing in zip(geometry.axes, geometry.spacing, strict=True)]  # fmt: skip
-    return geometry.step == geometry.stride == (1, 1) and reads == [[-1, 0, 1]] * 2
+    return geometry.step == geometry.stride == (1, 1) and _reads(geometry) == [[[-1, 0, 1]]] * 2
+
+
+def _reads(geometry: Any) -> list[list[list[int]]]:
+    """For each axis, for each of its phases, how far on the pixels lie that are read."""
+    return [
+        [sorted(axis.first + t * spacing for t in range(len(axis.taps))) for axis in axes]
+        for axes, spacing in zip(geometry.axes, geometry.spacing, strict=True)
+    ]
 
 
 def _first_tiles(geometry: Any, weight: npt.NDArray[np.float32]) -> Iterator[npt.NDArray[np.float32]]:
