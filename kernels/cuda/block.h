@@ -4,17 +4,9 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
 #include <vector>
 
-// What is asked by the host and in a block, and what is done in a block alone.
-#ifdef __CUDACC__
-#define FASTINV_BOTH __host__ __device__
-#define FASTINV_BLOCK __device__
-#else
-#define FASTINV_BOTH
-#define FASTINV_BLOCK
-#endif
+#include "warp.h"
 
 namespace fastinv {
 
@@ -47,6 +39,13 @@ class DeviceBlock {
     __syncthreads();
   }
 
+  // The same of its warps, each a `DeviceWarp`.
+  template <class F>
+  __device__ void each_warp(F&& work) const {
+    work(DeviceWarp());
+    __syncthreads();
+  }
+
  private:
   float* shared_;
 };
@@ -75,6 +74,11 @@ class HostBlock {
   template <class F>
   void each(F&& work) const {
     for (int thread = 0; thread < threads_; ++thread) work(thread);
+  }
+
+  template <class F>
+  void each_warp(F&& work) const {
+    for (int index = 0; index < threads_ / kWarp; ++index) work(HostWarp(index));
   }
 
  private:

@@ -6,15 +6,9 @@
 // row lane / 4 + 8·h at 4·j + 2·h + e (PTX ISA, "wgmma.mma_async").
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
 #include "block.h"
 
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#else
+#ifndef __CUDACC__
 #include <ucontext.h>
 
 #include <array>
@@ -25,48 +19,7 @@
 
 namespace fastinv {
 
-constexpr int kWarp = 32;
-
-// Two-byte types, as tags: `pack` makes two of them, the first in the low half.
-struct Bfloat16 {
-  static constexpr uint32_t kInfinity = 0x7f80;
-};
-struct Float16 {
-  static constexpr uint32_t kInfinity = 0x7c00;
-};
-
-// 16 bytes that are read at once.
-struct alignas(16) Words {
-  uint32_t at[4];
-};
-
 #ifdef __CUDACC__
-FASTINV_BLOCK inline uint32_t pack(Bfloat16, float low, float high) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(both);
-}
-FASTINV_BLOCK inline uint32_t pack(Float16, float low, float high) {
-  const __half2 both = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(both);
-}
-
-// The same of max(value, 0).
-FASTINV_BLOCK inline uint32_t pack_relu(Bfloat16, float low, float high) {
-  uint32_t both;
-  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-FASTINV_BLOCK inline uint32_t pack_relu(Float16, float low, float high) {
-  uint32_t both;
-  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-
-// Bytes 2·high and 2·high + 1 of both, those of a in the low half.
-FASTINV_BLOCK inline uint32_t halves(uint32_t a, uint32_t b, int high) {
-  return __byte_perm(a, b, high ? 0x7632 : 0x5410);
-}
-
 // A right factor in shared memory, transposed: rows of 128 bytes, from a multiple of 1024 on, whose pieces of 16 lie in
 // the order of their number xor the row's, modulo 8; and places in it, in rows at multiples of 32 bytes.
 struct Right {
@@ -147,46 +100,6 @@ class DeviceThread {
 };
 
 #else
-inline uint32_t bits(float value) {
-  uint32_t result;
-  std::memcpy(&result, &value, 4);
-  return result;
-}
-inline float as_float(uint32_t value) {
-  float result;
-  std::memcpy(&result, &value, 4);
-  return result;
-}
-inline uint32_t rounded(Bfloat16, float value) {
-  const uint32_t all = bits(value);
-  return value != value ? 0x7fffu : (all + 0x7fffu + (all >> 16 & 1u)) >> 16;
-}
-inline uint32_t rounded(Float16, float value) {
-  const uint32_t sign = bits(value) >> 16 & 0x8000u, size = bits(value) & 0x7fffffffu;
-  if (size > 0x7f800000u) return sign | 0x7e00u;
-  if (size >= 0x477ff000u) return sign | 0x7c00u;  // from 65,520 on
-  // Below 2^-14 steps are of 2^-24, as floats' from 0.5 on.
-  if (size < 0x38800000u) return sign | (bits(as_float(size) + 0.5f) - bits(0.5f));
-  return sign | (size - 0x38000000u + 0xfffu + (size >> 13 & 1u)) >> 13;
-}
-inline float widened(Bfloat16, uint32_t half) { return as_float(half << 16); }
-inline float widened(Float16, uint32_t half) {
-  const uint32_t sign = (half & 0x8000u) << 16, rest = half & 0x7fffu;
-  if (rest >= 0x7c00u) return as_float(sign | 0x7f800000u | rest << 13);
-  return as_float(sign | bits(as_float(rest << 13) * as_float(0x77800000u)));  // times 2^112
-}
-template <class Type>
-uint32_t pack(Type type, float low, float high) {
-  return rounded(type, low) | rounded(type, high) << 16;
-}
-template <class Type>
-uint32_t pack_relu(Type type, float low, float high) {
-  return pack(type, low < 0.0f ? 0.0f : low, high < 0.0f ? 0.0f : high);
-}
-inline uint32_t halves(uint32_t a, uint32_t b, int high) {
-  return high ? a >> 16 | (b & 0xffff0000u) : (a & 0xffffu) | b << 16;
-}
-
 inline uint32_t larger_halves(uint32_t a, uint32_t b) {
   const uint32_t low = (a & 0xffffu) > (b & 0xffffu) ? a : b, high = a >> 16 > b >> 16 ? a : b;
   return (low & 0xffffu) | (high & 0xffff0000u);

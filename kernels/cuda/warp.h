@@ -1,0 +1,128 @@
+// A warp that multiplies matrices on tensor cores, from Ampere's on: on the GPU and as its stand-in on the host, where
+// its lanes are a loop. What a lane keeps is a `PerLane`, or is told by a function of the lane.
+//
+// Of a left factor [16, 16] a lane has the pairs of columns 2·(lane % 4) + 8·j in rows lane / 4 + 8·i at 2·j + i; of a
+// right factor [16, 8] the pairs of rows 2·(lane % 4) + 8·j in column lane / 4 at j; of sums [16, 8] row lane / 4 +
+// 8·i, column 2·(lane % 4) + e at 2·i + e (PTX ISA, "Matrix fragments for mma.m16n8k16").
+#pragma once
+
+#include "halves.h"
+
+namespace fastinv {
+
+constexpr int kWarp = 32;
+
+struct LeftFactor {
+  uint32_t at[4];
+};
+struct RightFactor {
+  uint32_t at[2];
+};
+struct Sums {
+  float at[4];
+};
+
+#ifdef __CUDACC__
+template <class T>
+class PerLane {
+ public:
+  __device__ T& operator()(int) { return own_; }
+
+ private:
+  T own_;
+};
+
+class DeviceWarp {
+ public:
+  __device__ int index() const { return static_cast<int>(threadIdx.x) / kWarp; }
+  // The lane's number in the block.
+  __device__ int thread(int) const { return static_cast<int>(threadIdx.x); }
+
+  template <class F>
+  __device__ void each(F&& work) const {
+    work(static_cast<int>(threadIdx.x) % kWarp);
+  }
+
+  // Four matrices [8, 8] of float16 from shared memory, a word of each: lane l tells where row l % 8 of matrix l / 8
+  // lies, 16 bytes from a multiple of as many on. `to(lane)` is where the words go. Of a left factor the second matrix
+  // is below the first, the third to its right; or they are the upper and lower halves of two right factors, a column a
+  // row.
+  template <class Row, class To>
+  __device__ void load(Row&& row, To&& to) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    uint32_t (&a)[4] = to(lane).at;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row(lane)))));
+  }
+
+  // sums += left · right, of float16.
+  template <class S, class L, class R>
+  __device__ void multiply(S&& sums, L&& left, R&& right) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    float* d = sums(lane).at;
+    const uint32_t *a = left(lane).at, *b = right(lane).at;
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+};
+
+#else
+template <class T>
+class PerLane {
+ public:
+  T& operator()(int lane) { return all_[lane]; }
+
+ private:
+  T all_[kWarp]{};
+};
+
+class HostWarp {
+ public:
+  explicit HostWarp(int index) : index_(index) {}
+  int index() const { return index_; }
+  int thread(int lane) const { return index_ * kWarp + lane; }
+
+  template <class F>
+  void each(F&& work) const {
+    for (int lane = 0; lane < kWarp; ++lane) work(lane);
+  }
+
+  template <class Row, class To>
+  void load(Row&& row, To&& to) const {
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const auto* words = reinterpret_cast<const uint32_t*>(row(lane));
+      for (int i = 0; i < 4; ++i) to(lane % 8 * 4 + i).at[lane / 8] = words[i];
+    }
+  }
+
+  template <class S, class L, class R>
+  void multiply(S&& sums, L&& left, R&& right) const {
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const int pair = lane % 4 * 2, other = lane / 4;
+      for (int i = 0; i < 4; ++i) {
+        float* at = &a[other + i % 2 * 8][pair + i / 2 * 8];
+        unpack(Float16{}, left(lane).at[i], at[0], at[1]);
+      }
+      for (int i = 0; i < 2; ++i)
+        unpack(Float16{}, right(lane).at[i], b[pair + i * 8][other], b[pair + i * 8 + 1][other]);
+    }
+    for (int lane = 0; lane < kWarp; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        float sum = sums(lane).at[i];
+        for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+        sums(lane).at[i] = sum;
+      }
+    }
+  }
+
+ private:
+  int index_;
+};
+#endif
+
+}  // namespace fastinv
