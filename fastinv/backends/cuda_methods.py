@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastinv.backends.cuda_banded import banded_problem
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.backends.cuda_native import OnChipDescent, pooled_problem, quadratic_problem
 from fastinv.backends.cuda_nodes import copy
@@ -174,12 +175,13 @@ def method_of(objective: Objective) -> Method:
     return {"lbfgs": _lbfgs, "exact": _exact}.get(objective.recipe.method, _descent)(objective)
 
 
-def _descent(objective: Objective) -> Method:
+def descent_rule(objective: Objective) -> Any:
+    """What gradient descent does in a step, a `fastinv.kernels.triton.descent.Descent`."""
     from fastinv.kernels.triton.descent import Descent
 
     recipe = objective.recipe
     low, high = _bounds(objective)
-    rule = Descent(
+    return Descent(
         variation=objective.variation,
         sloped=not objective.smooth,
         optimizer=recipe.method,
@@ -195,15 +197,26 @@ def _descent(objective: Objective) -> Method:
         eps=recipe.eps,
         momentum=recipe.momentum,
     )
-    moments = {name: objective.image() for name in ("first", "second", "third")}
-    form, problem, given = objective.form, pooled_problem(recipe.edge), objective.target
+
+
+def on_chip(objective: Objective, rule: Any) -> tuple[OnChipDescent, Buffer] | None:
+    """All steps in one launch, and the buffer of what it is given, where there is a kernel for that."""
+    form, given = objective.form, objective.target
+    problems = [pooled_problem(objective.recipe.edge)]
     if form is not None:
-        problem, given = quadratic_problem(form), objective.constant
-    if problem is not None and not rule.watched:
-        chip = OnChipDescent(problem, rule, objective.device)
-        if chip.fits:
-            steps = objective.with_state(chip.launch, (objective.z, given), (), moments | objective.report)
-            return _plain(objective, moments, [steps], chip.launches)
+        problems, given = [banded_problem(form), quadratic_problem(form)], objective.constant
+    chip = OnChipDescent([problem for problem in problems if problem is not None], rule, objective.device)
+    return (chip, given) if chip.fits and not rule.watched else None
+
+
+def _descent(objective: Objective) -> Method:
+    recipe, rule = objective.recipe, descent_rule(objective)
+    moments = {name: objective.image() for name in ("first", "second", "third")}
+    found = on_chip(objective, rule)
+    if found is not None:
+        chip, given = found
+        steps = objective.with_state(chip.launch, (objective.z, given), (), moments | objective.report)
+        return _plain(objective, moments, [steps], chip.launches)
     state = moments | {"best": objective.image()}
     state |= {"best_value": Buffer(1, "float64"), "calm": Buffer(1, "int32")}
     all_state = state | objective.report

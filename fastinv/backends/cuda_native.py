@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,16 +52,18 @@ class Problem:
         kind: a class of `fastinv._cuda`.
         given: its field for what is given for each image: the gradient at 0, or the features.
         arrays, numbers: its other fields.
+        least: images for each multiprocessor, below which it is not worth while.
     """
 
     kind: str
     given: str
     arrays: Mapping[str, npt.NDArray[Any]]
-    numbers: Mapping[str, int]
+    numbers: Mapping[str, float]
+    least: int = 0
 
 
 def quadratic_problem(form: QuadraticForm) -> Problem:
-    """One convolution, by AᵀA."""
+    """One convolution, by AᵀA: an image a block."""
     kinds_y, kinds_x, down, across, channels, _ = form.weight.shape
     ordered = form.weight.transpose(0, 1, 3, 4, 2, 5).reshape(kinds_y, kinds_x, across, channels, down * channels)
     arrays = {"weight": _in_fours(ordered), "row_kind": form.row_kind, "column_kind": form.column_kind}
@@ -100,16 +102,18 @@ class OnChipDescent:
     """Gradient descent with everything on chip; a launch takes `MOST_STEPS` steps, or those that are left.
 
     Args:
+        problems: one and the same, as different kernels take it: the first that fits the images solves them.
         rule: the recipe, a `fastinv.kernels.triton.descent.Descent`.
     """
 
-    def __init__(self, problem: Problem, rule: Any, device: torch.device) -> None:
+    def __init__(self, problems: Sequence[Problem], rule: Any, device: torch.device) -> None:
         import torch
 
-        self._problem = problem
-        self._arrays = {
-            name: torch.from_numpy(np.array(values, order="C")).to(device) for name, values in problem.arrays.items()
-        }
+        self._device = device
+        self._problems = [
+            (problem, {n: torch.from_numpy(np.array(v, order="C")).to(device) for n, v in problem.arrays.items()})
+            for problem in problems
+        ]
         self._constants = {"rates": rule.rates, "low": rule.low, "high": rule.high}
         height, width, channels = rule.variation.shape
         self._numbers: dict[str, int | float] = {
@@ -133,10 +137,7 @@ class OnChipDescent:
     @property
     def fits(self) -> bool:
         """Whether there is a kernel for it, built."""
-        if extension() is None:
-            return False
-        descent, problem = self._filled({}, None)
-        return bool(problem.fits(descent))
+        return extension() is not None and self._filled({}, None, 0) is not None
 
     @property
     def launches(self) -> int:
@@ -156,17 +157,22 @@ class OnChipDescent:
         """
         tensors = {"z": z, "largest": state["third"]}
         tensors |= {name: state[name] for name in ("first", "second", "running", "taken")}
-        descent, problem = self._filled(tensors, given)
-        descent.images = len(z)
-
+        descent, problem = self._filled(tensors, given, len(z))
         return launching(functools.partial(problem.run, descent), z.device)
 
-    def _filled(self, tensors: Mapping[str, Any], given: Any) -> tuple[Any, Any]:
+    def _filled(self, tensors: Mapping[str, Any], given: Any, images: int) -> Any:
+        """A `Descent` and the problem for so many images; None where there is no kernel for it."""
+        from fastinv.kernels.triton.launch import processors
+
         module = extension()
-        descent, problem = module.Descent(), getattr(module, self._problem.kind)()
-        set_fields(descent, {**self._constants, **tensors}, self._numbers)
-        set_fields(problem, {**self._arrays, self._problem.given: given}, self._problem.numbers)
-        return descent, problem
+        descent = module.Descent()
+        set_fields(descent, {**self._constants, **tensors}, {**self._numbers, "images": images})
+        for problem, arrays in self._problems:
+            filled = getattr(module, problem.kind)()
+            set_fields(filled, {**arrays, problem.given: given}, problem.numbers)
+            if images >= problem.least * processors(self._device) and filled.fits(descent):
+                return descent, filled
+        return None
 
 
 def launching(run: Callable[[int, int], None], device: torch.device) -> Callable[[], None]:

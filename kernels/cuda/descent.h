@@ -25,8 +25,13 @@ struct Descent {
   int32_t room;                              // bytes of shared memory that a block can have
 };
 
-constexpr int kMostThreads = 256;  // of a block: then each can have 255 registers
+constexpr int kManyRegisters = 256;  // threads of a block, at most: then each can have 255 registers
 constexpr int kFinished = 2;
+
+// Steps taken when a launch ends that begins after so many.
+FASTINV_BLOCK inline int end_of(const Descent& d, int begin) {
+  return d.steps - begin < d.most ? d.steps : begin + d.most;
+}
 
 // Pixels of a thread, and what it knows of them: [row][channel].
 template <int kChannels_, int kRows_>
@@ -52,7 +57,7 @@ struct Planes {
 template <class Edge>
 FASTINV_BOTH int threads_across(const Descent& d) {
   const int whole = (d.width + 31) / 32 * 32, down = (d.height + Edge::P::kRows - 1) / Edge::P::kRows;
-  return whole * down <= kMostThreads ? whole : d.width;
+  return whole * down <= Edge::kMostThreads ? whole : d.width;
 }
 // Threads of a block, whole warps; rows of its image, a whole number for each thread; its floats in shared memory.
 template <class Edge>
@@ -140,34 +145,56 @@ FASTINV_BLOCK inline float variation_slope(const Descent& d, const Planes& image
   return d.tv_weight * 2.0f * d.half_beta * slope;
 }
 
-// Adam: Kingma and Ba 2015; AMSGrad: Reddi et al. 2018; both and SGD as in PyTorch.
-template <class P>
-FASTINV_BLOCK void step(const Descent& d, const float* rate, P& p, int r, int c) {
-  const float g = p.gradient[r][c];
-  float& m = p.first[r][c];
+// What all values of a channel share in a step.
+struct Rule {
+  float rate, scale;  // of `rates`
+  float low, high;
+};
+FASTINV_BLOCK inline Rule rule_of(const Descent& d, int t, int channel) {
+  return {d.rates[2 * t], d.rates[2 * t + 1], d.low == nullptr ? -INFINITY : d.low[channel],
+          d.high == nullptr ? INFINITY : d.high[channel]};
+}
+
+// √x and x / y. On the GPU within 2 units in the last place: exact ones take three times the instructions, and branch.
+FASTINV_BLOCK inline float root(float x) {
+#ifdef __CUDA_ARCH__
+  asm("sqrt.approx.f32 %0, %0;" : "+f"(x));
+  return x;
+#else
+  return sqrtf(x);
+#endif
+}
+FASTINV_BLOCK inline float quotient(float x, float y) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(x, y);
+#else
+  return x / y;
+#endif
+}
+
+// A step of one value. Adam: Kingma and Ba 2015; AMSGrad: Reddi et al. 2018; both and SGD as in PyTorch.
+FASTINV_BLOCK inline void step(const Descent& d, const Rule& rule, float gradient, float& z, float& first,
+                               float& second, float& largest) {
   if (d.optimizer == Optimizer::kSgd) {
-    m = d.momentum * m + g;
-    p.z[r][c] -= rate[0] * m;
+    first = d.momentum * first + gradient;
+    z -= rule.rate * first;
   } else {
-    m += d.rest1 * (g - m);
-    float& s = p.second[r][c];
-    s = d.beta2 * s + d.rest2 * g * g;
-    float scale = s;
+    first += d.rest1 * (gradient - first);
+    second = d.beta2 * second + d.rest2 * gradient * gradient;
+    float scale = second;
     if (d.optimizer == Optimizer::kAmsgrad) {
-      if (p.largest[r][c] > scale) scale = p.largest[r][c];
-      p.largest[r][c] = scale;
+      if (largest > scale) scale = largest;
+      largest = scale;
     }
-    p.z[r][c] -= rate[0] * m / (sqrtf(scale) * rate[1] + d.eps);
+    z -= quotient(rule.rate * first, root(scale) * rule.scale + d.eps);
   }
-  if (d.low != nullptr) {
-    if (p.z[r][c] < d.low[c]) p.z[r][c] = d.low[c];
-    if (p.z[r][c] > d.high[c]) p.z[r][c] = d.high[c];
-  }
+  if (z < rule.low) z = rule.low;
+  if (z > rule.high) z = rule.high;
 }
 
 // What a block does with its image: as many steps as are left, `most` at most. The edge has
 // - `Own`, what a thread keeps beside its pixels, a `Pixels` among it as `pixels`; `kBorder`, of the image;
-//   `kBlocks`, that share a multiprocessor;
+//   `kMostThreads` of a block; `kBlocks`, that share a multiprocessor;
 // - `shared_floats(d)`, and `begin(d, block, memory)`, which fills that memory and ends with a barrier;
 // - `own(d, n, own)`, which completes a thread's own for image n;
 // - `differentiate(d, block, image, all)`, which leaves the gradients in the pixels of all, and ends with a barrier.
@@ -178,7 +205,7 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
   if (d.running[n] != 1) return;
   const Planes image = image_of<Edge>(d, block.shared());
   const int64_t start = int64_t{n} * d.height * d.width * P::kChannels;
-  const int begin = d.taken[n], end = d.steps - begin < d.most ? d.steps : begin + d.most;
+  const int begin = d.taken[n], end = end_of(d, begin);
   typename Block::template PerThread<typename Edge::Own> all(block);
 
   // For every value of a thread that is in the image: f(row in the thread, channel, place in memory).
@@ -224,8 +251,11 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
     }
     block.each([&](int thread) {
       P& p = all[thread].pixels;
+      Rule rules[P::kChannels];
+#pragma unroll
+      for (int c = 0; c < P::kChannels; ++c) rules[c] = rule_of(d, t, c);
       values(p, [&](int r, int c, int64_t) {
-        step(d, d.rates + 2 * t, p, r, c);
+        step(d, rules[c], p.gradient[r][c], p.z[r][c], p.first[r][c], p.second[r][c], p.largest[r][c]);
         image.at(p.row + r, p.column, c) = p.z[r][c];
       });
     });
@@ -244,9 +274,19 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
   });
 }
 
+// How a kernel is launched: blocks, their threads and floats of shared memory.
+struct Grid {
+  int blocks, threads, floats;
+};
+template <class Edge>
+Grid grid_of(const Descent& d, const Edge& edge) {
+  return {d.images, threads_of<Edge>(d), shared_floats(d, edge)};
+}
+
 template <class Edge>
 bool has_room(const Descent& d, const Edge& edge) {
-  return threads_of<Edge>(d) <= kMostThreads && int64_t{shared_floats(d, edge)} * 4 <= d.room;
+  const Grid grid = grid_of(d, edge);
+  return grid.threads <= Edge::kMostThreads && int64_t{grid.floats} * 4 <= d.room;
 }
 
 }  // namespace fastinv

@@ -6,9 +6,9 @@ namespace fastinv {
 template <class Problem>
 void descend_on_host(const Descent& descent, const Problem& problem) {
   with_edge(descent, problem, [&descent](const auto& edge) {
-    using Edge = std::decay_t<decltype(edge)>;
-    for (int n = 0; n < descent.images; ++n) {
-      HostBlock block(n, threads_of<Edge>(descent), shared_floats(descent, edge));
+    const Grid grid = grid_of(descent, edge);
+    for (int index = 0; index < grid.blocks; ++index) {
+      HostBlock block(index, grid.threads, grid.floats);
       descend(descent, edge, block);
     }
   });
@@ -32,6 +32,7 @@ void tail_on_host(const Tail& tail) {
 }
 
 template void descend_on_host(const Descent&, const QuadraticForm&);
+template void descend_on_host(const Descent&, const BandedForm&);
 template void descend_on_host(const Descent&, const PooledLayers&);
 
 }  // namespace fastinv

@@ -9,6 +9,7 @@ namespace py = pybind11;
 
 namespace {
 
+using fastinv::BandedForm;
 using fastinv::Descent;
 using fastinv::PooledLayers;
 using fastinv::QuadraticForm;
@@ -88,6 +89,16 @@ PYBIND11_MODULE(_cuda, m) {
       .def_readwrite("taps_x", &QuadraticForm::taps_x)
       .def_readwrite("row_kinds", &QuadraticForm::row_kinds)
       .def_readwrite("column_kinds", &QuadraticForm::column_kinds);
+
+  auto banded = problem<BandedForm>(m, "BandedForm");
+  pointer(banded, "constant", &BandedForm::constant);
+  pointer(banded, "weights", &BandedForm::weights);
+  pointer(banded, "first", &BandedForm::first);
+  pointer(banded, "kind", &BandedForm::kind);
+  banded.def_readwrite("taps", &BandedForm::taps)
+      .def_readwrite("rows", &BandedForm::rows)
+      .def_readwrite("kinds", &BandedForm::kinds)
+      .def_readwrite("scale", &BandedForm::scale);
 
   auto pooled = problem<PooledLayers>(m, "PooledLayers");
   pointer(pooled, "target", &PooledLayers::target);

@@ -43,6 +43,7 @@ struct Pooled {
   using P = Pixels<1, 4>;
   static constexpr int kBorder = 0;
   static constexpr int kBlocks = 1;
+  static constexpr int kMostThreads = kManyRegisters;
   static constexpr int kEdge = kTaps - 1;  // what a convolution takes away
   static constexpr int kFirstWeights = kTaps * kTaps * kFirst, kSecondWeights = kFirstWeights * kSecond;
   static constexpr int kBackWeights = kTaps * kFirst * ((kTaps + 3) / 4 * 4);

@@ -22,6 +22,7 @@ struct Quadratic {
 
   // Blocks of a multiprocessor: with three channels the registers of a thread have to be told, 153 would be taken.
   static constexpr int kBlocks = 2;
+  static constexpr int kMostThreads = kManyRegisters;
 
   struct Own {
     P pixels;

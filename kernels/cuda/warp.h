@@ -22,6 +22,15 @@ struct Sums {
   float at[4];
 };
 
+// The number itself. The compiler takes it for a new one, and so does not keep what follows from it from one turn of a
+// loop to the next, in registers that there are not.
+FASTINV_BLOCK inline int afresh(int number) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(number));
+#endif
+  return number;
+}
+
 #ifdef __CUDACC__
 template <class T>
 class PerLane {
@@ -62,7 +71,8 @@ class DeviceWarp {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     float* d = sums(lane).at;
     const uint32_t *a = left(lane).at, *b = right(lane).at;
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
