@@ -39,7 +39,7 @@ def banded_problem(form: QuadraticForm) -> Problem | None:
     factors = form.weight[rows, of_column[:, None], taps, tap.clip(0, across - 1), 0, 0] * there
     scale = 2.0 ** np.floor(np.log2(LARGEST / max(np.abs(factors).max(), 2.0**-100)))
     arrays = {"weights": _fragments(factors * np.float32(scale)), "first": first, "kind": kind.ravel().astype(np.int32)}
-    numbers = {"taps": down, "rows": len(of_row), "kinds": len(alike), "scale": scale}
+    numbers = {"taps": down, "rows": len(of_row), "kinds": len(alike), "scale": scale, "unscale": 1 / scale}
     return Problem("BandedForm", "constant", arrays, numbers, CROWD)
 
 

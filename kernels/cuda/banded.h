@@ -19,7 +19,7 @@ struct BandedForm {
   const uint32_t* weights;
   const int32_t *first, *kind;  // [height], the number of a row's first tap in these; [width / 8, rounded up]
   int32_t taps, rows, kinds;    // rows · kinds right factors
-  float scale;
+  float scale, unscale;         // one is 1 / the other
 };
 
 template <int kTaps>
@@ -185,10 +185,9 @@ struct Banded {
 
   FASTINV_BLOCK void advance(const Descent& d, int image, int t, int thread, Own& own) const {
     const Rule rule = rule_of(d, t, 0);
-    const float unscale = 1.0f / form.scale;
     pixels(d, image, thread, [&](int r, int c, uint32_t at) {
       float unused = 0.0f;
-      step(d, rule, own.gradient[r].at[c] * unscale, own.z[r][c], own.first[r][c], second(thread, r, c), unused);
+      step(d, rule, own.gradient[r].at[c] * form.unscale, own.z[r][c], own.first[r][c], second(thread, r, c), unused);
       own.gradient[r].at[c] = constant(at);
     });
 #pragma unroll

@@ -98,7 +98,8 @@ PYBIND11_MODULE(_cuda, m) {
   banded.def_readwrite("taps", &BandedForm::taps)
       .def_readwrite("rows", &BandedForm::rows)
       .def_readwrite("kinds", &BandedForm::kinds)
-      .def_readwrite("scale", &BandedForm::scale);
+      .def_readwrite("scale", &BandedForm::scale)
+      .def_readwrite("unscale", &BandedForm::unscale);
 
   auto pooled = problem<PooledLayers>(m, "PooledLayers");
   pointer(pooled, "target", &PooledLayers::target);
