@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed: it is there for L
 from interpreter import DEVICE, check_features, check_solver, network_on, recipe_for, solver_on
 
 from fastinv import tensors
+from fastinv.backends import cuda_network
 from fastinv.benchmark import DECODERS
 from fastinv.errors import FeatureError
 from fastinv.export import export
@@ -159,6 +160,21 @@ def test_tensors_on_the_device_stay_there() -> None:
     x[4, 0, 0, 0] = torch.nan
     with pytest.raises(FeatureError, match="NaN or Inf"):
         compiled.run_there(x, "float32")
+
+
+def test_a_call_cut_short_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of features that are wrong it never tells."""
+    compiled = network_on(small_edge())
+    x = torch.from_numpy(randn(2, 2, 6, 8)).to(DEVICE)
+
+    def stopped(device: torch.device) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_network, "wait", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            compiled.run_there(torch.full_like(x, torch.nan), "float32")
+    assert torch.isfinite(compiled.run_there(x, "float32")).all()
 
 
 def test_a_failed_call_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,23 @@ def wait(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
+def wait_for_all(device: torch.device) -> None:
+    """Wait for all streams of a device."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def flag_on(device: torch.device) -> torch.Tensor:
+    """A 0, int32 [1], that kernels on this device can set: in pinned memory of the host, which they reach at the same
+    address (CUDA C++ Programming Guide, "Unified Virtual Address Space"). After a wait it is read without a copy.
+    """
+    import torch
+
+    return torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+
 _capturing = threading.Lock()  # PyTorch captures one graph at a time
 
 

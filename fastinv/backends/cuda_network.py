@@ -14,7 +14,17 @@ import numpy.typing as npt
 
 from fastinv import tensors
 from fastinv.backends.base import Array
-from fastinv.backends.cuda_device import Streams, halving, isa_of, on_device, repeatable, seconds
+from fastinv.backends.cuda_device import (
+    Streams,
+    flag_on,
+    halving,
+    isa_of,
+    on_device,
+    repeatable,
+    seconds,
+    wait,
+    wait_for_all,
+)
 from fastinv.backends.cuda_host import copy, fill
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.backends.cuda_nodes import ConvolutionNode, Door, Node
@@ -41,10 +51,11 @@ RAW_DTYPES = ("float32", "float16", "bfloat16", "uint8", "int8")
 
 @dataclass(eq=False)
 class Slot:
-    """Memory for one batch on its way: on the host, pinned, and on the device, as bytes."""
+    """Memory for one batch on its way: features and results, on the host, pinned, and on the device, as bytes."""
 
-    host: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # features, results, and the flag of what is not finite
-    device: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    host: tuple[torch.Tensor, torch.Tensor]
+    device: tuple[torch.Tensor, torch.Tensor]
+    flag: torch.Tensor  # of features that are not finite
     wait: Any = None  # for the batch that is on its way
     rows: tuple[int, int] = (0, 0)
 
@@ -77,6 +88,7 @@ class CudaNetwork:
         # Runs of what lies on the device, by its place, the last used last: a graph, or None where there was but one.
         self._there: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._flag_there: torch.Tensor | None = None
+        self._unread = False  # whether that flag is one that a call left which was cut short
         self._streams: Streams | None = None
         self._quantised: tuple[torch.Tensor, ...] = ()
         self._lock = threading.Lock()
@@ -105,15 +117,22 @@ class CudaNetwork:
         out = torch.empty((count, *network.output_shape), dtype=getattr(torch, dtype), device=self._device)
         with self._lock, on_device(self._device):
             if self._flag_there is None:
-                self._flag_there = torch.empty(1, dtype=torch.int32, device=self._device)
-            self._flag_there.zero_()  # each time: a call that was cut short may have left it set
+                self._flag_there = flag_on(self._device)
+            if self._unread:
+                wait_for_all(self._device)
+                self._flag_there.zero_()
+            self._unread = True
             start = 0
             while start < count:
                 memory = self._ready()  # may lower `_most`
                 stop = min(start + self._most, count)
                 self._run_part(x[start:stop], out[start:stop], memory)
                 start = stop
-            wrong = bool(self._flag_there.item())  # waits: the arena is free again
+            wait(self._device)  # the arena is free again, too
+            wrong = bool(self._flag_there.item())
+            if wrong:
+                self._flag_there.zero_()
+            self._unread = False
         if wrong:
             raise FeatureError("features hold NaN or Inf: drop or mend these images")
         return out
@@ -164,8 +183,7 @@ class CudaNetwork:
             images = min(self._most, MEASURED_IMAGES)
             features = torch.randn((images, *network.input_shape), device=self._device)
             results = torch.empty((images, *network.output_shape), device=self._device)
-            flag = torch.empty(1, dtype=torch.int32, device=self._device)
-            outside = {self._features: features, self._results: results, self._flag: flag}
+            outside = {self._features: features, self._results: results, self._flag: flag_on(self._device)}
             # In turn, so that each reads what those before have written.
             launches = self._arena.bind(images, memory, self._all(outside))
             taken = [seconds(launch, self._device) / images for launch in launches]
@@ -248,9 +266,9 @@ class CudaNetwork:
 
         pinned = self._device.type == "cuda"
         sizes = [4 * images * int(np.prod(s)) for s in (self._network.input_shape, self._network.output_shape)]
-        host = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in (*sizes, 4)]
-        device = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in (*sizes, 4)]
-        return Slot((host[0], host[1], host[2]), (device[0], device[1], device[2]))
+        host = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
+        device = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
+        return Slot((host[0], host[1]), (device[0], device[1]), flag_on(self._device))
 
     def _stream(self, rows: tensors.Source, out: npt.NDArray[Any]) -> bool:
         """Features from the host, results to it, while the batch between them is computed; False on NaN or Inf."""
@@ -276,6 +294,7 @@ class CudaNetwork:
                     if slot.wait is not None:
                         slot.wait()
                         slot.wait = None
+                    slot.flag.zero_()
             return good
 
     def _send(
@@ -296,13 +315,11 @@ class CudaNetwork:
             slot.device[0][size : size // count * images].zero_()  # the rest of the bucket is computed on, too
         streams.after("compute", "in")
         with streams.on("compute"):
-            slot.device[2].zero_()
             run()
         streams.after("out", "compute")
         size = count * int(np.prod(self._network.output_shape)) * np.dtype(result).itemsize
         with streams.on("out"):
             slot.host[1][:size].copy_(slot.device[1][:size], non_blocking=True)
-            slot.host[2].copy_(slot.device[2], non_blocking=True)
         slot.wait = streams.mark("out")
 
     def _launched(self, slot: Slot, memory: torch.Tensor, images: int, dtype: str, scale: Any, result: str) -> Any:
@@ -317,13 +334,14 @@ class CudaNetwork:
             for raw, shape, name in zip(slot.device[:2], shapes, (dtype, result), strict=True):
                 kind: torch.dtype = getattr(torch, name)
                 views.append(raw[: int(np.prod(shape)) * kind.itemsize].view(kind).view(shape))
-            outside = {self._features: views[0], self._results: views[1], self._flag: slot.device[2].view(torch.int32)}
+            outside = {self._features: views[0], self._results: views[1], self._flag: slot.flag}
             if scale is not None:
                 outside |= {self._scale: scale[0], self._zero_point: scale[1]}
             launches = self._arena.bind(images, memory, self._all(outside))
             assert self._streams is not None
             with self._streams.on("compute"):  # where the batch before may still be, in the same arena
                 self._bound[key] = repeatable(launches, self._device)
+            slot.flag.zero_()  # that was one run, on whatever there was
         return self._bound[key]
 
     def _constants(self, rows: tensors.Source) -> Any:
@@ -370,7 +388,9 @@ def _collect(slot: Slot, out: npt.NDArray[Any]) -> bool:
     start, stop = slot.rows
     part = out[start:stop]
     copy(slot.host[1][: part.size * part.dtype.itemsize].numpy().view(part.dtype).reshape(part.shape), part)
-    return not slot.host[2].numpy().any()
+    wrong = bool(slot.flag.item())
+    slot.flag.zero_()
+    return not wrong
 
 
 def _bytes(network: Network, indices: tuple[int, ...]) -> int:
