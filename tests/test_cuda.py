@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import fastinv
 from fastinv import benchmark
-from fastinv.backends import BACKENDS, cuda_device, cuda_native, select
+from fastinv.backends import BACKENDS, cuda_device, cuda_host, cuda_native, select
 from fastinv.backends.cuda import CudaBackend
 from fastinv.backends.cuda_device import halving, missing
 from fastinv.backends.cuda_host import copy, fill
@@ -171,6 +171,40 @@ def test_float32_is_rounded_on_its_way_to_pinned_memory() -> None:
     target = torch.zeros(256, dtype=torch.uint8)
     fill(target, bytes_)
     np.testing.assert_array_equal(target.numpy(), bytes_)
+
+
+def test_features_go_to_the_device_a_batch_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces of pinned memory, whose end is that of no batch and no image."""
+    monkeypatch.setattr(cuda_host, "PIECE", 4 * 7)
+    x = randn(9, 3, 2)
+    x.flags.writeable = False
+    feed = cuda_host.Feed(4, 6, torch.device("cpu"))
+    feed.features = x
+    feed.send(0, 4)
+    for (start, stop), following in itertools.pairwise([(0, 4), (4, 8), (8, 9), (9, 9), (9, 9)]):
+        taken = feed.take(start, stop)
+        assert taken.shape == (stop - start, 3, 2)
+        np.testing.assert_array_equal(taken.numpy(), x[start:stop])
+        feed.free()
+        feed.send(*following)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1.0, -2.0], True),
+        ([], True),
+        ([3e38, 3e38, -1.0], True),  # the sum is Inf
+        ([np.inf, 1.0], False),
+        ([np.inf, -np.inf], False),
+        ([1.0, np.nan], False),
+    ],
+)
+def test_whether_features_are_finite(values: list[float], expected: bool) -> None:
+    x = np.array(values, np.float32)
+    x.flags.writeable = False
+    assert cuda_host.finite(x) is expected
+    assert cuda_host.finite(np.stack([x, x])[:, ::-1]) is expected
 
 
 # ---- bench/gpu.py ----------------------------------------------------------------------------------------------------

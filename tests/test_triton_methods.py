@@ -206,7 +206,7 @@ def test_what_ctrl_c_leaves(method: str, monkeypatch: pytest.MonkeyPatch) -> Non
     network = edge_of("two")
     start, features = randn(5, *SHAPE), randn(5, *network.output_shape, seed=1)
     recipe = recipe_for(network, optimizer=method, steps=40)
-    z, report, finished = solver_on(recipe, most=2).solve(features, start, InterruptAt(1))
+    z, report, finished = solver_on(recipe, most=4).solve(features, start, InterruptAt(1))
     assert not finished
     assert (report.steps[:2] > 0).all()
     assert (report.steps[:2] <= 4).all()

@@ -90,7 +90,7 @@ def test_rmle_options(options) -> None:
 def test_rmle_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastinv.backends.cuda_solver.LOOK", 2)
     told: list[tuple[int, int]] = []
-    solver = solver_on(recipe_for(small_edge(), steps=8), most=2)
+    solver = solver_on(recipe_for(small_edge(), steps=8), most=4)
     start, features = randn(3, 2, 6, 8), randn(3, 4, 3, 4)
     solver.solve(features, start, lambda images, steps: told.append((images, steps)))
     assert told == [(0, 8), (0, 16), (2, 20), (2, 24)]
@@ -100,12 +100,12 @@ def test_rmle_keeps_what_ctrl_c_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastinv.backends.cuda_solver.LOOK", 2)
     recipe = recipe_for(small_edge(), steps=8)
     start, features = randn(5, 2, 6, 8), randn(5, 4, 3, 4)
-    z, report, finished = solver_on(recipe, most=2).solve(features, start, InterruptAt(3))
+    z, report, finished = solver_on(recipe, most=4).solve(features, start, InterruptAt(3))
     assert not finished
     np.testing.assert_array_equal(report.steps, [8, 8, 4, 4, 0])
     assert np.isnan(report.objective[4])
     halfway = recipe_for(small_edge(), steps=4)
-    expected, told, _ = solver_on(halfway, most=2).solve(features[2:4], start[2:4])
+    expected, told, _ = solver_on(halfway, most=4).solve(features[2:4], start[2:4])
     np.testing.assert_array_equal(z[2:4], expected)
     np.testing.assert_array_equal(report.objective[2:4], told.objective)
 

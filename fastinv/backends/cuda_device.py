@@ -200,11 +200,13 @@ def halving(allocate: Callable[[int], Value], images: int) -> tuple[Value, int]:
 
 
 class Streams:
-    """Three streams that overlap: features in, compute, results out. On a CPU everything is done at once."""
+    """Three streams that overlap: features "in", "compute", results "out"; and "current", the caller's. On a CPU
+    everything is done at once."""
 
     def __init__(self, device: torch.device) -> None:
         import torch
 
+        self._device = device
         self._streams: dict[str, Any] = {}
         if device.type == "cuda":
             make: Any = torch.cuda.Stream
@@ -219,11 +221,20 @@ class Streams:
     def after(self, name: str, before: str) -> None:
         """What comes next on stream `name` waits for what is on `before` by now."""
         if self._streams:
-            self._streams[name].wait_stream(self._streams[before])
+            self._of(name).wait_stream(self._of(before))
 
     def mark(self, name: str) -> Callable[[], None]:
         """A function that waits for what is on the stream by now."""
         if not self._streams:
-            return lambda: None
-        wait: Callable[[], None] = self._streams[name].record_event().synchronize
+            return nothing
+        wait: Callable[[], None] = self._of(name).record_event().synchronize
         return wait
+
+    def _of(self, name: str) -> Any:
+        import torch
+
+        return torch.cuda.current_stream(self._device) if name == "current" else self._streams[name]
+
+
+def nothing() -> None:
+    """A launch of nothing, or a wait for it."""

@@ -1,4 +1,4 @@
-"""Copies between the user's arrays and pinned memory, by all threads of PyTorch."""
+"""What is done with the user's arrays by all threads of PyTorch: looks at them, copies to and from pinned memory."""
 
 from __future__ import annotations
 
@@ -8,8 +8,81 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fastinv import tensors
+from fastinv.backends.base import Array
+from fastinv.backends.cuda_device import Streams, nothing
+
 if TYPE_CHECKING:
     import torch
+
+
+PIECE = 2**26  # bytes of pinned memory at once: to allocate it takes as long as to copy it a few times
+
+
+class Given:
+    """Features that are on the device already."""
+
+    def __init__(self, features: torch.Tensor) -> None:
+        self._features = features
+
+    def send(self, start: int, stop: int) -> None:
+        """Start these images' features on their way."""
+
+    def take(self, start: int, stop: int) -> torch.Tensor:
+        """What was sent last, on the device, for the current stream."""
+        return self._features[start:stop]
+
+    def free(self) -> None:
+        """What is on the current stream by now is all that uses what was taken."""
+
+
+class Feed:
+    """As `Given`, for `features` on the host, float32 and C-contiguous: one batch is on its way while that before is
+    worked on.
+
+    Args:
+        images: of a batch, at most.
+        elements: of an image's features.
+    """
+
+    def __init__(self, images: int, elements: int, device: torch.device) -> None:
+        import torch
+
+        size, pinned = images * elements, device.type == "cuda"
+        self.features: Array = np.empty((0, elements), np.float32)
+        self._streams = Streams(device)
+        self._there = torch.empty(size, device=device)
+        self._piece = max(1, min(size, PIECE // 4))
+        self._pinned = [torch.empty(self._piece, pin_memory=pinned) for _ in range(2)]
+        self._waits = [nothing, nothing]
+
+    def send(self, start: int, stop: int) -> None:
+        values = self.features[start:stop].reshape(-1)
+        for number, (begin, end) in enumerate(tensors.chunks(len(values), self._piece)):
+            pinned = self._pinned[number % 2][: end - begin]
+            self._waits[number % 2]()
+            fill(pinned, values[begin:end])
+            with self._streams.on("in"):
+                self._there[begin:end].copy_(pinned, non_blocking=True)
+            self._waits[number % 2] = self._streams.mark("in")
+
+    def take(self, start: int, stop: int) -> torch.Tensor:
+        shape = (stop - start, *self.features.shape[1:])
+        self._streams.after("current", "in")
+        return self._there[: int(np.prod(shape))].view(shape)
+
+    def free(self) -> None:
+        self._streams.after("in", "current")
+
+
+def finite(values: Array) -> bool:
+    """As `fastinv.tensors.finite`. The sum of what is finite may be too large, of what is not it never is finite."""
+    import torch
+
+    if values.size == 0 or not values.flags.c_contiguous:
+        return tensors.finite(values)
+    total = _as_bytes(values).view(torch.float32).sum()
+    return bool(torch.isfinite(total)) or tensors.finite(values)
 
 
 def fill(target: torch.Tensor, source: npt.NDArray[Any]) -> None:

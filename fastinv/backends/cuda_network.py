@@ -19,6 +19,7 @@ from fastinv.backends.cuda_device import (
     flag_on,
     halving,
     isa_of,
+    nothing,
     on_device,
     repeatable,
     seconds,
@@ -367,10 +368,6 @@ def fitting(arenas: Iterable[Arena], outside: Iterable[Buffer], most: int) -> in
     by_memory = MOST_BYTES // (max(a.bytes(64) for a in arenas) // 64 + sum(b.bytes(64) for b in outside) // 64 + 1)
     largest = max(*(arena.largest() for arena in arenas), *(buffer.elements for buffer in outside))
     return max(1, min(most, by_memory, MOST_ELEMENTS // largest))
-
-
-def nothing() -> None:
-    """A launch of nothing."""
 
 
 def door(shape: Shape) -> tuple[int, int]:

@@ -6,18 +6,21 @@ import itertools
 import math
 import threading
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastinv.backends.base import Array, Progress, Report
-from fastinv.backends.cuda_device import halving, isa_of, on_device, repeatable, wait
+from fastinv.backends.cuda_device import halving, isa_of, nothing, on_device, repeatable, wait
+from fastinv.backends.cuda_host import Feed, Given, finite
 from fastinv.backends.cuda_methods import Objective, method_of
 from fastinv.backends.cuda_network import MOST_IMAGES, fitting
 from fastinv.backends.cuda_plan import Arena, Buffer, bucket
 from fastinv.errors import BackendError
 from fastinv.inverters import RMLE
-from fastinv.tensors import finite
+from fastinv.tensors import chunks
 
 if TYPE_CHECKING:
     import torch
@@ -63,39 +66,55 @@ class CudaSolver:
         self._most = fitting(self._arenas.values(), outside, most)
         self.batch_size: int | None = self._most
         self._batch: Batch | None = None
+        self._features = objective.target.elements
+        self._feed: tuple[Feed, int] | None = None
         self._lock = threading.Lock()
 
     def solve(self, features: Array, init: Array, progress: Progress | None = None) -> tuple[Array, Report, bool]:
         import torch
 
-        own = [torch.from_numpy(np.array(values, np.float32)) for values in (features, init)]
-        z, report, finished = self.solve_there(own[0], own[1], progress)
+        starts = torch.from_numpy(np.array(init, np.float32)).to(self._device)
+        with self._lock, on_device(self._device):
+            self._ready()  # may lower `_most`
+            feed, images = self._ready_feed()
+            feed.features = features
+            try:
+                z, report, finished = self._solve(feed, len(features), images, starts, progress)
+            finally:
+                feed.features = features[:0]
         return z.cpu().numpy(), report, finished
 
     def solve_there(
         self, features: torch.Tensor, init: torch.Tensor, progress: Progress | None = None
     ) -> tuple[torch.Tensor, Report, bool]:
-        """As `solve`, for tensors anywhere; the images are on this device."""
+        """As `solve`, for tensors on this device."""
+        with self._lock, on_device(self._device):
+            self._ready()  # may lower `_most`
+            return self._solve(Given(features), len(features), self._most, init, progress)
+
+    def _solve(
+        self, feed: Given | Feed, count: int, images: int, init: torch.Tensor, progress: Progress | None
+    ) -> tuple[torch.Tensor, Report, bool]:
+        """Solve so many images at once, until all are."""
         import torch
 
-        shape = self._recipe.input_shape
-        count = len(features)
-        z = torch.zeros((count, *shape), device=self._device)
+        z = torch.zeros((count, *self._recipe.input_shape), device=self._device)
         objective = np.full(count, np.nan)
         taken = np.zeros(count, np.int64)
         converged = np.zeros(count, np.bool_)
         starts = init.expand(z.shape)
-        start, finished = 0, True
-        with self._lock, on_device(self._device):
-            while start < count and finished:
-                batch = self._ready()  # may lower `_most`
-                stop = min(start + self._most, count)
-                part = slice(start, stop)
-                batch.load(features[part], starts[part])
-                finished = batch.solve(progress, start, int(taken.sum()))
-                z[part], objective[part], taken[part], converged[part] = batch.results(stop - start)
-                start = stop
-            wait(self._device)
+        batch, finished = self._ready(), True
+        parts = [*chunks(count, images), (count, count)]
+        feed.send(*parts[0])
+        for (start, stop), following in pairwise(parts):
+            part = slice(start, stop)
+            batch.load(feed.take(start, stop), starts[part])
+            feed.free()
+            finished = batch.solve(progress, start, int(taken.sum()), partial(feed.send, *following))
+            z[part], objective[part], taken[part], converged[part] = batch.results(stop - start)
+            if not finished:
+                break
+        wait(self._device)
         return z, Report(objective, taken, converged, self._name, self.isa), finished
 
     def _ready(self) -> Batch:
@@ -103,6 +122,13 @@ class CudaSolver:
             fresh, self._most = halving(self._allocate, self._most)
             self._batch = fresh
         return self._batch
+
+    def _ready_feed(self) -> tuple[Feed, int]:
+        """What brings features from the host, and how many images at once: half a batch, so that its way there overlaps
+        with the other half's steps."""
+        if self._feed is None:
+            self._feed = halving(lambda images: Feed(images, self._features, self._device), -(-self._most // 2))
+        return self._feed
 
     def _allocate(self, images: int) -> Batch:
         import torch
@@ -145,14 +171,20 @@ class Batch:
         self._of("running")[:count] = 1
         self._launch("begin")
 
-    def solve(self, progress: Progress | None, done: int, steps_done: int) -> bool:
-        """Take all steps; False when Ctrl-C cut them short."""
+    def solve(
+        self, progress: Progress | None, done: int, steps_done: int, meanwhile: Callable[[], None] = nothing
+    ) -> bool:
+        """Take all steps; False when Ctrl-C cut them short. `meanwhile` is called when the first are on their way."""
         method = self._solver._method
         look = LOOK if method.other is not None else LOOK_SOON
         finished = True
         try:
+            if method.turns == 0:
+                meanwhile()
             for turn in itertools.count() if method.turns is None else range(method.turns):
                 self._graphs[self._images]()
+                if turn == 0:
+                    meanwhile()
                 if turn % look == look - 1 and not self._look(progress, done, steps_done):
                     break
         except KeyboardInterrupt:
