@@ -192,8 +192,6 @@ class Solver:
         """As of an `Engine`. Ctrl-C raises `Interrupted` with the images begun, on the GPU."""
         import torch
 
-        if not bool(x.isfinite().all()):
-            raise FeatureError("features hold NaN or Inf: drop or mend these images")
         mean, std = (torch.from_numpy(np.array(values)).to(x.device) for values in (self._mean, self._std))
         if isinstance(self._init, Engine):
             start = (self._init.run_there(x, "float32")[0] - mean) / std

@@ -47,6 +47,7 @@ FEW = 64  # channels that a convolution can write in the user's order: with more
 PLACES = 32  # of features and results on the device for which there are graphs
 MOST_ELEMENTS = 2**31 - 1  # of a tensor: the kernels' offsets are 32-bit
 
+NOT_FINITE = "features hold NaN or Inf: drop or mend these images"
 RAW_DTYPES = ("float32", "float16", "bfloat16", "uint8", "int8")
 
 
@@ -135,7 +136,7 @@ class CudaNetwork:
                 self._flag_there.zero_()
             self._unread = False
         if wrong:
-            raise FeatureError("features hold NaN or Inf: drop or mend these images")
+            raise FeatureError(NOT_FINITE)
         return out
 
     def _run_part(self, x: torch.Tensor, out: torch.Tensor, memory: torch.Tensor) -> None:

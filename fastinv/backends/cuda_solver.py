@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastinv.backends.base import Array, Progress, Report
-from fastinv.backends.cuda_device import halving, isa_of, nothing, on_device, repeatable, wait
+from fastinv.backends.cuda_device import flag_on, halving, isa_of, nothing, on_device, repeatable, wait
 from fastinv.backends.cuda_host import Feed, Given, finite
 from fastinv.backends.cuda_methods import Objective, method_of
-from fastinv.backends.cuda_network import MOST_IMAGES, fitting
+from fastinv.backends.cuda_network import MOST_IMAGES, NOT_FINITE, door, fitting
 from fastinv.backends.cuda_plan import Arena, Buffer, bucket
-from fastinv.errors import BackendError
+from fastinv.errors import BackendError, FeatureError
 from fastinv.inverters import RMLE
 from fastinv.tensors import chunks
 
@@ -95,7 +95,11 @@ class CudaSolver:
     def _solve(
         self, feed: Given | Feed, count: int, images: int, init: torch.Tensor, progress: Progress | None
     ) -> tuple[torch.Tensor, Report, bool]:
-        """Solve so many images at once, until all are."""
+        """Solve so many images at once, until all are.
+
+        Raises:
+            FeatureError: features hold NaN or Inf.
+        """
         import torch
 
         z = torch.zeros((count, *self._recipe.input_shape), device=self._device)
@@ -103,15 +107,17 @@ class CudaSolver:
         taken = np.zeros(count, np.int64)
         converged = np.zeros(count, np.bool_)
         starts = init.expand(z.shape)
-        batch, finished = self._ready(), True
+        batch, finished, flag = self._ready(), True, flag_on(self._device)
         parts = [*chunks(count, images), (count, count)]
         feed.send(*parts[0])
         for (start, stop), following in pairwise(parts):
             part = slice(start, stop)
-            batch.load(feed.take(start, stop), starts[part])
+            batch.load(feed.take(start, stop), starts[part], flag)
             feed.free()
             finished = batch.solve(progress, start, int(taken.sum()), partial(feed.send, *following))
             z[part], objective[part], taken[part], converged[part] = batch.results(stop - start)
+            if flag.item():  # the results have been waited for
+                raise FeatureError(NOT_FINITE)
             if not finished:
                 break
         wait(self._device)
@@ -152,17 +158,24 @@ class Batch:
         self._graphs: dict[int, Callable[[], None]] = {}
         self._images = 0
 
-    def load(self, features: torch.Tensor, starts: torch.Tensor) -> None:
-        """Features [n, *feature_shape] and starts [n, C, H, W], in the user's order."""
+    def load(self, features: torch.Tensor, starts: torch.Tensor, flag: torch.Tensor) -> None:
+        """Features [n, *feature_shape] and starts [n, C, H, W], in the user's order; a feature that is NaN or Inf sets
+        the flag to 1."""
+        from fastinv.kernels.triton.layout import launch_channels_last
+
         solver, count = self._solver, len(features)
         objective = solver._objective
         self._images = bucket(count, solver._most)
         self._capture()
+        target = self._tensors[objective.target]
         for tensor in self._tensors.values():
-            tensor.zero_()
-        self._fill(objective.target, features)
+            (target[count : self._images] if tensor is target else tensor).zero_()
+        shape = solver._recipe.feature_shape
+        launch_channels_last(features, target[:count], *door(shape), None, None, flag)()
         self._launch("prepare")
-        self._fill(objective.z, starts)
+        channels, height, width = solver._recipe.input_shape
+        images = self._tensors[objective.z][:count].view(count, height, width, channels)
+        images.copy_(starts.permute(0, 2, 3, 1))
         if "best" in solver._method.state:
             self._of("best").copy_(self._tensors[objective.z])
         if "best_value" in solver._method.state:
@@ -209,11 +222,6 @@ class Batch:
 
     def _of(self, name: str) -> torch.Tensor:
         return self._tensors[(self._solver._method.state | self._solver._objective.report)[name]]
-
-    def _fill(self, buffer: Buffer, values: torch.Tensor) -> None:
-        """Values of the first images, in the user's order."""
-        inner = values.permute(0, 2, 3, 1) if values.ndim == 4 else values
-        self._tensors[buffer][: len(values)].copy_(inner.reshape(len(values), -1))
 
     def _look(self, progress: Progress | None, done: int, steps_done: int) -> bool:
         """Tell how things stand; whether any image still runs."""
