@@ -1,4 +1,4 @@
-"""A quadratic form of one channel as right factors of matrix products, as `kernels/cuda/banded.h` takes them."""
+"""A quadratic form as right factors of matrix products, as `kernels/cuda/banded.h` takes them."""
 
 from __future__ import annotations
 
@@ -10,48 +10,81 @@ import numpy.typing as npt
 from fastinv.backends.cuda_native import Problem
 from fastinv.backends.cuda_quadratic import QuadraticForm
 
-COLUMNS, WINDOW = 8, 16  # that are made, and that they are made from: as many to each side
-MOST_ROWS = 240  # of taps: a kernel has their numbers in bytes
-CROWD = 4  # images for each multiprocessor, from which on sixteen together are quicker than one by one
+COLUMNS, WINDOW = 8, 16  # that are made, and that they are made from: as many more to each side
+MARGIN = (WINDOW - COLUMNS) // 2
+MOST_FACTORS = 240  # of one channel: a kernel has their numbers in bytes
+CROWD = 4  # images for each multiprocessor, from which on several together are quicker than one by one
 LARGEST = 2.0**14  # of the weights: float16 ends at 65,504, and what is below 2^-24 of it is lost
 
 
 def banded_problem(form: QuadraticForm) -> Problem | None:
-    """None where an image has several channels, or a row's pixels reach too far."""
-    kinds_y, _, down, across, channels, _ = form.weight.shape
-    width = form.shape[1]
-    margin = (WINDOW - COLUMNS) // 2
-    if channels > 1 or across // 2 > margin:
+    """None where pixels reach too far, or rows of several channels differ by more than the first's and last's own."""
+    _, _, down, across, channels, _ = form.weight.shape
+    if across // 2 > MARGIN:
         return None
-    of_row, first = _row_taps(form.row_kind, kinds_y, down)
-    if len(of_row) > MOST_ROWS:
+    first = None
+    if channels == 1:
+        of_row, first = _row_taps(form, down)
+        kinds, taps = of_row.T
+        bands = form.weight[kinds, :, taps, :, 0, 0]
+    else:
+        same = _same_bands(form)
+        if same is None:
+            return None
+        bands = np.moveaxis(same, (3, 4), (1, 2)).reshape(-1, *same.shape[1:3])
+    if len(bands) > MOST_FACTORS:
         return None
-    columns = np.arange(0, width, COLUMNS)[:, None] + np.arange(-margin, WINDOW - margin)  # of every window
+    factors, kind = _factors(form, bands)
+    scale = 2.0 ** np.floor(np.log2(LARGEST / max(np.abs(factors).max(), 2.0**-100)))
+    arrays = {"weights": _fragments(factors * np.float32(scale)), "kind": kind}
+    if first is not None:
+        arrays["first"] = first
+    numbers = {"taps": down, "factors": factors.shape[0], "kinds": factors.shape[1]}
+    return Problem("BandedForm", "constant", arrays, {**numbers, "scale": scale, "unscale": 1 / scale}, CROWD)
+
+
+def _row_taps(form: QuadraticForm, taps: int) -> tuple[Any, npt.NDArray[np.int32]]:
+    """(kind, tap) for every tap by which a row of a kind reaches rows of the image; and for every row the number of its
+    tap 0 among these, or where that would be."""
+    height, kinds = len(form.row_kind), form.weight.shape[0]
+    rows = np.arange(height)[:, None] + np.arange(taps) - taps // 2
+    reaches = np.zeros((kinds, taps), np.bool_)
+    np.logical_or.at(reaches, form.row_kind, (rows >= 0) & (rows < height))
+    start = np.concatenate([[0], reaches.sum(axis=1).cumsum()[:-1]]) - reaches.argmax(axis=1)
+    return np.argwhere(reaches), start[form.row_kind].astype(np.int32)
+
+
+def _same_bands(form: QuadraticForm) -> npt.NDArray[np.float32] | None:
+    """Bands [taps + 2, column kinds, column taps, channels in, channels out] of all rows; the last two are what the
+    first row and the last have more by the tap that is the row itself. None where rows differ elsewhere."""
+    height, taps = len(form.row_kind), form.weight.shape[2]
+    middle = form.weight[form.row_kind[height // 2]]
+    bands = np.moveaxis(middle, 1, 0)
+    more = [form.weight[form.row_kind[row]][:, taps // 2] - middle[:, taps // 2] for row in (0, height - 1)]
+    for row in range(height):
+        for tap in range(taps):
+            own = tap == taps // 2 and row in (0, height - 1)
+            if not 0 <= row + tap - taps // 2 < height or own:
+                continue
+            if np.abs(form.weight[form.row_kind[row]][:, tap] - middle[:, tap]).max() > 1e-6 * np.abs(middle).max():
+                return None
+    return np.concatenate([bands, np.stack(more)])
+
+
+def _factors(form: QuadraticForm, bands: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], Any]:
+    """[bands, kinds, WINDOW, COLUMNS] of [bands, column kinds, column taps], and the kind of each eight columns."""
+    width, across = form.shape[1], bands.shape[2]
+    columns = np.arange(0, width, COLUMNS)[:, None] + np.arange(-MARGIN, WINDOW - MARGIN)  # of every window
     inside = (columns >= 0) & (columns < width)
-    made = slice(margin, margin + COLUMNS)
+    made = slice(MARGIN, MARGIN + COLUMNS)
     of_column = np.where(inside, form.column_kind[columns.clip(0, width - 1)], 0)[:, made]
     alike, kind = np.unique(np.concatenate([of_column, inside], axis=1), axis=0, return_inverse=True)
     of_column, inside = alike[:, :COLUMNS], alike[:, COLUMNS:] > 0
     # From column k of the window to column n of those made there are so many taps.
-    tap = np.arange(WINDOW)[:, None] - np.arange(COLUMNS) - margin + across // 2
+    tap = np.arange(WINDOW)[:, None] - np.arange(COLUMNS) - MARGIN + across // 2
     there = (tap >= 0) & (tap < across) & inside[:, :, None] & inside[:, None, made]
-    rows, taps = of_row.T[:, :, None, None, None]
-    factors = form.weight[rows, of_column[:, None], taps, tap.clip(0, across - 1), 0, 0] * there
-    scale = 2.0 ** np.floor(np.log2(LARGEST / max(np.abs(factors).max(), 2.0**-100)))
-    arrays = {"weights": _fragments(factors * np.float32(scale)), "first": first, "kind": kind.ravel().astype(np.int32)}
-    numbers = {"taps": down, "rows": len(of_row), "kinds": len(alike), "scale": scale, "unscale": 1 / scale}
-    return Problem("BandedForm", "constant", arrays, numbers, CROWD)
-
-
-def _row_taps(row_kind: npt.NDArray[np.int32], kinds: int, taps: int) -> tuple[Any, npt.NDArray[np.int32]]:
-    """(kind, tap) for every tap by which a row of a kind reaches rows of the image; and for every row the number of its
-    tap 0 among these, or where that would be."""
-    rows = np.arange(len(row_kind))[:, None] + np.arange(taps) - taps // 2
-    reaches = np.zeros((kinds, taps), np.bool_)
-    np.logical_or.at(reaches, row_kind, (rows >= 0) & (rows < len(row_kind)))
-    least = reaches.argmax(axis=1)
-    start = np.concatenate([[0], reaches.sum(axis=1).cumsum()[:-1]]) - least
-    return np.argwhere(reaches), start[row_kind].astype(np.int32)
+    factors = bands[:, of_column[:, None], tap.clip(0, across - 1)] * there
+    return factors, kind.ravel().astype(np.int32)
 
 
 def _fragments(factors: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:

@@ -96,7 +96,7 @@ PYBIND11_MODULE(_cuda, m) {
   pointer(banded, "first", &BandedForm::first);
   pointer(banded, "kind", &BandedForm::kind);
   banded.def_readwrite("taps", &BandedForm::taps)
-      .def_readwrite("rows", &BandedForm::rows)
+      .def_readwrite("factors", &BandedForm::factors)
       .def_readwrite("kinds", &BandedForm::kinds)
       .def_readwrite("scale", &BandedForm::scale)
       .def_readwrite("unscale", &BandedForm::unscale);

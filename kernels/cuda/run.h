@@ -1,7 +1,7 @@
 // What `module.cpp` binds, for a problem that is a `QuadraticForm`, a `BandedForm` or `PooledLayers`.
 #pragma once
 
-#include "banded.h"
+#include "banded_edges.h"
 #include "pooled.h"
 #include "quadratic.h"
 #include "tail.h"
