@@ -1,6 +1,6 @@
 // rMLE by gradient descent, all steps on chip (He et al. 2019, Algorithm 1): what is the same for every edge.
 //
-// A block has one image for many steps. The image lies in shared memory, plane by plane, beside what the edge keeps
+// A block has one image, or a few, for many steps. They lie in shared memory, plane by plane, beside what the edge keeps
 // there; a thread has some pixels of a column, one below the other, with their moments, in registers. An edge says how
 // the gradient of Σ(edge(z) − v)² is made: `quadratic.h`, `pooled.h`.
 #pragma once
@@ -16,7 +16,8 @@ struct Descent {
   float *z, *first, *second, *largest;
   const float* rates;        // [steps, 2]: for Adam lr / (1 − β1^t) and (1 − β2^t)^(−1/2), for SGD lr
   const float *low, *high;   // [channels], or null
-  int32_t *running, *taken;  // [images]: 1 while an image has steps to take, then 2; how many it has taken
+  // [images]: 1 while an image has steps to take, then 2; how many it has taken, all that run as many.
+  int32_t *running, *taken;
   int32_t images, height, width, channels;
   int32_t steps, most;  // in all, and in one launch
   Optimizer optimizer;
@@ -35,6 +36,7 @@ struct Pixels {
   using Values = float[kRows][kChannels];
   Values z, gradient, first, second, largest;
   int row, column;  // of the first; a thread that has none is at column −1
+  int image;        // of the block's
 };
 
 // Planes of rows of pixels, each with as much of a border as the edge asks for.
@@ -52,12 +54,17 @@ struct Planes {
 template <class Edge>
 FASTINV_BOTH int threads_across(const Descent& d) {
   const int whole = (d.width + 31) / 32 * 32, down = (d.height + Edge::P::kRows - 1) / Edge::P::kRows;
-  return whole * down <= kMostThreads ? whole : d.width;
+  return whole * down * Edge::kImages <= kMostThreads ? whole : d.width;
 }
-// Threads of a block, whole warps; rows of its image, a whole number for each thread; its floats in shared memory.
+// Threads of an image, whole warps, and of a block; rows of an image, a whole number for each thread; floats of an
+// image and of a block in shared memory.
+template <class Edge>
+FASTINV_BOTH int image_threads(const Descent& d) {
+  return ((d.height + Edge::P::kRows - 1) / Edge::P::kRows * threads_across<Edge>(d) + 31) / 32 * 32;
+}
 template <class Edge>
 FASTINV_BOTH int threads_of(const Descent& d) {
-  return ((d.height + Edge::P::kRows - 1) / Edge::P::kRows * threads_across<Edge>(d) + 31) / 32 * 32;
+  return image_threads<Edge>(d) * Edge::kImages;
 }
 template <class Edge>
 FASTINV_BOTH int rows_of(const Descent& d) {
@@ -69,13 +76,20 @@ FASTINV_BOTH int image_floats(const Descent& d) {
 }
 template <class Edge>
 FASTINV_BOTH int shared_floats(const Descent& d, const Edge& edge) {
-  return image_floats<Edge>(d) + edge.shared_floats(d);
+  return Edge::kImages * image_floats<Edge>(d) + edge.shared_floats(d);
 }
 template <class Edge>
-FASTINV_BLOCK Planes image_of(const Descent& d, float* memory) {
+FASTINV_BOTH int blocks_of(const Descent& d) {
+  return (d.images + Edge::kImages - 1) / Edge::kImages;
+}
+template <class Edge>
+FASTINV_BLOCK Planes image_of(const Descent& d, float* memory, int image) {
   const int pitch = d.width + 2 * Edge::kBorder;
+  memory += image * image_floats<Edge>(d);
   return {memory + Edge::kBorder * pitch + Edge::kBorder, pitch, rows_of<Edge>(d) * pitch};
 }
+// Whether there is such an image, and it has steps to take.
+FASTINV_BLOCK inline bool runs(const Descent& d, int n) { return n < d.images && d.running[n] == 1; }
 
 // Sums of a convolution at the pixels of a thread: sum[r][c] += Σ w[i, j, k, c] · planes(row + r + i, column + j, k),
 // with weights [j][k][i · outputs + c, rounded up to 4]. A value then serves several sums, and four weights are read at
@@ -165,25 +179,30 @@ FASTINV_BLOCK void step(const Descent& d, const float* rate, P& p, int r, int c)
   }
 }
 
-// What a block does with its image: as many steps as are left, `most` at most. The edge has
-// - `Own`, what a thread keeps beside its pixels, a `Pixels` among it as `pixels`; `kBorder`, of the image;
-//   `kBlocks`, that share a multiprocessor;
+// What a block does with its images: as many steps as are left, `most` at most. The edge has
+// - `kImages`, of a block; `kBorder`, of an image; `kBlocks`, that share a multiprocessor;
+// - `Own`, what a thread keeps beside its pixels, a `Pixels` among it as `pixels`;
 // - `shared_floats(d)`, and `begin(d, block, memory)`, which fills that memory and ends with a barrier;
-// - `own(d, n, own)`, which completes a thread's own for image n;
-// - `differentiate(d, block, image, all)`, which leaves the gradients in the pixels of all, and ends with a barrier.
+// - `own(d, n, own)`, which completes a thread's own for image n, and `moved(d, own)`, told of its pixels' new values;
+// - `differentiate(d, block, all)`, which leaves the gradients in the pixels of all, and ends with a barrier.
 template <class Edge, class Block>
 FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
   using P = typename Edge::P;
-  const int n = block.index(), across = threads_across<Edge>(d);
-  if (d.running[n] != 1) return;
-  const Planes image = image_of<Edge>(d, block.shared());
-  const int64_t start = int64_t{n} * d.height * d.width * P::kChannels;
-  const int begin = d.taken[n], end = d.steps - begin < d.most ? d.steps : begin + d.most;
+  const int across = threads_across<Edge>(d), first = block.index() * Edge::kImages;
+  int begin = -1;
+#pragma unroll
+  for (int i = 0; i < Edge::kImages; ++i) {
+    if (runs(d, first + i)) begin = d.taken[first + i];
+  }
+  if (begin < 0) return;
+  const int end = d.steps - begin < d.most ? d.steps : begin + d.most;
+  const auto image = [&](const P& p) { return image_of<Edge>(d, block.shared(), p.image); };
   typename Block::template PerThread<typename Edge::Own> all(block);
 
-  // For every value of a thread that is in the image: f(row in the thread, channel, place in memory).
+  // For every value of a thread that is in its image: f(row in the thread, channel, place in memory).
   const auto values = [&](const P& p, auto f) {
     if (p.column < 0) return;
+    const int64_t start = int64_t{first + p.image} * d.height * d.width * P::kChannels;
 #pragma unroll
     for (int r = 0; r < P::kRows; ++r) {
       if (p.row + r >= d.height) continue;
@@ -195,39 +214,44 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
   };
 
   block.each([&](int thread) {
-    for (int i = thread; i < image_floats<Edge>(d); i += block.threads()) block.shared()[i] = 0.0f;
+    for (int i = thread; i < Edge::kImages * image_floats<Edge>(d); i += block.threads()) block.shared()[i] = 0.0f;
   });
-  edge.begin(d, block, block.shared() + image_floats<Edge>(d));
+  edge.begin(d, block, block.shared() + Edge::kImages * image_floats<Edge>(d));
   block.each([&](int thread) {
     all[thread] = {};
     P& p = all[thread].pixels;
-    p.row = thread / across * P::kRows;
-    p.column = p.row < d.height && thread % across < d.width ? thread % across : -1;
+    const int threads = image_threads<Edge>(d), place = Edge::kImages == 1 ? thread : thread % threads;
+    p.image = Edge::kImages == 1 ? 0 : thread / threads;
+    p.row = place / across * P::kRows;
+    p.column = p.row < d.height && place % across < d.width && runs(d, first + p.image) ? place % across : -1;
     if (p.column < 0) return;
     values(p, [&](int r, int c, int64_t at) {
       p.z[r][c] = d.z[at];
       p.first[r][c] = d.first[at];
       p.second[r][c] = d.second[at];
       p.largest[r][c] = d.largest[at];
-      image.at(p.row + r, p.column, c) = p.z[r][c];
+      image(p).at(p.row + r, p.column, c) = p.z[r][c];
     });
-    edge.own(d, n, all[thread]);
+    edge.own(d, first + p.image, all[thread]);
+    edge.moved(d, all[thread]);
   });
   for (int t = begin; t < end; ++t) {
-    edge.differentiate(d, block, image, all);
+    edge.differentiate(d, block, all);
     if (d.tv_weight > 0.0f) {
       block.each([&](int thread) {
         P& p = all[thread].pixels;
-        values(p,
-               [&](int r, int c, int64_t) { p.gradient[r][c] += variation_slope(d, image, p.row + r, p.column, c); });
+        values(p, [&](int r, int c, int64_t) {
+          p.gradient[r][c] += variation_slope(d, image(p), p.row + r, p.column, c);
+        });
       });
     }
     block.each([&](int thread) {
       P& p = all[thread].pixels;
       values(p, [&](int r, int c, int64_t) {
         step(d, d.rates + 2 * t, p, r, c);
-        image.at(p.row + r, p.column, c) = p.z[r][c];
+        image(p).at(p.row + r, p.column, c) = p.z[r][c];
       });
+      edge.moved(d, all[thread]);
     });
   }
   block.each([&](int thread) {
@@ -238,9 +262,9 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
       d.second[at] = p.second[r][c];
       d.largest[at] = p.largest[r][c];
     });
-    if (thread > 0) return;
-    d.taken[n] = end;
-    if (end == d.steps) d.running[n] = kFinished;
+    if (p.row > 0 || p.column != 0) return;  // one thread of an image that runs
+    d.taken[first + p.image] = end;
+    if (end == d.steps) d.running[first + p.image] = kFinished;
   });
 }
 

@@ -7,7 +7,7 @@ template <class Problem>
 void descend_on_host(const Descent& descent, const Problem& problem) {
   with_edge(descent, problem, [&descent](const auto& edge) {
     using Edge = std::decay_t<decltype(edge)>;
-    for (int n = 0; n < descent.images; ++n) {
+    for (int n = 0; n < blocks_of<Edge>(descent); ++n) {
       HostBlock block(n, threads_of<Edge>(descent), shared_floats(descent, edge));
       descend(descent, edge, block);
     }

@@ -1,213 +1,518 @@
 // An edge of two layers, convolution, ReLU, 2×2 max pool, convolution, ReLU: MNIST's ReLU2. All activations are on
-// chip.
+// chip, and all products are of matrices, on tensor cores.
+//
+// A number is there the sum of two float16, high and low, and a product three: high · high + high · low + low · high
+// (`halved`). All are multiplied by powers of two, from bounds of what can come, so that they stay in float16's range:
+// those up to 2^19 times smaller than the bound keep all 22 bits.
 #pragma once
 
 #include "descent.h"
 
 namespace fastinv {
 
-// Weights are packed as `convolve` and `correlate` read them.
+// Both convolutions' weights, and what bounds their results (fastinv/backends/cuda_pooled.py).
 struct PooledLayers {
-  const float* target;  // float32 [images, rows of the result, columns, kSecond]
-  const float *first, *first_bias, *second, *second_bias, *second_back, *first_back;
+  const float* target;      // float32 [images, rows of the result, columns, kSecond]
+  const uint32_t* weights;  // [kWeights]
+  const float *first_bias, *second_bias;
+  float first_scale, second_scale;  // powers of two by which the weights were multiplied
+  // For z up to 1 the first layer is up to first_gain, a power of two; for activations up to 1 the second is up to
+  // second_gain + second_offset; for its gradients up to 1 those of the first are up to back_gain, a power of two.
+  float first_gain, second_gain, second_offset, back_gain;
 };
 
-// Sums of a convolution at two neighbours in a row, four channels each: weights [channel in, row tap, column tap,
-// channel out], `fours` of them a tap.
-template <int kTaps>
-FASTINV_BLOCK void correlate(const Planes& planes, int channels, int row, int column, const Four* weights, int fours,
-                             float (&sum)[2][4]) {
-#pragma unroll 1
-  for (int c = 0; c < channels; ++c) {
-#pragma unroll
-    for (int i = 0; i < kTaps; ++i) {
-      float x[kTaps + 1];
-#pragma unroll
-      for (int j = 0; j <= kTaps; ++j) x[j] = planes.at(row + i, column + j, c);
-#pragma unroll
-      for (int j = 0; j < kTaps; ++j) {
-        const Four w = weights[((c * kTaps + i) * kTaps + j) * fours];
-#pragma unroll
-        for (int l = 0; l < 4; ++l) {
-          sum[0][l] += w.at[l] * x[j];
-          sum[1][l] += w.at[l] * x[j + 1];
-        }
-      }
-    }
-  }
+// The power of two by which numbers up to bound are multiplied so that they are below 2^exponent.
+FASTINV_BLOCK inline float scale_for(float bound, int exponent) {
+  int size;
+  frexpf(bound > 1e-18f ? bound : 1e-18f, &size);
+  return ldexpf(1.0f, exponent - size);
 }
 
-template <int kTaps_, int kFirst_, int kSecond_>
+template <int kImages_>
 struct Pooled {
-  static constexpr int kTaps = kTaps_, kFirst = kFirst_, kSecond = kSecond_;  // channels of the layers
-  using P = Pixels<1, 4>;
+  using P = Pixels<1, 8>;
+  static constexpr int kTaps = 5, kFirst = 8, kSecond = 16;  // channels of the layers
+  static constexpr int kImages = kImages_;
   static constexpr int kBorder = 0;
-  static constexpr int kBlocks = 1;
-  static constexpr int kEdge = kTaps - 1;  // what a convolution takes away
-  static constexpr int kFirstWeights = kTaps * kTaps * kFirst, kSecondWeights = kFirstWeights * kSecond;
-  static constexpr int kBackWeights = kTaps * kFirst * ((kTaps + 3) / 4 * 4);
+  static constexpr int kBlocks = 2;
+  static constexpr int kEdge = kTaps - 1;                    // what a convolution takes away
+  static constexpr int kPairs = (kTaps + 1) / 2;             // of column taps
+  static constexpr int kForwardRows = 4, kBackwardRows = 6;  // that a warp makes at once
+  // Pixels of the image that a window of the pool reaches, a row of eights.
+  static constexpr int kReach = kTaps + 1, kEights = (kReach * kReach + 7) / 8;
+  // Words of the factors: of the first layer, of the second, and of their gradients.
+  static constexpr int kFirstWords = 2 * 128, kSecondWords = kPairs * kTaps * 2 * 128;
+  static constexpr int kSecondBackWords = kTaps * kTaps * 128, kFirstBackWords = kEights * 2 * 128;
+  static constexpr int kWeights = kFirstWords + kSecondWords + kSecondBackWords + kFirstBackWords;
 
   struct Own {
     P pixels;
-    const Four* weights[P::kRows];
+  };
+
+  // What an image has in shared memory, as `room` lays it out.
+  struct Room {
+    // Gradient of the second layer, [part, half of the channels, row, column] of 8 float16 each. A column of zeros on
+    // either side stands for all that are outside.
+    Words* gradient;
+    unsigned char* place;  // which of four was the largest, 4 where none was above 0: [row, column, channel]
+    // What windows give to pixels that they reach, [eight, row, column, 8]. `at_spread` says where in the eight.
+    float* spread;
+    // Before there is any, in the same place: the image as float16, [part, pair of rows, column], and what comes after
+    // the pool, [part, row, column] of 8 float16.
+    uint32_t* pairs;
+    Words* pooled;
   };
 
   PooledLayers layers;
-  float *first = nullptr, *second = nullptr, *second_back = nullptr, *first_back = nullptr;  // weights
-  int image = 0;                                                                             // the block's
-  // In shared memory: after the pool, and which of four was the largest; gradients of both convolutions, with a border.
-  Planes pooled{}, place{}, second_gradient{}, first_gradient{};
+  int height = 0, width = 0, rows = 0, columns = 0;  // after the pool; of the result
+  int pitch = 0, part = 0;                           // words of a pair of rows, of all
+  int first_image = 0, images = 0;                   // the block's
+  const uint32_t* weights = nullptr;                 // in shared memory
+  float *image_scale = nullptr, *target_bound = nullptr, *gradient_scale = nullptr, *largest = nullptr;
+  float* rooms = nullptr;
 
-  FASTINV_BOTH static int halved(int side) { return (side - kEdge) / 2; }
+  FASTINV_BOTH static int halved_side(int side) { return (side - kEdge) / 2; }
+  // Pairs of three neighbouring rows are in other banks for 8 columns.
+  FASTINV_BOTH static int pitch_of(const Descent& d) { return (d.width + 7) / 16 * 16 + 8; }
+  FASTINV_BOTH static int gradient_units(int height, int width) { return (height - kEdge) * (width - kEdge + 2); }
+  FASTINV_BOTH static int room_floats(int height, int width) {
+    return 16 * gradient_units(height, width) + height * width * (kFirst / 4 + 8 * kEights);
+  }
   FASTINV_BOTH int shared_floats(const Descent& d) const {
-    const int height = halved(d.height), width = halved(d.width);
-    return kFirstWeights + 2 * kSecondWeights + kBackWeights + 2 * kFirst * height * width +
-           kSecond * (height + kEdge) * (width + kEdge) + kFirst * (d.height + kEdge) * (d.width + kEdge);
+    const int warps = threads_of<Pooled>(d) / kWarp;
+    return kWeights + (3 * kImages + warps + 3) / 4 * 4 +
+           kImages * room_floats(halved_side(d.height), halved_side(d.width));
+  }
+
+  FASTINV_BLOCK Room room(int image) const {
+    float* memory = rooms + image * room_floats(height, width);
+    float* place = memory + 16 * gradient_units(height, width);
+    float* spread = place + height * width * (kFirst / 4);
+    auto* pairs = reinterpret_cast<uint32_t*>(spread);
+    return {reinterpret_cast<Words*>(memory), reinterpret_cast<unsigned char*>(place), spread, pairs,
+            reinterpret_cast<Words*>(pairs + 2 * part)};
+  }
+  // Where a pixel reached is in its eight: so that neither four windows' pairs nor a row of pixels share banks.
+  FASTINV_BLOCK static int at_spread(int column, int pixel) { return pixel % 8 ^ column / 4 % 4 * 2; }
+
+  // work(warp, image, its rank among the warps that have the image): neighbours have different images, so that all four
+  // parts of a multiprocessor are busy where an image has work for two.
+  template <class Block, class F>
+  FASTINV_BLOCK void each_rank(Block& block, F work) const {
+    block.each_warp([&](const auto& warp) {
+      const int image = warp.index() % kImages;
+      if (images >> image & 1) work(warp, image, warp.index() / kImages);
+    });
   }
 
   template <class Block>
   FASTINV_BLOCK void begin(const Descent& d, Block& block, float* memory) {
-    image = block.index();
-    const int height = halved(d.height), width = halved(d.width);
-    const auto take = [&memory](int floats) {
-      float* taken = memory;
-      memory += floats;
-      return taken;
+    height = halved_side(d.height), width = halved_side(d.width), rows = height - kEdge, columns = width - kEdge;
+    pitch = pitch_of(d), part = d.height / 2 * pitch;
+    first_image = block.index() * kImages;
+#pragma unroll
+    for (int i = 0; i < kImages; ++i) images |= runs(d, first_image + i) << i;
+    auto* words = reinterpret_cast<uint32_t*>(memory);
+    weights = words;
+    image_scale = memory + kWeights;
+    target_bound = image_scale + kImages;
+    gradient_scale = target_bound + kImages;
+    largest = gradient_scale + kImages;
+    const int warps = block.threads() / kWarp;
+    rooms = image_scale + (3 * kImages + warps + 3) / 4 * 4;
+    // The largest of these values of the image, to a place of the warp's.
+    const auto bound = [&](const auto& warp, int rank, const float* values, int count) {
+      PerLane<float> most;
+      warp.each([&](int lane) {
+        most(lane) = 0.0f;
+        for (int i = rank * kWarp + lane; i < count; i += warps / kImages * kWarp) {
+          most(lane) = larger(most(lane), fabsf(values[i]));
+        }
+      });
+      const float value = warp.largest([&](int lane) { return most(lane); });
+      warp.each([&](int lane) {
+        if (lane == 0) largest[warp.index()] = value;
+      });
     };
-    const auto planes = [&](int channels, int rows, int columns, int border) -> Planes {
-      float* begin = take(channels * rows * columns);
-      return {begin + border * (columns + 1), columns, rows * columns};
-    };
-    float* all = memory;
-    first = take(kFirstWeights);
-    second = take(kSecondWeights);
-    second_back = take(kSecondWeights);
-    first_back = take(kBackWeights);
-    pooled = planes(kFirst, height, width, 0);
-    place = planes(kFirst, height, width, 0);
-    second_gradient = planes(kSecond, height + kEdge, width + kEdge, kEdge);
-    first_gradient = planes(kFirst, d.height + kEdge, d.width + kEdge, kEdge);
+    const int pixels = d.height * d.width, results = rows * columns * kSecond;
     block.each([&](int thread) {
-      for (int i = thread; i < shared_floats(d); i += block.threads()) all[i] = 0.0f;
+      for (int i = thread; i < kWeights; i += block.threads()) words[i] = layers.weights[i];
+      for (int i = thread; i < kImages * room_floats(height, width); i += block.threads()) rooms[i] = 0.0f;
+    });
+    each_rank(block, [&](const auto& warp, int image, int rank) {
+      bound(warp, rank, layers.target + int64_t{first_image + image} * results, results);
     });
     block.each([&](int thread) {
-      const auto copy = [&](float* to, const float* from, int size) {
-        for (int i = thread; i < size; i += block.threads()) to[i] = from[i];
-      };
-      copy(first, layers.first, kFirstWeights);
-      copy(second, layers.second, kSecondWeights);
-      copy(second_back, layers.second_back, kSecondWeights);
-      copy(first_back, layers.first_back, kBackWeights);
+      if (thread < kImages) target_bound[thread] = largest_of(thread, warps);
+    });
+    each_rank(block, [&](const auto& warp, int image, int rank) {
+      bound(warp, rank, d.z + int64_t{first_image + image} * pixels, pixels);
+    });
+    block.each([&](int thread) {
+      // An image that has become 2^10 times as large, or 2^10 where it was below 1, is still below float16's 2^16.
+      if (thread < kImages) image_scale[thread] = scale_for(larger(largest_of(thread, warps), 1.0f), 6);
     });
   }
 
-  FASTINV_BLOCK void own(const Descent&, int, Own& own) const {
+  FASTINV_BLOCK void own(const Descent&, int, Own&) const {}
+
+  FASTINV_BLOCK void moved(const Descent& d, const Own& own) const {
+    const P& p = own.pixels;
+    if (p.column < 0) return;
+    const float scale = image_scale[p.image];
+    uint32_t* pairs = room(p.image).pairs + p.row / 2 * pitch + p.column;
 #pragma unroll
-    for (int r = 0; r < P::kRows; ++r) own.weights[r] = reinterpret_cast<const Four*>(first_back);
+    for (int r = 0; r < P::kRows; r += 2) {
+      if (p.row + r >= d.height) break;
+      const Halved both = fastinv::halved(p.z[r][0] * scale, p.z[r + 1][0] * scale);
+      pairs[r / 2 * pitch] = both.high;
+      pairs[r / 2 * pitch + part] = both.low;
+    }
   }
 
   template <class Block, class All>
-  FASTINV_BLOCK void differentiate(const Descent& d, Block& block, const Planes& image_planes, All& all) const {
-    const int height = halved(d.height), width = halved(d.width);
-    block.each([&](int thread) {
-      for (int i = thread; i < height * width * (kFirst / 4); i += block.threads()) {
-        first_layer(image_planes, i / (kFirst / 4) / width, i / (kFirst / 4) % width, i % (kFirst / 4));
-      }
+  FASTINV_BLOCK void differentiate(const Descent& d, Block& block, All& all) const {
+    const int warps = block.threads() / kWarp;
+    each_rank(block, [&](const auto& warp, int image, int rank) {
+      first_layer(warp, image, rank, warps / kImages, d.width - 1);
     });
-    const int rows = height - kEdge, columns = width - kEdge, pairs = columns / 2;
-    block.each([&](int thread) {
-      for (int i = thread; i < rows * pairs * (kSecond / 4); i += block.threads()) {
-        second_layer(i / (kSecond / 4) / pairs, i / (kSecond / 4) % pairs * 2, i % (kSecond / 4), rows, columns);
-      }
-    });
-    block.each([&](int thread) {
-      for (int i = thread; i < height * (width / 2) * (kFirst / 4); i += block.threads()) {
-        back_to_pool(i / (kFirst / 4) / (width / 2), i / (kFirst / 4) % (width / 2) * 2, i % (kFirst / 4));
-      }
-    });
-    block.each([&](int thread) {
-      Own& own = all[thread];
-      P& p = own.pixels;
-      if (p.column < 0) return;
-#pragma unroll
-      for (int r = 0; r < P::kRows; ++r) p.gradient[r][0] = 0.0f;
-      convolve<kFirst, kTaps, true>(first_gradient, p.row - kEdge, p.column - kEdge, own.weights, p.gradient);
-    });
+    each_rank(block, [&](const auto& warp, int image, int rank) { second_layer(warp, image, rank, warps); });
+    each_rank(block, [&](const auto& warp, int image, int rank) { back(warp, image, rank, warps / kImages); });
+    block.each([&](int thread) { gather(d, all[thread].pixels); });
   }
 
  private:
-  // Pixel (row, column) after the pool, four channels. Of equal values the first is the largest, as in PyTorch.
-  FASTINV_BLOCK void first_layer(const Planes& z, int row, int column, int group) const {
-    const Four* weights = reinterpret_cast<const Four*>(first) + group;
-    float sums[2][2][4];
+  FASTINV_BLOCK static float larger(float a, float b) { return a < b || b != b ? b : a; }
+  FASTINV_BLOCK float largest_of(int image, int warps) const {
+    float result = 0.0f;
+    for (int w = image; w < warps; w += kImages) result = larger(result, largest[w]);
+    return result;
+  }
+
+  // The pool of 4 columns of a row at a time, from 2 · 8 pixels of the convolution. A factor's rows are the channels'
+  // weights, the high parts above the low ones, its columns pixels; 16 taps are in a row, pairs of two rows: four
+  // columns of rows 0 and 1, of 2 and 3, of 4; the fifth column. All sums of a window are made in the same order, so
+  // that equal ones stay equal.
+  template <class Warp>
+  FASTINV_BLOCK void first_layer(const Warp& warp, int image, int rank, int warps, int last_column) const {
+    const Room at = room(image);
+    const float scale = layers.first_scale * image_scale[image];
+    const float to_pooled = 1.0f / (layers.first_scale * layers.first_gain);
+    PerLane<LeftFactor> w[2];
+    PerLane<float> bias, most;
+    warp.each([&](int lane) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+      for (int s = 0; s < 2; ++s) w[s](lane) = reinterpret_cast<const LeftFactor*>(weights)[s * kWarp + lane];
+      bias(lane) = layers.first_bias[lane / 4] * scale;
+      most(lane) = 0.0f;
+    });
+    const int across = (width + 3) / 4;
+#pragma unroll 1
+    for (int task = rank; task < height * across; task += warps) {
+      const int row = task / across, column = task % across * 4;
+      PerLane<Sums> sums[2];  // of the windows' upper and lower rows
+      warp.each([&](int lane) {
 #pragma unroll
-      for (int l = 0; l < 4; ++l) sums[i][0][l] = sums[i][1][l] = layers.first_bias[4 * group + l];
-      correlate<kTaps>(z, 1, 2 * row + i, 2 * column, weights, kFirst / 4, sums[i]);
-    }
+        for (int r = 0; r < 2; ++r) sums[r](lane) = {{bias(lane), bias(lane), 0.0f, 0.0f}};
+      });
 #pragma unroll
-    for (int l = 0; l < 4; ++l) {
-      float best = 0.0f, at = -1.0f;  // where none is above 0 no gradient goes back
+      for (int half = 0; half < 2; ++half) {
+        PerLane<RightFactor> x[2][2];  // [upper, lower][K step]
+        warp.each([&](int lane) {
+          const int q = lane % 4, c = 2 * column + lane / 4, low = q < 2 ? q : 2;
+          const uint32_t* rows_at = at.pairs + half * part + row * pitch;
+          const uint32_t* four = rows_at + (c + q < last_column ? c + q : last_column);
+          const uint32_t* fifth = rows_at + low * pitch + (c + 4 < last_column ? c + 4 : last_column);
+          const uint32_t a[3] = {four[0], four[pitch], four[2 * pitch]};
+          const uint32_t b[2] = {fifth[0], fifth[q < 2 ? pitch : 0]};  // row 5 has no weight
+          x[0][0](lane) = {{a[0], a[1]}};
+          x[0][1](lane) = {{a[2], b[0]}};
+          x[1][0](lane) = {{shifted(a[0], a[1]), shifted(a[1], a[2])}};
+          x[1][1](lane) = {{shifted(a[2], 0), shifted(b[0], b[1])}};
+        });
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float value = sums[k / 2][k % 2][l];
-        if (value > best) {
-          best = value;
-          at = static_cast<float>(k);
+        for (int s = 0; s < 2; ++s) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) warp.multiply(sums[r], w[s], x[r][s]);
         }
       }
-      pooled.at(row, column, 4 * group + l) = best;
-      place.at(row, column, 4 * group + l) = at;
+      warp.each([&](int lane) {
+        float best = 0.0f;
+        int place = 4;  // where none is above 0 no gradient goes back
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {  // of equal values the first is the largest, as in PyTorch
+          const Sums& sum = sums[k / 2](lane);
+          const float value = sum.at[k % 2] + sum.at[2 + k % 2];
+          if (value > best) {
+            best = value;
+            place = k;
+          }
+        }
+        const int x = column + lane % 4, pixel = row * width + x;
+        if (x >= width) return;
+        best *= to_pooled;
+        most(lane) = larger(most(lane), best);
+        const Halved both = fastinv::halved(best, 0.0f);
+        auto* pooled = reinterpret_cast<uint16_t*>(at.pooled + pixel) + lane / 4;
+        pooled[0] = static_cast<uint16_t>(both.high);
+        pooled[8 * height * width] = static_cast<uint16_t>(both.low);
+        at.place[pixel * kFirst + lane / 4] = static_cast<unsigned char>(place);
+      });
+    }
+    const float value = warp.largest([&](int lane) { return most(lane); });
+    warp.each([&](int lane) {
+      if (lane == 0) largest[warp.index()] = value;
+    });
+  }
+  // The second number of a, the first of b.
+  FASTINV_BLOCK static uint32_t shifted(uint32_t a, uint32_t b) { return a >> 16 | b << 16; }
+
+  // The gradient before the last ReLU, 2 · (y − v) where y > 0, of 8 columns and `kForwardRows` rows at a time. A left
+  // factor are the weights of two neighbouring taps, a right one 8 neighbouring pixels that serve several rows.
+  template <class Warp>
+  FASTINV_BLOCK void second_layer(const Warp& warp, int image, int rank, int warps) const {
+    const Room at = room(image);
+    const float unit = image_scale[image] / layers.first_gain;  // of what comes after the pool
+    const float bound = layers.second_gain * largest_of(image, warps) / unit + layers.second_offset;
+    const float scale = scale_for(2.0f * (bound + target_bound[image]), 15);
+    const float to_result = 1.0f / (layers.second_scale * unit);
+    warp.each([&](int lane) {
+      if (rank == 0 && lane == 0) gradient_scale[image] = scale;
+    });
+    const auto* factors = reinterpret_cast<const LeftFactor*>(weights + kFirstWords);
+    const int across = (columns + 7) / 8, down = (rows + kForwardRows - 1) / kForwardRows;
+#pragma unroll 1
+    for (int task = rank; task < down * across; task += warps / kImages) {
+      const int row = task / across * kForwardRows, column = task % across * 8;
+      PerLane<Sums> sums[kForwardRows];
+      PerLane<float[kForwardRows][4]> targets;
+      const auto pixel_of = [&](int r, int lane, int k) { return (row + r) * columns + column + lane % 4 * 2 + k % 2; };
+      const auto is_inside = [&](int r, int lane, int k) {
+        return row + r < rows && column + lane % 4 * 2 + k % 2 < columns;
+      };
+      warp.each([&](int lane) {
+        const float* target = layers.target + int64_t{first_image + image} * rows * columns * kSecond;
+#pragma unroll
+        for (int r = 0; r < kForwardRows; ++r) {
+          sums[r](lane) = {};
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const int channel = lane / 4 + k / 2 * 8;
+            targets(lane)[r][k] = is_inside(r, lane, k) ? target[pixel_of(r, lane, k) * kSecond + channel] : 0.0f;
+          }
+        }
+      });
+#pragma unroll 1
+      for (int pair = 0; pair < kPairs; ++pair) {
+        PerLane<LeftFactor> high[kTaps], low[kTaps];
+        PerLane<const Words*> source;
+        warp.each([&](int lane) {
+#pragma unroll
+          for (int i = 0; i < kTaps; ++i) {
+            high[i](lane) = factors[(pair * kTaps + i) * 2 * kWarp + lane];
+            low[i](lane) = factors[((pair * kTaps + i) * 2 + 1) * kWarp + lane];
+          }
+          const int x = column + lane % 8 + 2 * pair + lane / 8 % 2;
+          source(lane) = at.pooled + (lane / 16 * height + row) * width + (x < width ? x : width - 1);
+        });
+#pragma unroll
+        for (int u = 0; u < kForwardRows + kEdge; ++u) {
+          if (row + u >= height) continue;
+          PerLane<SplitPixels> x;
+          warp.load([&](int lane) { return source(lane) + u * width; }, x);
+#pragma unroll
+          for (int i = 0; i < kTaps; ++i) {
+            if (u - i < 0 || u - i >= kForwardRows) continue;
+            PerLane<Sums>& sum = sums[u - i];
+            warp.multiply(sum, high[i], [&](int lane) { return x(lane).high(); });
+            warp.multiply(sum, high[i], [&](int lane) { return x(lane).low(); });
+            warp.multiply(sum, low[i], [&](int lane) { return x(lane).high(); });
+          }
+        }
+      }
+      warp.each([&](int lane) {
+        const int plane = rows * (columns + 2);
+#pragma unroll
+        for (int k = 0; k < 4; k += 2) {  // channels lane / 4, and 8 more
+          const float bias = layers.second_bias[lane / 4 + k / 2 * 8];
+          auto* half = reinterpret_cast<uint16_t*>(at.gradient + k / 2 * plane) + lane / 4;
+#pragma unroll
+          for (int r = 0; r < kForwardRows; ++r) {
+            float g[2];
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const float y = sums[r](lane).at[k + e] * to_result + bias;
+              g[e] = y > 0.0f ? 2.0f * scale * (y - targets(lane)[r][k + e]) : 0.0f;
+            }
+            const Halved both = fastinv::halved(g[0], g[1]);
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              if (!is_inside(r, lane, e)) continue;
+              const int pixel = (row + r) * (columns + 2) + 1 + column + lane % 4 * 2 + e;
+              half[8 * pixel] = static_cast<uint16_t>(both.high >> 16 * e);
+              half[8 * (pixel + 2 * plane)] = static_cast<uint16_t>(both.low >> 16 * e);
+            }
+          }
+        }
+      });
+    }
+  }
+  // Two right factors as `load` brings them: the high and the low parts.
+  struct SplitPixels {
+    uint32_t at[4];
+
+    FASTINV_BLOCK RightFactor high() const { return {{at[0], at[1]}}; }
+    FASTINV_BLOCK RightFactor low() const { return {{at[2], at[3]}}; }
+  };
+
+  // From there to what comes after the pool, of 16 columns and `kBackwardRows` rows at a time, and on to what was the
+  // largest and to the pixels that it reaches. A left factor's rows are 16 neighbouring columns; one of the gradient's
+  // rows serves several.
+  template <class Warp>
+  FASTINV_BLOCK void back(const Warp& warp, int image, int rank, int warps) const {
+    const Room at = room(image);
+    const auto* factors = reinterpret_cast<const SplitRight*>(weights + kFirstWords + kSecondWords);
+    const int across = (width + 15) / 16, down = (height + kBackwardRows - 1) / kBackwardRows;
+    const int plane = rows * (columns + 2);
+#pragma unroll 1
+    for (int task = rank; task < down * across; task += warps) {
+      const int row = task / across * kBackwardRows, column = task % across * 16;
+      PerLane<Sums> sums[kBackwardRows];
+      warp.each([&](int lane) {
+#pragma unroll
+        for (int r = 0; r < kBackwardRows; ++r) sums[r](lane) = {};
+      });
+#pragma unroll 1
+      for (int tap = 0; tap < kTaps; ++tap) {
+        PerLane<SplitRight> w[kTaps];
+        PerLane<const Words*> source;
+        warp.each([&](int lane) {
+#pragma unroll
+          for (int i = 0; i < kTaps; ++i) w[i](lane) = factors[(tap * kTaps + i) * kWarp + lane];
+          int x = column + lane % 16 - tap;
+          x = x < -1 ? -1 : x > columns ? columns : x;
+          source(lane) = at.gradient + lane / 16 * plane + (row - kEdge) * (columns + 2) + 1 + x;
+        });
+#pragma unroll
+        for (int u = 0; u < kBackwardRows + kEdge; ++u) {
+          if (row - kEdge + u < 0 || row - kEdge + u >= rows) continue;
+          PerLane<LeftFactor> high, low;
+          warp.load([&](int lane) { return source(lane) + u * (columns + 2); }, high);
+          warp.load([&](int lane) { return source(lane) + u * (columns + 2) + 2 * plane; }, low);
+#pragma unroll
+          for (int i = 0; i < kTaps; ++i) {
+            if (u - kEdge + i < 0 || u - kEdge + i >= kBackwardRows) continue;
+            multiply_split(warp, sums[u - kEdge + i], high, low, w[i]);
+          }
+        }
+      }
+      spread(warp, at, row, column, sums);
     }
   }
 
-  // The gradient at two neighbours of the result, four channels, before its ReLU: 2 · (y − v) where y > 0.
-  FASTINV_BLOCK void second_layer(int row, int column, int group, int rows, int columns) const {
-    float sum[2][4];
+  template <class Warp>
+  FASTINV_BLOCK static void multiply_split(const Warp& warp, PerLane<Sums>& sums, PerLane<LeftFactor>& high,
+                                           PerLane<LeftFactor>& low, PerLane<SplitRight>& right) {
+    warp.multiply(sums, high, [&](int lane) { return right(lane).high; });
+    warp.multiply(sums, high, [&](int lane) { return right(lane).low; });
+    warp.multiply(sums, low, [&](int lane) { return right(lane).high; });
+  }
+
+  // A left factor's rows are windows, its columns 4 places in each of 4 channels, all but one of which are 0; a right
+  // one's columns are 8 of the pixels reached.
+  template <class Warp>
+  FASTINV_BLOCK void spread(const Warp& warp, const Room& at, int row, int column,
+                            PerLane<Sums> (&sums)[kBackwardRows]) const {
+    const auto* factors =
+        reinterpret_cast<const SplitRight*>(weights + kFirstWords + kSecondWords + kSecondBackWords);
+    const float to_gradient = 1.0f / (layers.second_scale * layers.back_gain);
+    PerLane<SplitRight> w[kEights][2];
+    warp.each([&](int lane) {
 #pragma unroll
-    for (int l = 0; l < 4; ++l) sum[0][l] = sum[1][l] = layers.second_bias[4 * group + l];
-    correlate<kTaps>(pooled, kFirst, row, column, reinterpret_cast<const Four*>(second) + group, kSecond / 4, sum);
-    const int64_t pixel = (int64_t{image} * rows + row) * columns + column;
+      for (int n = 0; n < kEights; ++n) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+        for (int s = 0; s < 2; ++s) w[n][s](lane) = factors[(2 * n + s) * kWarp + lane];
+      }
+    });
 #pragma unroll
-      for (int l = 0; l < 4; ++l) {
-        const int c = 4 * group + l;
-        const float y = sum[j][l];
-        second_gradient.at(row, column + j, c) =
-            y > 0.0f ? 2.0f * (y - layers.target[(pixel + j) * kSecond + c]) : 0.0f;
+    for (int r = 0; r < kBackwardRows; ++r) {
+      if (row + r >= height) continue;
+      PerLane<LeftFactor> high[2], low[2];
+      warp.each([&](int lane) {
+        const Sums& sum = sums[r](lane);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int x = column + lane / 4 + 8 * i;
+          const unsigned char* place = at.place + ((row + r) * width + x) * kFirst + lane % 4 * 2;
+          const Halved both = fastinv::halved(sum.at[2 * i] * to_gradient, sum.at[2 * i + 1] * to_gradient);
+#pragma unroll
+          for (int s = 0; s < 2; ++s) {
+            const int k = x < width ? place[s] : 4;
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              const auto placed = [&](uint32_t both) {
+                const uint32_t one = both >> 16 * s & 0xffffu;
+                return k == 2 * j ? one : k == 2 * j + 1 ? one << 16 : 0u;
+              };
+              high[s](lane).at[2 * j + i] = placed(both.high);
+              low[s](lane).at[2 * j + i] = placed(both.low);
+            }
+          }
+        }
+      });
+#pragma unroll
+      for (int n = 0; n < kEights; ++n) {
+        PerLane<Sums> sum;
+        warp.each([&](int lane) { sum(lane) = {}; });
+#pragma unroll
+        for (int s = 0; s < 2; ++s) multiply_split(warp, sum, high[s], low[s], w[n][s]);
+        warp.each([&](int lane) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int x = column + lane / 4 + 8 * i;
+            if (x >= width) continue;
+            float* to = at.spread + ((n * height + row + r) * width + x) * 8 + at_spread(x, lane % 4 * 2);
+            *reinterpret_cast<Two*>(to) = {{sum(lane).at[2 * i], sum(lane).at[2 * i + 1]}};
+          }
+        });
       }
     }
   }
+  struct alignas(8) Two {
+    float at[2];
+  };
 
-  // From there to two neighbours after the pool, four channels, and on to what was the largest.
-  FASTINV_BLOCK void back_to_pool(int row, int column, int group) const {
-    float sum[2][4] = {};
-    correlate<kTaps>(second_gradient, kSecond, row - kEdge, column - kEdge,
-                     reinterpret_cast<const Four*>(second_back) + group, kFirst / 4, sum);
+  // The sums at a thread's pixels: each is reached by up to 3 · 3 windows.
+  FASTINV_BLOCK void gather(const Descent& d, P& p) const {
+    if (p.column < 0) return;
+    const float* spread = room(p.image).spread;
+    const float undo = layers.back_gain / (layers.first_scale * gradient_scale[p.image]);
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+    for (int r = 0; r < P::kRows; ++r) p.gradient[r][0] = 0.0f;
 #pragma unroll
-      for (int l = 0; l < 4; ++l) {
-        const int c = 4 * group + l;
-        const float at = place.at(row, column + j, c);
+    for (int j = 0; j < 3; ++j) {
+      const int x = p.column / 2 - j;
+      if (x < 0 || x >= width) continue;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          first_gradient.at(2 * row + k / 2, 2 * (column + j) + k % 2, c) =
-              at == static_cast<float>(k) ? sum[j][l] : 0.0f;
+      for (int r = 0; r < P::kRows; ++r) {
+#pragma unroll
+        for (int i = 0; i < 3; ++i) {
+          const int y = p.row / 2 + r / 2 - i, pixel = (2 * i + r % 2) * kReach + 2 * j + p.column % 2;
+          if (y < 0 || y >= height) continue;
+          p.gradient[r][0] += spread[((pixel / 8 * height + y) * width + x) * 8 + at_spread(x, pixel)];
         }
       }
     }
+#pragma unroll
+    for (int r = 0; r < P::kRows; ++r) p.gradient[r][0] *= undo;
   }
 };
 
 // visit(edge), and whether there is a kernel for images of this size.
 template <class F>
 bool with_edge(const Descent& d, const PooledLayers& layers, F&& visit) {
-  using Edge = Pooled<5, 8, 16>;
+  using Edge = Pooled<2>;
   const Edge edge{layers};
-  // Pixels come in fours of a column, values after the pool in pairs of a row.
   const bool whole = d.channels == 1 && d.height % 4 == 0 && d.width % 4 == 0 && d.height >= 16 && d.width >= 16;
   if (!whole || !has_room(d, edge)) return false;
   visit(edge);

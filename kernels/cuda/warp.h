@@ -12,11 +12,15 @@ namespace fastinv {
 
 constexpr int kWarp = 32;
 
-struct LeftFactor {
+struct alignas(16) LeftFactor {
   uint32_t at[4];
 };
 struct RightFactor {
   uint32_t at[2];
+};
+// The high and the low part of each number (`Halved`), read at once.
+struct alignas(16) SplitRight {
+  RightFactor high, low;
 };
 struct Sums {
   float at[4];
@@ -66,6 +70,13 @@ class DeviceWarp {
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+
+  // The largest of the lanes' values, none of which is below 0.
+  template <class F>
+  __device__ float largest(F&& value) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value(lane))));
   }
 };
 
@@ -118,6 +129,13 @@ class HostWarp {
         sums(lane).at[i] = sum;
       }
     }
+  }
+
+  template <class F>
+  float largest(F&& value) const {
+    float result = 0.0f;
+    for (int lane = 0; lane < kWarp; ++lane) result = value(lane) > result ? value(lane) : result;
+    return result;
   }
 
  private:
