@@ -1,8 +1,9 @@
 // rMLE by gradient descent, all steps on chip (He et al. 2019, Algorithm 1): what is the same for every edge.
 //
 // A block has one image, or a few, for many steps. They lie in shared memory, plane by plane, beside what the edge keeps
-// there; a thread has some pixels of a column, one below the other, with their moments, in registers. An edge says how
-// the gradient of Σ(edge(z) − v)² is made: `quadratic.h`, `pooled.h`.
+// there; a thread has some pixels of a column, one below the other, with their moments, in registers, or brings these for
+// every step where registers are scarce. An edge says how the gradient of Σ(edge(z) − v)² is made: `quadratic.h`,
+// `pooled.h`.
 #pragma once
 
 #include "block.h"
@@ -34,9 +35,17 @@ template <int kChannels_, int kRows_>
 struct Pixels {
   static constexpr int kChannels = kChannels_, kRows = kRows_;
   using Values = float[kRows][kChannels];
-  Values z, gradient, first, second, largest;
+  Values gradient, first, second, largest;
   int row, column;  // of the first; a thread that has none is at column −1
   int image;        // of the block's
+
+  FASTINV_BLOCK void clear_moments() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) first[r][c] = second[r][c] = largest[r][c] = 0.0f;
+    }
+  }
 };
 
 // Planes of rows of pixels, each with as much of a border as the edge asks for.
@@ -156,12 +165,12 @@ FASTINV_BLOCK inline float variation_slope(const Descent& d, const Planes& image
 
 // Adam: Kingma and Ba 2015; AMSGrad: Reddi et al. 2018; both and SGD as in PyTorch.
 template <class P>
-FASTINV_BLOCK void step(const Descent& d, const float* rate, P& p, int r, int c) {
+FASTINV_BLOCK void step(const Descent& d, const float* rate, P& p, int r, int c, float& z) {
   const float g = p.gradient[r][c];
   float& m = p.first[r][c];
   if (d.optimizer == Optimizer::kSgd) {
     m = d.momentum * m + g;
-    p.z[r][c] -= rate[0] * m;
+    z -= rate[0] * m;
   } else {
     m += d.rest1 * (g - m);
     float& s = p.second[r][c];
@@ -171,16 +180,17 @@ FASTINV_BLOCK void step(const Descent& d, const float* rate, P& p, int r, int c)
       if (p.largest[r][c] > scale) scale = p.largest[r][c];
       p.largest[r][c] = scale;
     }
-    p.z[r][c] -= rate[0] * m / (sqrtf(scale) * rate[1] + d.eps);
+    z -= rate[0] * m / (sqrtf(scale) * rate[1] + d.eps);
   }
   if (d.low != nullptr) {
-    if (p.z[r][c] < d.low[c]) p.z[r][c] = d.low[c];
-    if (p.z[r][c] > d.high[c]) p.z[r][c] = d.high[c];
+    if (z < d.low[c]) z = d.low[c];
+    if (z > d.high[c]) z = d.high[c];
   }
 }
 
 // What a block does with its images: as many steps as are left, `most` at most. The edge has
-// - `kImages`, of a block; `kBorder`, of an image; `kBlocks`, that share a multiprocessor;
+// - `kImages`, of a block; `kBorder`, of an image; `kBlocks`, that share a multiprocessor; `kKeeps`, whether moments
+//   stay in registers;
 // - `Own`, what a thread keeps beside its pixels, a `Pixels` among it as `pixels`;
 // - `shared_floats(d)`, and `begin(d, block, memory)`, which fills that memory and ends with a barrier;
 // - `own(d, n, own)`, which completes a thread's own for image n, and `moved(d, own)`, told of its pixels' new values;
@@ -213,6 +223,19 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
     }
   };
 
+  const bool squares = d.optimizer != Optimizer::kSgd, largest = d.optimizer == Optimizer::kAmsgrad;
+  const auto load_moments = [&](P& p) {
+    p.clear_moments();  // also those that are not loaded: nothing has to be kept from the step before
+    values(p, [&](int r, int c, int64_t at) { p.first[r][c] = d.first[at]; });
+    if (squares) values(p, [&](int r, int c, int64_t at) { p.second[r][c] = d.second[at]; });
+    if (largest) values(p, [&](int r, int c, int64_t at) { p.largest[r][c] = d.largest[at]; });
+  };
+  const auto store_moments = [&](const P& p) {
+    values(p, [&](int r, int c, int64_t at) { d.first[at] = p.first[r][c]; });
+    if (squares) values(p, [&](int r, int c, int64_t at) { d.second[at] = p.second[r][c]; });
+    if (largest) values(p, [&](int r, int c, int64_t at) { d.largest[at] = p.largest[r][c]; });
+  };
+
   block.each([&](int thread) {
     for (int i = thread; i < Edge::kImages * image_floats<Edge>(d); i += block.threads()) block.shared()[i] = 0.0f;
   });
@@ -225,21 +248,18 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
     p.row = place / across * P::kRows;
     p.column = p.row < d.height && place % across < d.width && runs(d, first + p.image) ? place % across : -1;
     if (p.column < 0) return;
-    values(p, [&](int r, int c, int64_t at) {
-      p.z[r][c] = d.z[at];
-      p.first[r][c] = d.first[at];
-      p.second[r][c] = d.second[at];
-      p.largest[r][c] = d.largest[at];
-      image(p).at(p.row + r, p.column, c) = p.z[r][c];
-    });
+    values(p, [&](int r, int c, int64_t at) { image(p).at(p.row + r, p.column, c) = d.z[at]; });
+    if (Edge::kKeeps) load_moments(p);
     edge.own(d, first + p.image, all[thread]);
     edge.moved(d, all[thread]);
   });
   for (int t = begin; t < end; ++t) {
     edge.differentiate(d, block, all);
-    if (d.tv_weight > 0.0f) {
+    if (d.tv_weight > 0.0f || !Edge::kKeeps) {
       block.each([&](int thread) {
         P& p = all[thread].pixels;
+        if (!Edge::kKeeps) load_moments(p);
+        if (d.tv_weight == 0.0f) return;
         values(p, [&](int r, int c, int64_t) {
           p.gradient[r][c] += variation_slope(d, image(p), p.row + r, p.column, c);
         });
@@ -247,21 +267,18 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
     }
     block.each([&](int thread) {
       P& p = all[thread].pixels;
+      p.row = in_place(p.row), p.column = in_place(p.column), p.image = in_place(p.image);
       values(p, [&](int r, int c, int64_t) {
-        step(d, d.rates + 2 * t, p, r, c);
-        image(p).at(p.row + r, p.column, c) = p.z[r][c];
+        step(d, d.rates + 2 * t, p, r, c, image(p).at(p.row + r, p.column, c));
       });
+      if (!Edge::kKeeps) store_moments(p);
       edge.moved(d, all[thread]);
     });
   }
   block.each([&](int thread) {
     const P& p = all[thread].pixels;
-    values(p, [&](int r, int c, int64_t at) {
-      d.z[at] = p.z[r][c];
-      d.first[at] = p.first[r][c];
-      d.second[at] = p.second[r][c];
-      d.largest[at] = p.largest[r][c];
-    });
+    values(p, [&](int r, int c, int64_t at) { d.z[at] = image(p).at(p.row + r, p.column, c); });
+    if (Edge::kKeeps) store_moments(p);
     if (p.row > 0 || p.column != 0) return;  // one thread of an image that runs
     d.taken[first + p.image] = end;
     if (end == d.steps) d.running[first + p.image] = kFinished;

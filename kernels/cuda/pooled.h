@@ -28,18 +28,29 @@ FASTINV_BLOCK inline float scale_for(float bound, int exponent) {
   return ldexpf(1.0f, exponent - size);
 }
 
+// The low half of a word, moved up by so many bits; 0 from 32 bits on.
+FASTINV_BLOCK inline uint32_t raised(uint32_t half, uint32_t bits) {
+#ifdef __CUDACC__
+  return __funnelshift_lc(0u, half & 0xffffu, bits);
+#else
+  return bits < 32 ? (half & 0xffffu) << bits : 0u;
+#endif
+}
+
 template <int kImages_>
 struct Pooled {
   using P = Pixels<1, 8>;
   static constexpr int kTaps = 5, kFirst = 8, kSecond = 16;  // channels of the layers
   static constexpr int kImages = kImages_;
+  static constexpr bool kKeeps = false;
   static constexpr int kBorder = 0;
   static constexpr int kBlocks = 2;
   static constexpr int kEdge = kTaps - 1;                    // what a convolution takes away
   static constexpr int kPairs = (kTaps + 1) / 2;             // of column taps
   static constexpr int kForwardRows = 4, kBackwardRows = 6;  // that a warp makes at once
-  // Pixels of the image that a window of the pool reaches, a row of eights.
-  static constexpr int kReach = kTaps + 1, kEights = (kReach * kReach + 7) / 8;
+  // Pixels of the image that a window of the pool reaches: kReach · kReach, in eights.
+  static constexpr int kReach = kTaps + 1, kEights = (kReach * kReach + 7) / 8, kSpread = 8 * kEights;
+  static constexpr int kNowhere = 64;
   // Words of the factors: of the first layer, of the second, and of their gradients.
   static constexpr int kFirstWords = 2 * 128, kSecondWords = kPairs * kTaps * 2 * 128;
   static constexpr int kSecondBackWords = kTaps * kTaps * 128, kFirstBackWords = kEights * 2 * 128;
@@ -54,8 +65,8 @@ struct Pooled {
     // Gradient of the second layer, [part, half of the channels, row, column] of 8 float16 each. A column of zeros on
     // either side stands for all that are outside.
     Words* gradient;
-    unsigned char* place;  // which of four was the largest, 4 where none was above 0: [row, column, channel]
-    // What windows give to pixels that they reach, [eight, row, column, 8]. `at_spread` says where in the eight.
+    unsigned char* place;  // 16 times which of four was the largest, or kNowhere: [row, column, channel]
+    // What windows give to pixels that they reach, [row, column, kSpread]. `at_spread` says where in each eight.
     float* spread;
     // Before there is any, in the same place: the image as float16, [part, pair of rows, column], and what comes after
     // the pool, [part, row, column] of 8 float16.
@@ -69,14 +80,14 @@ struct Pooled {
   int first_image = 0, images = 0;                   // the block's
   const uint32_t* weights = nullptr;                 // in shared memory
   float *image_scale = nullptr, *target_bound = nullptr, *gradient_scale = nullptr, *largest = nullptr;
-  float* rooms = nullptr;
+  float *image_memory = nullptr, *rooms = nullptr;
 
   FASTINV_BOTH static int halved_side(int side) { return (side - kEdge) / 2; }
   // Pairs of three neighbouring rows are in other banks for 8 columns.
   FASTINV_BOTH static int pitch_of(const Descent& d) { return (d.width + 7) / 16 * 16 + 8; }
   FASTINV_BOTH static int gradient_units(int height, int width) { return (height - kEdge) * (width - kEdge + 2); }
   FASTINV_BOTH static int room_floats(int height, int width) {
-    return 16 * gradient_units(height, width) + height * width * (kFirst / 4 + 8 * kEights);
+    return 16 * gradient_units(height, width) + height * width * (kFirst / 4 + kSpread);
   }
   FASTINV_BOTH int shared_floats(const Descent& d) const {
     const int warps = threads_of<Pooled>(d) / kWarp;
@@ -100,7 +111,7 @@ struct Pooled {
   template <class Block, class F>
   FASTINV_BLOCK void each_rank(Block& block, F work) const {
     block.each_warp([&](const auto& warp) {
-      const int image = warp.index() % kImages;
+      const int image = in_place(warp.index() % kImages);
       if (images >> image & 1) work(warp, image, warp.index() / kImages);
     });
   }
@@ -112,6 +123,7 @@ struct Pooled {
     first_image = block.index() * kImages;
 #pragma unroll
     for (int i = 0; i < kImages; ++i) images |= runs(d, first_image + i) << i;
+    image_memory = block.shared();
     auto* words = reinterpret_cast<uint32_t*>(memory);
     weights = words;
     image_scale = memory + kWeights;
@@ -126,7 +138,7 @@ struct Pooled {
       warp.each([&](int lane) {
         most(lane) = 0.0f;
         for (int i = rank * kWarp + lane; i < count; i += warps / kImages * kWarp) {
-          most(lane) = larger(most(lane), fabsf(values[i]));
+          most(lane) = fmaxf(most(lane), fabsf(values[i]));
         }
       });
       const float value = warp.largest([&](int lane) { return most(lane); });
@@ -150,7 +162,7 @@ struct Pooled {
     });
     block.each([&](int thread) {
       // An image that has become 2^10 times as large, or 2^10 where it was below 1, is still below float16's 2^16.
-      if (thread < kImages) image_scale[thread] = scale_for(larger(largest_of(thread, warps), 1.0f), 6);
+      if (thread < kImages) image_scale[thread] = scale_for(fmaxf(largest_of(thread, warps), 1.0f), 6);
     });
   }
 
@@ -160,11 +172,12 @@ struct Pooled {
     const P& p = own.pixels;
     if (p.column < 0) return;
     const float scale = image_scale[p.image];
+    const float* z = &image_of<Pooled>(d, image_memory, p.image).at(p.row, p.column, 0);
     uint32_t* pairs = room(p.image).pairs + p.row / 2 * pitch + p.column;
 #pragma unroll
     for (int r = 0; r < P::kRows; r += 2) {
       if (p.row + r >= d.height) break;
-      const Halved both = fastinv::halved(p.z[r][0] * scale, p.z[r + 1][0] * scale);
+      const Halved both = fastinv::halved(z[r * d.width] * scale, z[(r + 1) * d.width] * scale);
       pairs[r / 2 * pitch] = both.high;
       pairs[r / 2 * pitch + part] = both.low;
     }
@@ -178,14 +191,13 @@ struct Pooled {
     });
     each_rank(block, [&](const auto& warp, int image, int rank) { second_layer(warp, image, rank, warps); });
     each_rank(block, [&](const auto& warp, int image, int rank) { back(warp, image, rank, warps / kImages); });
-    block.each([&](int thread) { gather(d, all[thread].pixels); });
+    block.each([&](int thread) { gather(all[thread].pixels); });
   }
 
  private:
-  FASTINV_BLOCK static float larger(float a, float b) { return a < b || b != b ? b : a; }
   FASTINV_BLOCK float largest_of(int image, int warps) const {
     float result = 0.0f;
-    for (int w = image; w < warps; w += kImages) result = larger(result, largest[w]);
+    for (int w = image; w < warps; w += kImages) result = fmaxf(result, largest[w]);
     return result;
   }
 
@@ -238,20 +250,20 @@ struct Pooled {
       }
       warp.each([&](int lane) {
         float best = 0.0f;
-        int place = 4;  // where none is above 0 no gradient goes back
+        int place = kNowhere;  // where none is above 0 no gradient goes back
 #pragma unroll
         for (int k = 0; k < 4; ++k) {  // of equal values the first is the largest, as in PyTorch
           const Sums& sum = sums[k / 2](lane);
           const float value = sum.at[k % 2] + sum.at[2 + k % 2];
           if (value > best) {
             best = value;
-            place = k;
+            place = 16 * k;
           }
         }
         const int x = column + lane % 4, pixel = row * width + x;
         if (x >= width) return;
         best *= to_pooled;
-        most(lane) = larger(most(lane), best);
+        most(lane) = fmaxf(most(lane), best);
         const Halved both = fastinv::halved(best, 0.0f);
         auto* pooled = reinterpret_cast<uint16_t*>(at.pooled + pixel) + lane / 4;
         pooled[0] = static_cast<uint16_t>(both.high);
@@ -285,22 +297,9 @@ struct Pooled {
     for (int task = rank; task < down * across; task += warps / kImages) {
       const int row = task / across * kForwardRows, column = task % across * 8;
       PerLane<Sums> sums[kForwardRows];
-      PerLane<float[kForwardRows][4]> targets;
-      const auto pixel_of = [&](int r, int lane, int k) { return (row + r) * columns + column + lane % 4 * 2 + k % 2; };
-      const auto is_inside = [&](int r, int lane, int k) {
-        return row + r < rows && column + lane % 4 * 2 + k % 2 < columns;
-      };
       warp.each([&](int lane) {
-        const float* target = layers.target + int64_t{first_image + image} * rows * columns * kSecond;
 #pragma unroll
-        for (int r = 0; r < kForwardRows; ++r) {
-          sums[r](lane) = {};
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const int channel = lane / 4 + k / 2 * 8;
-            targets(lane)[r][k] = is_inside(r, lane, k) ? target[pixel_of(r, lane, k) * kSecond + channel] : 0.0f;
-          }
-        }
+        for (int r = 0; r < kForwardRows; ++r) sums[r](lane) = {};
       });
 #pragma unroll 1
       for (int pair = 0; pair < kPairs; ++pair) {
@@ -332,25 +331,30 @@ struct Pooled {
       }
       warp.each([&](int lane) {
         const int plane = rows * (columns + 2);
+        const float* target = layers.target + int64_t{first_image + image} * rows * columns * kSecond;
 #pragma unroll
-        for (int k = 0; k < 4; k += 2) {  // channels lane / 4, and 8 more
-          const float bias = layers.second_bias[lane / 4 + k / 2 * 8];
-          auto* half = reinterpret_cast<uint16_t*>(at.gradient + k / 2 * plane) + lane / 4;
+        for (int half = 0; half < 2; ++half) {  // of the channels
+          const int channel = lane / 4 + 8 * half;
+          const float bias = layers.second_bias[channel];
+          auto* gradient = reinterpret_cast<uint16_t*>(at.gradient + half * plane) + lane / 4;
 #pragma unroll
           for (int r = 0; r < kForwardRows; ++r) {
+            const int y = row + r, x = column + lane % 4 * 2;
             float g[2];
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-              const float y = sums[r](lane).at[k + e] * to_result + bias;
-              g[e] = y > 0.0f ? 2.0f * scale * (y - targets(lane)[r][k + e]) : 0.0f;
+              const float value = sums[r](lane).at[2 * half + e] * to_result + bias;
+              const bool inside = y < rows && x + e < columns;
+              const float v = inside ? target[(y * columns + x + e) * kSecond + channel] : 0.0f;
+              g[e] = value > 0.0f ? 2.0f * scale * (value - v) : 0.0f;
             }
             const Halved both = fastinv::halved(g[0], g[1]);
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-              if (!is_inside(r, lane, e)) continue;
-              const int pixel = (row + r) * (columns + 2) + 1 + column + lane % 4 * 2 + e;
-              half[8 * pixel] = static_cast<uint16_t>(both.high >> 16 * e);
-              half[8 * (pixel + 2 * plane)] = static_cast<uint16_t>(both.low >> 16 * e);
+              if (y >= rows || x + e >= columns) continue;
+              uint16_t* to = gradient + 8 * (y * (columns + 2) + 1 + x + e);
+              to[0] = static_cast<uint16_t>(both.high >> 16 * e);
+              to[16 * plane] = static_cast<uint16_t>(both.low >> 16 * e);
             }
           }
         }
@@ -447,15 +451,11 @@ struct Pooled {
           const Halved both = fastinv::halved(sum.at[2 * i] * to_gradient, sum.at[2 * i + 1] * to_gradient);
 #pragma unroll
           for (int s = 0; s < 2; ++s) {
-            const int k = x < width ? place[s] : 4;
+            const uint32_t bits = x < width ? place[s] : kNowhere;
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-              const auto placed = [&](uint32_t both) {
-                const uint32_t one = both >> 16 * s & 0xffffu;
-                return k == 2 * j ? one : k == 2 * j + 1 ? one << 16 : 0u;
-              };
-              high[s](lane).at[2 * j + i] = placed(both.high);
-              low[s](lane).at[2 * j + i] = placed(both.low);
+              high[s](lane).at[2 * j + i] = raised(both.high >> 16 * s, bits - 32 * j);
+              low[s](lane).at[2 * j + i] = raised(both.low >> 16 * s, bits - 32 * j);
             }
           }
         }
@@ -471,7 +471,7 @@ struct Pooled {
           for (int i = 0; i < 2; ++i) {
             const int x = column + lane / 4 + 8 * i;
             if (x >= width) continue;
-            float* to = at.spread + ((n * height + row + r) * width + x) * 8 + at_spread(x, lane % 4 * 2);
+            float* to = at.spread + ((row + r) * width + x) * kSpread + n * 8 + at_spread(x, lane % 4 * 2);
             *reinterpret_cast<Two*>(to) = {{sum(lane).at[2 * i], sum(lane).at[2 * i + 1]}};
           }
         });
@@ -483,28 +483,35 @@ struct Pooled {
   };
 
   // The sums at a thread's pixels: each is reached by up to 3 · 3 windows.
-  FASTINV_BLOCK void gather(const Descent& d, P& p) const {
+  FASTINV_BLOCK void gather(P& p) const {
+#pragma unroll
+    for (int r = 0; r < P::kRows; ++r) p.gradient[r][0] = 0.0f;
     if (p.column < 0) return;
     const float* spread = room(p.image).spread;
     const float undo = layers.back_gain / (layers.first_scale * gradient_scale[p.image]);
-#pragma unroll
-    for (int r = 0; r < P::kRows; ++r) p.gradient[r][0] = 0.0f;
+    float sum[P::kRows] = {};
 #pragma unroll
     for (int j = 0; j < 3; ++j) {
       const int x = p.column / 2 - j;
       if (x < 0 || x >= width) continue;
+      int place[4];  // of the eights' pairs
 #pragma unroll
-      for (int r = 0; r < P::kRows; ++r) {
+      for (int k = 0; k < 4; ++k) place[k] = at_spread(x, 2 * k) + p.column % 2;
 #pragma unroll
-        for (int i = 0; i < 3; ++i) {
-          const int y = p.row / 2 + r / 2 - i, pixel = (2 * i + r % 2) * kReach + 2 * j + p.column % 2;
-          if (y < 0 || y >= height) continue;
-          p.gradient[r][0] += spread[((pixel / 8 * height + y) * width + x) * 8 + at_spread(x, pixel)];
+      for (int i = -2; i < P::kRows / 2; ++i) {
+        const int y = p.row / 2 + i;
+        if (y < 0 || y >= height) continue;
+        const float* window = spread + (y * width + x) * kSpread;
+#pragma unroll
+        for (int r = 0; r < P::kRows; ++r) {
+          const int reached = (r - 2 * i) * kReach + 2 * j;
+          if (r < 2 * i || r >= 2 * i + kReach) continue;
+          sum[r] += window[reached / 8 * 8 + place[reached % 8 / 2]];
         }
       }
     }
 #pragma unroll
-    for (int r = 0; r < P::kRows; ++r) p.gradient[r][0] *= undo;
+    for (int r = 0; r < P::kRows; ++r) p.gradient[r][0] = sum[r] * undo;
   }
 };
 

@@ -18,6 +18,7 @@ template <int kChannels, int kTaps, int kRows>
 struct Quadratic {
   using P = Pixels<kChannels, kRows>;
   static constexpr int kImages = 1;
+  static constexpr bool kKeeps = true;
   static constexpr int kBorder = kTaps / 2;
   static constexpr int kWeights = kTaps * kChannels * ((kTaps * kChannels + 3) / 4 * 4);  // of a kind
 
