@@ -6,6 +6,8 @@
 // `pooled.h`.
 #pragma once
 
+#include <type_traits>
+
 #include "block.h"
 
 namespace fastinv {
@@ -132,32 +134,42 @@ FASTINV_BLOCK void convolve(const Planes& planes, int row, int column, const Fou
   }
 }
 
+// β/2 − 1 of the total variation: 0, −1/2, or anything.
+enum class Power { kNone, kRoot, kAny };
+template <class F>
+FASTINV_BLOCK void with_power(const Descent& d, F&& f) {
+  if (d.half_beta == 1.0f) return f(std::integral_constant<Power, Power::kNone>());
+  if (d.half_beta == 0.5f) return f(std::integral_constant<Power, Power::kRoot>());
+  f(std::integral_constant<Power, Power::kAny>());
+}
+
 // dy and dx at a pixel of the image, 0 over its border, and (dy² + dx² + root)^(β/2 − 1).
 struct Differences {
   float dy, dx, factor;
 };
 
-FASTINV_BLOCK inline Differences differences(const Descent& d, const Planes& image, int row, int column, int channel) {
+template <Power kPower>
+FASTINV_BLOCK Differences differences(const Descent& d, const Planes& image, int row, int column, int channel) {
   const float here = image.at(row, column, channel);
   const float dy = row + 1 < d.height ? image.at(row + 1, column, channel) - here : 0.0f;
   const float dx = column + 1 < d.width ? image.at(row, column + 1, channel) - here : 0.0f;
+  if (kPower == Power::kNone) return {dy, dx, 1.0f};
   float square = dy * dy + dx * dx + d.root;
   if (square < 1e-30f) square = 1e-30f;  // where a difference is 0 so is the slope; but not 0 · ∞
-  if (d.half_beta == 1.0f) return {dy, dx, 1.0f};
-  if (d.half_beta == 0.5f) return {dy, dx, 1.0f / sqrtf(square)};
-  return {dy, dx, powf(square, d.half_beta - 1.0f)};
+  return {dy, dx, kPower == Power::kRoot ? 1.0f / sqrtf(square) : powf(square, d.half_beta - 1.0f)};
 }
 
 // The gradient of tv_weight · TV_β at a pixel.
-FASTINV_BLOCK inline float variation_slope(const Descent& d, const Planes& image, int row, int column, int channel) {
-  const Differences here = differences(d, image, row, column, channel);
+template <Power kPower>
+FASTINV_BLOCK float variation_slope(const Descent& d, const Planes& image, int row, int column, int channel) {
+  const Differences here = differences<kPower>(d, image, row, column, channel);
   float slope = -(here.dy + here.dx) * here.factor;
   if (row > 0) {
-    const Differences above = differences(d, image, row - 1, column, channel);
+    const Differences above = differences<kPower>(d, image, row - 1, column, channel);
     slope += above.dy * above.factor;
   }
   if (column > 0) {
-    const Differences left = differences(d, image, row, column - 1, channel);
+    const Differences left = differences<kPower>(d, image, row, column - 1, channel);
     slope += left.dx * left.factor;
   }
   return d.tv_weight * 2.0f * d.half_beta * slope;
@@ -260,8 +272,10 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
         P& p = all[thread].pixels;
         if (!Edge::kKeeps) load_moments(p);
         if (d.tv_weight == 0.0f) return;
-        values(p, [&](int r, int c, int64_t) {
-          p.gradient[r][c] += variation_slope(d, image(p), p.row + r, p.column, c);
+        with_power(d, [&](auto power) {
+          values(p, [&](int r, int c, int64_t) {
+            p.gradient[r][c] += variation_slope<decltype(power)::value>(d, image(p), p.row + r, p.column, c);
+          });
         });
       });
     }

@@ -75,11 +75,12 @@ struct Pooled {
   };
 
   PooledLayers layers;
+  float to_pooled, to_gradient;                      // what makes sums what is multiplied next
   int height = 0, width = 0, rows = 0, columns = 0;  // after the pool; of the result
   int pitch = 0, part = 0;                           // words of a pair of rows, of all
   int first_image = 0, images = 0;                   // the block's
   const uint32_t* weights = nullptr;                 // in shared memory
-  float *image_scale = nullptr, *target_bound = nullptr, *gradient_scale = nullptr, *largest = nullptr;
+  float *image_scale = nullptr, *target_bound = nullptr, *undo = nullptr, *largest = nullptr;
   float *image_memory = nullptr, *rooms = nullptr;
 
   FASTINV_BOTH static int halved_side(int side) { return (side - kEdge) / 2; }
@@ -104,7 +105,7 @@ struct Pooled {
             reinterpret_cast<Words*>(pairs + 2 * part)};
   }
   // Where a pixel reached is in its eight: so that neither four windows' pairs nor a row of pixels share banks.
-  FASTINV_BLOCK static int at_spread(int column, int pixel) { return pixel % 8 ^ column / 4 % 4 * 2; }
+  FASTINV_BLOCK static int at_spread(int column, int pixel) { return (pixel & 7) ^ (column >> 2 & 3) << 1; }
 
   // work(warp, image, its rank among the warps that have the image): neighbours have different images, so that all four
   // parts of a multiprocessor are busy where an image has work for two.
@@ -128,8 +129,8 @@ struct Pooled {
     weights = words;
     image_scale = memory + kWeights;
     target_bound = image_scale + kImages;
-    gradient_scale = target_bound + kImages;
-    largest = gradient_scale + kImages;
+    undo = target_bound + kImages;
+    largest = undo + kImages;
     const int warps = block.threads() / kWarp;
     rooms = image_scale + (3 * kImages + warps + 3) / 4 * 4;
     // The largest of these values of the image, to a place of the warp's.
@@ -209,7 +210,6 @@ struct Pooled {
   FASTINV_BLOCK void first_layer(const Warp& warp, int image, int rank, int warps, int last_column) const {
     const Room at = room(image);
     const float scale = layers.first_scale * image_scale[image];
-    const float to_pooled = 1.0f / (layers.first_scale * layers.first_gain);
     PerLane<LeftFactor> w[2];
     PerLane<float> bias, most;
     warp.each([&](int lane) {
@@ -289,7 +289,7 @@ struct Pooled {
     const float scale = scale_for(2.0f * (bound + target_bound[image]), 15);
     const float to_result = 1.0f / (layers.second_scale * unit);
     warp.each([&](int lane) {
-      if (rank == 0 && lane == 0) gradient_scale[image] = scale;
+      if (rank == 0 && lane == 0) undo[image] = layers.back_gain / (layers.first_scale * scale);
     });
     const auto* factors = reinterpret_cast<const LeftFactor*>(weights + kFirstWords);
     const int across = (columns + 7) / 8, down = (rows + kForwardRows - 1) / kForwardRows;
@@ -429,13 +429,20 @@ struct Pooled {
                             PerLane<Sums> (&sums)[kBackwardRows]) const {
     const auto* factors =
         reinterpret_cast<const SplitRight*>(weights + kFirstWords + kSecondWords + kSecondBackWords);
-    const float to_gradient = 1.0f / (layers.second_scale * layers.back_gain);
     PerLane<SplitRight> w[kEights][2];
+    PerLane<int[2]> to;
+    PerLane<bool[2]> inside;
     warp.each([&](int lane) {
 #pragma unroll
       for (int n = 0; n < kEights; ++n) {
 #pragma unroll
         for (int s = 0; s < 2; ++s) w[n][s](lane) = factors[(2 * n + s) * kWarp + lane];
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int x = column + lane / 4 + 8 * i;
+        inside(lane)[i] = x < width;
+        to(lane)[i] = (row * width + x) * kSpread + at_spread(x, lane % 4 * 2);
       }
     });
 #pragma unroll
@@ -451,7 +458,7 @@ struct Pooled {
           const Halved both = fastinv::halved(sum.at[2 * i] * to_gradient, sum.at[2 * i + 1] * to_gradient);
 #pragma unroll
           for (int s = 0; s < 2; ++s) {
-            const uint32_t bits = x < width ? place[s] : kNowhere;
+            const uint32_t bits = inside(lane)[i] ? place[s] : kNowhere;
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
               high[s](lane).at[2 * j + i] = raised(both.high >> 16 * s, bits - 32 * j);
@@ -460,22 +467,28 @@ struct Pooled {
           }
         }
       });
+      PerLane<Sums> reached[kEights];
+      warp.each([&](int lane) {
 #pragma unroll
-      for (int n = 0; n < kEights; ++n) {
-        PerLane<Sums> sum;
-        warp.each([&](int lane) { sum(lane) = {}; });
+        for (int n = 0; n < kEights; ++n) reached[n](lane) = {};
+      });
 #pragma unroll
-        for (int s = 0; s < 2; ++s) multiply_split(warp, sum, high[s], low[s], w[n][s]);
-        warp.each([&](int lane) {
+      for (int s = 0; s < 2; ++s) {
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int x = column + lane / 4 + 8 * i;
-            if (x >= width) continue;
-            float* to = at.spread + ((row + r) * width + x) * kSpread + n * 8 + at_spread(x, lane % 4 * 2);
-            *reinterpret_cast<Two*>(to) = {{sum(lane).at[2 * i], sum(lane).at[2 * i + 1]}};
-          }
-        });
+        for (int n = 0; n < kEights; ++n) multiply_split(warp, reached[n], high[s], low[s], w[n][s]);
       }
+      warp.each([&](int lane) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (!inside(lane)[i]) continue;
+          float* at_row = at.spread + to(lane)[i] + r * width * kSpread;
+#pragma unroll
+          for (int n = 0; n < kEights; ++n) {
+            const Sums& sum = reached[n](lane);
+            *reinterpret_cast<Two*>(at_row + 8 * n) = {{sum.at[2 * i], sum.at[2 * i + 1]}};
+          }
+        }
+      });
     }
   }
   struct alignas(8) Two {
@@ -488,7 +501,6 @@ struct Pooled {
     for (int r = 0; r < P::kRows; ++r) p.gradient[r][0] = 0.0f;
     if (p.column < 0) return;
     const float* spread = room(p.image).spread;
-    const float undo = layers.back_gain / (layers.first_scale * gradient_scale[p.image]);
     float sum[P::kRows] = {};
 #pragma unroll
     for (int j = 0; j < 3; ++j) {
@@ -511,7 +523,7 @@ struct Pooled {
       }
     }
 #pragma unroll
-    for (int r = 0; r < P::kRows; ++r) p.gradient[r][0] = sum[r] * undo;
+    for (int r = 0; r < P::kRows; ++r) p.gradient[r][0] = sum[r] * undo[p.image];
   }
 };
 
@@ -519,7 +531,8 @@ struct Pooled {
 template <class F>
 bool with_edge(const Descent& d, const PooledLayers& layers, F&& visit) {
   using Edge = Pooled<2>;
-  const Edge edge{layers};
+  const Edge edge{layers, 1.0f / (layers.first_scale * layers.first_gain),
+                  1.0f / (layers.second_scale * layers.back_gain)};
   const bool whole = d.channels == 1 && d.height % 4 == 0 && d.width % 4 == 0 && d.height >= 16 && d.width >= 16;
   if (!whole || !has_room(d, edge)) return false;
   visit(edge);
