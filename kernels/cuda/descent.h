@@ -175,14 +175,28 @@ FASTINV_BLOCK float variation_slope(const Descent& d, const Planes& image, int r
   return d.tv_weight * 2.0f * d.half_beta * slope;
 }
 
+// What a step needs of memory, read once.
+template <int kChannels>
+struct Rule {
+  float rate[2], low[kChannels], high[kChannels];
+
+  FASTINV_BLOCK Rule(const Descent& d, int t) : rate{d.rates[2 * t], d.rates[2 * t + 1]} {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      low[c] = d.low == nullptr ? -INFINITY : d.low[c];
+      high[c] = d.low == nullptr ? INFINITY : d.high[c];
+    }
+  }
+};
+
 // Adam: Kingma and Ba 2015; AMSGrad: Reddi et al. 2018; both and SGD as in PyTorch.
 template <class P>
-FASTINV_BLOCK void step(const Descent& d, const float* rate, P& p, int r, int c, float& z) {
+FASTINV_BLOCK float step(const Descent& d, const Rule<P::kChannels>& rule, P& p, int r, int c, float z) {
   const float g = p.gradient[r][c];
   float& m = p.first[r][c];
   if (d.optimizer == Optimizer::kSgd) {
     m = d.momentum * m + g;
-    z -= rate[0] * m;
+    z -= rule.rate[0] * m;
   } else {
     m += d.rest1 * (g - m);
     float& s = p.second[r][c];
@@ -192,12 +206,11 @@ FASTINV_BLOCK void step(const Descent& d, const float* rate, P& p, int r, int c,
       if (p.largest[r][c] > scale) scale = p.largest[r][c];
       p.largest[r][c] = scale;
     }
-    z -= rate[0] * m / (sqrtf(scale) * rate[1] + d.eps);
+    z -= rule.rate[0] * m / (sqrtf(scale) * rule.rate[1] + d.eps);
   }
-  if (d.low != nullptr) {
-    if (z < d.low[c]) z = d.low[c];
-    if (z > d.high[c]) z = d.high[c];
-  }
+  if (z < rule.low[c]) z = rule.low[c];
+  if (z > rule.high[c]) z = rule.high[c];
+  return z;
 }
 
 // What a block does with its images: as many steps as are left, `most` at most. The edge has
@@ -221,31 +234,39 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
   const auto image = [&](const P& p) { return image_of<Edge>(d, block.shared(), p.image); };
   typename Block::template PerThread<typename Edge::Own> all(block);
 
-  // For every value of a thread that is in its image: f(row in the thread, channel, place in memory).
+  // For every value of a thread that is in its image: f(row in the thread, channel, place in the image in memory).
   const auto values = [&](const P& p, auto f) {
     if (p.column < 0) return;
-    const int64_t start = int64_t{first + p.image} * d.height * d.width * P::kChannels;
+    const int place = (p.row * d.width + p.column) * P::kChannels, pitch = d.width * P::kChannels;
 #pragma unroll
     for (int r = 0; r < P::kRows; ++r) {
       if (p.row + r >= d.height) continue;
 #pragma unroll
-      for (int c = 0; c < P::kChannels; ++c) {
-        f(r, c, start + (int64_t{p.row + r} * d.width + p.column) * P::kChannels + c);
-      }
+      for (int c = 0; c < P::kChannels; ++c) f(r, c, place + r * pitch + c);
     }
   };
-
+  const auto of_image = [&](const P& p, float* all_images) {
+    return all_images + int64_t{first + p.image} * d.height * d.width * P::kChannels;
+  };
+  const auto load = [&](const P& p, float* from, typename P::Values& to) {
+    const float* mine = of_image(p, from);
+    values(p, [&](int r, int c, int at) { to[r][c] = mine[at]; });
+  };
+  const auto store = [&](const P& p, const typename P::Values& from, float* to) {
+    float* mine = of_image(p, to);
+    values(p, [&](int r, int c, int at) { mine[at] = from[r][c]; });
+  };
   const bool squares = d.optimizer != Optimizer::kSgd, largest = d.optimizer == Optimizer::kAmsgrad;
   const auto load_moments = [&](P& p) {
     p.clear_moments();  // also those that are not loaded: nothing has to be kept from the step before
-    values(p, [&](int r, int c, int64_t at) { p.first[r][c] = d.first[at]; });
-    if (squares) values(p, [&](int r, int c, int64_t at) { p.second[r][c] = d.second[at]; });
-    if (largest) values(p, [&](int r, int c, int64_t at) { p.largest[r][c] = d.largest[at]; });
+    load(p, d.first, p.first);
+    if (squares) load(p, d.second, p.second);
+    if (largest) load(p, d.largest, p.largest);
   };
   const auto store_moments = [&](const P& p) {
-    values(p, [&](int r, int c, int64_t at) { d.first[at] = p.first[r][c]; });
-    if (squares) values(p, [&](int r, int c, int64_t at) { d.second[at] = p.second[r][c]; });
-    if (largest) values(p, [&](int r, int c, int64_t at) { d.largest[at] = p.largest[r][c]; });
+    store(p, p.first, d.first);
+    if (squares) store(p, p.second, d.second);
+    if (largest) store(p, p.largest, d.largest);
   };
 
   block.each([&](int thread) {
@@ -260,7 +281,8 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
     p.row = place / across * P::kRows;
     p.column = p.row < d.height && place % across < d.width && runs(d, first + p.image) ? place % across : -1;
     if (p.column < 0) return;
-    values(p, [&](int r, int c, int64_t at) { image(p).at(p.row + r, p.column, c) = d.z[at]; });
+    const float* z = of_image(p, d.z);
+    values(p, [&](int r, int c, int at) { image(p).at(p.row + r, p.column, c) = z[at]; });
     if (Edge::kKeeps) load_moments(p);
     edge.own(d, first + p.image, all[thread]);
     edge.moved(d, all[thread]);
@@ -272,9 +294,10 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
         P& p = all[thread].pixels;
         if (!Edge::kKeeps) load_moments(p);
         if (d.tv_weight == 0.0f) return;
+        const Planes planes = image(p);
         with_power(d, [&](auto power) {
-          values(p, [&](int r, int c, int64_t) {
-            p.gradient[r][c] += variation_slope<decltype(power)::value>(d, image(p), p.row + r, p.column, c);
+          values(p, [&](int r, int c, int) {
+            p.gradient[r][c] += variation_slope<decltype(power)::value>(d, planes, p.row + r, p.column, c);
           });
         });
       });
@@ -282,8 +305,11 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
     block.each([&](int thread) {
       P& p = all[thread].pixels;
       p.row = in_place(p.row), p.column = in_place(p.column), p.image = in_place(p.image);
-      values(p, [&](int r, int c, int64_t) {
-        step(d, d.rates + 2 * t, p, r, c, image(p).at(p.row + r, p.column, c));
+      const Planes planes = image(p);
+      const Rule<P::kChannels> rule(d, t);
+      values(p, [&](int r, int c, int) {
+        float& z = planes.at(p.row + r, p.column, c);
+        z = step(d, rule, p, r, c, z);
       });
       if (!Edge::kKeeps) store_moments(p);
       edge.moved(d, all[thread]);
@@ -291,7 +317,8 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
   }
   block.each([&](int thread) {
     const P& p = all[thread].pixels;
-    values(p, [&](int r, int c, int64_t at) { d.z[at] = image(p).at(p.row + r, p.column, c); });
+    float* z = of_image(p, d.z);
+    values(p, [&](int r, int c, int at) { z[at] = image(p).at(p.row + r, p.column, c); });
     if (Edge::kKeeps) store_moments(p);
     if (p.row > 0 || p.column != 0) return;  // one thread of an image that runs
     d.taken[first + p.image] = end;
