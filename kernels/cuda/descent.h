@@ -39,7 +39,6 @@ struct Pixels {
   using Values = float[kRows][kChannels];
   Values gradient, first, second, largest;
   int row, column;  // of the first; a thread that has none is at column −1
-  int image;        // of the block's
 
   FASTINV_BLOCK void clear_moments() {
 #pragma unroll
@@ -98,6 +97,11 @@ FASTINV_BLOCK Planes image_of(const Descent& d, float* memory, int image) {
   const int pitch = d.width + 2 * Edge::kBorder;
   memory += image * image_floats<Edge>(d);
   return {memory + Edge::kBorder * pitch + Edge::kBorder, pitch, rows_of<Edge>(d) * pitch};
+}
+// Which of its block's images a thread has: neighbouring warps have different ones.
+template <class Edge>
+FASTINV_BLOCK int image_of_thread(int thread) {
+  return Edge::kImages == 1 ? 0 : in_place(thread) / kWarp % Edge::kImages;
 }
 // Whether there is such an image, and it has steps to take.
 FASTINV_BLOCK inline bool runs(const Descent& d, int n) { return n < d.images && d.running[n] == 1; }
@@ -218,7 +222,7 @@ FASTINV_BLOCK float step(const Descent& d, const Rule<P::kChannels>& rule, P& p,
 //   stay in registers;
 // - `Own`, what a thread keeps beside its pixels, a `Pixels` among it as `pixels`;
 // - `shared_floats(d)`, and `begin(d, block, memory)`, which fills that memory and ends with a barrier;
-// - `own(d, n, own)`, which completes a thread's own for image n, and `moved(d, own)`, told of its pixels' new values;
+// - `own(d, n, own)`, which completes a thread's own for image n, and `moved(d, image, pixels)`, told of new values;
 // - `differentiate(d, block, all)`, which leaves the gradients in the pixels of all, and ends with a barrier.
 template <class Edge, class Block>
 FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
@@ -231,7 +235,6 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
   }
   if (begin < 0) return;
   const int end = d.steps - begin < d.most ? d.steps : begin + d.most;
-  const auto image = [&](const P& p) { return image_of<Edge>(d, block.shared(), p.image); };
   typename Block::template PerThread<typename Edge::Own> all(block);
 
   // For every value of a thread that is in its image: f(row in the thread, channel, place in the image in memory).
@@ -245,28 +248,28 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
       for (int c = 0; c < P::kChannels; ++c) f(r, c, place + r * pitch + c);
     }
   };
-  const auto of_image = [&](const P& p, float* all_images) {
-    return all_images + int64_t{first + p.image} * d.height * d.width * P::kChannels;
+  const auto of_image = [&](int image, float* all_images) {
+    return all_images + int64_t{first + image} * d.height * d.width * P::kChannels;
   };
-  const auto load = [&](const P& p, float* from, typename P::Values& to) {
-    const float* mine = of_image(p, from);
+  const auto load = [&](int image, const P& p, float* from, typename P::Values& to) {
+    const float* mine = of_image(image, from);
     values(p, [&](int r, int c, int at) { to[r][c] = mine[at]; });
   };
-  const auto store = [&](const P& p, const typename P::Values& from, float* to) {
-    float* mine = of_image(p, to);
+  const auto store = [&](int image, const P& p, const typename P::Values& from, float* to) {
+    float* mine = of_image(image, to);
     values(p, [&](int r, int c, int at) { mine[at] = from[r][c]; });
   };
   const bool squares = d.optimizer != Optimizer::kSgd, largest = d.optimizer == Optimizer::kAmsgrad;
-  const auto load_moments = [&](P& p) {
+  const auto load_moments = [&](int image, P& p) {
     p.clear_moments();  // also those that are not loaded: nothing has to be kept from the step before
-    load(p, d.first, p.first);
-    if (squares) load(p, d.second, p.second);
-    if (largest) load(p, d.largest, p.largest);
+    load(image, p, d.first, p.first);
+    if (squares) load(image, p, d.second, p.second);
+    if (largest) load(image, p, d.largest, p.largest);
   };
-  const auto store_moments = [&](const P& p) {
-    store(p, p.first, d.first);
-    if (squares) store(p, p.second, d.second);
-    if (largest) store(p, p.largest, d.largest);
+  const auto store_moments = [&](int image, const P& p) {
+    store(image, p, p.first, d.first);
+    if (squares) store(image, p, p.second, d.second);
+    if (largest) store(image, p, p.largest, d.largest);
   };
 
   block.each([&](int thread) {
@@ -276,25 +279,26 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
   block.each([&](int thread) {
     all[thread] = {};
     P& p = all[thread].pixels;
-    const int threads = image_threads<Edge>(d), place = Edge::kImages == 1 ? thread : thread % threads;
-    p.image = Edge::kImages == 1 ? 0 : thread / threads;
+    const int image = image_of_thread<Edge>(thread), place = thread / kWarp / Edge::kImages * kWarp + thread % kWarp;
     p.row = place / across * P::kRows;
-    p.column = p.row < d.height && place % across < d.width && runs(d, first + p.image) ? place % across : -1;
+    p.column = p.row < d.height && place % across < d.width && runs(d, first + image) ? place % across : -1;
     if (p.column < 0) return;
-    const float* z = of_image(p, d.z);
-    values(p, [&](int r, int c, int at) { image(p).at(p.row + r, p.column, c) = z[at]; });
-    if (Edge::kKeeps) load_moments(p);
-    edge.own(d, first + p.image, all[thread]);
-    edge.moved(d, all[thread]);
+    const float* z = of_image(image, d.z);
+    const Planes planes = image_of<Edge>(d, block.shared(), image);
+    values(p, [&](int r, int c, int at) { planes.at(p.row + r, p.column, c) = z[at]; });
+    if (Edge::kKeeps) load_moments(image, p);
+    edge.own(d, first + image, all[thread]);
+    edge.moved(d, image, p);
   });
   for (int t = begin; t < end; ++t) {
     edge.differentiate(d, block, all);
     if (d.tv_weight > 0.0f || !Edge::kKeeps) {
       block.each([&](int thread) {
         P& p = all[thread].pixels;
-        if (!Edge::kKeeps) load_moments(p);
+        const int image = image_of_thread<Edge>(thread);
+        if (!Edge::kKeeps) load_moments(image, p);
         if (d.tv_weight == 0.0f) return;
-        const Planes planes = image(p);
+        const Planes planes = image_of<Edge>(d, block.shared(), image);
         with_power(d, [&](auto power) {
           values(p, [&](int r, int c, int) {
             p.gradient[r][c] += variation_slope<decltype(power)::value>(d, planes, p.row + r, p.column, c);
@@ -304,25 +308,28 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
     }
     block.each([&](int thread) {
       P& p = all[thread].pixels;
-      p.row = in_place(p.row), p.column = in_place(p.column), p.image = in_place(p.image);
-      const Planes planes = image(p);
+      p.row = in_place(p.row), p.column = in_place(p.column);
+      const int image = image_of_thread<Edge>(thread);
+      const Planes planes = image_of<Edge>(d, block.shared(), image);
       const Rule<P::kChannels> rule(d, t);
       values(p, [&](int r, int c, int) {
         float& z = planes.at(p.row + r, p.column, c);
         z = step(d, rule, p, r, c, z);
       });
-      if (!Edge::kKeeps) store_moments(p);
-      edge.moved(d, all[thread]);
+      if (!Edge::kKeeps) store_moments(image, p);
+      edge.moved(d, image, p);
     });
   }
   block.each([&](int thread) {
     const P& p = all[thread].pixels;
-    float* z = of_image(p, d.z);
-    values(p, [&](int r, int c, int at) { z[at] = image(p).at(p.row + r, p.column, c); });
-    if (Edge::kKeeps) store_moments(p);
+    const int image = image_of_thread<Edge>(thread);
+    float* z = of_image(image, d.z);
+    const Planes planes = image_of<Edge>(d, block.shared(), image);
+    values(p, [&](int r, int c, int at) { z[at] = planes.at(p.row + r, p.column, c); });
+    if (Edge::kKeeps) store_moments(image, p);
     if (p.row > 0 || p.column != 0) return;  // one thread of an image that runs
-    d.taken[first + p.image] = end;
-    if (end == d.steps) d.running[first + p.image] = kFinished;
+    d.taken[first + image] = end;
+    if (end == d.steps) d.running[first + image] = kFinished;
   });
 }
 

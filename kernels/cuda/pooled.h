@@ -66,7 +66,7 @@ struct Pooled {
     // either side stands for all that are outside.
     Words* gradient;
     unsigned char* place;  // 16 times which of four was the largest, or kNowhere: [row, column, channel]
-    // What windows give to pixels that they reach, [row, column, kSpread]. `at_spread` says where in each eight.
+    // What windows give to pixels that they reach, [row, column, kSpread] with gaps, see `spread_at`.
     float* spread;
     // Before there is any, in the same place: the image as float16, [part, pair of rows, column], and what comes after
     // the pool, [part, row, column] of 8 float16.
@@ -88,7 +88,7 @@ struct Pooled {
   FASTINV_BOTH static int pitch_of(const Descent& d) { return (d.width + 7) / 16 * 16 + 8; }
   FASTINV_BOTH static int gradient_units(int height, int width) { return (height - kEdge) * (width - kEdge + 2); }
   FASTINV_BOTH static int room_floats(int height, int width) {
-    return 16 * gradient_units(height, width) + height * width * (kFirst / 4 + kSpread);
+    return 16 * gradient_units(height, width) + height * width * (kFirst / 4) + height * spread_pitch(width);
   }
   FASTINV_BOTH int shared_floats(const Descent& d) const {
     const int warps = threads_of<Pooled>(d) / kWarp;
@@ -104,16 +104,17 @@ struct Pooled {
     return {reinterpret_cast<Words*>(memory), reinterpret_cast<unsigned char*>(place), spread, pairs,
             reinterpret_cast<Words*>(pairs + 2 * part)};
   }
-  // Where a pixel reached is in its eight: so that neither four windows' pairs nor a row of pixels share banks.
-  FASTINV_BLOCK static int at_spread(int column, int pixel) { return (pixel & 7) ^ (column >> 2 & 3) << 1; }
+  // Where a window of a row begins: neither pairs of four windows nor a row of pixels share banks.
+  FASTINV_BOTH static int spread_at(int column) { return column * kSpread + column / 4 * 2; }
+  FASTINV_BOTH static int spread_pitch(int width) { return width * kSpread + (width + 3) / 4 * 2; }
 
   // work(warp, image, its rank among the warps that have the image): neighbours have different images, so that all four
   // parts of a multiprocessor are busy where an image has work for two.
   template <class Block, class F>
   FASTINV_BLOCK void each_rank(Block& block, F work) const {
     block.each_warp([&](const auto& warp) {
-      const int image = in_place(warp.index() % kImages);
-      if (images >> image & 1) work(warp, image, warp.index() / kImages);
+      const int index = in_place(warp.index()), image = image_of_thread<Pooled>(index * kWarp);
+      if (images >> image & 1) work(warp, image, index / kImages);
     });
   }
 
@@ -134,7 +135,7 @@ struct Pooled {
     const int warps = block.threads() / kWarp;
     rooms = image_scale + (3 * kImages + warps + 3) / 4 * 4;
     // The largest of these values of the image, to a place of the warp's.
-    const auto bound = [&](const auto& warp, int rank, const float* values, int count) {
+    const auto bound = [&](const auto& warp, int image, int rank, const float* values, int count) {
       PerLane<float> most;
       warp.each([&](int lane) {
         most(lane) = 0.0f;
@@ -144,7 +145,7 @@ struct Pooled {
       });
       const float value = warp.largest([&](int lane) { return most(lane); });
       warp.each([&](int lane) {
-        if (lane == 0) largest[warp.index()] = value;
+        if (lane == 0) largest[rank * kImages + image] = value;
       });
     };
     const int pixels = d.height * d.width, results = rows * columns * kSecond;
@@ -153,13 +154,13 @@ struct Pooled {
       for (int i = thread; i < kImages * room_floats(height, width); i += block.threads()) rooms[i] = 0.0f;
     });
     each_rank(block, [&](const auto& warp, int image, int rank) {
-      bound(warp, rank, layers.target + int64_t{first_image + image} * results, results);
+      bound(warp, image, rank, layers.target + int64_t{first_image + image} * results, results);
     });
     block.each([&](int thread) {
       if (thread < kImages) target_bound[thread] = largest_of(thread, warps);
     });
     each_rank(block, [&](const auto& warp, int image, int rank) {
-      bound(warp, rank, d.z + int64_t{first_image + image} * pixels, pixels);
+      bound(warp, image, rank, d.z + int64_t{first_image + image} * pixels, pixels);
     });
     block.each([&](int thread) {
       // An image that has become 2^10 times as large, or 2^10 where it was below 1, is still below float16's 2^16.
@@ -169,12 +170,11 @@ struct Pooled {
 
   FASTINV_BLOCK void own(const Descent&, int, Own&) const {}
 
-  FASTINV_BLOCK void moved(const Descent& d, const Own& own) const {
-    const P& p = own.pixels;
+  FASTINV_BLOCK void moved(const Descent& d, int image, const P& p) const {
     if (p.column < 0) return;
-    const float scale = image_scale[p.image];
-    const float* z = &image_of<Pooled>(d, image_memory, p.image).at(p.row, p.column, 0);
-    uint32_t* pairs = room(p.image).pairs + p.row / 2 * pitch + p.column;
+    const float scale = image_scale[image];
+    const float* z = &image_of<Pooled>(d, image_memory, image).at(p.row, p.column, 0);
+    uint32_t* pairs = room(image).pairs + p.row / 2 * pitch + p.column;
 #pragma unroll
     for (int r = 0; r < P::kRows; r += 2) {
       if (p.row + r >= d.height) break;
@@ -192,7 +192,7 @@ struct Pooled {
     });
     each_rank(block, [&](const auto& warp, int image, int rank) { second_layer(warp, image, rank, warps); });
     each_rank(block, [&](const auto& warp, int image, int rank) { back(warp, image, rank, warps / kImages); });
-    block.each([&](int thread) { gather(all[thread].pixels); });
+    block.each([&](int thread) { gather(image_of_thread<Pooled>(thread), all[thread].pixels); });
   }
 
  private:
@@ -218,14 +218,14 @@ struct Pooled {
       bias(lane) = layers.first_bias[lane / 4] * scale;
       most(lane) = 0.0f;
     });
-    const int across = (width + 3) / 4;
-#pragma unroll 1
-    for (int task = rank; task < height * across; task += warps) {
-      const int row = task / across, column = task % across * 4;
-      PerLane<Sums> sums[2];  // of the windows' upper and lower rows
+    const auto windows = [&](int row, int column) {
+      PerLane<Sums> sums[2][2];  // of the pixels' high and low parts, of the windows' upper and lower rows
       warp.each([&](int lane) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) sums[r](lane) = {{bias(lane), bias(lane), 0.0f, 0.0f}};
+        for (int r = 0; r < 2; ++r) {
+          sums[0][r](lane) = {{bias(lane), bias(lane), 0.0f, 0.0f}};
+          sums[1][r](lane) = {};
+        }
       });
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -245,7 +245,7 @@ struct Pooled {
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
 #pragma unroll
-          for (int r = 0; r < 2; ++r) warp.multiply(sums[r], w[s], x[r][s]);
+          for (int r = 0; r < 2; ++r) warp.multiply(sums[half][r], w[s], x[r][s]);
         }
       }
       warp.each([&](int lane) {
@@ -253,8 +253,8 @@ struct Pooled {
         int place = kNowhere;  // where none is above 0 no gradient goes back
 #pragma unroll
         for (int k = 0; k < 4; ++k) {  // of equal values the first is the largest, as in PyTorch
-          const Sums& sum = sums[k / 2](lane);
-          const float value = sum.at[k % 2] + sum.at[2 + k % 2];
+          const Sums &high = sums[0][k / 2](lane), &low = sums[1][k / 2](lane);
+          const float value = high.at[k % 2] + (high.at[2 + k % 2] + low.at[k % 2] + low.at[2 + k % 2]);
           if (value > best) {
             best = value;
             place = 16 * k;
@@ -270,10 +270,15 @@ struct Pooled {
         pooled[8 * height * width] = static_cast<uint16_t>(both.low);
         at.place[pixel * kFirst + lane / 4] = static_cast<unsigned char>(place);
       });
+    };
+#pragma unroll 1
+    for (int row = rank; row < height; row += warps) {
+#pragma unroll 1
+      for (int column = 0; column < width; column += 4) windows(row, column);
     }
     const float value = warp.largest([&](int lane) { return most(lane); });
     warp.each([&](int lane) {
-      if (lane == 0) largest[warp.index()] = value;
+      if (lane == 0) largest[rank * kImages + image] = value;
     });
   }
   // The second number of a, the first of b.
@@ -442,7 +447,7 @@ struct Pooled {
       for (int i = 0; i < 2; ++i) {
         const int x = column + lane / 4 + 8 * i;
         inside(lane)[i] = x < width;
-        to(lane)[i] = (row * width + x) * kSpread + at_spread(x, lane % 4 * 2);
+        to(lane)[i] = row * spread_pitch(width) + spread_at(x) + lane % 4 * 2;
       }
     });
 #pragma unroll
@@ -481,7 +486,7 @@ struct Pooled {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           if (!inside(lane)[i]) continue;
-          float* at_row = at.spread + to(lane)[i] + r * width * kSpread;
+          float* at_row = at.spread + to(lane)[i] + r * spread_pitch(width);
 #pragma unroll
           for (int n = 0; n < kEights; ++n) {
             const Sums& sum = reached[n](lane);
@@ -496,34 +501,29 @@ struct Pooled {
   };
 
   // The sums at a thread's pixels: each is reached by up to 3 · 3 windows.
-  FASTINV_BLOCK void gather(P& p) const {
+  FASTINV_BLOCK void gather(int image, P& p) const {
 #pragma unroll
     for (int r = 0; r < P::kRows; ++r) p.gradient[r][0] = 0.0f;
     if (p.column < 0) return;
-    const float* spread = room(p.image).spread;
     float sum[P::kRows] = {};
 #pragma unroll
     for (int j = 0; j < 3; ++j) {
       const int x = p.column / 2 - j;
       if (x < 0 || x >= width) continue;
-      int place[4];  // of the eights' pairs
-#pragma unroll
-      for (int k = 0; k < 4; ++k) place[k] = at_spread(x, 2 * k) + p.column % 2;
+      const float* windows = room(image).spread + spread_at(x) + p.column % 2;
 #pragma unroll
       for (int i = -2; i < P::kRows / 2; ++i) {
         const int y = p.row / 2 + i;
         if (y < 0 || y >= height) continue;
-        const float* window = spread + (y * width + x) * kSpread;
+        const float* window = windows + y * spread_pitch(width);
 #pragma unroll
         for (int r = 0; r < P::kRows; ++r) {
-          const int reached = (r - 2 * i) * kReach + 2 * j;
-          if (r < 2 * i || r >= 2 * i + kReach) continue;
-          sum[r] += window[reached / 8 * 8 + place[reached % 8 / 2]];
+          if (r >= 2 * i && r < 2 * i + kReach) sum[r] += window[(r - 2 * i) * kReach + 2 * j];
         }
       }
     }
 #pragma unroll
-    for (int r = 0; r < P::kRows; ++r) p.gradient[r][0] = sum[r] * undo[p.image];
+    for (int r = 0; r < P::kRows; ++r) p.gradient[r][0] = sum[r] * undo[image];
   }
 };
 

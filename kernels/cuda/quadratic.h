@@ -70,7 +70,7 @@ struct Quadratic {
     }
   }
 
-  FASTINV_BLOCK void moved(const Descent&, const Own&) const {}
+  FASTINV_BLOCK void moved(const Descent&, int, const P&) const {}
 
   template <class Block, class All>
   FASTINV_BLOCK void differentiate(const Descent&, Block& block, All& all) const {
