@@ -95,15 +95,57 @@ def test_it_gives_what_triton_s_kernels_give(name: str, monkeypatch: pytest.Monk
     np.testing.assert_allclose(report.objective, told.objective, rtol=1e-5)
 
 
-def test_of_equal_values_the_first_is_the_largest() -> None:
-    """A constant start ties whole windows of the pool."""
+@pytest.mark.parametrize("tied", ["all", "rows", "columns"])
+def test_of_equal_values_the_first_is_the_largest(tied: str) -> None:
+    """A start that is constant, or so in all rows or columns, ties windows of the pool."""
     recipe = recipe_for(edge_of("MNIST ReLU2"), steps=1, optimizer="sgd", lr=0.1)
-    start = np.full((1, 1, 28, 28), 0.3, np.float32)
+    start = {
+        "all": np.full((1, 1, 28, 28), 0.3, np.float32),
+        "rows": randn(1, 1, 28, 1).repeat(28, 3),
+        "columns": randn(1, 1, 1, 28).repeat(28, 2),
+    }[tied]
     features = randn(1, *recipe.edge.output_shape)
     assert is_on_chip(recipe)
     z, _, _ = solver_on(recipe).solve(features, start)
     expected, _ = solve_by_definition(recipe, features, start)
     assert relative(z - start, expected - start) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["MNIST ReLU2", "two layers"])
+@pytest.mark.parametrize(("images", "features"), [(1.0, 1e4), (1.0, 1e-4), (1.0, 0.0), (300.0, 1.0), (1e-3, 1.0)])
+def test_two_layers_of_any_size(name: str, images: float, features: float) -> None:
+    """Products in float16, high and low: their range is no limit. Five images are more than a block has."""
+    recipe = recipe_for(edge_of(name), steps=1, tv_weight=0.0, optimizer="sgd", lr=0.1)
+    start = randn(5, *recipe.input_shape) * np.float32(images)
+    target = randn(5, *recipe.edge.output_shape, seed=1) * np.float32(features)
+    target[3] /= 100  # each image has its own range
+    z, _, _ = solver_on(recipe).solve(target, start)
+    expected, _ = solve_by_definition(recipe, target, start)
+    precision = np.finfo(np.float32).eps * abs(start).max(axis=(1, 2, 3))  # of z: steps may be far smaller
+    step = abs(expected - start).max(axis=(1, 2, 3))
+    assert np.all(abs(z - expected).max(axis=(1, 2, 3)) < 1e-5 * step + precision)
+
+
+@pytest.mark.parametrize("name", ["MNIST ReLU2", "one channel"])
+def test_images_that_are_done_are_left_alone(name: str) -> None:
+    chip, recipe = on_chip(name), recipe_for(edge_of(name))
+    start = torch.from_numpy(randn(5, *recipe.input_shape)).reshape(5, -1).to(DEVICE)
+    given = start if "ReLU2" not in name else torch.from_numpy(randn(5, *recipe.edge.output_shape)).to(DEVICE)
+
+    def run(running: list[int]) -> tuple[torch.Tensor, list[int], list[int]]:
+        z = start.clone()
+        state = {key: torch.zeros_like(z) for key in ("first", "second", "third")}
+        state["running"] = torch.tensor(running, dtype=torch.int32, device=DEVICE)
+        state["taken"] = torch.zeros(5, dtype=torch.int32, device=DEVICE)
+        chip.launch(z, given, state)()
+        return z, state["running"].tolist(), state["taken"].tolist()
+
+    whole, _, _ = run([1, 1, 1, 1, 1])
+    z, running, taken = run([0, 1, 2, 2, 1])
+    assert (running, taken) == ([0, 2, 2, 2, 2], [0, 2, 0, 0, 2])
+    assert torch.equal(z[[1, 4]], whole[[1, 4]])
+    assert torch.equal(z[[0, 2, 3]], start[[0, 2, 3]])
+    assert not torch.equal(whole, start)
 
 
 @pytest.mark.parametrize(
@@ -155,9 +197,10 @@ def on_chip(name: str) -> cuda_native.OnChipDescent:
 
     recipe = recipe_for(edge_of(name))
     objective = cuda_methods.Objective(recipe, "float32", torch.device(DEVICE))
-    rates = torch.zeros(recipe.steps, 2)
-    rule = Descent(objective.variation, False, "adam", 2, rates, 0.0, 1, False, None, None, 0.9, 0.999, 1e-8, 0.0)
-    return cuda_native.OnChipDescent(cuda_native.quadratic_problem(objective.form), rule, objective.device)
+    rates = torch.full((recipe.steps, 2), 0.1, device=DEVICE)
+    rule = Descent(objective.variation, True, "adam", 2, rates, 0.0, 1, False, None, None, 0.9, 0.999, 1e-8, 0.0)
+    problem = cuda_native.pooled_problem(recipe.edge) or cuda_native.quadratic_problem(objective.form)
+    return cuda_native.OnChipDescent(problem, rule, objective.device)
 
 
 def test_the_import_needs_no_driver() -> None:

@@ -22,8 +22,9 @@ void launch_descend(const Descent& descent, const Problem& problem, int device, 
     const int bytes = shared_floats(descent, edge) * static_cast<int>(sizeof(float));
     check(cudaFuncSetAttribute(descend_kernel<Edge>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
           "no room for an image on chip");
-    descend_kernel<Edge><<<static_cast<unsigned>(blocks_of<Edge>(descent)), static_cast<unsigned>(threads_of<Edge>(descent)),
-                           static_cast<size_t>(bytes), reinterpret_cast<cudaStream_t>(stream)>>>(descent, edge);
+    descend_kernel<Edge>
+        <<<static_cast<unsigned>(blocks_of<Edge>(descent)), static_cast<unsigned>(threads_of<Edge>(descent)),
+           static_cast<size_t>(bytes), reinterpret_cast<cudaStream_t>(stream)>>>(descent, edge);
     check(cudaGetLastError(), "the steps cannot be launched");
   });
 }

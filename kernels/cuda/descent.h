@@ -1,9 +1,9 @@
 // rMLE by gradient descent, all steps on chip (He et al. 2019, Algorithm 1): what is the same for every edge.
 //
-// A block has one image, or a few, for many steps. They lie in shared memory, plane by plane, beside what the edge keeps
-// there; a thread has some pixels of a column, one below the other, with their moments, in registers, or brings these for
-// every step where registers are scarce. An edge says how the gradient of Σ(edge(z) − v)² is made: `quadratic.h`,
-// `pooled.h`.
+// A block has one image, or a few, for many steps. They lie in shared memory, plane by plane, beside what the edge
+// keeps there; a thread has some pixels of a column, one below the other, with their moments, in registers, or brings
+// these for every step where registers are scarce. An edge says how the gradient of Σ(edge(z) − v)² is made:
+// `quadratic.h`, `pooled.h`.
 #pragma once
 
 #include <type_traits>
@@ -17,8 +17,8 @@ enum class Optimizer : int32_t { kAdam, kAmsgrad, kSgd };
 struct Descent {
   // float32 [images, height, width, channels]: the image, and the moments.
   float *z, *first, *second, *largest;
-  const float* rates;        // [steps, 2]: for Adam lr / (1 − β1^t) and (1 − β2^t)^(−1/2), for SGD lr
-  const float *low, *high;   // [channels], or null
+  const float* rates;       // [steps, 2]: for Adam lr / (1 − β1^t) and (1 − β2^t)^(−1/2), for SGD lr
+  const float *low, *high;  // [channels], or null
   // [images]: 1 while an image has steps to take, then 2; how many it has taken, all that run as many.
   int32_t *running, *taken;
   int32_t images, height, width, channels;
