@@ -15,15 +15,6 @@ struct alignas(16) Four {
   float at[4];
 };
 
-// The same value. What depends on it is computed where it is used: else a compiler computes what is the same in all
-// turns of a long loop before it, and has not the registers to keep it.
-FASTINV_BLOCK inline int in_place(int value) {
-#ifdef __CUDACC__
-  asm volatile("" : "+r"(value));
-#endif
-  return value;
-}
-
 #ifdef __CUDACC__
 class DeviceBlock {
  public:

@@ -101,7 +101,7 @@ FASTINV_BLOCK Planes image_of(const Descent& d, float* memory, int image) {
 // Which of its block's images a thread has: neighbouring warps have different ones.
 template <class Edge>
 FASTINV_BLOCK int image_of_thread(int thread) {
-  return Edge::kImages == 1 ? 0 : in_place(thread) / kWarp % Edge::kImages;
+  return Edge::kImages == 1 ? 0 : static_cast<int>(in_place(static_cast<unsigned>(thread)) / kWarp % Edge::kImages);
 }
 // Whether there is such an image, and it has steps to take.
 FASTINV_BLOCK inline bool runs(const Descent& d, int n) { return n < d.images && d.running[n] == 1; }

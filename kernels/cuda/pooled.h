@@ -35,15 +35,15 @@ struct Pooled : PooledForward {
   template <class Block, class F>
   FASTINV_BLOCK void each_rank(Block& block, F work) const {
     block.each_warp([&](const auto& warp) {
-      const int index = in_place(warp.index()), image = image_of_thread<Pooled>(index * kWarp);
-      if (images >> image & 1) work(warp, image, index / kImages);
+      const int image = warp.index() % kImages;
+      if (images >> image & 1) work(warp, image, warp.index() / kImages);
     });
   }
 
   template <class Block>
   FASTINV_BLOCK void begin(const Descent& d, Block& block, float* memory) {
     height = halved_side(d.height), width = halved_side(d.width), rows = height - kEdge, columns = width - kEdge;
-    pitch = pitch_of(d), part = d.height / 2 * pitch;
+    pitch = pitch_of(width), part = d.height / 2 * pitch;
     first_image = block.index() * kImages;
 #pragma unroll
     for (int i = 0; i < kImages; ++i) images |= runs(d, first_image + i) << i;
@@ -108,7 +108,7 @@ struct Pooled : PooledForward {
 
   template <class Block, class All>
   FASTINV_BLOCK void differentiate(const Descent& d, Block& block, All& all) const {
-    each_rank(block, [&](const auto& warp, int image, int rank) { first_layer(warp, image, rank, d.width - 1); });
+    each_rank(block, [&](const auto& warp, int image, int rank) { first_layer(warp, image, rank); });
     each_rank(block, [&](const auto& warp, int image, int rank) { second_layer(warp, image, rank); });
     each_rank(block, [&](const auto& warp, int image, int rank) { back(warp, image, rank); });
     block.each([&](int thread) { gather(image_of_thread<Pooled>(thread), all[thread].pixels); });

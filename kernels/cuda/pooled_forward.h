@@ -13,7 +13,7 @@ struct PooledForward : PooledMemory {
   // columns of rows 0 and 1, of 2 and 3, of 4; the fifth column. All sums of a window are made in the same order, so
   // that equal ones stay equal.
   template <class Warp>
-  FASTINV_BLOCK void first_layer(const Warp& warp, int image, int rank, int last_column) const {
+  FASTINV_BLOCK void first_layer(const Warp& warp, int image, int rank) const {
     const Room at = room(image);
     const float scale = layers.first_scale * image_scale[image];
     PerLane<LeftFactor> w[2];
@@ -37,10 +37,10 @@ struct PooledForward : PooledMemory {
       for (int half = 0; half < 2; ++half) {
         PerLane<RightFactor> x[2][2];  // [upper, lower][K step]
         warp.each([&](int lane) {
-          const int q = lane % 4, c = 2 * column + lane / 4, low = q < 2 ? q : 2;
-          const uint32_t* rows_at = at.pairs + half * part + row * pitch;
-          const uint32_t* four = rows_at + (c + q < last_column ? c + q : last_column);
-          const uint32_t* fifth = rows_at + low * pitch + (c + 4 < last_column ? c + 4 : last_column);
+          const int q = lane % 4;
+          const uint32_t* four = at.pairs + half * part + row * pitch + 2 * column + lane / 4;
+          const uint32_t* fifth = four + (q < 2 ? q : 2) * pitch + 4;
+          four += q;
           const uint32_t a[3] = {four[0], four[pitch], four[2 * pitch]};
           const uint32_t b[2] = {fifth[0], fifth[q < 2 ? pitch : 0]};  // row 5 has no weight
           x[0][0](lane) = {{a[0], a[1]}};
@@ -94,6 +94,8 @@ struct PooledForward : PooledMemory {
   // factor are the weights of two neighbouring taps, a right one 8 neighbouring pixels that serve several rows.
   template <class Warp>
   FASTINV_BLOCK void second_layer(const Warp& warp, int image, int rank) const {
+    const int across = (columns + 7) / 8, tasks = (rows + kForwardRows - 1) / kForwardRows * across;
+    if (rank >= tasks) return;
     const Room at = room(image);
     const float unit = image_scale[image] / layers.first_gain;  // of what comes after the pool
     const float bound = layers.second_gain * largest_of(image) / unit + layers.second_offset;
@@ -103,9 +105,8 @@ struct PooledForward : PooledMemory {
       if (rank == 0 && lane == 0) undo[image] = layers.back_gain / (layers.first_scale * scale);
     });
     const auto* factors = reinterpret_cast<const LeftFactor*>(weights + kFirstWords);
-    const int across = (columns + 7) / 8, down = (rows + kForwardRows - 1) / kForwardRows;
 #pragma unroll 1
-    for (int task = rank; task < down * across; task += ranks) {
+    for (int task = rank; task < tasks; task += ranks) {
       const int row = task / across * kForwardRows, column = task % across * 8;
       PerLane<Sums> sums[kForwardRows];
       warp.each([&](int lane) {

@@ -76,8 +76,9 @@ struct PooledMemory {
         to_gradient(1.0f / (given.second_scale * given.back_gain)) {}
 
   FASTINV_BOTH static int halved_side(int side) { return (side - kEdge) / 2; }
-  // Pairs of three neighbouring rows are in other banks for 8 columns.
-  FASTINV_BOTH static int pitch_of(const Descent& d) { return (d.width + 7) / 16 * 16 + 8; }
+  // Words of a pair of rows, all that the last windows of a row read: 8 or 24 and some 32, so that 8 columns of three
+  // neighbours are in different banks.
+  FASTINV_BOTH static int pitch_of(int width) { return (8 * ((width + 3) / 4) + 11) / 16 * 16 + 8; }
   FASTINV_BOTH static int gradient_units(int height, int width) { return (height - kEdge) * (width - kEdge + 2); }
   FASTINV_BOTH static int room_floats(int height, int width) {
     return 16 * gradient_units(height, width) + height * width * (kFirst / 4) + height * spread_pitch(width);

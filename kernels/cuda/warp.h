@@ -12,6 +12,16 @@ namespace fastinv {
 
 constexpr int kWarp = 32;
 
+// The same value. What depends on it is computed where it is used: else a compiler computes what is the same in all
+// turns of a long loop before it, and has not the registers to keep it.
+template <class Int>
+FASTINV_BLOCK Int in_place(Int value) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 struct alignas(16) LeftFactor {
   uint32_t at[4];
 };
@@ -38,13 +48,14 @@ class PerLane {
 
 class DeviceWarp {
  public:
-  __device__ int index() const { return static_cast<int>(threadIdx.x) / kWarp; }
+  __device__ DeviceWarp() : thread_(in_place(threadIdx.x)) {}
+  __device__ int index() const { return static_cast<int>(thread_ / kWarp); }
   // The lane's number in the block.
-  __device__ int thread(int) const { return static_cast<int>(threadIdx.x); }
+  __device__ int thread(int) const { return static_cast<int>(thread_); }
 
   template <class F>
   __device__ void each(F&& work) const {
-    work(static_cast<int>(threadIdx.x) % kWarp);
+    work(lane());
   }
 
   // Four matrices [8, 8] of float16 from shared memory, a word of each: lane l tells where row l % 8 of matrix l / 8
@@ -53,7 +64,7 @@ class DeviceWarp {
   // row.
   template <class Row, class To>
   __device__ void load(Row&& row, To&& to) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = this->lane();
     uint32_t (&a)[4] = to(lane).at;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
@@ -63,7 +74,7 @@ class DeviceWarp {
   // sums += left · right, of float16.
   template <class S, class L, class R>
   __device__ void multiply(S&& sums, L&& left, R&& right) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = this->lane();
     float* d = sums(lane).at;
     const uint32_t *a = left(lane).at, *b = right(lane).at;
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -75,9 +86,14 @@ class DeviceWarp {
   // The largest of the lanes' values, none of which is below 0.
   template <class F>
   __device__ float largest(F&& value) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = this->lane();
     return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value(lane))));
   }
+
+ private:
+  __device__ int lane() const { return static_cast<int>(thread_ % kWarp); }
+
+  unsigned thread_;
 };
 
 #else
