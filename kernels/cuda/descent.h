@@ -237,26 +237,26 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
   const int end = d.steps - begin < d.most ? d.steps : begin + d.most;
   typename Block::template PerThread<typename Edge::Own> all(block);
 
-  // For every value of a thread that is in its image: f(row in the thread, channel, place in the image in memory).
+  // For every value of a thread that is in its image: f(row in the thread, channel, place from its first one's).
   const auto values = [&](const P& p, auto f) {
     if (p.column < 0) return;
-    const int place = (p.row * d.width + p.column) * P::kChannels, pitch = d.width * P::kChannels;
+    const int pitch = d.width * P::kChannels;
 #pragma unroll
     for (int r = 0; r < P::kRows; ++r) {
       if (p.row + r >= d.height) continue;
 #pragma unroll
-      for (int c = 0; c < P::kChannels; ++c) f(r, c, place + r * pitch + c);
+      for (int c = 0; c < P::kChannels; ++c) f(r, c, r * pitch + c);
     }
   };
-  const auto of_image = [&](int image, float* all_images) {
-    return all_images + int64_t{first + image} * d.height * d.width * P::kChannels;
+  const auto first_of = [&](int image, const P& p, float* images) {
+    return images + ((int64_t{first + image} * d.height + p.row) * d.width + p.column) * P::kChannels;
   };
   const auto load = [&](int image, const P& p, float* from, typename P::Values& to) {
-    const float* mine = of_image(image, from);
+    const float* mine = first_of(image, p, from);
     values(p, [&](int r, int c, int at) { to[r][c] = mine[at]; });
   };
   const auto store = [&](int image, const P& p, const typename P::Values& from, float* to) {
-    float* mine = of_image(image, to);
+    float* mine = first_of(image, p, to);
     values(p, [&](int r, int c, int at) { mine[at] = from[r][c]; });
   };
   const bool squares = d.optimizer != Optimizer::kSgd, largest = d.optimizer == Optimizer::kAmsgrad;
@@ -283,7 +283,7 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
     p.row = place / across * P::kRows;
     p.column = p.row < d.height && place % across < d.width && runs(d, first + image) ? place % across : -1;
     if (p.column < 0) return;
-    const float* z = of_image(image, d.z);
+    const float* z = first_of(image, p, d.z);
     const Planes planes = image_of<Edge>(d, block.shared(), image);
     values(p, [&](int r, int c, int at) { planes.at(p.row + r, p.column, c) = z[at]; });
     if (Edge::kKeeps) load_moments(image, p);
@@ -323,7 +323,7 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
   block.each([&](int thread) {
     const P& p = all[thread].pixels;
     const int image = image_of_thread<Edge>(thread);
-    float* z = of_image(image, d.z);
+    float* z = first_of(image, p, d.z);
     const Planes planes = image_of<Edge>(d, block.shared(), image);
     values(p, [&](int r, int c, int at) { z[at] = planes.at(p.row + r, p.column, c); });
     if (Edge::kKeeps) store_moments(image, p);

@@ -107,7 +107,7 @@ struct Pooled : PooledForward {
   }
 
   template <class Block, class All>
-  FASTINV_BLOCK void differentiate(const Descent& d, Block& block, All& all) const {
+  FASTINV_BLOCK void differentiate(const Descent&, Block& block, All& all) const {
     each_rank(block, [&](const auto& warp, int image, int rank) { first_layer(warp, image, rank); });
     each_rank(block, [&](const auto& warp, int image, int rank) { second_layer(warp, image, rank); });
     each_rank(block, [&](const auto& warp, int image, int rank) { back(warp, image, rank); });
@@ -267,15 +267,16 @@ struct Pooled : PooledForward {
   }
 };
 
-// visit(edge), and whether there is a kernel for images of this size.
+// visit(edge), and whether there is a kernel for images of this size: two a block, or one where two are too large.
 template <class F>
 bool with_edge(const Descent& d, const PooledLayers& layers, F&& visit) {
-  using Edge = Pooled<2>;
-  const Edge edge(layers);
+  const auto take = [&](const auto& edge) {
+    if (!has_room(d, edge)) return false;
+    visit(edge);
+    return true;
+  };
   const bool whole = d.channels == 1 && d.height % 4 == 0 && d.width % 4 == 0 && d.height >= 16 && d.width >= 16;
-  if (!whole || !has_room(d, edge)) return false;
-  visit(edge);
-  return true;
+  return whole && (take(Pooled<2>(layers)) || take(Pooled<1>(layers)));
 }
 
 }  // namespace fastinv
