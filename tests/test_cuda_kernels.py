@@ -112,8 +112,13 @@ def test_of_equal_values_the_first_is_the_largest(tied: str) -> None:
     assert relative(z - start, expected - start) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["MNIST ReLU2", "two layers", "two larger layers"])
-@pytest.mark.parametrize(("images", "features"), [(1.0, 1e4), (1.0, 1e-4), (1.0, 0.0), (300.0, 1.0), (1e-3, 1.0)])
+SIZES = [(1.0, 1e4), (1.0, 1e-4), (1.0, 0.0), (300.0, 1.0), (1e-3, 1.0)]  # of images and of features
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "features"),
+    [("MNIST ReLU2", *sizes) for sizes in SIZES] + [("two layers", 1.0, 1.0), ("two larger layers", 1.0, 1.0)],
+)
 def test_two_layers_of_any_size(name: str, images: float, features: float) -> None:
     """Products in float16, high and low: their range is no limit. Five images are more than a block has."""
     recipe = recipe_for(edge_of(name), steps=1, tv_weight=0.0, optimizer="sgd", lr=0.1)
