@@ -43,12 +43,15 @@ class QuadraticForm:
 
 class PooledLayers:
     target: int
-    first: int
+    weights: int
     first_bias: int
-    second: int
     second_bias: int
-    second_back: int
-    first_back: int
+    first_scale: float
+    second_scale: float
+    first_gain: float
+    second_gain: float
+    second_offset: float
+    back_gain: float
     def __init__(self) -> None: ...
     def fits(self, descent: Descent) -> bool: ...
     def run(self, descent: Descent, device: int, stream: int) -> None: ...

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastinv.backends.cuda_device import shared_memory
+from fastinv.backends.cuda_pooled import FIRST, SECOND, TAPS, pooled_fields
 from fastinv.backends.cuda_quadratic import QuadraticForm
 from fastinv.errors import BackendError
 from fastinv.network import Network
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 MOST_STEPS = 1000  # of a launch: then Ctrl-C is heard
 OPTIMIZERS = ("adam", "amsgrad", "sgd")  # the order of Optimizer in kernels/cuda/descent.h
-TAPS, FIRST, SECOND = 5, 8, 16  # of both convolutions, and their channels: what `Pooled` is compiled for
 
 
 def extension() -> Any:
@@ -82,15 +82,8 @@ def pooled_problem(edge: Network) -> Problem | None:
     )
     if (first.shape, second.shape) != ((FIRST, 1, TAPS, TAPS), (SECOND, FIRST, TAPS, TAPS)):
         return None
-    arrays = {
-        "first": first.transpose(1, 2, 3, 0),
-        "first_bias": first_bias,
-        "second": second.transpose(1, 2, 3, 0),
-        "second_bias": second_bias,
-        "second_back": second[..., ::-1, ::-1].transpose(0, 2, 3, 1),
-        "first_back": _in_fours(first[:, 0, ::-1, ::-1].transpose(2, 0, 1)),
-    }
-    return Problem("PooledLayers", "target", arrays, {})
+    arrays, numbers = pooled_fields(first, first_bias, second, second_bias)
+    return Problem("PooledLayers", "target", arrays, numbers)
 
 
 def _in_fours(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -31,8 +31,8 @@ constexpr int kFactor = 4 * kWarp;  // words
 
 // A block's memory.
 struct BandMemory {
-  const Words* weights;  // a lane's words at [(factor · kinds + kind) · 32 + lane]
-  uint32_t *high, *low;  // z, as tensor cores read it
+  const SplitRight* weights;  // a lane's words at [(factor · kinds + kind) · 32 + lane]
+  uint32_t *high, *low;       // z, as tensor cores read it
 };
 
 // The steps of a block's images. A layout has
@@ -72,7 +72,7 @@ struct Banded {
     if (begin < 0) return;
     const int end = end_of(d, begin), weights = form.factors * form.kinds * band::kFactor;
     second_ = block.shared() + weights;
-    memory_.weights = reinterpret_cast<const Words*>(block.shared());
+    memory_.weights = reinterpret_cast<const SplitRight*>(block.shared());
     memory_.high = reinterpret_cast<uint32_t*>(second_ + kValues * band::kThreads);
     memory_.low = memory_.high + Layout::plane(d);
     typename Block::template PerThread<Own> all(block);
@@ -82,16 +82,16 @@ struct Banded {
       for (int i = thread; i < weights; i += band::kThreads) block.shared()[i] = from[i];
       for (int i = thread; i < 2 * Layout::plane(d); i += band::kThreads) memory_.high[i] = 0;
     });
-    block.each([&](int thread) { start(d, image, afresh(thread), all[thread]); });
+    block.each([&](int thread) { start(d, image, in_place(thread), all[thread]); });
     block.each([&](int thread) {
       Own& own = all[thread];
       Layout::pixels(d, image, thread, [&](int v, int, uint32_t at, int, bool) { prime(own, v, at); });
     });
     for (int t = begin; t < end; ++t) {
       block.each_warp([&](const auto& warp) { Layout::multiply(d, form, warp, memory_, all); });
-      block.each([&](int thread) { advance(d, image, t, afresh(thread), all[thread]); });
+      block.each([&](int thread) { advance(d, image, t, in_place(thread), all[thread]); });
     }
-    block.each([&](int thread) { finish(d, afresh(image), thread, all[thread]); });
+    block.each([&](int thread) { finish(d, in_place(image), thread, all[thread]); });
     block.each([&](int thread) { report(d, image, thread); });
   }
 
@@ -127,13 +127,11 @@ struct Banded {
   }
 
   FASTINV_BLOCK void advance(const Descent& d, int image, int t, int thread, Own& own) const {
-    Rule rules[Layout::kChannels];
-#pragma unroll
-    for (int c = 0; c < Layout::kChannels; ++c) rules[c] = rule_of(d, t, c);
+    const Rule<Layout::kChannels> rule(d, t);
     Layout::pixels(d, image, thread, [&](int v, int channel, uint32_t at, int, bool) {
       float unused = 0.0f;
       const float gradient = own.gradient[v / 4].at[v % 4] * form.unscale;
-      step(d, rules[channel], gradient, own.z[v], own.first[v], second(thread, v), unused);
+      own.z[v] = step(d, rule, channel, own.z[v], gradient, own.first[v], second(thread, v), unused);
       prime(own, v, at);
     });
     put(d, thread, own);

@@ -59,9 +59,9 @@ struct BandedImages {
   template <class Warp, class All>
   FASTINV_BLOCK static void multiply(const Descent& d, const BandedForm& form, const Warp& warp,
                                      const BandMemory& memory, All& all) {
-    const int index = afresh(warp.index()), tile = index % band::kAcross, top = index / band::kAcross * kRows;
+    const int index = warp.index(), tile = index % band::kAcross, top = index / band::kAcross * kRows;
     if (tile * band::kColumns >= d.width) return;
-    const int step = afresh(form.kinds * kWarp);
+    const int step = in_place(form.kinds * kWarp);
 #pragma unroll
     for (int k = 0; k < kRows + kTaps - 1; ++k) {
       const int row = top + k - kTaps / 2;
@@ -80,18 +80,14 @@ struct BandedImages {
       for (int r = 0; r < kRows; ++r) {
         const int tap = k - r;
         if (tap < 0 || tap >= kTaps || top + r >= d.height) continue;
-        PerLane<RightFactor> weight_high, weight_low;
+        PerLane<SplitRight> weights;
         warp.each([&](int lane) {
           const Keys keys = all[warp.thread(lane)].keys;
           const int first = static_cast<int>(keys >> 8 * r & 0xff), kind = static_cast<int>(keys >> 8 * kRows);
-          const Words words = memory.weights[(first + tap - kTaps) * step + kind * kWarp + lane];
-          weight_high(lane) = {{words.at[0], words.at[1]}};
-          weight_low(lane) = {{words.at[2], words.at[3]}};
+          weights(lane) = memory.weights[(first + tap - kTaps) * step + kind * kWarp + lane];
         });
         const auto sums = [&](int lane) -> Sums& { return all[warp.thread(lane)].gradient[r]; };
-        warp.multiply(sums, low, weight_high);
-        warp.multiply(sums, high, weight_low);
-        warp.multiply(sums, high, weight_high);
+        multiply_split(warp, sums, high, low, weights);
       }
     }
   }

@@ -55,8 +55,8 @@ struct BandedRows {
   template <class Warp, class All>
   FASTINV_BLOCK static void multiply(const Descent& d, const BandedForm& form, const Warp& warp,
                                      const BandMemory& memory, All& all) {
-    const int index = afresh(warp.index()), tile = index % band::kAcross, top = index / band::kAcross % kDown * kRows;
-    const int image = index / (band::kAcross * kDown) * kTogether, step = afresh(form.kinds * kWarp);
+    const int index = warp.index(), tile = index % band::kAcross, top = index / band::kAcross % kDown * kRows;
+    const int image = index / (band::kAcross * kDown) * kTogether, step = in_place(form.kinds * kWarp);
 
     // Adds the products of rows, in words from the first of a channel's plane, and the bands from number `band` on.
     const auto add = [&](int channel, int band, auto&& row) {
@@ -70,19 +70,15 @@ struct BandedRows {
       }
 #pragma unroll
       for (int to = 0; to < kChannels; ++to) {
-        PerLane<RightFactor> weight_high, weight_low;
+        PerLane<SplitRight> weights;
         warp.each([&](int lane) {
           const int kind = all[warp.thread(lane)].keys;
-          const Words words = memory.weights[(band + to) * step + kind * kWarp + lane];
-          weight_high(lane) = {{words.at[0], words.at[1]}};
-          weight_low(lane) = {{words.at[2], words.at[3]}};
+          weights(lane) = memory.weights[(band + to) * step + kind * kWarp + lane];
         });
 #pragma unroll
         for (int k = 0; k < kTogether; ++k) {
           const auto sums = [&](int lane) -> Sums& { return all[warp.thread(lane)].gradient[k * kChannels + to]; };
-          warp.multiply(sums, low[k], weight_high);
-          warp.multiply(sums, high[k], weight_low);
-          warp.multiply(sums, high[k], weight_high);
+          multiply_split(warp, sums, high[k], low[k], weights);
         }
       }
     };

@@ -1,9 +1,12 @@
 // rMLE by gradient descent, all steps on chip (He et al. 2019, Algorithm 1): what is the same for every edge.
 //
-// A block has one image for many steps. The image lies in shared memory, plane by plane, beside what the edge keeps
-// there; a thread has some pixels of a column, one below the other, with their moments, in registers. An edge says how
-// the gradient of Σ(edge(z) − v)² is made: `quadratic.h`, `pooled.h`.
+// A block has one image, or a few, for many steps. They lie in shared memory, plane by plane, beside what the edge
+// keeps there; a thread has some pixels of a column, one below the other, with their moments, in registers, or brings
+// these for every step where registers are scarce. An edge says how the gradient of Σ(edge(z) − v)² is made:
+// `quadratic.h`, `pooled.h`.
 #pragma once
+
+#include <type_traits>
 
 #include "block.h"
 
@@ -14,9 +17,10 @@ enum class Optimizer : int32_t { kAdam, kAmsgrad, kSgd };
 struct Descent {
   // float32 [images, height, width, channels]: the image, and the moments.
   float *z, *first, *second, *largest;
-  const float* rates;        // [steps, 2]: for Adam lr / (1 − β1^t) and (1 − β2^t)^(−1/2), for SGD lr
-  const float *low, *high;   // [channels], or null
-  int32_t *running, *taken;  // [images]: 1 while an image has steps to take, then 2; how many it has taken
+  const float* rates;       // [steps, 2]: for Adam lr / (1 − β1^t) and (1 − β2^t)^(−1/2), for SGD lr
+  const float *low, *high;  // [channels], or null
+  // [images]: 1 while an image has steps to take, then 2; how many it has taken, all that run as many.
+  int32_t *running, *taken;
   int32_t images, height, width, channels;
   int32_t steps, most;  // in all, and in one launch
   Optimizer optimizer;
@@ -38,8 +42,16 @@ template <int kChannels_, int kRows_>
 struct Pixels {
   static constexpr int kChannels = kChannels_, kRows = kRows_;
   using Values = float[kRows][kChannels];
-  Values z, gradient, first, second, largest;
+  Values gradient, first, second, largest;
   int row, column;  // of the first; a thread that has none is at column −1
+
+  FASTINV_BLOCK void clear_moments() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) first[r][c] = second[r][c] = largest[r][c] = 0.0f;
+    }
+  }
 };
 
 // Planes of rows of pixels, each with as much of a border as the edge asks for.
@@ -57,12 +69,17 @@ struct Planes {
 template <class Edge>
 FASTINV_BOTH int threads_across(const Descent& d) {
   const int whole = (d.width + 31) / 32 * 32, down = (d.height + Edge::P::kRows - 1) / Edge::P::kRows;
-  return whole * down <= Edge::kMostThreads ? whole : d.width;
+  return whole * down * Edge::kImages <= Edge::kMostThreads ? whole : d.width;
 }
-// Threads of a block, whole warps; rows of its image, a whole number for each thread; its floats in shared memory.
+// Threads of an image, whole warps, and of a block; rows of an image, a whole number for each thread; floats of an
+// image and of a block in shared memory.
+template <class Edge>
+FASTINV_BOTH int image_threads(const Descent& d) {
+  return ((d.height + Edge::P::kRows - 1) / Edge::P::kRows * threads_across<Edge>(d) + 31) / 32 * 32;
+}
 template <class Edge>
 FASTINV_BOTH int threads_of(const Descent& d) {
-  return ((d.height + Edge::P::kRows - 1) / Edge::P::kRows * threads_across<Edge>(d) + 31) / 32 * 32;
+  return image_threads<Edge>(d) * Edge::kImages;
 }
 template <class Edge>
 FASTINV_BOTH int rows_of(const Descent& d) {
@@ -74,13 +91,25 @@ FASTINV_BOTH int image_floats(const Descent& d) {
 }
 template <class Edge>
 FASTINV_BOTH int shared_floats(const Descent& d, const Edge& edge) {
-  return image_floats<Edge>(d) + edge.shared_floats(d);
+  return Edge::kImages * image_floats<Edge>(d) + edge.shared_floats(d);
 }
 template <class Edge>
-FASTINV_BLOCK Planes image_of(const Descent& d, float* memory) {
+FASTINV_BOTH int blocks_of(const Descent& d) {
+  return (d.images + Edge::kImages - 1) / Edge::kImages;
+}
+template <class Edge>
+FASTINV_BLOCK Planes image_of(const Descent& d, float* memory, int image) {
   const int pitch = d.width + 2 * Edge::kBorder;
+  memory += image * image_floats<Edge>(d);
   return {memory + Edge::kBorder * pitch + Edge::kBorder, pitch, rows_of<Edge>(d) * pitch};
 }
+// Which of its block's images a thread has: neighbouring warps have different ones.
+template <class Edge>
+FASTINV_BLOCK int image_of_thread(int thread) {
+  return Edge::kImages == 1 ? 0 : static_cast<int>(in_place(static_cast<unsigned>(thread)) / kWarp % Edge::kImages);
+}
+// Whether there is such an image, and it has steps to take.
+FASTINV_BLOCK inline bool runs(const Descent& d, int n) { return n < d.images && d.running[n] == 1; }
 
 // Sums of a convolution at the pixels of a thread: sum[r][c] += Σ w[i, j, k, c] · planes(row + r + i, column + j, k),
 // with weights [j][k][i · outputs + c, rounded up to 4]. A value then serves several sums, and four weights are read at
@@ -114,46 +143,66 @@ FASTINV_BLOCK void convolve(const Planes& planes, int row, int column, const Fou
   }
 }
 
+// β/2 − 1 of the total variation: 0, −1/2, or anything.
+enum class Power { kNone, kRoot, kAny };
+template <class F>
+FASTINV_BLOCK void with_power(const Descent& d, F&& f) {
+  if (d.half_beta == 1.0f) return f(std::integral_constant<Power, Power::kNone>());
+  if (d.half_beta == 0.5f) return f(std::integral_constant<Power, Power::kRoot>());
+  f(std::integral_constant<Power, Power::kAny>());
+}
+
 // dy and dx at a pixel of the image, 0 over its border, and (dy² + dx² + root)^(β/2 − 1).
 struct Differences {
   float dy, dx, factor;
 };
 
-FASTINV_BLOCK inline Differences differences(const Descent& d, const Planes& image, int row, int column, int channel) {
+template <Power kPower>
+FASTINV_BLOCK Differences differences(const Descent& d, const Planes& image, int row, int column, int channel) {
   const float here = image.at(row, column, channel);
   const float dy = row + 1 < d.height ? image.at(row + 1, column, channel) - here : 0.0f;
   const float dx = column + 1 < d.width ? image.at(row, column + 1, channel) - here : 0.0f;
   float square = dy * dy + dx * dx + d.root;
   if (square < 1e-30f) square = 1e-30f;  // where a difference is 0 so is the slope; but not 0 · ∞
-  if (d.half_beta == 1.0f) return {dy, dx, 1.0f};
-  if (d.half_beta == 0.5f) return {dy, dx, 1.0f / sqrtf(square)};
-  return {dy, dx, powf(square, d.half_beta - 1.0f)};
+  return {dy, dx, kPower == Power::kRoot ? 1.0f / sqrtf(square) : powf(square, d.half_beta - 1.0f)};
 }
 
 // The gradient of tv_weight · TV_β at a pixel.
-FASTINV_BLOCK inline float variation_slope(const Descent& d, const Planes& image, int row, int column, int channel) {
-  const Differences here = differences(d, image, row, column, channel);
-  float slope = -(here.dy + here.dx) * here.factor;
-  if (row > 0) {
-    const Differences above = differences(d, image, row - 1, column, channel);
-    slope += above.dy * above.factor;
-  }
-  if (column > 0) {
-    const Differences left = differences(d, image, row, column - 1, channel);
-    slope += left.dx * left.factor;
+template <Power kPower>
+FASTINV_BLOCK float variation_slope(const Descent& d, const Planes& image, int row, int column, int channel) {
+  float slope;
+  if (kPower == Power::kNone) {  // the differences from all four neighbours; over the border there is none
+    const float* at = &image.at(row, column, channel);
+    slope = (at[0] - at[column > 0 ? -1 : 0]) + (at[0] - at[column + 1 < d.width ? 1 : 0]) +
+            (at[0] - at[row > 0 ? -image.pitch : 0]) + (at[0] - at[row + 1 < d.height ? image.pitch : 0]);
+  } else {
+    const Differences here = differences<kPower>(d, image, row, column, channel);
+    slope = -(here.dy + here.dx) * here.factor;
+    if (row > 0) {
+      const Differences above = differences<kPower>(d, image, row - 1, column, channel);
+      slope += above.dy * above.factor;
+    }
+    if (column > 0) {
+      const Differences left = differences<kPower>(d, image, row, column - 1, channel);
+      slope += left.dx * left.factor;
+    }
   }
   return d.tv_weight * 2.0f * d.half_beta * slope;
 }
 
-// What all values of a channel share in a step.
+// What a step needs of memory, read once.
+template <int kChannels>
 struct Rule {
-  float rate, scale;  // of `rates`
-  float low, high;
+  float rate[2], low[kChannels], high[kChannels];
+
+  FASTINV_BLOCK Rule(const Descent& d, int t) : rate{d.rates[2 * t], d.rates[2 * t + 1]} {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      low[c] = d.low == nullptr ? -INFINITY : d.low[c];
+      high[c] = d.low == nullptr ? INFINITY : d.high[c];
+    }
+  }
 };
-FASTINV_BLOCK inline Rule rule_of(const Descent& d, int t, int channel) {
-  return {d.rates[2 * t], d.rates[2 * t + 1], d.low == nullptr ? -INFINITY : d.low[channel],
-          d.high == nullptr ? INFINITY : d.high[channel]};
-}
 
 // √x and x / y. On the GPU within 2 units in the last place: exact ones take three times the instructions, and branch.
 FASTINV_BLOCK inline float root(float x) {
@@ -172,12 +221,13 @@ FASTINV_BLOCK inline float quotient(float x, float y) {
 #endif
 }
 
-// A step of one value. Adam: Kingma and Ba 2015; AMSGrad: Reddi et al. 2018; both and SGD as in PyTorch.
-FASTINV_BLOCK inline void step(const Descent& d, const Rule& rule, float gradient, float& z, float& first,
-                               float& second, float& largest) {
+// z after a step, of this channel. Adam: Kingma and Ba 2015; AMSGrad: Reddi et al. 2018; both and SGD as in PyTorch.
+template <int kChannels>
+FASTINV_BLOCK float step(const Descent& d, const Rule<kChannels>& rule, int channel, float z, float gradient,
+                         float& first, float& second, float& largest) {
   if (d.optimizer == Optimizer::kSgd) {
     first = d.momentum * first + gradient;
-    z -= rule.rate * first;
+    z -= rule.rate[0] * first;
   } else {
     first += d.rest1 * (gradient - first);
     second = d.beta2 * second + d.rest2 * gradient * gradient;
@@ -186,91 +236,127 @@ FASTINV_BLOCK inline void step(const Descent& d, const Rule& rule, float gradien
       if (largest > scale) scale = largest;
       largest = scale;
     }
-    z -= quotient(rule.rate * first, root(scale) * rule.scale + d.eps);
+    z -= quotient(rule.rate[0] * first, root(scale) * rule.rate[1] + d.eps);
   }
-  if (z < rule.low) z = rule.low;
-  if (z > rule.high) z = rule.high;
+  if (z < rule.low[channel]) z = rule.low[channel];
+  if (z > rule.high[channel]) z = rule.high[channel];
+  return z;
 }
 
-// What a block does with its image: as many steps as are left, `most` at most. The edge has
-// - `Own`, what a thread keeps beside its pixels, a `Pixels` among it as `pixels`; `kBorder`, of the image;
-//   `kMostThreads` of a block; `kBlocks`, that share a multiprocessor;
+// What a block does with its images: as many steps as are left, `most` at most. The edge has
+// - `kImages`, of a block; `kBorder`, of an image; `kMostThreads` of a block; `kBlocks`, that share a multiprocessor;
+//   `kKeeps`, whether moments stay in registers;
+// - `Own`, what a thread keeps beside its pixels, a `Pixels` among it as `pixels`;
 // - `shared_floats(d)`, and `begin(d, block, memory)`, which fills that memory and ends with a barrier;
-// - `own(d, n, own)`, which completes a thread's own for image n;
-// - `differentiate(d, block, image, all)`, which leaves the gradients in the pixels of all, and ends with a barrier.
+// - `own(d, n, own)`, which completes a thread's own for image n, and `moved(d, image, pixels)`, told of new values;
+// - `differentiate(d, block, all)`, which leaves the gradients in the pixels of all, and ends with a barrier.
 template <class Edge, class Block>
 FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
   using P = typename Edge::P;
-  const int n = block.index(), across = threads_across<Edge>(d);
-  if (d.running[n] != 1) return;
-  const Planes image = image_of<Edge>(d, block.shared());
-  const int64_t start = int64_t{n} * d.height * d.width * P::kChannels;
-  const int begin = d.taken[n], end = end_of(d, begin);
+  const int across = threads_across<Edge>(d), first = block.index() * Edge::kImages;
+  int begin = -1;
+#pragma unroll
+  for (int i = 0; i < Edge::kImages; ++i) {
+    if (runs(d, first + i)) begin = d.taken[first + i];
+  }
+  if (begin < 0) return;
+  const int end = end_of(d, begin);
   typename Block::template PerThread<typename Edge::Own> all(block);
 
-  // For every value of a thread that is in the image: f(row in the thread, channel, place in memory).
+  // For every value of a thread that is in its image: f(row in the thread, channel).
   const auto values = [&](const P& p, auto f) {
     if (p.column < 0) return;
 #pragma unroll
     for (int r = 0; r < P::kRows; ++r) {
       if (p.row + r >= d.height) continue;
 #pragma unroll
-      for (int c = 0; c < P::kChannels; ++c) {
-        f(r, c, start + (int64_t{p.row + r} * d.width + p.column) * P::kChannels + c);
-      }
+      for (int c = 0; c < P::kChannels; ++c) f(r, c);
     }
+  };
+  // The same with its place in memory, which goes from row to row: that takes fewer 64-bit products.
+  const auto places = [&](int image, const P& p, float* images, auto f) {
+    if (p.column < 0) return;
+    float* row = images + ((int64_t{first + image} * d.height + p.row) * d.width + p.column) * P::kChannels;
+    values(p, [&](int r, int c) {
+      f(r, c, row[c]);
+      if (c + 1 == P::kChannels) row += d.width * P::kChannels;
+    });
+  };
+  const auto load = [&](int image, const P& p, float* from, typename P::Values& to) {
+    places(image, p, from, [&](int r, int c, float value) { to[r][c] = value; });
+  };
+  const auto store = [&](int image, const P& p, const typename P::Values& from, float* to) {
+    places(image, p, to, [&](int r, int c, float& value) { value = from[r][c]; });
+  };
+  const bool squares = d.optimizer != Optimizer::kSgd, largest = d.optimizer == Optimizer::kAmsgrad;
+  const auto load_moments = [&](int image, P& p) {
+    p.clear_moments();  // also those that are not loaded: nothing has to be kept from the step before
+    load(image, p, d.first, p.first);
+    if (squares) load(image, p, d.second, p.second);
+    if (largest) load(image, p, d.largest, p.largest);
+  };
+  const auto store_moments = [&](int image, const P& p) {
+    store(image, p, p.first, d.first);
+    if (squares) store(image, p, p.second, d.second);
+    if (largest) store(image, p, p.largest, d.largest);
   };
 
   block.each([&](int thread) {
-    for (int i = thread; i < image_floats<Edge>(d); i += block.threads()) block.shared()[i] = 0.0f;
+    for (int i = thread; i < Edge::kImages * image_floats<Edge>(d); i += block.threads()) block.shared()[i] = 0.0f;
   });
-  edge.begin(d, block, block.shared() + image_floats<Edge>(d));
+  edge.begin(d, block, block.shared() + Edge::kImages * image_floats<Edge>(d));
   block.each([&](int thread) {
     all[thread] = {};
     P& p = all[thread].pixels;
-    p.row = thread / across * P::kRows;
-    p.column = p.row < d.height && thread % across < d.width ? thread % across : -1;
+    const int image = image_of_thread<Edge>(thread), place = thread / kWarp / Edge::kImages * kWarp + thread % kWarp;
+    p.row = place / across * P::kRows;
+    p.column = p.row < d.height && place % across < d.width && runs(d, first + image) ? place % across : -1;
     if (p.column < 0) return;
-    values(p, [&](int r, int c, int64_t at) {
-      p.z[r][c] = d.z[at];
-      p.first[r][c] = d.first[at];
-      p.second[r][c] = d.second[at];
-      p.largest[r][c] = d.largest[at];
-      image.at(p.row + r, p.column, c) = p.z[r][c];
-    });
-    edge.own(d, n, all[thread]);
+    const Planes planes = image_of<Edge>(d, block.shared(), image);
+    places(image, p, d.z, [&](int r, int c, float z) { planes.at(p.row + r, p.column, c) = z; });
+    if (Edge::kKeeps) load_moments(image, p);
+    edge.own(d, first + image, all[thread]);
+    edge.moved(d, image, p);
   });
   for (int t = begin; t < end; ++t) {
-    edge.differentiate(d, block, image, all);
-    if (d.tv_weight > 0.0f) {
+    edge.differentiate(d, block, all);
+    if (d.tv_weight > 0.0f || !Edge::kKeeps) {
       block.each([&](int thread) {
         P& p = all[thread].pixels;
-        values(p,
-               [&](int r, int c, int64_t) { p.gradient[r][c] += variation_slope(d, image, p.row + r, p.column, c); });
+        const int image = image_of_thread<Edge>(thread);
+        if (!Edge::kKeeps) load_moments(image, p);
+        if (d.tv_weight == 0.0f) return;
+        const Planes planes = image_of<Edge>(d, block.shared(), image);
+        with_power(d, [&](auto power) {
+          values(p, [&](int r, int c) {
+            p.gradient[r][c] += variation_slope<decltype(power)::value>(d, planes, p.row + r, p.column, c);
+          });
+        });
       });
     }
     block.each([&](int thread) {
       P& p = all[thread].pixels;
-      Rule rules[P::kChannels];
-#pragma unroll
-      for (int c = 0; c < P::kChannels; ++c) rules[c] = rule_of(d, t, c);
-      values(p, [&](int r, int c, int64_t) {
-        step(d, rules[c], p.gradient[r][c], p.z[r][c], p.first[r][c], p.second[r][c], p.largest[r][c]);
-        image.at(p.row + r, p.column, c) = p.z[r][c];
+      p.row = in_place(p.row), p.column = in_place(p.column);
+      const int image = image_of_thread<Edge>(thread);
+      const Planes planes = image_of<Edge>(d, block.shared(), image);
+      const Rule<P::kChannels> rule(d, t);
+      values(p, [&](int r, int c) {
+        float& z = planes.at(p.row + r, p.column, c);
+        z = step(d, rule, c, z, p.gradient[r][c], p.first[r][c], p.second[r][c], p.largest[r][c]);
       });
+      if (!Edge::kKeeps) store_moments(image, p);
+      edge.moved(d, image, p);
     });
   }
   block.each([&](int thread) {
     const P& p = all[thread].pixels;
-    values(p, [&](int r, int c, int64_t at) {
-      d.z[at] = p.z[r][c];
-      d.first[at] = p.first[r][c];
-      d.second[at] = p.second[r][c];
-      d.largest[at] = p.largest[r][c];
-    });
-    if (thread > 0) return;
-    d.taken[n] = end;
-    if (end == d.steps) d.running[n] = kFinished;
+    const int image = image_of_thread<Edge>(thread);
+    const Planes planes = image_of<Edge>(d, block.shared(), image);
+    places(image, p, d.z, [&](int r, int c, float& z) { z = planes.at(p.row + r, p.column, c); });
+    if (Edge::kKeeps) store_moments(image, p);
+    if (p.row > 0 || p.column != 0) return;  // one thread of an image that runs
+    d.taken[first + image] = end;
+    if (end == d.steps) d.running[first + image] = kFinished;
   });
 }
 
@@ -280,7 +366,7 @@ struct Grid {
 };
 template <class Edge>
 Grid grid_of(const Descent& d, const Edge& edge) {
-  return {d.images, threads_of<Edge>(d), shared_floats(d, edge)};
+  return {blocks_of<Edge>(d), threads_of<Edge>(d), shared_floats(d, edge)};
 }
 
 template <class Edge>

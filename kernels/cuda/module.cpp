@@ -103,12 +103,15 @@ PYBIND11_MODULE(_cuda, m) {
 
   auto pooled = problem<PooledLayers>(m, "PooledLayers");
   pointer(pooled, "target", &PooledLayers::target);
-  pointer(pooled, "first", &PooledLayers::first);
+  pointer(pooled, "weights", &PooledLayers::weights);
   pointer(pooled, "first_bias", &PooledLayers::first_bias);
-  pointer(pooled, "second", &PooledLayers::second);
   pointer(pooled, "second_bias", &PooledLayers::second_bias);
-  pointer(pooled, "second_back", &PooledLayers::second_back);
-  pointer(pooled, "first_back", &PooledLayers::first_back);
+  pooled.def_readwrite("first_scale", &PooledLayers::first_scale)
+      .def_readwrite("second_scale", &PooledLayers::second_scale)
+      .def_readwrite("first_gain", &PooledLayers::first_gain)
+      .def_readwrite("second_gain", &PooledLayers::second_gain)
+      .def_readwrite("second_offset", &PooledLayers::second_offset)
+      .def_readwrite("back_gain", &PooledLayers::back_gain);
 
   py::class_<Tail> tail(m, "Tail");
   tail.def(py::init([] { return Tail{}; }));

@@ -1,218 +1,274 @@
 // An edge of two layers, convolution, ReLU, 2×2 max pool, convolution, ReLU: MNIST's ReLU2. All activations are on
-// chip.
+// chip, and all products are of matrices, on tensor cores.
+//
+// A number is there the sum of two float16, high and low, and a product three: high · high + high · low + low · high
+// (`halved`). All are multiplied by powers of two, from bounds of what can come, so that they stay in float16's range:
+// those up to 2^19 times smaller than the bound keep all 22 bits.
 #pragma once
 
-#include "descent.h"
+#include "pooled_forward.h"
 
 namespace fastinv {
 
-// Weights are packed as `convolve` and `correlate` read them.
-struct PooledLayers {
-  const float* target;  // float32 [images, rows of the result, columns, kSecond]
-  const float *first, *first_bias, *second, *second_bias, *second_back, *first_back;
-};
-
-// Sums of a convolution at two neighbours in a row, four channels each: weights [channel in, row tap, column tap,
-// channel out], `fours` of them a tap.
-template <int kTaps>
-FASTINV_BLOCK void correlate(const Planes& planes, int channels, int row, int column, const Four* weights, int fours,
-                             float (&sum)[2][4]) {
-#pragma unroll 1
-  for (int c = 0; c < channels; ++c) {
-#pragma unroll
-    for (int i = 0; i < kTaps; ++i) {
-      float x[kTaps + 1];
-#pragma unroll
-      for (int j = 0; j <= kTaps; ++j) x[j] = planes.at(row + i, column + j, c);
-#pragma unroll
-      for (int j = 0; j < kTaps; ++j) {
-        const Four w = weights[((c * kTaps + i) * kTaps + j) * fours];
-#pragma unroll
-        for (int l = 0; l < 4; ++l) {
-          sum[0][l] += w.at[l] * x[j];
-          sum[1][l] += w.at[l] * x[j + 1];
-        }
-      }
-    }
-  }
-}
-
-template <int kTaps_, int kFirst_, int kSecond_>
-struct Pooled {
-  static constexpr int kTaps = kTaps_, kFirst = kFirst_, kSecond = kSecond_;  // channels of the layers
-  using P = Pixels<1, 4>;
+template <int kImages_>
+struct Pooled : PooledForward {
+  using P = Pixels<1, 8>;
+  static constexpr int kImages = kImages_;
+  static constexpr bool kKeeps = false;
   static constexpr int kBorder = 0;
-  static constexpr int kBlocks = 1;
-  static constexpr int kMostThreads = kManyRegisters;
-  static constexpr int kEdge = kTaps - 1;  // what a convolution takes away
-  static constexpr int kFirstWeights = kTaps * kTaps * kFirst, kSecondWeights = kFirstWeights * kSecond;
-  static constexpr int kBackWeights = kTaps * kFirst * ((kTaps + 3) / 4 * 4);
+  static constexpr int kBlocks = 2, kMostThreads = kManyRegisters;
+  static constexpr int kBackwardRows = 6;  // that a warp makes at once
 
   struct Own {
     P pixels;
-    const Four* weights[P::kRows];
   };
 
-  PooledLayers layers;
-  float *first = nullptr, *second = nullptr, *second_back = nullptr, *first_back = nullptr;  // weights
-  int image = 0;                                                                             // the block's
-  // In shared memory: after the pool, and which of four was the largest; gradients of both convolutions, with a border.
-  Planes pooled{}, place{}, second_gradient{}, first_gradient{};
+  explicit Pooled(const PooledLayers& layers) : PooledForward{PooledMemory(layers)} {}
 
-  FASTINV_BOTH static int halved(int side) { return (side - kEdge) / 2; }
   FASTINV_BOTH int shared_floats(const Descent& d) const {
-    const int height = halved(d.height), width = halved(d.width);
-    return kFirstWeights + 2 * kSecondWeights + kBackWeights + 2 * kFirst * height * width +
-           kSecond * (height + kEdge) * (width + kEdge) + kFirst * (d.height + kEdge) * (d.width + kEdge);
+    return kWeights + ((3 + image_threads<Pooled>(d) / kWarp) * kImages + 3) / 4 * 4 +
+           kImages * room_floats(halved_side(d.height), halved_side(d.width));
+  }
+
+  // work(warp, image, its rank among the warps that have the image): neighbours have different images, so that all four
+  // parts of a multiprocessor are busy where an image has work for two.
+  template <class Block, class F>
+  FASTINV_BLOCK void each_rank(Block& block, F work) const {
+    block.each_warp([&](const auto& warp) {
+      const int image = warp.index() % kImages;
+      if (images >> image & 1) work(warp, image, warp.index() / kImages);
+    });
   }
 
   template <class Block>
   FASTINV_BLOCK void begin(const Descent& d, Block& block, float* memory) {
-    image = block.index();
-    const int height = halved(d.height), width = halved(d.width);
-    const auto take = [&memory](int floats) {
-      float* taken = memory;
-      memory += floats;
-      return taken;
+    height = halved_side(d.height), width = halved_side(d.width), rows = height - kEdge, columns = width - kEdge;
+    pitch = pitch_of(width), part = d.height / 2 * pitch;
+    first_image = block.index() * kImages;
+#pragma unroll
+    for (int i = 0; i < kImages; ++i) images |= runs(d, first_image + i) << i;
+    image_memory = block.shared();
+    auto* words = reinterpret_cast<uint32_t*>(memory);
+    weights = words;
+    image_scale = memory + kWeights;
+    target_bound = image_scale + kImages;
+    undo = target_bound + kImages;
+    largest = undo + kImages;
+    ranks = block.threads() / kWarp / kImages;
+    rooms = image_scale + ((3 + ranks) * kImages + 3) / 4 * 4;
+    // The largest of these values of the image, to a place of the warp's.
+    const auto bound = [&](const auto& warp, int image, int rank, const float* values, int count) {
+      PerLane<float> most;
+      warp.each([&](int lane) {
+        most(lane) = 0.0f;
+        for (int i = rank * kWarp + lane; i < count; i += ranks * kWarp) {
+          most(lane) = fmaxf(most(lane), fabsf(values[i]));
+        }
+      });
+      const float value = warp.largest([&](int lane) { return most(lane); });
+      warp.each([&](int lane) {
+        if (lane == 0) largest[image * ranks + rank] = value;
+      });
     };
-    const auto planes = [&](int channels, int rows, int columns, int border) -> Planes {
-      float* begin = take(channels * rows * columns);
-      return {begin + border * (columns + 1), columns, rows * columns};
-    };
-    float* all = memory;
-    first = take(kFirstWeights);
-    second = take(kSecondWeights);
-    second_back = take(kSecondWeights);
-    first_back = take(kBackWeights);
-    pooled = planes(kFirst, height, width, 0);
-    place = planes(kFirst, height, width, 0);
-    second_gradient = planes(kSecond, height + kEdge, width + kEdge, kEdge);
-    first_gradient = planes(kFirst, d.height + kEdge, d.width + kEdge, kEdge);
+    const int pixels = d.height * d.width, results = rows * columns * kSecond;
     block.each([&](int thread) {
-      for (int i = thread; i < shared_floats(d); i += block.threads()) all[i] = 0.0f;
+      for (int i = thread; i < kWeights; i += block.threads()) words[i] = layers.weights[i];
+      for (int i = thread; i < kImages * room_floats(height, width); i += block.threads()) rooms[i] = 0.0f;
+    });
+    each_rank(block, [&](const auto& warp, int image, int rank) {
+      bound(warp, image, rank, layers.target + int64_t{first_image + image} * results, results);
     });
     block.each([&](int thread) {
-      const auto copy = [&](float* to, const float* from, int size) {
-        for (int i = thread; i < size; i += block.threads()) to[i] = from[i];
-      };
-      copy(first, layers.first, kFirstWeights);
-      copy(second, layers.second, kSecondWeights);
-      copy(second_back, layers.second_back, kSecondWeights);
-      copy(first_back, layers.first_back, kBackWeights);
+      if (thread < kImages) target_bound[thread] = largest_of(thread);
+    });
+    each_rank(block, [&](const auto& warp, int image, int rank) {
+      bound(warp, image, rank, d.z + int64_t{first_image + image} * pixels, pixels);
+    });
+    block.each([&](int thread) {
+      // An image that has become 2^10 times as large, or 2^10 where it was below 1, is still below float16's 2^16.
+      if (thread < kImages) image_scale[thread] = scale_for(fmaxf(largest_of(thread), 1.0f), 6);
     });
   }
 
-  FASTINV_BLOCK void own(const Descent&, int, Own& own) const {
+  FASTINV_BLOCK void own(const Descent&, int, Own&) const {}
+
+  FASTINV_BLOCK void moved(const Descent& d, int image, const P& p) const {
+    if (p.column < 0) return;
+    const float scale = image_scale[image];
+    const float* z = &image_of<Pooled>(d, image_memory, image).at(p.row, p.column, 0);
+    uint32_t* pairs = room(image).pairs + p.row / 2 * pitch + p.column;
 #pragma unroll
-    for (int r = 0; r < P::kRows; ++r) own.weights[r] = reinterpret_cast<const Four*>(first_back);
+    for (int r = 0; r < P::kRows; r += 2) {
+      if (p.row + r >= d.height) break;
+      const Halved both = fastinv::halved(z[r * d.width] * scale, z[(r + 1) * d.width] * scale);
+      pairs[r / 2 * pitch] = both.high;
+      pairs[r / 2 * pitch + part] = both.low;
+    }
   }
 
   template <class Block, class All>
-  FASTINV_BLOCK void differentiate(const Descent& d, Block& block, const Planes& image_planes, All& all) const {
-    const int height = halved(d.height), width = halved(d.width);
-    block.each([&](int thread) {
-      for (int i = thread; i < height * width * (kFirst / 4); i += block.threads()) {
-        first_layer(image_planes, i / (kFirst / 4) / width, i / (kFirst / 4) % width, i % (kFirst / 4));
-      }
-    });
-    const int rows = height - kEdge, columns = width - kEdge, pairs = columns / 2;
-    block.each([&](int thread) {
-      for (int i = thread; i < rows * pairs * (kSecond / 4); i += block.threads()) {
-        second_layer(i / (kSecond / 4) / pairs, i / (kSecond / 4) % pairs * 2, i % (kSecond / 4), rows, columns);
-      }
-    });
-    block.each([&](int thread) {
-      for (int i = thread; i < height * (width / 2) * (kFirst / 4); i += block.threads()) {
-        back_to_pool(i / (kFirst / 4) / (width / 2), i / (kFirst / 4) % (width / 2) * 2, i % (kFirst / 4));
-      }
-    });
-    block.each([&](int thread) {
-      Own& own = all[thread];
-      P& p = own.pixels;
-      if (p.column < 0) return;
-#pragma unroll
-      for (int r = 0; r < P::kRows; ++r) p.gradient[r][0] = 0.0f;
-      convolve<kFirst, kTaps, true>(first_gradient, p.row - kEdge, p.column - kEdge, own.weights, p.gradient);
-    });
+  FASTINV_BLOCK void differentiate(const Descent&, Block& block, All& all) const {
+    each_rank(block, [&](const auto& warp, int image, int rank) { first_layer(warp, image, rank); });
+    each_rank(block, [&](const auto& warp, int image, int rank) { second_layer(warp, image, rank); });
+    each_rank(block, [&](const auto& warp, int image, int rank) { back(warp, image, rank); });
+    block.each([&](int thread) { gather(image_of_thread<Pooled>(thread), all[thread].pixels); });
   }
 
  private:
-  // Pixel (row, column) after the pool, four channels. Of equal values the first is the largest, as in PyTorch.
-  FASTINV_BLOCK void first_layer(const Planes& z, int row, int column, int group) const {
-    const Four* weights = reinterpret_cast<const Four*>(first) + group;
-    float sums[2][2][4];
+  // From there to what comes after the pool, of 16 columns and `kBackwardRows` rows at a time, and on to what was the
+  // largest and to the pixels that it reaches. A left factor's rows are 16 neighbouring columns; one of the gradient's
+  // rows serves several.
+  template <class Warp>
+  FASTINV_BLOCK void back(const Warp& warp, int image, int rank) const {
+    const Room at = room(image);
+    const auto* factors = reinterpret_cast<const SplitRight*>(weights + kFirstWords + kSecondWords);
+    const int across = (width + 15) / 16, down = (height + kBackwardRows - 1) / kBackwardRows;
+    const int plane = rows * (columns + 2);
+#pragma unroll 1
+    for (int task = rank; task < down * across; task += ranks) {
+      const int row = task / across * kBackwardRows, column = task % across * 16;
+      PerLane<Sums> sums[kBackwardRows];
+      warp.each([&](int lane) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+        for (int r = 0; r < kBackwardRows; ++r) sums[r](lane) = {};
+      });
+#pragma unroll 1
+      for (int tap = 0; tap < kTaps; ++tap) {
+        PerLane<SplitRight> w[kTaps];
+        PerLane<const Words*> source;
+        warp.each([&](int lane) {
 #pragma unroll
-      for (int l = 0; l < 4; ++l) sums[i][0][l] = sums[i][1][l] = layers.first_bias[4 * group + l];
-      correlate<kTaps>(z, 1, 2 * row + i, 2 * column, weights, kFirst / 4, sums[i]);
-    }
+          for (int i = 0; i < kTaps; ++i) w[i](lane) = factors[(tap * kTaps + i) * kWarp + lane];
+          int x = column + lane % 16 - tap;
+          x = x < -1 ? -1 : x > columns ? columns : x;
+          source(lane) = at.gradient + lane / 16 * plane + (row - kEdge) * (columns + 2) + 1 + x;
+        });
 #pragma unroll
-    for (int l = 0; l < 4; ++l) {
-      float best = 0.0f, at = -1.0f;  // where none is above 0 no gradient goes back
+        for (int u = 0; u < kBackwardRows + kEdge; ++u) {
+          if (row - kEdge + u < 0 || row - kEdge + u >= rows) continue;
+          PerLane<LeftFactor> high, low;
+          warp.load([&](int lane) { return source(lane) + u * (columns + 2); }, high);
+          warp.load([&](int lane) { return source(lane) + u * (columns + 2) + 2 * plane; }, low);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float value = sums[k / 2][k % 2][l];
-        if (value > best) {
-          best = value;
-          at = static_cast<float>(k);
+          for (int i = 0; i < kTaps; ++i) {
+            if (u - kEdge + i < 0 || u - kEdge + i >= kBackwardRows) continue;
+            multiply_split(warp, sums[u - kEdge + i], high, low, w[i]);
+          }
         }
       }
-      pooled.at(row, column, 4 * group + l) = best;
-      place.at(row, column, 4 * group + l) = at;
+      spread(warp, at, row, column, sums);
     }
   }
 
-  // The gradient at two neighbours of the result, four channels, before its ReLU: 2 · (y − v) where y > 0.
-  FASTINV_BLOCK void second_layer(int row, int column, int group, int rows, int columns) const {
-    float sum[2][4];
+  // A left factor's rows are windows, its columns 4 places in each of 4 channels, all but one of which are 0; a right
+  // one's columns are 8 of the pixels reached.
+  template <class Warp>
+  FASTINV_BLOCK void spread(const Warp& warp, const Room& at, int row, int column,
+                            PerLane<Sums> (&sums)[kBackwardRows]) const {
+    const auto* factors = reinterpret_cast<const SplitRight*>(weights + kFirstWords + kSecondWords + kSecondBackWords);
+    PerLane<SplitRight> w[kEights][2];
+    PerLane<int[2]> to;
+    PerLane<bool[2]> inside;
+    warp.each([&](int lane) {
 #pragma unroll
-    for (int l = 0; l < 4; ++l) sum[0][l] = sum[1][l] = layers.second_bias[4 * group + l];
-    correlate<kTaps>(pooled, kFirst, row, column, reinterpret_cast<const Four*>(second) + group, kSecond / 4, sum);
-    const int64_t pixel = (int64_t{image} * rows + row) * columns + column;
+      for (int n = 0; n < kEights; ++n) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-#pragma unroll
-      for (int l = 0; l < 4; ++l) {
-        const int c = 4 * group + l;
-        const float y = sum[j][l];
-        second_gradient.at(row, column + j, c) =
-            y > 0.0f ? 2.0f * (y - layers.target[(pixel + j) * kSecond + c]) : 0.0f;
+        for (int s = 0; s < 2; ++s) w[n][s](lane) = factors[(2 * n + s) * kWarp + lane];
       }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int x = column + lane / 4 + 8 * i;
+        inside(lane)[i] = x < width;
+        to(lane)[i] = row * spread_pitch(width) + spread_at(x) + lane % 4 * 2;
+      }
+    });
+#pragma unroll
+    for (int r = 0; r < kBackwardRows; ++r) {
+      if (row + r >= height) continue;
+      PerLane<LeftFactor> high[2], low[2];
+      warp.each([&](int lane) {
+        const Sums& sum = sums[r](lane);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int x = column + lane / 4 + 8 * i;
+          const unsigned char* place = at.place + ((row + r) * width + x) * kFirst + lane % 4 * 2;
+          const Halved both = fastinv::halved(sum.at[2 * i] * to_gradient, sum.at[2 * i + 1] * to_gradient);
+#pragma unroll
+          for (int s = 0; s < 2; ++s) {
+            const uint32_t bits = inside(lane)[i] ? place[s] : kNowhere;
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              high[s](lane).at[2 * j + i] = raised(both.high >> 16 * s, bits - 32 * j);
+              low[s](lane).at[2 * j + i] = raised(both.low >> 16 * s, bits - 32 * j);
+            }
+          }
+        }
+      });
+      PerLane<Sums> reached[kEights];
+      warp.each([&](int lane) {
+#pragma unroll
+        for (int n = 0; n < kEights; ++n) reached[n](lane) = {};
+      });
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+#pragma unroll
+        for (int n = 0; n < kEights; ++n) multiply_split(warp, reached[n], high[s], low[s], w[n][s]);
+      }
+      warp.each([&](int lane) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (!inside(lane)[i]) continue;
+          float* at_row = at.spread + to(lane)[i] + r * spread_pitch(width);
+#pragma unroll
+          for (int n = 0; n < kEights; ++n) {
+            const Sums& sum = reached[n](lane);
+            *reinterpret_cast<Two*>(at_row + 8 * n) = {{sum.at[2 * i], sum.at[2 * i + 1]}};
+          }
+        }
+      });
     }
   }
+  struct alignas(8) Two {
+    float at[2];
+  };
 
-  // From there to two neighbours after the pool, four channels, and on to what was the largest.
-  FASTINV_BLOCK void back_to_pool(int row, int column, int group) const {
-    float sum[2][4] = {};
-    correlate<kTaps>(second_gradient, kSecond, row - kEdge, column - kEdge,
-                     reinterpret_cast<const Four*>(second_back) + group, kFirst / 4, sum);
+  // The sums at a thread's pixels: each is reached by up to 3 · 3 windows.
+  FASTINV_BLOCK void gather(int image, P& p) const {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+    for (int r = 0; r < P::kRows; ++r) p.gradient[r][0] = 0.0f;
+    if (p.column < 0) return;
+    float sum[P::kRows] = {};
 #pragma unroll
-      for (int l = 0; l < 4; ++l) {
-        const int c = 4 * group + l;
-        const float at = place.at(row, column + j, c);
+    for (int j = 0; j < 3; ++j) {
+      const int x = p.column / 2 - j;
+      if (x < 0 || x >= width) continue;
+      const float* windows = room(image).spread + spread_at(x) + p.column % 2;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          first_gradient.at(2 * row + k / 2, 2 * (column + j) + k % 2, c) =
-              at == static_cast<float>(k) ? sum[j][l] : 0.0f;
+      for (int i = -2; i < P::kRows / 2; ++i) {
+        const int y = p.row / 2 + i;
+        if (y < 0 || y >= height) continue;
+        const float* window = windows + y * spread_pitch(width);
+#pragma unroll
+        for (int r = 0; r < P::kRows; ++r) {
+          if (r >= 2 * i && r < 2 * i + kReach) sum[r] += window[(r - 2 * i) * kReach + 2 * j];
         }
       }
     }
+#pragma unroll
+    for (int r = 0; r < P::kRows; ++r) p.gradient[r][0] = sum[r] * undo[image];
   }
 };
 
-// visit(edge), and whether there is a kernel for images of this size.
+// visit(edge), and whether there is a kernel for images of this size: two a block, or one where two are too large.
 template <class F>
 bool with_edge(const Descent& d, const PooledLayers& layers, F&& visit) {
-  using Edge = Pooled<5, 8, 16>;
-  const Edge edge{layers};
-  // Pixels come in fours of a column, values after the pool in pairs of a row.
+  const auto take = [&](const auto& edge) {
+    if (!has_room(d, edge)) return false;
+    visit(edge);
+    return true;
+  };
   const bool whole = d.channels == 1 && d.height % 4 == 0 && d.width % 4 == 0 && d.height >= 16 && d.width >= 16;
-  if (!whole || !has_room(d, edge)) return false;
-  visit(edge);
-  return true;
+  return whole && (take(Pooled<2>(layers)) || take(Pooled<1>(layers)));
 }
 
 }  // namespace fastinv

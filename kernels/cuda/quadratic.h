@@ -17,6 +17,8 @@ struct QuadraticForm {
 template <int kChannels, int kTaps, int kRows>
 struct Quadratic {
   using P = Pixels<kChannels, kRows>;
+  static constexpr int kImages = 1;
+  static constexpr bool kKeeps = true;
   static constexpr int kBorder = kTaps / 2;
   static constexpr int kWeights = kTaps * kChannels * ((kTaps * kChannels + 3) / 4 * 4);  // of a kind
 
@@ -32,6 +34,7 @@ struct Quadratic {
   };
 
   QuadraticForm form;
+  Planes image{};
   float *weights = nullptr, *constants = nullptr;  // in shared memory
 
   FASTINV_BOTH int weight_floats() const { return form.row_kinds * form.column_kinds * kWeights; }
@@ -41,6 +44,7 @@ struct Quadratic {
 
   template <class Block>
   FASTINV_BLOCK void begin(const Descent& d, Block& block, float* memory) {
+    image = image_of<Quadratic>(d, block.shared(), 0);
     weights = memory;
     constants = memory + weight_floats();
     block.each([&](int thread) {
@@ -67,8 +71,10 @@ struct Quadratic {
     }
   }
 
+  FASTINV_BLOCK void moved(const Descent&, int, const P&) const {}
+
   template <class Block, class All>
-  FASTINV_BLOCK void differentiate(const Descent&, Block& block, const Planes& image, All& all) const {
+  FASTINV_BLOCK void differentiate(const Descent&, Block& block, All& all) const {
     block.each([&](int thread) {
       Own& own = all[thread];
       P& p = own.pixels;

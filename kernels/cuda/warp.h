@@ -12,24 +12,29 @@ namespace fastinv {
 
 constexpr int kWarp = 32;
 
-struct LeftFactor {
+// The same value. What depends on it is computed where it is used: else a compiler computes what is the same in all
+// turns of a long loop before it, and has not the registers to keep it.
+template <class Int>
+FASTINV_BLOCK Int in_place(Int value) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
+struct alignas(16) LeftFactor {
   uint32_t at[4];
 };
 struct RightFactor {
   uint32_t at[2];
 };
+// The high and the low part of each number (`Halved`), read at once.
+struct alignas(16) SplitRight {
+  RightFactor high, low;
+};
 struct Sums {
   float at[4];
 };
-
-// The number itself. The compiler takes it for a new one, and so does not keep what follows from it from one turn of a
-// loop to the next, in registers that there are not.
-FASTINV_BLOCK inline int afresh(int number) {
-#ifdef __CUDA_ARCH__
-  asm volatile("" : "+r"(number));
-#endif
-  return number;
-}
 
 #ifdef __CUDACC__
 template <class T>
@@ -43,13 +48,14 @@ class PerLane {
 
 class DeviceWarp {
  public:
-  __device__ int index() const { return static_cast<int>(threadIdx.x) / kWarp; }
+  __device__ DeviceWarp() : thread_(in_place(threadIdx.x)) {}
+  __device__ int index() const { return static_cast<int>(thread_ / kWarp); }
   // The lane's number in the block.
-  __device__ int thread(int) const { return static_cast<int>(threadIdx.x); }
+  __device__ int thread(int) const { return static_cast<int>(thread_); }
 
   template <class F>
   __device__ void each(F&& work) const {
-    work(static_cast<int>(threadIdx.x) % kWarp);
+    work(lane());
   }
 
   // Four matrices [8, 8] of float16 from shared memory, a word of each: lane l tells where row l % 8 of matrix l / 8
@@ -58,7 +64,7 @@ class DeviceWarp {
   // row.
   template <class Row, class To>
   __device__ void load(Row&& row, To&& to) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = this->lane();
     uint32_t (&a)[4] = to(lane).at;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
@@ -68,7 +74,7 @@ class DeviceWarp {
   // sums += left · right, of float16.
   template <class S, class L, class R>
   __device__ void multiply(S&& sums, L&& left, R&& right) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = this->lane();
     float* d = sums(lane).at;
     const uint32_t *a = left(lane).at, *b = right(lane).at;
     asm volatile(
@@ -77,6 +83,18 @@ class DeviceWarp {
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
+
+  // The largest of the lanes' values, none of which is below 0.
+  template <class F>
+  __device__ float largest(F&& value) const {
+    const int lane = this->lane();
+    return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value(lane))));
+  }
+
+ private:
+  __device__ int lane() const { return static_cast<int>(thread_ % kWarp); }
+
+  unsigned thread_;
 };
 
 #else
@@ -130,9 +148,24 @@ class HostWarp {
     }
   }
 
+  template <class F>
+  float largest(F&& value) const {
+    float result = 0.0f;
+    for (int lane = 0; lane < kWarp; ++lane) result = value(lane) > result ? value(lane) : result;
+    return result;
+  }
+
  private:
   int index_;
 };
 #endif
+
+// sums += left · right of numbers in two parts; what both lows make is left out.
+template <class Warp, class S, class L, class R>
+FASTINV_BLOCK void multiply_split(const Warp& warp, S&& sums, L&& high, L&& low, R&& right) {
+  warp.multiply(sums, high, [&](int lane) { return right(lane).high; });
+  warp.multiply(sums, high, [&](int lane) { return right(lane).low; });
+  warp.multiply(sums, low, [&](int lane) { return right(lane).high; });
+}
 
 }  // namespace fastinv
