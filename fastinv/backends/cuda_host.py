@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 
+NO_FEATURES: Array = np.empty((0, 0), np.float32)  # of which there is nothing to send
 PIECE = 2**26  # bytes of pinned memory at once: to allocate it takes as long as to copy it a few times
 
 
@@ -49,7 +50,7 @@ class Feed:
         import torch
 
         size, pinned = images * elements, device.type == "cuda"
-        self.features: Array = np.empty((0, elements), np.float32)
+        self.features = NO_FEATURES
         self._streams = Streams(device)
         self._there = torch.empty(size, device=device)
         self._piece = max(1, min(size, PIECE // 4))

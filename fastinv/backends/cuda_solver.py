@@ -14,7 +14,7 @@ import numpy as np
 
 from fastinv.backends.base import Array, Progress, Report
 from fastinv.backends.cuda_device import flag_on, halving, isa_of, nothing, on_device, repeatable, wait
-from fastinv.backends.cuda_host import Feed, Given, finite
+from fastinv.backends.cuda_host import NO_FEATURES, Feed, Given, finite
 from fastinv.backends.cuda_methods import Objective, method_of
 from fastinv.backends.cuda_network import MOST_IMAGES, NOT_FINITE, door, fitting
 from fastinv.backends.cuda_plan import Arena, Buffer, bucket
@@ -81,7 +81,7 @@ class CudaSolver:
             try:
                 z, report, finished = self._solve(feed, len(features), images, starts, progress)
             finally:
-                feed.features = features[:0]
+                feed.features = NO_FEATURES
         return z.cpu().numpy(), report, finished
 
     def solve_there(
