@@ -13,6 +13,7 @@ from fastinv.backends.cuda_quadratic import QuadraticForm
 COLUMNS, WINDOW = 8, 16  # that are made, and that they are made from: as many more to each side
 MARGIN = (WINDOW - COLUMNS) // 2
 MOST_FACTORS = 240  # of one channel: a kernel has their numbers in bytes
+ROW_TAPS = 9  # of one channel: the kernel has no others
 CROWD = 4  # images for each multiprocessor, from which on several together are quicker than one by one
 LARGEST = 2.0**14  # of the weights: float16 ends at 65,504, and what is below 2^-24 of it is lost
 
@@ -24,9 +25,14 @@ def banded_problem(form: QuadraticForm) -> Problem | None:
         return None
     first = None
     if channels == 1:
+        if down > ROW_TAPS:
+            return None
+        around = (ROW_TAPS - down) // 2
+        weight = np.pad(form.weight, [(0, 0), (0, 0), (around, around), *[(0, 0)] * 3])
+        down = ROW_TAPS
         of_row, first = _row_taps(form, down)
         kinds, taps = of_row.T
-        bands = form.weight[kinds, :, taps, :, 0, 0]
+        bands = weight[kinds, :, taps, :, 0, 0]
     else:
         same = _same_bands(form)
         if same is None:
@@ -39,7 +45,7 @@ def banded_problem(form: QuadraticForm) -> Problem | None:
     arrays = {"weights": _fragments(factors * np.float32(scale)), "kind": kind}
     if first is not None:
         arrays["first"] = first
-    numbers = {"taps": down, "factors": factors.shape[0], "kinds": factors.shape[1]}
+    numbers = {"taps": down, "kinds": factors.shape[0], "factors": factors.shape[1]}
     return Problem("BandedForm", "constant", arrays, {**numbers, "scale": scale, "unscale": 1 / scale}, CROWD)
 
 
@@ -72,7 +78,7 @@ def _same_bands(form: QuadraticForm) -> npt.NDArray[np.float32] | None:
 
 
 def _factors(form: QuadraticForm, bands: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], Any]:
-    """[bands, kinds, WINDOW, COLUMNS] of [bands, column kinds, column taps], and the kind of each eight columns."""
+    """[kinds, bands, WINDOW, COLUMNS] of [bands, column kinds, column taps], and the kind of each eight columns."""
     width, across = form.shape[1], bands.shape[2]
     columns = np.arange(0, width, COLUMNS)[:, None] + np.arange(-MARGIN, WINDOW - MARGIN)  # of every window
     inside = (columns >= 0) & (columns < width)
@@ -84,7 +90,7 @@ def _factors(form: QuadraticForm, bands: npt.NDArray[np.float32]) -> tuple[npt.N
     tap = np.arange(WINDOW)[:, None] - np.arange(COLUMNS) - MARGIN + across // 2
     there = (tap >= 0) & (tap < across) & inside[:, :, None] & inside[:, None, made]
     factors = bands[:, of_column[:, None], tap.clip(0, across - 1)] * there
-    return factors, kind.ravel().astype(np.int32)
+    return factors.swapaxes(0, 1), kind.ravel().astype(np.int32)
 
 
 def _fragments(factors: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:

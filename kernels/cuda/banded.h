@@ -12,8 +12,8 @@ namespace fastinv {
 
 struct BandedForm {
   const float* constant;  // c: float32 [images, height, width, channels]
-  // Right factors, each 32 lanes' high words and low words, one for each kind of eight columns; weights are multiplied
-  // by `scale`.
+  // Right factors, each 32 lanes' high words and low words, [kind of eight columns][factor]; weights are multiplied by
+  // `scale`.
   const uint32_t* weights;
   const int32_t* kind;   // [width / 8, rounded up]
   const int32_t* first;  // [height], the number of a row's first tap in `weights`; null for several channels
@@ -29,16 +29,18 @@ constexpr int kMostWidth = kAcross * kColumns, kPitch = kMostWidth + 2 * kReach;
 constexpr int kFactor = 4 * kWarp;  // words
 }  // namespace band
 
-// A block's memory.
+// A block's memory. All but the weights, which come last, lies at places that are known to the compiler.
 struct BandMemory {
-  const SplitRight* weights;  // a lane's words at [(factor · kinds + kind) · 32 + lane]
-  uint32_t *high, *low;       // z, as tensor cores read it
+  uint32_t *high, *low;  // z, as tensor cores read it
+  float* moments;        // [value][thread]: the second, and the first of those that are parked
+  SplitRight* weights;   // a lane's words at [(kind · factors + factor) · 32 + lane]
 };
 
 // The steps of a block's images. A layout has
-// - `kImages`, `kChannels`, `kSums`, of a thread, four values each; `kBlocks`;
+// - `kImages`, `kChannels`; `kSums`, of a thread, four values each, and `kParked`, how many of their first moments have
+//   no registers;
 // - `Keys`, what a thread keeps of its weights, and `keys(d, form, thread)`;
-// - `takes(d, form)`, and `plane(d)`, the words of half of z;
+// - `takes(d, form)`, and `kHalf`, the words of half of z;
 // - `pixels(d, image, thread, f)`: f(value, channel, where it lies in memory, its image, whether there is such a pixel)
 //   for all of a thread's values. Those that are not in the image have the place of one that is, so that there is
 //   nothing to branch on: they go with the others, and nobody looks at them.
@@ -46,10 +48,12 @@ struct BandMemory {
 // - `multiply(d, form, warp, memory, all)`, which adds H·z to the gradients.
 template <class Layout>
 struct Banded {
-  static constexpr int kBlocks = 1, kMostThreads = band::kThreads, kValues = 4 * Layout::kSums;
+  static constexpr int kBlocks = 1, kMostThreads = band::kThreads;
+  static constexpr int kValues = 4 * Layout::kSums, kKept = kValues - Layout::kParked;
+  static constexpr int kMoments = (kValues + Layout::kParked) * band::kThreads;  // in shared memory
 
   struct Own {
-    float z[kValues], first[kValues];
+    float z[kValues], first[kKept];
     Sums gradient[Layout::kSums];  // times `scale`
     typename Layout::Keys keys;
   };
@@ -57,8 +61,8 @@ struct Banded {
   BandedForm form;
 
   FASTINV_BOTH explicit Banded(const BandedForm& f) : form(f) {}
-  FASTINV_BOTH int shared_floats(const Descent& d) const {
-    return form.factors * form.kinds * band::kFactor + kValues * band::kThreads + 2 * Layout::plane(d);
+  FASTINV_BOTH int shared_floats() const {
+    return 2 * Layout::kHalf + kMoments + form.factors * form.kinds * band::kFactor;
   }
 
   // All of its images have taken as many steps, as nothing stops one before the others.
@@ -70,17 +74,17 @@ struct Banded {
       if (d.running[n] == 1) begin = d.taken[n];
     }
     if (begin < 0) return;
-    const int end = end_of(d, begin), weights = form.factors * form.kinds * band::kFactor;
-    second_ = block.shared() + weights;
-    memory_.weights = reinterpret_cast<const SplitRight*>(block.shared());
-    memory_.high = reinterpret_cast<uint32_t*>(second_ + kValues * band::kThreads);
-    memory_.low = memory_.high + Layout::plane(d);
+    const int end = end_of(d, begin);
+    auto* words = reinterpret_cast<uint32_t*>(block.shared());
+    float* moments = block.shared() + 2 * Layout::kHalf;
+    auto* weights = reinterpret_cast<SplitRight*>(moments + kMoments);
+    memory_ = {words, words + Layout::kHalf, moments, weights};
     typename Block::template PerThread<Own> all(block);
 
     block.each([&](int thread) {
-      const auto* from = reinterpret_cast<const float*>(form.weights);
-      for (int i = thread; i < weights; i += band::kThreads) block.shared()[i] = from[i];
-      for (int i = thread; i < 2 * Layout::plane(d); i += band::kThreads) memory_.high[i] = 0;
+      const auto* from = reinterpret_cast<const SplitRight*>(form.weights);
+      for (int i = thread; i < form.factors * form.kinds * kWarp; i += band::kThreads) memory_.weights[i] = from[i];
+      for (int i = thread; i < 2 * Layout::kHalf; i += band::kThreads) memory_.high[i] = 0;
     });
     block.each([&](int thread) { start(d, image, in_place(thread), all[thread]); });
     block.each([&](int thread) {
@@ -96,14 +100,17 @@ struct Banded {
   }
 
  private:
-  FASTINV_BLOCK float& second(int thread, int v) const { return second_[v * band::kThreads + thread]; }
+  FASTINV_BLOCK float& second(int thread, int v) const { return memory_.moments[v * band::kThreads + thread]; }
+  FASTINV_BLOCK float& first(Own& own, int thread, int v) const {
+    return v < kKept ? own.first[v] : second(thread, kValues + v - kKept);
+  }
 
   FASTINV_BLOCK void start(const Descent& d, int image, int thread, Own& own) const {
     own = {};
     own.keys = Layout::keys(d, form, thread);
     Layout::pixels(d, image, thread, [&](int v, int, uint32_t at, int, bool) {
       own.z[v] = d.z[at];
-      own.first[v] = d.first[at];
+      first(own, thread, v) = d.first[at];
       second(thread, v) = d.second[at];
     });
     put(d, thread, own);
@@ -131,17 +138,17 @@ struct Banded {
     Layout::pixels(d, image, thread, [&](int v, int channel, uint32_t at, int, bool) {
       float unused = 0.0f;
       const float gradient = own.gradient[v / 4].at[v % 4] * form.unscale;
-      own.z[v] = step(d, rule, channel, own.z[v], gradient, own.first[v], second(thread, v), unused);
+      own.z[v] = step<true>(d, rule, channel, own.z[v], gradient, first(own, thread, v), second(thread, v), unused);
       prime(own, v, at);
     });
     put(d, thread, own);
   }
 
-  FASTINV_BLOCK void finish(const Descent& d, int image, int thread, const Own& own) const {
+  FASTINV_BLOCK void finish(const Descent& d, int image, int thread, Own& own) const {
     Layout::pixels(d, image, thread, [&](int v, int, uint32_t at, int n, bool inside) {
       if (!inside || n >= d.images || d.running[n] != 1) return;
       d.z[at] = own.z[v];
-      d.first[at] = own.first[v];
+      d.first[at] = first(own, thread, v);
       d.second[at] = second(thread, v);
     });
   }
@@ -153,7 +160,6 @@ struct Banded {
     if (d.taken[n] == d.steps) d.running[n] = kFinished;
   }
 
-  float* second_ = nullptr;  // [value][thread], in shared memory: there are no registers for them
   BandMemory memory_{};
 };
 
@@ -163,7 +169,7 @@ FASTINV_BLOCK void descend(const Descent& d, Banded<Layout> edge, Block& block) 
 }
 template <class Layout>
 Grid grid_of(const Descent& d, const Banded<Layout>& edge) {
-  return {(d.images + Layout::kImages - 1) / Layout::kImages, band::kThreads, edge.shared_floats(d)};
+  return {(d.images + Layout::kImages - 1) / Layout::kImages, band::kThreads, edge.shared_floats()};
 }
 
 }  // namespace fastinv

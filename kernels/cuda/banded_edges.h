@@ -9,8 +9,8 @@ namespace fastinv {
 // visit(edge), and whether there is a kernel for this form.
 template <class F>
 bool with_edge(const Descent& d, const BandedForm& form, F&& visit) {
-  // For a third moment, and the total variation of another power, there is no room.
-  if (d.width > band::kMostWidth || d.tv_weight != 0.0f || d.optimizer == Optimizer::kAmsgrad) return false;
+  // For AMSGrad's moment, and the total variation of another power, there is no room.
+  if (d.width > band::kMostWidth || d.tv_weight != 0.0f || d.optimizer != Optimizer::kAdam) return false;
   const auto take = [&](auto layout) {
     using Layout = decltype(layout);
     const Banded<Layout> edge(form);
@@ -18,7 +18,7 @@ bool with_edge(const Descent& d, const BandedForm& form, F&& visit) {
     visit(edge);
     return true;
   };
-  return take(BandedImages<9>{}) || take(BandedImages<5>{}) || take(BandedRows<3, 5>{});
+  return take(BandedImages<9>{}) || take(BandedRows<3, 5>{});
 }
 
 }  // namespace fastinv

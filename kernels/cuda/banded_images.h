@@ -9,26 +9,36 @@ namespace fastinv {
 
 template <int kTaps>
 struct BandedImages {
-  static constexpr int kImages = 16, kChannels = 1, kRows = 7, kSums = kRows;
+  static constexpr int kImages = 16, kChannels = 1, kRows = 7, kSums = kRows, kParked = 4;
+  // Rows whose weights may be read together: a branch before each few, as whether there are such rows, keeps a compiler
+  // from reading all at once, for which it has no registers. Sums of rows after the last are made, and not looked at.
+  static constexpr int kAtOnce = 4;
+  static constexpr int kHalf = 4 * kRows * kImages * band::kPitch / 2;
 
-  // Of each row a byte, the number among the row taps in memory of its tap −kTaps; then the kind of columns.
-  using Keys = uint64_t;
+  // Of each row a byte, the number among the row taps in memory of its tap −kTaps; then one, the kind of columns.
+  struct Keys {
+    uint32_t words[2];
+    FASTINV_BLOCK int at(int number) const { return static_cast<int>(words[number / 4] >> 8 * (number % 4) & 0xff); }
+    FASTINV_BLOCK Keys in_place() const { return {{fastinv::in_place(words[0]), fastinv::in_place(words[1])}}; }
+  };
 
-  FASTINV_BOTH static int plane(const Descent& d) { return d.height * kImages * band::kPitch / 2; }
   FASTINV_BOTH static bool takes(const Descent& d, const BandedForm& form) {
     return d.channels == 1 && d.height <= 4 * kRows && form.taps == kTaps;
   }
 
   FASTINV_BLOCK static Keys keys(const Descent& d, const BandedForm& form, int thread) {
     const int tile = column_of(thread) / band::kColumns;
-    Keys keys = 0;
-    if (tile * band::kColumns < d.width) keys = uint64_t(form.kind[tile]) << 8 * kRows;
+    uint32_t words[2] = {};
+    const auto set = [&](int number, int value) {
+      words[number / 4] |= static_cast<uint32_t>(value) << 8 * (number % 4);
+    };
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int row = row_of(thread) + r;
-      if (row < d.height) keys |= uint64_t(form.first[row] + kTaps) << 8 * r;
+      set(r, (row < d.height ? form.first[row] : 0) + kTaps);
     }
-    return keys;
+    set(kRows, tile * band::kColumns < d.width ? form.kind[tile] : 0);
+    return Keys{{words[0], words[1]}}.in_place();
   }
 
   template <class F>
@@ -53,15 +63,21 @@ struct BandedImages {
   FASTINV_BLOCK static int pair(const Descent& d, int thread, int number) {
     const int row = row_of(thread) + number / 2, column = column_of(thread);
     if (row >= d.height || column >= d.width) return -1;
-    return ((row * kImages + image_of(thread, number % 2)) * band::kPitch + band::kReach + column) / 2;
+    // Products of constants apart, so that all of a thread's words are at constant distances from the first.
+    return (row_of(thread) * kImages + image_of(thread, 0)) * (band::kPitch / 2) + (band::kReach + column) / 2 +
+           (number / 2 * kImages + number % 2 * 8) * (band::kPitch / 2);
   }
 
   template <class Warp, class All>
   FASTINV_BLOCK static void multiply(const Descent& d, const BandedForm& form, const Warp& warp,
                                      const BandMemory& memory, All& all) {
-    const int index = warp.index(), tile = index % band::kAcross, top = index / band::kAcross * kRows;
-    if (tile * band::kColumns >= d.width) return;
-    const int step = in_place(form.kinds * kWarp);
+    const int index = in_place(warp.index()), tile = index % band::kAcross, top = index / band::kAcross * kRows;
+    PerLane<Keys> keys;
+    PerLane<const SplitRight*> all_weights;  // of the kind of columns, from tap −kTaps of the first row on
+    warp.each([&](int lane) {
+      keys(lane) = all[warp.thread(lane)].keys.in_place();
+      all_weights(lane) = memory.weights + (keys(lane).at(kRows) * form.factors - kTaps) * kWarp + lane;
+    });
 #pragma unroll
     for (int k = 0; k < kRows + kTaps - 1; ++k) {
       const int row = top + k - kTaps / 2;
@@ -69,7 +85,8 @@ struct BandedImages {
       const auto load = [&](const uint32_t* plane, PerLane<LeftFactor>& to) {
         warp.load(
             [&](int lane) {
-              return plane + ((row * kImages + lane % 16) * band::kPitch + tile * band::kColumns + lane / 16 * 8) / 2;
+              return plane + row * (kImages * band::kPitch / 2) +
+                     (lane % 16 * (band::kPitch / 2) + tile * (band::kColumns / 2) + lane / 16 * 4);
             },
             to);
       };
@@ -79,13 +96,9 @@ struct BandedImages {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const int tap = k - r;
-        if (tap < 0 || tap >= kTaps || top + r >= d.height) continue;
+        if (tap < 0 || tap >= kTaps || top + r / kAtOnce * kAtOnce >= d.height) continue;
         PerLane<SplitRight> weights;
-        warp.each([&](int lane) {
-          const Keys keys = all[warp.thread(lane)].keys;
-          const int first = static_cast<int>(keys >> 8 * r & 0xff), kind = static_cast<int>(keys >> 8 * kRows);
-          weights(lane) = memory.weights[(first + tap - kTaps) * step + kind * kWarp + lane];
-        });
+        warp.each([&](int lane) { weights(lane) = all_weights(lane)[(keys(lane).at(r) + tap) * kWarp]; });
         const auto sums = [&](int lane) -> Sums& { return all[warp.thread(lane)].gradient[r]; };
         multiply_split(warp, sums, high, low, weights);
       }
@@ -94,11 +107,11 @@ struct BandedImages {
 
  private:
   // A thread's first row and column, and its image number i.
-  FASTINV_BLOCK static int row_of(int thread) { return thread / kWarp / band::kAcross * kRows; }
-  FASTINV_BLOCK static int column_of(int thread) {
-    return thread / kWarp % band::kAcross * band::kColumns + thread % 4 * 2;
+  FASTINV_BLOCK static int row_of(unsigned thread) { return static_cast<int>(thread / kWarp / band::kAcross * kRows); }
+  FASTINV_BLOCK static int column_of(unsigned thread) {
+    return static_cast<int>(thread / kWarp % band::kAcross * band::kColumns + thread % 4 * 2);
   }
-  FASTINV_BLOCK static int image_of(int thread, int i) { return thread % kWarp / 4 + 8 * i; }
+  FASTINV_BLOCK static int image_of(unsigned thread, int i) { return static_cast<int>(thread % kWarp / 4) + 8 * i; }
 };
 
 }  // namespace fastinv

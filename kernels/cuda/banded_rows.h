@@ -11,13 +11,13 @@ namespace fastinv {
 template <int kChannels_, int kTaps>
 struct BandedRows {
   static constexpr int kImages = 4, kChannels = kChannels_, kTogether = 2, kSums = kTogether * kChannels;
+  static constexpr int kParked = 0;
   static constexpr int kRows = 16, kDown = 2, kBorder = kTaps / 2;
   static constexpr int kPlane = (kDown * kRows + 2 * kBorder) * band::kPitch / 2;  // words of a channel
-  static constexpr int kPairs = kChannels * kChannels;
+  static constexpr int kHalf = kImages * kChannels * kPlane, kPairs = kChannels * kChannels;
 
   using Keys = int;  // the kind of columns
 
-  FASTINV_BOTH static int plane(const Descent&) { return kImages * kChannels * kPlane; }
   FASTINV_BOTH static bool takes(const Descent& d, const BandedForm& form) {
     return d.channels == kChannels && d.height <= kDown * kRows && form.taps == kTaps;
   }
@@ -48,15 +48,16 @@ struct BandedRows {
   FASTINV_BLOCK static int pair(const Descent& d, int thread, int number) {
     const int row = row_of(thread) + number % 2 * 8, column = column_of(thread), sums = number / 2;
     if (row >= d.height || column >= d.width) return -1;
-    const int plane = (first_image(thread) + sums / kChannels) * kChannels + sums % kChannels;
-    return plane * kPlane + ((kBorder + row) * band::kPitch + band::kReach + column) / 2;
+    // Products of constants apart, so that all of a thread's words are at constant distances from the first.
+    return first_image(thread) * (kChannels * kPlane) + row_of(thread) * (band::kPitch / 2) +
+           (band::kReach + column) / 2 + sums * kPlane + (kBorder + number % 2 * 8) * (band::kPitch / 2);
   }
 
   template <class Warp, class All>
   FASTINV_BLOCK static void multiply(const Descent& d, const BandedForm& form, const Warp& warp,
                                      const BandMemory& memory, All& all) {
     const int index = warp.index(), tile = index % band::kAcross, top = index / band::kAcross % kDown * kRows;
-    const int image = index / (band::kAcross * kDown) * kTogether, step = in_place(form.kinds * kWarp);
+    const int image = index / (band::kAcross * kDown) * kTogether;
 
     // Adds the products of rows, in words from the first of a channel's plane, and the bands from number `band` on.
     const auto add = [&](int channel, int band, auto&& row) {
@@ -73,7 +74,7 @@ struct BandedRows {
         PerLane<SplitRight> weights;
         warp.each([&](int lane) {
           const int kind = all[warp.thread(lane)].keys;
-          weights(lane) = memory.weights[(band + to) * step + kind * kWarp + lane];
+          weights(lane) = memory.weights[(kind * form.factors + band + to) * kWarp + lane];
         });
 #pragma unroll
         for (int k = 0; k < kTogether; ++k) {
@@ -104,13 +105,13 @@ struct BandedRows {
   }
 
  private:
-  FASTINV_BLOCK static int row_of(int thread) {
+  FASTINV_BLOCK static int row_of(unsigned thread) {
     return thread / kWarp / band::kAcross % kDown * kRows + thread % kWarp / 4;
   }
-  FASTINV_BLOCK static int column_of(int thread) {
+  FASTINV_BLOCK static int column_of(unsigned thread) {
     return thread / kWarp % band::kAcross * band::kColumns + thread % 4 * 2;
   }
-  FASTINV_BLOCK static int first_image(int thread) { return thread / kWarp / (band::kAcross * kDown) * kTogether; }
+  FASTINV_BLOCK static int first_image(unsigned thread) { return thread / kWarp / (band::kAcross * kDown) * kTogether; }
 };
 
 }  // namespace fastinv

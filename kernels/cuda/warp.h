@@ -76,7 +76,9 @@ class DeviceWarp {
   __device__ void multiply(S&& sums, L&& left, R&& right) const {
     const int lane = this->lane();
     float* d = sums(lane).at;
-    const uint32_t *a = left(lane).at, *b = right(lane).at;
+    const auto& l = left(lane);  // which may be made there and then, and so are kept until they have been used
+    const auto& r = right(lane);
+    const uint32_t *a = l.at, *b = r.at;
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
