@@ -9,7 +9,8 @@ namespace fastinv {
 // visit(edge), and whether there is a kernel for this form.
 template <class F>
 bool with_edge(const Descent& d, const BandedForm& form, F&& visit) {
-  // For AMSGrad's moment, and the total variation of another power, there is no room.
+  // Adam alone, so that no value branches; for AMSGrad's moment, and the total variation of another power, there is no
+  // room either.
   if (d.width > band::kMostWidth || d.tv_weight != 0.0f || d.optimizer != Optimizer::kAdam) return false;
   const auto take = [&](auto layout) {
     using Layout = decltype(layout);
