@@ -10,7 +10,6 @@
 #include "engine.h"
 #include "isa.h"
 #include "solver.h"
-#include "staging.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -247,21 +246,6 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("fma_peak", &fma_peak, py::arg("isa"), py::arg("threads"), py::arg("seconds"),
         "GFLOP/s of multiply-adds in registers, by so many threads for so long.");
-
-  m.def(
-      "stage",
-      [](uintptr_t from, uintptr_t to, int64_t bytes, int threads) {
-        stage(reinterpret_cast<const void*>(from), reinterpret_cast<void*>(to), bytes, threads);
-      },
-      py::arg("from_"), py::arg("to"), py::arg("bytes"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
-      "Copy memory past the caches.");
-  m.def(
-      "stage_bfloat16",
-      [](uintptr_t from, uintptr_t to, int64_t count, int threads) {
-        stage_bfloat16(reinterpret_cast<const float*>(from), reinterpret_cast<uint16_t*>(to), count, threads);
-      },
-      py::arg("from_"), py::arg("to"), py::arg("count"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
-      "Round float32 to bfloat16 past the caches.");
 
   py::class_<Program>(m, "Program", "A network as kernel launches.")
       .def(py::init([](const std::string& isa, Shape input, bool differentiable, bool abreast, bool bfloat16) {

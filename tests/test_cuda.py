@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastinv
-from fastinv import _core, benchmark
+from fastinv import benchmark
 from fastinv.backends import BACKENDS, cuda_device, cuda_host, cuda_native, select
 from fastinv.backends.cuda import CudaBackend
 from fastinv.backends.cuda_device import halving, missing
@@ -171,23 +171,6 @@ def test_float32_is_rounded_on_its_way_to_pinned_memory() -> None:
     target = torch.zeros(256, dtype=torch.uint8)
     fill(target, bytes_)
     np.testing.assert_array_equal(target.numpy(), bytes_)
-
-
-@given(st.integers(0, 5000), st.integers(0, 3), st.integers(1, 3))
-def test_staging_writes_what_it_should_and_nothing_else(size: int, offset: int, threads: int) -> None:
-    """At any place, in memory whose ends are no lines' ends."""
-    x = randn(size)
-    if size > 2:
-        x[:3] = 1.00390625, 1.01171875, -np.inf  # halves between two of bfloat16: to the even one
-    whole, halves = np.full(size + 8, 7, np.float32), np.full(size + 8, 7, np.uint16)
-    _core.stage(x.ctypes.data, whole[offset:].ctypes.data, x.nbytes, threads)
-    _core.stage_bfloat16(x.ctypes.data, halves[offset:].ctypes.data, size, threads)
-    np.testing.assert_array_equal(whole[offset : offset + size], x)
-    expected = torch.from_numpy(x).to(torch.bfloat16).view(torch.uint16).numpy()
-    np.testing.assert_array_equal(halves[offset : offset + size], expected)
-    for array in (whole, halves):
-        assert (array[:offset] == 7).all()
-        assert (array[offset + size :] == 7).all()
 
 
 def test_features_go_to_the_device_a_batch_ahead(monkeypatch: pytest.MonkeyPatch) -> None:

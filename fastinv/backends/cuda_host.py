@@ -87,20 +87,15 @@ def finite(values: Array) -> bool:
 
 
 def fill(target: torch.Tensor, source: npt.NDArray[Any]) -> None:
-    """target = source, whose type is the target's, or float32 for bfloat16; target lies in one piece, as pinned memory
-    does, which the device reads next."""
+    """target = source, whose type is the target's, or float32 for bfloat16."""
     import torch
 
-    from fastinv import _core
-
-    rounds = source.dtype == np.float32 and target.dtype is torch.bfloat16
-    values = np.ascontiguousarray(source) if rounds else source
-    if not values.flags.c_contiguous:
-        target.view(torch.uint8).numpy().view(source.dtype).reshape(source.shape)[...] = source
-        return
-    size = values.size if rounds else values.nbytes
-    stage = _core.stage_bfloat16 if rounds else _core.stage
-    stage(values.ctypes.data, target.data_ptr(), size, _core.available_threads())
+    if source.dtype == np.float32 and target.dtype is torch.bfloat16:
+        values = np.ascontiguousarray(source)  # a name, so that it lives as long as its memory is read
+        if values.size > 0:
+            target.copy_(_as_bytes(values).view(torch.float32))
+    else:
+        copy(source, target.view(torch.uint8).numpy().view(source.dtype).reshape(source.shape))
 
 
 def copy(source: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
