@@ -41,6 +41,20 @@ class QuadraticForm:
     def fits(self, descent: Descent) -> bool: ...
     def run(self, descent: Descent, device: int, stream: int) -> None: ...
 
+class BandedForm:
+    constant: int
+    weights: int
+    kind: int
+    first: int
+    taps: int
+    factors: int
+    kinds: int
+    scale: float
+    unscale: float
+    def __init__(self) -> None: ...
+    def fits(self, descent: Descent) -> bool: ...
+    def run(self, descent: Descent, device: int, stream: int) -> None: ...
+
 class PooledLayers:
     target: int
     weights: int

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastinv.backends.cuda_fragments import scale_below, split_right
 from fastinv.backends.cuda_native import Problem
 from fastinv.backends.cuda_quadratic import QuadraticForm
 
@@ -15,7 +16,7 @@ MARGIN = (WINDOW - COLUMNS) // 2
 MOST_FACTORS = 240  # of one channel: a kernel has their numbers in bytes
 ROW_TAPS = 9  # of one channel: the kernel has no others
 CROWD = 4  # images for each multiprocessor, from which on several together are quicker than one by one
-LARGEST = 2.0**14  # of the weights: float16 ends at 65,504, and what is below 2^-24 of it is lost
+LARGEST = 14  # the weights' largest is next below this power of two
 
 
 def banded_problem(form: QuadraticForm) -> Problem | None:
@@ -41,8 +42,8 @@ def banded_problem(form: QuadraticForm) -> Problem | None:
     if len(bands) > MOST_FACTORS:
         return None
     factors, kind = _factors(form, bands)
-    scale = 2.0 ** np.floor(np.log2(LARGEST / max(np.abs(factors).max(), 2.0**-100)))
-    arrays = {"weights": _fragments(factors * np.float32(scale)), "kind": kind}
+    scale = scale_below(factors, LARGEST)
+    arrays = {"weights": split_right(factors * np.float32(scale)).view(np.int32), "kind": kind}
     if first is not None:
         arrays["first"] = first
     numbers = {"taps": down, "kinds": factors.shape[0], "factors": factors.shape[1]}
@@ -91,12 +92,3 @@ def _factors(form: QuadraticForm, bands: npt.NDArray[np.float32]) -> tuple[npt.N
     there = (tap >= 0) & (tap < across) & inside[:, :, None] & inside[:, None, made]
     factors = bands[:, of_column[:, None], tap.clip(0, across - 1)] * there
     return factors.swapaxes(0, 1), kind.ravel().astype(np.int32)
-
-
-def _fragments(factors: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
-    """[..., WINDOW, COLUMNS] in two halves, as lanes have them: [..., lane, two words of the high, two of the low]."""
-    high = factors.astype(np.float16)
-    halves = np.stack([high, (factors - high).astype(np.float16)], axis=-3)
-    pairs = halves.reshape(*halves.shape[:-2], 2, 4, 2, COLUMNS)  # upper and lower half, lane % 4, two rows
-    lanes = np.moveaxis(pairs, (-1, -3, -5, -4, -2), (-5, -4, -3, -2, -1))
-    return np.ascontiguousarray(lanes).view(np.int32).reshape(*factors.shape[:-2], 32, 4)

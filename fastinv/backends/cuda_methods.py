@@ -201,12 +201,15 @@ def descent_rule(objective: Objective) -> Any:
 
 def on_chip(objective: Objective, rule: Any) -> tuple[OnChipDescent, Buffer] | None:
     """All steps in one launch, and the buffer of what it is given, where there is a kernel for that."""
+    if rule.watched:
+        return None
     form, given = objective.form, objective.target
-    problems = [pooled_problem(objective.recipe.edge)]
-    if form is not None:
+    if form is None:
+        problems = [pooled_problem(objective.recipe.edge)]
+    else:
         problems, given = [banded_problem(form), quadratic_problem(form)], objective.constant
     chip = OnChipDescent([problem for problem in problems if problem is not None], rule, objective.device)
-    return (chip, given) if chip.fits and not rule.watched else None
+    return (chip, given) if chip.fits else None
 
 
 def _descent(objective: Objective) -> Method:

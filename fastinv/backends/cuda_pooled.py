@@ -1,8 +1,4 @@
-"""Weights of MNIST's ReLU2 edge as `kernels/cuda/pooled.h` reads them: factors of matrix products on tensor cores.
-
-A weight is the sum of two float16, its high and its low part. They are multiplied by a power of two before, so that the
-largest is near 2^13: then the low part of whatever matters is not too small for float16.
-"""
+"""Weights of MNIST's ReLU2 edge as `kernels/cuda/pooled.h` reads them: factors of matrix products on tensor cores."""
 
 from __future__ import annotations
 
@@ -12,8 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastinv.backends.cuda_fragments import exponent, halved, left, scale_below, split_right
+
 TAPS, FIRST, SECOND = 5, 8, 16  # of both convolutions, and their channels
-LARGEST = 13  # the largest weight's power of two
+LARGEST = 13  # the weights' largest is next below this power of two
 SPREAD = TAPS + 1  # rows and columns of the image that a window of the pool reaches
 
 Array = npt.NDArray[Any]
@@ -23,7 +21,7 @@ def pooled_fields(
     first: Array, first_bias: Array, second: Array, second_bias: Array
 ) -> tuple[Mapping[str, Array], Mapping[str, float]]:
     """Arrays and numbers of `PooledLayers` from weights [channels out, channels in, taps, taps]."""
-    first_scale, second_scale = (2.0 ** (LARGEST - _exponent(abs(w).max())) for w in (first, second))
+    first_scale, second_scale = (scale_below(w, LARGEST) for w in (first, second))
     w, v = first[:, 0] * first_scale, second * second_scale
     parts = (_first(w), _second(v), _second_back(v), _first_back(w))
     arrays = {
@@ -34,10 +32,10 @@ def pooled_fields(
     numbers = {
         "first_scale": first_scale,
         "second_scale": second_scale,
-        "first_gain": 2.0 ** _exponent((abs(first).sum((1, 2, 3)) + abs(first_bias)).max()),
+        "first_gain": 2.0 ** exponent((abs(first).sum((1, 2, 3)) + abs(first_bias)).max()),
         "second_gain": float(abs(second).sum((1, 2, 3)).max()),
         "second_offset": float(abs(second_bias).max()),
-        "back_gain": 2.0 ** _exponent(abs(second).sum((0, 2, 3)).max()),
+        "back_gain": 2.0 ** exponent(abs(second).sum((0, 2, 3)).max()),
     }
     return arrays, numbers
 
@@ -49,20 +47,20 @@ def _first(w: Array) -> Array:
         rows = w[:, 2 * group : 2 * group + 2, :4]
         columns[:, group, :, : rows.shape[1]] = rows.transpose(0, 2, 1)
     columns[:, 3] = np.pad(w[:, :, 4], [(0, 0), (0, 3)]).reshape(FIRST, 4, 2)
-    high, low = _halved(columns.transpose(1, 0, 2, 3).reshape(2, 2, FIRST, 8))  # [K step, its half, channel, …]
-    return _left(np.concatenate([high, low], 2).transpose(0, 2, 1, 3).reshape(2, 16, 16))
+    high, low = halved(columns.transpose(1, 0, 2, 3).reshape(2, 2, FIRST, 8))  # [K step, its half, channel, …]
+    return left(np.concatenate([high, low], 2).transpose(0, 2, 1, 3).reshape(2, 16, 16))
 
 
 def _second(v: Array) -> Array:
     """[pair of column taps, row tap, part, lane, word]: rows are channels out, columns two taps' channels in."""
     padded = np.pad(v, [(0, 0), (0, 0), (0, 0), (0, 1)]).reshape(SECOND, FIRST, TAPS, 3, 2)
-    both = _halved(padded.transpose(3, 2, 0, 4, 1).reshape(3, TAPS, SECOND, 2 * FIRST))
-    return np.stack([_left(part) for part in both], 2)
+    both = halved(padded.transpose(3, 2, 0, 4, 1).reshape(3, TAPS, SECOND, 2 * FIRST))
+    return np.stack([left(part) for part in both], 2)
 
 
 def _second_back(v: Array) -> Array:
     """[column tap, row tap, lane, part, word]: rows are channels out, columns channels in."""
-    return np.stack([_right(part) for part in _halved(v.transpose(3, 2, 0, 1))], -2)
+    return split_right(v.transpose(3, 2, 0, 1))
 
 
 def _first_back(w: Array) -> Array:
@@ -76,29 +74,4 @@ def _first_back(w: Array) -> Array:
         reached[:, place, y : y + TAPS, x : x + TAPS] = w
     columns = np.pad(reached.reshape(FIRST, 4, -1), [(0, 0), (0, 0), (0, 4)]).reshape(4, 2, 2, 2, 5, 8)
     # [lane % 4, K step, half, of two, eight columns, column]
-    both = _halved(columns.transpose(4, 1, 2, 0, 3, 5).reshape(5, 2, 16, 8))
-    return np.stack([_right(part) for part in both], -2)
-
-
-def _exponent(value: float) -> int:
-    """The smallest whose power of two is above this value; 0 of 0."""
-    return int(np.frexp(value)[1])
-
-
-def _halved(values: Array) -> tuple[Array, Array]:
-    high = values.astype(np.float16)
-    return high, (values - high.astype(np.float32)).astype(np.float16)
-
-
-def _left(factor: Array) -> Array:
-    """[..., 16, 16] in the order of `LeftFactor`, [..., lane, word]."""
-    pairs = factor.view(np.uint32)  # [..., row, 8]
-    lane = np.arange(32)
-    return np.stack([pairs[..., lane // 4 + 8 * (i % 2), lane % 4 + 4 * (i // 2)] for i in range(4)], -1)
-
-
-def _right(factor: Array) -> Array:
-    """[..., 16, 8] in the order of `RightFactor`, [..., lane, word]."""
-    pairs = np.ascontiguousarray(np.swapaxes(factor, -1, -2)).view(np.uint32)  # [..., column, 8]
-    lane = np.arange(32)
-    return np.stack([pairs[..., lane // 4, lane % 4 + 4 * j] for j in range(2)], -1)
+    return split_right(columns.transpose(4, 1, 2, 0, 3, 5).reshape(5, 2, 16, 8))

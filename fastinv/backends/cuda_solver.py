@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastinv.backends.base import Array, Progress, Report
-from fastinv.backends.cuda_device import flag_on, halving, isa_of, nothing, on_device, repeatable, wait
+from fastinv.backends.cuda_device import flag_on, halving, isa_of, on_device, repeatable, wait
 from fastinv.backends.cuda_host import NO_FEATURES, Feed, Given, finite
 from fastinv.backends.cuda_methods import Objective, method_of
 from fastinv.backends.cuda_network import MOST_IMAGES, NOT_FINITE, door, fitting
@@ -75,11 +75,11 @@ class CudaSolver:
 
         starts = torch.from_numpy(np.array(init, np.float32)).to(self._device)
         with self._lock, on_device(self._device):
-            self._ready()  # may lower `_most`
+            batch = self._ready()
             feed, images = self._ready_feed()
             feed.features = features
             try:
-                z, report, finished = self._solve(feed, len(features), images, starts, progress)
+                z, report, finished = self._solve(batch, feed, len(features), images, starts, progress)
             finally:
                 feed.features = NO_FEATURES
         return z.cpu().numpy(), report, finished
@@ -89,11 +89,17 @@ class CudaSolver:
     ) -> tuple[torch.Tensor, Report, bool]:
         """As `solve`, for tensors on this device."""
         with self._lock, on_device(self._device):
-            self._ready()  # may lower `_most`
-            return self._solve(Given(features), len(features), self._most, init, progress)
+            batch = self._ready()  # may lower `_most`
+            return self._solve(batch, Given(features), len(features), self._most, init, progress)
 
     def _solve(
-        self, feed: Given | Feed, count: int, images: int, init: torch.Tensor, progress: Progress | None
+        self,
+        batch: Batch,
+        feed: Given | Feed,
+        count: int,
+        images: int,
+        init: torch.Tensor,
+        progress: Progress | None,
     ) -> tuple[torch.Tensor, Report, bool]:
         """Solve so many images at once, until all are.
 
@@ -107,7 +113,7 @@ class CudaSolver:
         taken = np.zeros(count, np.int64)
         converged = np.zeros(count, np.bool_)
         starts = init.expand(z.shape)
-        batch, finished, flag = self._ready(), True, flag_on(self._device)
+        finished, flag = True, flag_on(self._device)
         parts = [*chunks(count, images), (count, count)]
         feed.send(*parts[0])
         for (start, stop), following in pairwise(parts):
@@ -184,9 +190,7 @@ class Batch:
         self._of("running")[:count] = 1
         self._launch("begin")
 
-    def solve(
-        self, progress: Progress | None, done: int, steps_done: int, meanwhile: Callable[[], None] = nothing
-    ) -> bool:
+    def solve(self, progress: Progress | None, done: int, steps_done: int, meanwhile: Callable[[], None]) -> bool:
         """Take all steps; False when Ctrl-C cut them short. `meanwhile` is called when the first are on their way."""
         method = self._solver._method
         look = LOOK if method.other is not None else LOOK_SOON

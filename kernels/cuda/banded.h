@@ -27,6 +27,15 @@ namespace band {
 constexpr int kThreads = 16 * kWarp, kColumns = 8, kReach = 4, kAcross = 4;
 constexpr int kMostWidth = kAcross * kColumns, kPitch = kMostWidth + 2 * kReach;
 constexpr int kFactor = 4 * kWarp;  // words
+
+// A thread's first column, the second is next to it; and the kind of the eight columns around.
+FASTINV_BLOCK inline int column_of(unsigned thread) {
+  return static_cast<int>(thread / kWarp % kAcross * kColumns + thread % 4 * 2);
+}
+FASTINV_BLOCK inline int kind_of(const Descent& d, const BandedForm& form, unsigned thread) {
+  const int tile = column_of(thread) / kColumns;
+  return tile * kColumns < d.width ? form.kind[tile] : 0;
+}
 }  // namespace band
 
 // A block's memory. All but the weights, which come last, lies at places that are known to the compiler.
@@ -69,10 +78,7 @@ struct Banded {
   template <class Block>
   FASTINV_BLOCK void descend(const Descent& d, Block& block) {
     const int image = block.index() * Layout::kImages;
-    int begin = -1;
-    for (int n = image; n < image + Layout::kImages && n < d.images; ++n) {
-      if (d.running[n] == 1) begin = d.taken[n];
-    }
+    const int begin = begin_of<Layout::kImages>(d, image);
     if (begin < 0) return;
     const int end = end_of(d, begin);
     auto* words = reinterpret_cast<uint32_t*>(block.shared());
@@ -146,7 +152,7 @@ struct Banded {
 
   FASTINV_BLOCK void finish(const Descent& d, int image, int thread, Own& own) const {
     Layout::pixels(d, image, thread, [&](int v, int, uint32_t at, int n, bool inside) {
-      if (!inside || n >= d.images || d.running[n] != 1) return;
+      if (!inside || n >= d.images || d.running[n] != 1) return;  // `runs` as a call takes two registers too many
       d.z[at] = own.z[v];
       d.first[at] = first(own, thread, v);
       d.second[at] = second(thread, v);
@@ -155,9 +161,7 @@ struct Banded {
 
   FASTINV_BLOCK void report(const Descent& d, int image, int thread) const {
     const int n = image + thread;
-    if (thread >= Layout::kImages || n >= d.images || d.running[n] != 1) return;
-    d.taken[n] = end_of(d, d.taken[n]);
-    if (d.taken[n] == d.steps) d.running[n] = kFinished;
+    if (thread < Layout::kImages && runs(d, n)) arrive(d, n, end_of(d, d.taken[n]));
   }
 
   BandMemory memory_{};

@@ -27,7 +27,6 @@ struct BandedImages {
   }
 
   FASTINV_BLOCK static Keys keys(const Descent& d, const BandedForm& form, int thread) {
-    const int tile = column_of(thread) / band::kColumns;
     uint32_t words[2] = {};
     const auto set = [&](int number, int value) {
       words[number / 4] |= static_cast<uint32_t>(value) << 8 * (number % 4);
@@ -37,7 +36,7 @@ struct BandedImages {
       const int row = row_of(thread) + r;
       set(r, (row < d.height ? form.first[row] : 0) + kTaps);
     }
-    set(kRows, tile * band::kColumns < d.width ? form.kind[tile] : 0);
+    set(kRows, band::kind_of(d, form, thread));
     return Keys{{words[0], words[1]}}.in_place();
   }
 
@@ -46,7 +45,7 @@ struct BandedImages {
     uint32_t first[4];  // all images have fewer than 2^31 pixels
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const int n = image + image_of(thread, c / 2), column = column_of(thread) + c % 2;
+      const int n = image + image_of(thread, c / 2), column = band::column_of(thread) + c % 2;
       first[c] = (n < d.images ? n : d.images - 1) * d.height * d.width + (column < d.width ? column : 0);
     }
 #pragma unroll
@@ -55,13 +54,13 @@ struct BandedImages {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         f(4 * r + c, 0, first[c] + line, image + image_of(thread, c / 2),
-          row < d.height && column_of(thread) + c % 2 < d.width);
+          row < d.height && band::column_of(thread) + c % 2 < d.width);
       }
     }
   }
 
   FASTINV_BLOCK static int pair(const Descent& d, int thread, int number) {
-    const int row = row_of(thread) + number / 2, column = column_of(thread);
+    const int row = row_of(thread) + number / 2, column = band::column_of(thread);
     if (row >= d.height || column >= d.width) return -1;
     // Products of constants apart, so that all of a thread's words are at constant distances from the first.
     return (row_of(thread) * kImages + image_of(thread, 0)) * (band::kPitch / 2) + (band::kReach + column) / 2 +
@@ -106,11 +105,8 @@ struct BandedImages {
   }
 
  private:
-  // A thread's first row and column, and its image number i.
+  // A thread's first row, and its image number i.
   FASTINV_BLOCK static int row_of(unsigned thread) { return static_cast<int>(thread / kWarp / band::kAcross * kRows); }
-  FASTINV_BLOCK static int column_of(unsigned thread) {
-    return static_cast<int>(thread / kWarp % band::kAcross * band::kColumns + thread % 4 * 2);
-  }
   FASTINV_BLOCK static int image_of(unsigned thread, int i) { return static_cast<int>(thread % kWarp / 4) + 8 * i; }
 };
 

@@ -23,8 +23,7 @@ struct BandedRows {
   }
 
   FASTINV_BLOCK static Keys keys(const Descent& d, const BandedForm& form, int thread) {
-    const int tile = column_of(thread) / band::kColumns;
-    return tile * band::kColumns < d.width ? form.kind[tile] : 0;
+    return band::kind_of(d, form, thread);
   }
 
   template <class F>
@@ -34,7 +33,7 @@ struct BandedRows {
       const int n = image + first_image(thread) + k, start = (n < d.images ? n : d.images - 1) * d.height;
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        const int row = row_of(thread) + c / 2 * 8, column = column_of(thread) + c % 2;
+        const int row = row_of(thread) + c / 2 * 8, column = band::column_of(thread) + c % 2;
         const bool inside = row < d.height && column < d.width;
         const uint32_t at = ((start + (inside ? row : 0)) * d.width + (inside ? column : 0)) * kChannels;
 #pragma unroll
@@ -46,7 +45,7 @@ struct BandedRows {
   }
 
   FASTINV_BLOCK static int pair(const Descent& d, int thread, int number) {
-    const int row = row_of(thread) + number % 2 * 8, column = column_of(thread), sums = number / 2;
+    const int row = row_of(thread) + number % 2 * 8, column = band::column_of(thread), sums = number / 2;
     if (row >= d.height || column >= d.width) return -1;
     // Products of constants apart, so that all of a thread's words are at constant distances from the first.
     return first_image(thread) * (kChannels * kPlane) + row_of(thread) * (band::kPitch / 2) +
@@ -106,12 +105,11 @@ struct BandedRows {
 
  private:
   FASTINV_BLOCK static int row_of(unsigned thread) {
-    return thread / kWarp / band::kAcross % kDown * kRows + thread % kWarp / 4;
+    return static_cast<int>(thread / kWarp / band::kAcross % kDown * kRows + thread % kWarp / 4);
   }
-  FASTINV_BLOCK static int column_of(unsigned thread) {
-    return thread / kWarp % band::kAcross * band::kColumns + thread % 4 * 2;
+  FASTINV_BLOCK static int first_image(unsigned thread) {
+    return static_cast<int>(thread / kWarp / (band::kAcross * kDown) * kTogether);
   }
-  FASTINV_BLOCK static int first_image(unsigned thread) { return thread / kWarp / (band::kAcross * kDown) * kTogether; }
 };
 
 }  // namespace fastinv

@@ -110,6 +110,21 @@ FASTINV_BLOCK int image_of_thread(int thread) {
 }
 // Whether there is such an image, and it has steps to take.
 FASTINV_BLOCK inline bool runs(const Descent& d, int n) { return n < d.images && d.running[n] == 1; }
+// Steps that those have taken that run of so many images from the first on; −1 where none runs.
+template <int kImages>
+FASTINV_BLOCK int begin_of(const Descent& d, int first) {
+  int begin = -1;
+#pragma unroll 1
+  for (int i = 0; i < kImages; ++i) {
+    if (runs(d, first + i)) begin = d.taken[first + i];
+  }
+  return begin;
+}
+// An image has taken its steps up to `end`.
+FASTINV_BLOCK inline void arrive(const Descent& d, int n, int end) {
+  d.taken[n] = end;
+  if (end == d.steps) d.running[n] = kFinished;
+}
 
 // Sums of a convolution at the pixels of a thread: sum[r][c] += Σ w[i, j, k, c] · planes(row + r + i, column + j, k),
 // with weights [j][k][i · outputs + c, rounded up to 4]. A value then serves several sums, and four weights are read at
@@ -257,11 +272,7 @@ template <class Edge, class Block>
 FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
   using P = typename Edge::P;
   const int across = threads_across<Edge>(d), first = block.index() * Edge::kImages;
-  int begin = -1;
-#pragma unroll
-  for (int i = 0; i < Edge::kImages; ++i) {
-    if (runs(d, first + i)) begin = d.taken[first + i];
-  }
+  const int begin = begin_of<Edge::kImages>(d, first);
   if (begin < 0) return;
   const int end = end_of(d, begin);
   typename Block::template PerThread<typename Edge::Own> all(block);
@@ -358,8 +369,7 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
     places(image, p, d.z, [&](int r, int c, float& z) { z = planes.at(p.row + r, p.column, c); });
     if (Edge::kKeeps) store_moments(image, p);
     if (p.row > 0 || p.column != 0) return;  // one thread of an image that runs
-    d.taken[first + image] = end;
-    if (end == d.steps) d.running[first + image] = kFinished;
+    arrive(d, first + image, end);
   });
 }
 

@@ -134,10 +134,7 @@ struct PooledForward : PooledMemory {
 #pragma unroll
           for (int i = 0; i < kTaps; ++i) {
             if (u - i < 0 || u - i >= kForwardRows) continue;
-            PerLane<Sums>& sum = sums[u - i];
-            warp.multiply(sum, high[i], [&](int lane) { return x(lane).high(); });
-            warp.multiply(sum, high[i], [&](int lane) { return x(lane).low(); });
-            warp.multiply(sum, low[i], [&](int lane) { return x(lane).high(); });
+            multiply_split(warp, sums[u - i], high[i], low[i], [&](int lane) { return x(lane).split(); });
           }
         }
       }
@@ -177,8 +174,7 @@ struct PooledForward : PooledMemory {
   struct SplitPixels {
     uint32_t at[4];
 
-    FASTINV_BLOCK RightFactor high() const { return {{at[0], at[1]}}; }
-    FASTINV_BLOCK RightFactor low() const { return {{at[2], at[3]}}; }
+    FASTINV_BLOCK SplitRight split() const { return {{{at[0], at[1]}}, {{at[2], at[3]}}}; }
   };
 };
 
