@@ -20,7 +20,7 @@ from fastinv import benchmark
 from fastinv.backends import BACKENDS, cuda_device, cuda_host, cuda_native, select
 from fastinv.backends.cuda import CudaBackend
 from fastinv.backends.cuda_device import halving, missing
-from fastinv.backends.cuda_host import copy, fill
+from fastinv.backends.cuda_host import copy
 from fastinv.backends.cuda_lowering import PRECISIONS
 from fastinv.backends.cuda_plan import ALIGNMENT, Arena, Buffer, Stage, bucket, place
 from fastinv.errors import BackendError
@@ -156,21 +156,26 @@ def test_copies_on_the_host(dtype: str) -> None:
             np.testing.assert_array_equal(target[: len(source)], source)
 
 
-def test_float32_is_rounded_on_its_way_to_pinned_memory() -> None:
+@pytest.mark.parametrize("piece", [4 * 7, 2**12])
+def test_float32_is_rounded_on_its_way_to_the_device(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
     """As PyTorch rounds, whatever the layout; all else is copied as it is."""
+    monkeypatch.setattr(cuda_host, "PIECE", piece)  # which ends within an image, or after the last
+    upload = cuda_host.Upload(torch.device("cpu"), cuda_device.Streams(torch.device("cpu")))
     x = randn(6, 5, 4)
     x[0, 0, :3] = np.nan, np.inf, -np.inf
     locked = x.copy()
     locked.flags.writeable = False
-    for source in (x, locked, x[::2], x[..., 1:], x.transpose(2, 0, 1), x[:0]):
-        target = torch.full((source.size,), 7.0, dtype=torch.bfloat16)
-        fill(target, source)
-        expected = torch.from_numpy(np.array(source)).to(torch.bfloat16).flatten()
-        np.testing.assert_array_equal(target.float(), expected.float())  # one NaN is as good as another
-    bytes_ = np.arange(256, dtype=np.uint8)
-    target = torch.zeros(256, dtype=torch.uint8)
-    fill(target, bytes_)
-    np.testing.assert_array_equal(target.numpy(), bytes_)
+    for source in (x, locked, x[::2], x[..., 1:], x.transpose(2, 0, 1), x[:0], x[:, :0]):
+        for dtype in (torch.bfloat16, torch.float32):
+            there = torch.full((source.size,), 7.0, dtype=dtype)
+            upload.send(source, there)
+            expected = torch.from_numpy(np.array(source)).to(dtype).flatten()
+            np.testing.assert_array_equal(there.float(), expected.float())  # one NaN is as good as another
+    for dtype in ("uint8", "int8", "float16"):
+        values = np.arange(256).astype(dtype)
+        there = torch.zeros(256, dtype=getattr(torch, dtype))
+        upload.send(values, there)
+        np.testing.assert_array_equal(there.numpy(), values)
 
 
 def test_features_go_to_the_device_a_batch_ahead(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from fastinv.backends.cuda_device import (
     wait,
     wait_for_all,
 )
-from fastinv.backends.cuda_host import copy, fill
+from fastinv.backends.cuda_host import Upload, copy
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.backends.cuda_nodes import ConvolutionNode, Door, Node
 from fastinv.backends.cuda_plan import Arena, Buffer, Stage, bucket
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 MOST_IMAGES = 4096  # at once
 MOST_BYTES = 2**32  # of the arena and of all that goes with a batch
-STREAMED_IMAGES = 1024  # at once from the host: a call's first and last such batch overlap with nothing
+STREAMED_IMAGES = 1024  # at once from the host: a call's last such batch overlaps with nothing
+STREAMED_BYTES = 2**24  # of their results, in pinned memory
 MEASURED_IMAGES = 1024  # at most
 STREAMED_BATCHES = 64  # of one call
 FEW = 64  # channels that a convolution can write in the user's order: with more, the addresses spill
@@ -53,10 +54,11 @@ RAW_DTYPES = ("float32", "float16", "bfloat16", "uint8", "int8")
 
 @dataclass(eq=False)
 class Slot:
-    """Memory for one batch on its way: features and results, on the host, pinned, and on the device, as bytes."""
+    """Memory for one batch on its way, as bytes: features and results on the device, results on the host, pinned."""
 
-    host: tuple[torch.Tensor, torch.Tensor]
-    device: tuple[torch.Tensor, torch.Tensor]
+    features: torch.Tensor
+    results: torch.Tensor
+    host: torch.Tensor
     flag: torch.Tensor  # of features that are not finite
     wait: Any = None  # for the batch that is on its way
     rows: tuple[int, int] = (0, 0)
@@ -85,13 +87,14 @@ class CudaNetwork:
         self._memory: torch.Tensor | None = None  # the arena, for `_most` images
         # One slot is filled and emptied while the other is computed on, with so many images at once.
         self._slots: tuple[Slot, Slot] | None = None
-        self._streamed = min(self._most, STREAMED_IMAGES)
+        self._streamed = min(self._most, STREAMED_IMAGES, max(1, STREAMED_BYTES // doors[1].bytes(1)))
         self._bound: dict[tuple[Any, ...], Any] = {}
         # Runs of what lies on the device, by its place, the last used last: a graph, or None where there was but one.
         self._there: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._flag_there: torch.Tensor | None = None
         self._unread = False  # whether that flag is one that a call left which was cut short
         self._streams: Streams | None = None
+        self._upload: Upload | None = None
         self._quantised: tuple[torch.Tensor, ...] = ()
         self._lock = threading.Lock()
 
@@ -266,20 +269,23 @@ class CudaNetwork:
     def _slot(self, images: int) -> Slot:
         import torch
 
-        pinned = self._device.type == "cuda"
-        sizes = [4 * images * int(np.prod(s)) for s in (self._network.input_shape, self._network.output_shape)]
-        host = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
-        device = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
-        return Slot((host[0], host[1]), (device[0], device[1]), flag_on(self._device))
+        def memory(shape: Shape, device: torch.device, pinned: bool = False) -> torch.Tensor:
+            size = 4 * images * int(np.prod(shape))
+            return torch.empty(size, dtype=torch.uint8, device=device, pin_memory=pinned)
+
+        network, device = self._network, self._device
+        host = memory(network.output_shape, torch.device("cpu"), device.type == "cuda")
+        features, results = (memory(shape, device) for shape in (network.input_shape, network.output_shape))
+        return Slot(features, results, host, flag_on(device))
 
     def _stream(self, rows: tensors.Source, out: npt.NDArray[Any]) -> bool:
         """Features from the host, results to it, while the batch between them is computed; False on NaN or Inf."""
         with self._lock, on_device(self._device):
             memory, slots = self._ready(), self._ready_slots()
             self._streams = self._streams or Streams(self._device)
+            self._upload = self._upload or Upload(self._device, self._streams)
             with self._streams.on("compute"):
                 scale = self._constants(rows)
-            # Rounded on the host already, half as much goes to pinned memory and over PCIe.
             rounds = rows.dtype == "float32" and self._lowering.numbers.dtype == "bfloat16"
             sent = "bfloat16" if rounds else rows.dtype
             good = True
@@ -289,7 +295,7 @@ class CudaNetwork:
                     good &= _collect(slot, out)
                     self._send(slot, memory, rows.data[start:stop], sent, scale, out.dtype.name)
                     slot.rows = (start, stop)
-                for slot in slots:
+                for slot in sorted(slots, key=lambda slot: slot.rows):
                     good &= _collect(slot, out)
             finally:  # what an error leaves on its way is not the next call's
                 for slot in slots:
@@ -306,22 +312,21 @@ class CudaNetwork:
         import torch
 
         assert self._streams is not None
+        assert self._upload is not None
         streams, count = self._streams, len(part)
         images = bucket(count, self._streamed)
         run = self._launched(slot, memory, images, dtype, scale, result)
-        there = slot.host[0].view(getattr(torch, dtype))[: part.size]
-        size = there.nbytes
-        fill(there, part)
+        there = slot.features.view(getattr(torch, dtype))[: part.size // count * images]
+        self._upload.send(part, there[: part.size])
         with streams.on("in"):
-            slot.device[0][:size].copy_(slot.host[0][:size], non_blocking=True)
-            slot.device[0][size : size // count * images].zero_()  # the rest of the bucket is computed on, too
+            there[part.size :].zero_()  # the rest of the bucket is computed on, too
         streams.after("compute", "in")
         with streams.on("compute"):
             run()
         streams.after("out", "compute")
         size = count * int(np.prod(self._network.output_shape)) * np.dtype(result).itemsize
         with streams.on("out"):
-            slot.host[1][:size].copy_(slot.device[1][:size], non_blocking=True)
+            slot.host[:size].copy_(slot.results[:size], non_blocking=True)
         slot.wait = streams.mark("out")
 
     def _launched(self, slot: Slot, memory: torch.Tensor, images: int, dtype: str, scale: Any, result: str) -> Any:
@@ -333,7 +338,7 @@ class CudaNetwork:
             network = self._network
             shapes = (images, *network.input_shape), (images, *network.output_shape)
             views = []
-            for raw, shape, name in zip(slot.device[:2], shapes, (dtype, result), strict=True):
+            for raw, shape, name in zip((slot.features, slot.results), shapes, (dtype, result), strict=True):
                 kind: torch.dtype = getattr(torch, name)
                 views.append(raw[: int(np.prod(shape)) * kind.itemsize].view(kind).view(shape))
             outside = {self._features: views[0], self._results: views[1], self._flag: slot.flag}
@@ -385,7 +390,7 @@ def _collect(slot: Slot, out: npt.NDArray[Any]) -> bool:
     slot.wait = None
     start, stop = slot.rows
     part = out[start:stop]
-    copy(slot.host[1][: part.size * part.dtype.itemsize].numpy().view(part.dtype).reshape(part.shape), part)
+    copy(slot.host[: part.size * part.dtype.itemsize].numpy().view(part.dtype).reshape(part.shape), part)
     wrong = bool(slot.flag.item())
     slot.flag.zero_()
     return not wrong
