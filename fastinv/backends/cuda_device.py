@@ -137,7 +137,7 @@ def repeatable(launches: Sequence[Callable[[], None]], device: torch.device) -> 
         for launch in launches:
             launch()
 
-    if device.type != "cuda":
+    if device.type != "cuda" or not launches:
         return run
     with _capturing, on_device(device):
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

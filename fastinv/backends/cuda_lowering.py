@@ -240,14 +240,14 @@ def _plane(shape: Shape) -> Pair:
 
 
 def _product(to: Lowering, step: Step, inputs: list[Buffer], shape: Shape, geometries: Any, weights: Any) -> Buffer:
-    forward = _kernel(to, geometries[0], weights[0], step.weights["bias"])
-    back = _kernel(to, geometries[1], weights[1], None) if to.differentiable else None
+    forward = kernel_for(to, geometries[0], weights[0], step.weights["bias"])
+    back = kernel_for(to, geometries[1], weights[1], None) if to.differentiable else None
     addend = inputs[1] if len(inputs) > 1 else None
     output = to.buffer(math.prod(shape))
     return to.add(ConvolutionNode(tuple(inputs), output, forward, back, Ending(step.activation, addend), weights[0]))
 
 
-def _kernel(to: Lowering, geometry: Any, weight: Any, bias: Any) -> Any:
+def kernel_for(to: Lowering, geometry: Any, weight: Any, bias: Any) -> Any:
     """The kernel for weights [groups, outputs, inputs, kh, kw]: by shapes and precision alone."""
     from fastinv.kernels.triton.convolution import Convolution
     from fastinv.kernels.triton.direct import DirectConvolution

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastinv.backends.cuda_banded import banded_problem
-from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
+from fastinv.backends.cuda_lowering import PRECISIONS, Lowering, kernel_for
 from fastinv.backends.cuda_native import OnChipDescent, pooled_problem, quadratic_problem
-from fastinv.backends.cuda_nodes import copy
+from fastinv.backends.cuda_nodes import ConvolutionNode, copy
 from fastinv.backends.cuda_plan import Buffer, Ending, Stage
 from fastinv.backends.cuda_quadratic import quadratic_form
 from fastinv.inverters import RMLE
+from fastinv.network import Network
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,8 @@ class Objective:
 
     Attributes:
         z: the images' buffer.
-        target: the features'.
+        target: the features', less the edge's bias where that is left out of `lowering`.
+        shift: how features come to `target`: factors and zero points of their channels, or None for both.
         part: sums of the residual's squares.
         constant: the gradient's at z = 0, where the objective is taken as a quadratic form.
         report: the buffers of `value`, `running` and `taken`: the objective, how an image stands, and its steps.
@@ -68,7 +70,14 @@ class Objective:
 
         self.recipe = recipe
         self.device = device
-        self.lowering = Lowering(recipe.edge, device, PRECISIONS[precision], "float32", differentiable=True)
+        self.form = form = quadratic_form(recipe)
+        self._quadratic = None if form is None else Quadratic(form, device)
+        self.smooth = form is not None and form.smooth
+        # What a quadratic form leaves to the edge is done once: it may as well be exact.
+        edge, precision = (recipe.edge, precision) if form is None else (_without_bias(recipe.edge), "float32")
+        bias = None if form is None else _tensor(recipe.edge.steps[0].weights["bias"], device)
+        self.shift = (None, None) if bias is None else (bias.new_ones(len(bias)), bias)
+        self.lowering = Lowering(edge, device, PRECISIONS[precision], "float32", differentiable=True)
         self.z = self.lowering.input
         self.target = Buffer(self.lowering.output.elements, "float32")
         self.constant = self.image()
@@ -76,9 +85,6 @@ class Objective:
         channels, height, width = recipe.input_shape
         self.variation = Variation((height, width, channels), recipe.tv_weight, recipe.tv_beta)
         self.part = Buffer(tiles(self.target.elements), "float32")
-        self.form = form = quadratic_form(recipe)
-        self._quadratic = None if form is None else Quadratic(form, device)
-        self.smooth = form is not None and form.smooth
 
     def image(self) -> Buffer:
         """A new buffer like z."""
@@ -107,7 +113,7 @@ class Objective:
 
     def measure(self) -> list[Stage]:
         """Stages that make `part`."""
-        return [*self.lowering.forward(), self._residual(self.target, self.lowering.buffer(self.target.elements))]
+        return [*self.lowering.forward(), self._residual(self.target, None)]
 
     def value(self) -> list[Stage]:
         """Stages that leave the objective in `value`."""
@@ -119,11 +125,19 @@ class Objective:
         return [*self.measure(), Stage(make, (self.z, self.part), (value,))]
 
     def to_constant(self) -> list[Stage]:
-        """Stages that make `constant`, with z = 0; none where there is no quadratic form."""
+        """Stages that make `constant`, −2·Aᵀv; none where there is no quadratic form."""
         if self._quadratic is None:
             return []
-        stages, gradient = self._back(self.target)
-        return [*stages, copy(gradient, self.constant, Ending())]
+        from fastinv.kernels.triton.epilogue import Epilogue
+
+        (node,) = self.lowering.nodes
+        assert isinstance(node, ConvolutionNode)
+        back = kernel_for(self.lowering, node.back.geometry, -2 * node.weight.swapaxes(1, 2), None)
+
+        def make(tensors: Any) -> Any:
+            return back.launch(tensors(self.target), tensors(self.constant), Epilogue())
+
+        return [Stage(make, (self.target,), (self.constant,))]
 
     def through_the_network(self) -> tuple[list[Stage], Buffer]:
         """As `evaluate_whole`, without the quadratic form."""
@@ -136,7 +150,7 @@ class Objective:
         product = self.image()
         return [self._times(self.z, None, product)], product
 
-    def _residual(self, target: Buffer, into: Buffer, ending: Ending | None = None) -> Stage:
+    def _residual(self, target: Buffer, into: Buffer | None, ending: Ending | None = None) -> Stage:
         from fastinv.kernels.triton.objective import launch_residual
 
         output, last = self.lowering.output, ending or Ending()
@@ -145,7 +159,7 @@ class Objective:
             y, v, out, part = (tensors(b) for b in (output, target, into, self.part))
             return launch_residual(y, v, out, part, last.epilogue(tensors))
 
-        return Stage(make, (output, target, *last.reads), (into, self.part))
+        return Stage(make, (output, target, *last.reads), (self.part,) if into is None else (into, self.part))
 
     def _back(self, target: Buffer) -> tuple[list[Stage], Buffer]:
         """Through the network, forward and back, to the gradient of Σ(edge(z) − target)²."""
@@ -168,6 +182,13 @@ class Objective:
             return form.launch(tensors(z), tensors(constant), tensors(out))
 
         return Stage(make, (z,) if constant is None else (z, constant), (out,))
+
+
+def _without_bias(edge: Network) -> Network:
+    """An edge of one step that has weights, with a bias of 0."""
+    (step,) = edge.steps
+    weights = {**step.weights, "bias": np.zeros_like(step.weights["bias"])}
+    return Network(edge.input_shape, (replace(step, weights=weights),))
 
 
 def method_of(objective: Objective) -> Method:

@@ -160,8 +160,7 @@ class Batch:
         self._solver = solver
         self._tensors = tensors
         self._memory = memory
-        self._bound: dict[int, dict[str, list[Callable[[], None]]]] = {}
-        self._graphs: dict[int, Callable[[], None]] = {}
+        self._runs: dict[int, dict[str, Callable[[], None]]] = {}
         self._images = 0
 
     def load(self, features: torch.Tensor, starts: torch.Tensor, flag: torch.Tensor) -> None:
@@ -174,21 +173,17 @@ class Batch:
         self._images = bucket(count, solver._most)
         self._capture()
         target = self._tensors[objective.target]
-        for tensor in self._tensors.values():
-            (target[count : self._images] if tensor is target else tensor).zero_()
+        target[count : self._images].zero_()
         shape = solver._recipe.feature_shape
-        launch_channels_last(features, target[:count], *door(shape), None, None, flag)()
-        self._launch("prepare")
+        launch_channels_last(features, target[:count], *door(shape), *objective.shift, flag)()
+        self._run("prepare")
         channels, height, width = solver._recipe.input_shape
         images = self._tensors[objective.z][:count].view(count, height, width, channels)
         images.copy_(starts.permute(0, 2, 3, 1))
         if "best" in solver._method.state:
-            self._of("best").copy_(self._tensors[objective.z])
-        if "best_value" in solver._method.state:
-            self._of("best_value").fill_(math.inf)
-        self._of("value").fill_(math.nan)
+            self._of("best")[:count] = self._tensors[objective.z][:count]
         self._of("running")[:count] = 1
-        self._launch("begin")
+        self._run("begin")
 
     def solve(self, progress: Progress | None, done: int, steps_done: int, meanwhile: Callable[[], None]) -> bool:
         """Take all steps; False when Ctrl-C cut them short. `meanwhile` is called when the first are on their way."""
@@ -199,14 +194,14 @@ class Batch:
             if method.turns == 0:
                 meanwhile()
             for turn in itertools.count() if method.turns is None else range(method.turns):
-                self._graphs[self._images]()
+                self._run("turn")
                 if turn == 0:
                     meanwhile()
                 if turn % look == look - 1 and not self._look(progress, done, steps_done):
                     break
         except KeyboardInterrupt:
             finished = False
-        self._launch("end")
+        self._run("end")
         return finished
 
     def results(self, count: int) -> tuple[torch.Tensor, Any, Any, Any]:
@@ -221,8 +216,10 @@ class Batch:
             value = torch.where(better, self._of("best_value"), value)
         channels, height, width = solver._recipe.input_shape
         images = z[:count].reshape(count, height, width, channels).permute(0, 3, 1, 2)
-        found, taken, running = (t[:count, 0].cpu().numpy() for t in (value, self._of("taken"), self._of("running")))
-        return images, found.astype(np.float64), taken.astype(np.int64), running == 0
+        # Together: every copy to the host is waited for.
+        numbers = torch.stack([value, self._of("taken"), self._of("running")])[..., 0].cpu().numpy()
+        found, taken, running = numbers[:, :count]
+        return images, found, taken.astype(np.int64), running == 0
 
     def _of(self, name: str) -> torch.Tensor:
         return self._tensors[(self._solver._method.state | self._solver._objective.report)[name]]
@@ -234,24 +231,33 @@ class Batch:
         return not self._solver._method.ends_early or bool((self._of("running") == 1).any())
 
     def _capture(self) -> None:
-        """The graph of a turn for so many images. It is run once, on whatever there is: before a batch is loaded."""
-        if self._images not in self._graphs:
+        """The parts of the method for so many images, as graphs. They are run once, on whatever there is: before a
+        batch is loaded."""
+        if self._images not in self._runs:
             self._of("running").zero_()
-            self._graphs[self._images] = repeatable(self._launches()["turn"], self._solver._device)
+            device = self._solver._device
+            self._runs[self._images] = {name: repeatable(part, device) for name, part in self._launches().items()}
 
-    def _launch(self, which: str) -> None:
-        for launch in self._launches()[which]:
-            launch()
+    def _run(self, part: str) -> None:
+        self._runs[self._images][part]()
 
     def _launches(self) -> dict[str, list[Callable[[], None]]]:
         """Those of every part of the method; a turn that leaves z elsewhere is followed by one that brings it back."""
-        if self._images not in self._bound:
-            solver, images = self._solver, self._images
-            here = {buffer: tensor[:images] for buffer, tensor in self._tensors.items()}
-            bound = {name: arena.bind(images, self._memory, here) for name, arena in solver._arenas.items()}
-            z, other = solver._objective.z, solver._method.other
-            if other is not None:
-                there = here | {z: here[other], other: here[z]}
-                bound["turn"] += solver._arenas["turn"].bind(images, self._memory, there)
-            self._bound[images] = bound
-        return self._bound[self._images]
+        solver, images = self._solver, self._images
+        here = {buffer: tensor[:images] for buffer, tensor in self._tensors.items()}
+        bound = {name: arena.bind(images, self._memory, here) for name, arena in solver._arenas.items()}
+        z, other = solver._objective.z, solver._method.other
+        if other is not None:
+            there = here | {z: here[other], other: here[z]}
+            bound["turn"] += solver._arenas["turn"].bind(images, self._memory, there)
+        bound["prepare"].insert(0, partial(self._clear, here))
+        return bound
+
+    def _clear(self, tensors: dict[Buffer, torch.Tensor]) -> None:
+        """Set to 0 all but the features; what is not known yet to NaN or Inf."""
+        method, objective = self._solver._method, self._solver._objective
+        unknown = {"value": math.nan, "best_value": math.inf}
+        first = {buffer: unknown.get(name, 0) for name, buffer in (method.state | objective.report).items()}
+        for buffer, tensor in tensors.items():
+            if buffer is not objective.target:
+                tensor.fill_(first.get(buffer, 0))

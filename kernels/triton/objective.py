@@ -22,7 +22,7 @@ def _residual_kernel(
 ):  # fmt: skip
     """out[n, k] = finish(2 · (y[n, k] − v[n, k])), and part[n, tile] = Σ_k (y[n, k] − v[n, k])² over the tile.
 
-    y, out: [N, size]; v: float32 [N, size]; part: float32 [N, tiles].
+    y, out: [N, size], out may be None; v: float32 [N, size]; part: float32 [N, tiles].
     """
     n = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
@@ -31,8 +31,9 @@ def _residual_kernel(
     p = n * size + k
     difference = tl.load(y + p, mask=inside, other=0.0).to(tl.float32) - tl.load(v + p, mask=inside, other=0.0)
     tl.store(part + tl.program_id(0), tl.sum(difference * difference, axis=0))
-    gradient = finish(2.0 * difference, p, inside, addend, saved, a, b, KIND)
-    tl.store(out + p, gradient.to(out.dtype.element_ty), mask=inside)
+    if out is not None:
+        gradient = finish(2.0 * difference, p, inside, addend, saved, a, b, KIND)
+        tl.store(out + p, gradient.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -136,7 +137,7 @@ def block_of(size: int) -> int:
 
 
 def launch_residual(y: Any, v: Any, out: Any, part: Any, epilogue: Epilogue) -> Launch:
-    """y, out: [N, size] or more axes; v: float32 like y; part: float32 [N, `tiles(size)`]."""
+    """y, out: [N, size] or more axes, out may be None; v: float32 like y; part: float32 [N, `tiles(size)`]."""
     size = y[0].numel()
     args = {"y": y, "v": v, "out": out, "part": part, **epilogue.args, "size": size, "tiles": tiles(size)}
     return Launch(_residual_kernel, len(y) * tiles(size), args, {"KIND": epilogue.kind, "BLOCK": block_of(size)})
