@@ -174,7 +174,7 @@ class Solver:
             own = starts
             if not isinstance(starts, Engine) and starts.ndim > len(self.recipe.image_shape):
                 own = starts[start:stop]
-            return self._solve(self._features(source, start, stop), out, own, tell)
+            return self._solve(source, start, stop, out, own, tell)
 
         result, out = tensors.allocate((len(source), *self.recipe.image_shape), "float32", source.torch)
         return result, sweep(run, self.empty_report, source, result, out, self.batch_size, progress)
@@ -186,43 +186,53 @@ class Solver:
 
         After Ctrl-C `Interrupted` has those begun, and the report on them.
         """
-        return self._solve(self._features(source, start, stop), out, self._init, tell)
+        return self._solve(source, start, stop, out, self._init, tell)
 
     def run_there(self, x: Any, dtype: str) -> tuple[Any, Report]:
         """As of an `Engine`. Ctrl-C raises `Interrupted` with the images begun, on the GPU."""
         import torch
 
-        mean, std = (torch.from_numpy(np.array(values)).to(x.device) for values in (self._mean, self._std))
         if isinstance(self._init, Engine):
+            mean, std = (torch.from_numpy(np.array(values)).to(x.device) for values in (self._mean, self._std))
             start = (self._init.run_there(x, "float32")[0] - mean) / std
         else:
             start = torch.from_numpy(np.array(self._init)).to(x.device)
         compiled: Any = self._compiled
-        z, report, finished = compiled.solve_there(x, start)
-        images = (z * std + mean).clamp(0, 1)
-        if dtype == "uint8":
-            images = (255 * images).round().nan_to_num().to(torch.uint8)
+        images, report, finished = compiled.solve_there(x, start, dtype)
         if not finished:
             raise Interrupted(images, _begun(report), report)
         return images, report
 
-    def _features(self, source: tensors.Source, start: int, stop: int) -> Array:
-        return source.chunk(start, stop, self._compiled.finite)
-
-    def _solve(self, features: Array, out: npt.NDArray[Any], start: Array | Engine, tell: Progress | None) -> Report:
-        if isinstance(start, Engine):
-            start = self._start(start(features), len(features))
-        z, report, finished = self._compiled.solve(features, start, tell)
-        begun = len(z) if finished else _begun(report)
-        # The objective tells of an image that diverged.
-        with tensors.staged(out[:begun]) as part, np.errstate(over="ignore", invalid="ignore"):
-            pixels = z[:begun]
-            if self._normalises:
-                pixels = np.add(np.multiply(pixels, self._std, out=part), self._mean, out=part)
-            np.minimum(np.maximum(pixels, 0.0, out=part), 1.0, out=part)  # clip() takes longer for a small image
+    def _solve(
+        self,
+        source: tensors.Source,
+        start: int,
+        stop: int,
+        out: npt.NDArray[Any],
+        init: Array | Engine,
+        tell: Progress | None,
+    ) -> Report:
+        found = None
+        if not isinstance(init, Engine):
+            found = self._compiled.solve_raw(source.rows(start, stop), init, out, tell)
+        if found is not None:
+            report, finished = found
+        else:  # what the backend cannot take as it is, or refuses: then this raises
+            features = source.chunk(start, stop, self._compiled.finite)
+            if isinstance(init, Engine):
+                init = self._start(init(features), len(features))
+            z, report, finished = self._compiled.solve(features, init, tell)
+            begun = len(z) if finished else _begun(report)
+            self._write_pixels(z[:begun], out[:begun])
         if not finished:
-            raise Interrupted(out, begun, report)
+            raise Interrupted(out, _begun(report), report)
         return report
+
+    def _write_pixels(self, z: Array, out: npt.NDArray[Any]) -> None:
+        # The objective tells of an image that diverged.
+        with tensors.staged(out) as part, np.errstate(over="ignore", invalid="ignore"):
+            pixels = np.add(np.multiply(z, self._std, out=part), self._mean, out=part) if self._normalises else z
+            np.minimum(np.maximum(pixels, 0.0, out=part), 1.0, out=part)  # clip() takes longer for a small image
 
     def _start(self, init: Any, count: int) -> Array:
         """A start in pixels as normalised float32 [C, H, W] or [count, C, H, W]."""

@@ -181,17 +181,46 @@ def test_float32_is_rounded_on_its_way_to_the_device(monkeypatch: pytest.MonkeyP
 def test_features_go_to_the_device_a_batch_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces of pinned memory, whose end is that of no batch and no image."""
     monkeypatch.setattr(cuda_host, "PIECE", 4 * 7)
+    cpu = torch.device("cpu")
+    upload = cuda_host.Upload(cpu, cuda_device.Streams(cpu))
     x = randn(9, 3, 2)
     x.flags.writeable = False
-    feed = cuda_host.Feed(4, 6, torch.device("cpu"))
-    feed.features = x
-    feed.send(0, 4)
-    for (start, stop), following in itertools.pairwise([(0, 4), (4, 8), (8, 9), (9, 9), (9, 9)]):
-        taken = feed.take(start, stop)
-        assert taken.shape == (stop - start, 3, 2)
-        np.testing.assert_array_equal(taken.numpy(), x[start:stop])
-        feed.free()
-        feed.send(*following)
+    for dtype in ("float32", "float16"):
+        features = x.astype(dtype)
+        feed = cuda_host.Feed(features, dtype, torch.empty(4 * 4 * 6, dtype=torch.uint8), upload)
+        feed.send(0, 4)
+        for (start, stop), following in itertools.pairwise([(0, 4), (4, 8), (8, 9), (9, 9), (9, 9)]):
+            taken = feed.take(start, stop)
+            assert taken.shape == (stop - start, 3, 2)
+            np.testing.assert_array_equal(taken.numpy(), features[start:stop])
+            feed.free()
+            feed.send(*following)
+
+
+@pytest.mark.parametrize("piece", [7, 2**12])
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_images_go_to_the_host(monkeypatch: pytest.MonkeyPatch, piece: int, dtype: str) -> None:
+    """When they are flushed, to a target of any layout."""
+    monkeypatch.setattr(cuda_host, "PIECE", piece)
+    cpu = torch.device("cpu")
+    download = cuda_host.Download(cpu, cuda_device.Streams(cpu))
+    images = torch.from_numpy((40 * randn(5, 3, 4)).astype(np.int32)).float()
+    kind: torch.dtype = getattr(torch, dtype)
+    expected = (2 * images).to(kind).numpy()
+    for target in (np.zeros((5, 3, 4), dtype), np.zeros((5, 3, 8), dtype)[..., ::2], np.zeros((4, 3, 5), dtype).T):
+        drain = cuda_host.Drain(target, lambda z: (2 * z).to(kind), download)
+        drain.flush()
+        drain.put(0, 4, images[:4])
+        assert not target.any()
+        drain.flush()
+        np.testing.assert_array_equal(target[:4], expected[:4])
+        assert not target[4].any()
+        drain.put(4, 5, images[4:])
+        drain.flush()
+        drain.flush()
+        drain.put(5, 5, images[5:])
+        drain.flush()
+        np.testing.assert_array_equal(target, expected)
 
 
 @pytest.mark.parametrize(

@@ -93,14 +93,14 @@ def test_rmle_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     solver = solver_on(recipe_for(small_edge(), steps=8), most=4)
     start, features = randn(3, 2, 6, 8), randn(3, 4, 3, 4)
     solver.solve(features, start, lambda images, steps: told.append((images, steps)))
-    assert told == [(0, 8), (0, 16), (2, 20), (2, 24)]
+    assert told == [(0, 8), (0, 16), (2, 16), (2, 20), (2, 24)]
 
 
 def test_rmle_keeps_what_ctrl_c_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastinv.backends.cuda_solver.LOOK", 2)
     recipe = recipe_for(small_edge(), steps=8)
     start, features = randn(5, 2, 6, 8), randn(5, 4, 3, 4)
-    z, report, finished = solver_on(recipe, most=4).solve(features, start, InterruptAt(3))
+    z, report, finished = solver_on(recipe, most=4).solve(features, start, InterruptAt(4))
     assert not finished
     np.testing.assert_array_equal(report.steps, [8, 8, 4, 4, 0])
     assert np.isnan(report.objective[4])
@@ -108,6 +108,48 @@ def test_rmle_keeps_what_ctrl_c_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     expected, told, _ = solver_on(halfway, most=4).solve(features[2:4], start[2:4])
     np.testing.assert_array_equal(z[2:4], expected)
     np.testing.assert_array_equal(report.objective[2:4], told.objective)
+
+
+@pytest.mark.parametrize("name", ["small", "conv1"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "uint8", "int8"])
+def test_rmle_takes_features_of_any_type(edges: dict[str, Network], name: str, dtype: str) -> None:
+    """As they are, in any layout; to pixels, as float32 or bytes, in any layout."""
+    edge = small_edge() if name == "small" else edges[name]
+    recipe = recipe_for(edge, mean=(0.4,), std=(0.3,), tv_weight=1e-3, lr=0.05)
+    solver, start = solver_on(recipe, most=2), randn(3, *recipe.input_shape)
+    x, options = torch.from_numpy(3 * randn(3, *edge.output_shape)), {}
+    if dtype in ("uint8", "int8"):
+        x = (x * 8 + 60).to(getattr(torch, dtype))
+        channels = edge.output_shape[0]
+        options = {"scale": np.linspace(0.05, 0.1, channels), "zero_point": np.linspace(50, 70, channels)}
+    x = x.to(getattr(torch, dtype)).transpose(2, 3).contiguous().transpose(2, 3)
+    source = tensors.source(x, edge.output_shape, **options)
+    z, told, _ = solver.solve(source.chunk(0, 3), start)
+    pixels = np.clip(z * np.float32(0.3) + np.float32(0.4), 0, 1)
+    out = np.empty((3, *recipe.input_shape), np.float32)
+    report, finished = solver.solve_raw(source, start, out)
+    assert finished
+    assert relative(out, pixels) < 1e-5
+    np.testing.assert_allclose(report.objective, told.objective, rtol=1e-5)
+    small = np.empty((3, *recipe.input_shape[::-1]), np.uint8).transpose(0, 3, 2, 1)
+    solver.solve_raw(source, start, small)
+    np.testing.assert_array_equal(small, np.rint(out * 255))
+
+
+def test_rmle_refuses_what_is_not_finite() -> None:
+    recipe = recipe_for(small_edge())
+    solver, start, x = solver_on(recipe, most=4), randn(2, 6, 8), randn(5, 4, 3, 4)
+    out = np.empty((5, 2, 6, 8), np.float32)
+    for value in (np.nan, np.inf):
+        bad = x.copy()
+        bad[3, 1, 2, 3] = value
+        with np.errstate(invalid="ignore"):  # the interpreter's steps
+            assert solver.solve_raw(tensors.source(bad, x.shape[1:]), start, out) is None
+    assert solver.solve_raw(tensors.source(x.astype(np.float64), x.shape[1:]), start, out) is None  # converted first
+    report, finished = solver.solve_raw(tensors.source(x, x.shape[1:]), start, out)
+    assert finished
+    assert np.isfinite(out).all()
+    assert report.steps.tolist() == [2] * 5
 
 
 def test_an_image_has_one_answer_in_any_batch() -> None:

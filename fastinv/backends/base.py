@@ -102,6 +102,16 @@ class CompiledSolver(Protocol):
             and have the objective NaN.
         """
 
+    def solve_raw(
+        self, rows: Source, init: Array, out: npt.NDArray[Any], progress: Progress | None = None
+    ) -> tuple[Report, bool] | None:
+        """Like `solve`, for features of any type and layout, not checked yet, and pixels in [0, 1] as results, float32
+        or uint8 (see `fastinv.tensors.staged`).
+
+        None where the backend cannot do that without a copy, or where the rows hold NaN or Inf; then nothing is
+        promised about `out`.
+        """
+
 
 class Backend(Protocol):
     """One way to run networks. `BACKENDS` lists them, best first.

@@ -161,6 +161,11 @@ class CpuSolver:
         z, objective, steps, converged, finished = self._solver.solve(features, init, progress)
         return z, Report(objective, steps, converged, CpuBackend.name, self.isa), finished
 
+    def solve_raw(
+        self, rows: Source, init: Array, out: npt.NDArray[Any], progress: Progress | None = None
+    ) -> tuple[Report, bool] | None:
+        return None
+
 
 def _inverse(matrix: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
     """Of a symmetric matrix; None where there is none, or none that float32 could use."""

@@ -362,9 +362,7 @@ class CudaNetwork:
             channels = door(shape)[1]
             self._quantised = tuple(torch.empty(channels, device=self._device) for _ in range(2))
         for tensor, values in zip(self._quantised, (rows.scale, rows.zero_point), strict=True):
-            whole = np.broadcast_to(values, shape)
-            # The channel's number, or where an element is its own channel the element's.
-            tensor.copy_(torch.from_numpy((whole[:, 0, 0] if len(shape) == 3 else whole.ravel()).copy()))
+            tensor.copy_(torch.from_numpy(of_channels(values, shape)))
         return self._quantised
 
 
@@ -380,6 +378,12 @@ def door(shape: Shape) -> tuple[int, int]:
     """Pixels and channels of a value: all of it is channels where it is no image."""
     size = int(np.prod(shape))
     return (size // shape[0], shape[0]) if len(shape) == 3 else (1, size)
+
+
+def of_channels(values: Array, shape: Shape) -> Array:
+    """Numbers that are broadcast over a value of this shape, one for each of its channels (see `door`)."""
+    whole = np.broadcast_to(values, shape)
+    return (whole[:, 0, 0] if len(shape) == 3 else whole.ravel()).copy()
 
 
 def _collect(slot: Slot, out: npt.NDArray[Any]) -> bool:

@@ -2,32 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fastinv.backends.base import Array, Progress, Report
-from fastinv.backends.cuda_device import flag_on, halving, isa_of, on_device, repeatable, wait
-from fastinv.backends.cuda_host import NO_FEATURES, Feed, Given, finite
+from fastinv.backends.cuda_device import Streams, flag_on, halving, isa_of, on_device, repeatable, wait
+from fastinv.backends.cuda_host import Download, Drain, Feed, Given, Kept, Upload, finite
 from fastinv.backends.cuda_methods import Objective, method_of
-from fastinv.backends.cuda_network import MOST_IMAGES, NOT_FINITE, door, fitting
+from fastinv.backends.cuda_network import MOST_IMAGES, NOT_FINITE, RAW_DTYPES, door, fitting, of_channels
 from fastinv.backends.cuda_plan import Arena, Buffer, bucket
 from fastinv.errors import BackendError, FeatureError
-from fastinv.inverters import RMLE
-from fastinv.tensors import chunks
+from fastinv.inverters import RMLE, channelwise
+from fastinv.tensors import Source, chunks
 
 if TYPE_CHECKING:
     import torch
 
 LOOK = 50  # turns between looks at what is going on: each waits for the device
 LOOK_SOON = 10  # the same, of the methods that need few
+MOST_BATCHES = 16  # of one call
+MOST_VALUES = 2**30  # of its features: what cannot go to the device as it is becomes float32 first, 4 GiB
 EXACT_PRECISIONS = ("float32", "tf32")  # that L-BFGS and conjugate gradients find their way in
+
+
+Shift = tuple[Any, Any]  # factors and zero points of the features' channels, on the device; or None for both
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What a call asks for.
+
+    Attributes:
+        count: of images.
+        at_once: how many of them.
+        features: where they come from.
+        shift: what goes with them.
+        starts: normalised, [C, H, W] or [count, C, H, W], on the device.
+        sink: where images go, normalised.
+        progress: told now and then.
+    """
+
+    count: int
+    at_once: int
+    features: Given | Feed
+    shift: Shift
+    starts: torch.Tensor
+    sink: Kept | Drain
+    progress: Progress | None
 
 
 class CudaSolver:
@@ -50,6 +81,8 @@ class CudaSolver:
                 f"backend 'cuda': optimizer {recipe.method} cannot work in {precision}, whose rounding hides how the "
                 f"objective falls: take precision {' or '.join(EXACT_PRECISIONS)}, or the optimizer 'adam'"
             )
+        import torch
+
         self.precision = precision
         self.isa = isa_of(device)
         self.stops_within = True
@@ -64,70 +97,125 @@ class CudaSolver:
         stages = {"prepare": method.prepare, "begin": method.begin, "turn": method.turn, "end": method.end}
         self._arenas = {name: Arena(stages[name], outside) for name in stages}
         self._most = fitting(self._arenas.values(), outside, most)
-        self.batch_size: int | None = self._most
-        self._batch: Batch | None = None
         self._features = objective.target.elements
-        self._feed: tuple[Feed, int] | None = None
+        self.batch_size: int | None = max(self._most, min(MOST_BATCHES * self._most, MOST_VALUES // self._features))
+        self._mean, self._std = (
+            torch.from_numpy(np.array(channelwise(values, recipe.image_shape))).to(device)
+            for values in (recipe.mean, recipe.std)
+        )
+        self._batch: Batch | None = None
+        self._room: tuple[torch.Tensor, int] | None = None
+        self._transfers: tuple[Upload, Download] | None = None
         self._lock = threading.Lock()
 
     def solve(self, features: Array, init: Array, progress: Progress | None = None) -> tuple[Array, Report, bool]:
-        import torch
-
-        starts = torch.from_numpy(np.array(init, np.float32)).to(self._device)
         with self._lock, on_device(self._device):
-            batch = self._ready()
-            feed, images = self._ready_feed()
-            feed.features = features
-            try:
-                z, report, finished = self._solve(batch, feed, len(features), images, starts, progress)
-            finally:
-                feed.features = NO_FEATURES
-        return z.cpu().numpy(), report, finished
+            kept = Kept(self._zeros(len(features)))
+            report, finished = self._from_host(features, "float32", self._objective.shift, init, kept, progress)
+        return kept.images.cpu().numpy(), report, finished
+
+    def solve_raw(
+        self, rows: Source, init: Array, out: npt.NDArray[Any], progress: Progress | None = None
+    ) -> tuple[Report, bool] | None:
+        if rows.dtype not in RAW_DTYPES:
+            return None
+        with self._lock, on_device(self._device), contextlib.suppress(FeatureError):
+            _, download = self._ready_transfers()
+            drain = Drain(out, partial(self._pixels, dtype=out.dtype.name), download)
+            return self._from_host(rows.data, rows.dtype, self._shift(rows), init, drain, progress)
+        return None
 
     def solve_there(
-        self, features: torch.Tensor, init: torch.Tensor, progress: Progress | None = None
+        self, features: torch.Tensor, init: torch.Tensor, dtype: str, progress: Progress | None = None
     ) -> tuple[torch.Tensor, Report, bool]:
-        """As `solve`, for tensors on this device."""
+        """As `solve_raw`, for float features and a start on this device; the images are there, too."""
         with self._lock, on_device(self._device):
-            batch = self._ready()  # may lower `_most`
-            return self._solve(batch, Given(features), len(features), self._most, init, progress)
+            self._ready()  # may lower `_most`
+            kept = Kept(self._zeros(len(features)))
+            job = Job(len(features), self._most, Given(features), self._objective.shift, init, kept, progress)
+            report, finished = self._solve(job)
+            return self._pixels(kept.images, dtype), report, finished
 
-    def _solve(
+    def _from_host(
         self,
-        batch: Batch,
-        feed: Given | Feed,
-        count: int,
-        images: int,
-        init: torch.Tensor,
+        features: npt.NDArray[Any],
+        dtype: str,
+        shift: Shift,
+        init: Array,
+        sink: Kept | Drain,
         progress: Progress | None,
-    ) -> tuple[torch.Tensor, Report, bool]:
+    ) -> tuple[Report, bool]:
+        import torch
+
+        self._ready()
+        room, images = self._ready_room()
+        upload, _ = self._ready_transfers()
+        starts = torch.from_numpy(np.array(init, np.float32)).to(self._device)
+        return self._solve(
+            Job(len(features), images, Feed(features, dtype, room, upload), shift, starts, sink, progress)
+        )
+
+    def _solve(self, job: Job) -> tuple[Report, bool]:
         """Solve so many images at once, until all are.
 
         Raises:
             FeatureError: features hold NaN or Inf.
         """
-        import torch
-
-        z = torch.zeros((count, *self._recipe.input_shape), device=self._device)
+        batch, count = self._ready(), job.count
         objective = np.full(count, np.nan)
         taken = np.zeros(count, np.int64)
         converged = np.zeros(count, np.bool_)
-        starts = init.expand(z.shape)
+        starts = job.starts.expand(count, *self._recipe.input_shape)
         finished, flag = True, flag_on(self._device)
-        parts = [*chunks(count, images), (count, count)]
-        feed.send(*parts[0])
+        parts = [*chunks(count, job.at_once), (count, count)]
+        job.features.send(*parts[0])
         for (start, stop), following in pairwise(parts):
             part = slice(start, stop)
-            batch.load(feed.take(start, stop), starts[part], flag)
-            feed.free()
-            finished = batch.solve(progress, start, int(taken.sum()), partial(feed.send, *following))
-            z[part], objective[part], taken[part], converged[part] = batch.results(stop - start)
+            batch.load(job.features.take(start, stop), job.shift, starts[part], flag)
+            job.features.free()
+
+            def meanwhile(start: int = start, following: tuple[int, int] = following) -> None:
+                job.features.send(*following)
+                job.sink.flush()
+                if job.progress is not None and start > 0:
+                    job.progress(start, int(taken.sum()))
+
+            finished = batch.solve(job.progress, start, int(taken.sum()), meanwhile)
+            images, objective[part], taken[part], converged[part] = batch.results(stop - start)
             if flag.item():  # the results have been waited for
                 raise FeatureError(NOT_FINITE)
+            job.sink.flush()  # where Ctrl-C came before
+            job.sink.put(start, stop, images)
             if not finished:
                 break
+        job.sink.flush()
         wait(self._device)
-        return z, Report(objective, taken, converged, self._name, self.isa), finished
+        return Report(objective, taken, converged, self._name, self.isa), finished
+
+    def _zeros(self, images: int) -> torch.Tensor:
+        import torch
+
+        return torch.zeros((images, *self._recipe.input_shape), device=self._device)
+
+    def _pixels(self, z: torch.Tensor, dtype: str) -> torch.Tensor:
+        """Of normalised images: in [0, 1], or as bytes; contiguous."""
+        import torch
+
+        pixels = (z * self._std + self._mean).clamp(0, 1)
+        return ((255 * pixels).round().nan_to_num().to(torch.uint8) if dtype == "uint8" else pixels).contiguous()
+
+    def _shift(self, rows: Source) -> Shift:
+        """Of features as they are given, to what the objective takes as its target."""
+        import torch
+
+        if rows.scale is None or rows.zero_point is None:
+            return self._objective.shift
+        shape = self._recipe.feature_shape
+        scale, zero_point = (
+            torch.from_numpy(of_channels(values, shape)).to(self._device) for values in (rows.scale, rows.zero_point)
+        )
+        _, bias = self._objective.shift
+        return scale, zero_point if bias is None else zero_point + bias / scale
 
     def _ready(self) -> Batch:
         if self._batch is None:
@@ -135,12 +223,23 @@ class CudaSolver:
             self._batch = fresh
         return self._batch
 
-    def _ready_feed(self) -> tuple[Feed, int]:
-        """What brings features from the host, and how many images at once: half a batch, so that its way there overlaps
+    def _ready_room(self) -> tuple[torch.Tensor, int]:
+        """Where features from the host go, and how many images at once: half a batch, so that the way there overlaps
         with the other half's steps."""
-        if self._feed is None:
-            self._feed = halving(lambda images: Feed(images, self._features, self._device), -(-self._most // 2))
-        return self._feed
+        import torch
+
+        if self._room is None:
+            size = 4 * self._features
+            self._room = halving(
+                lambda images: torch.empty(size * images, dtype=torch.uint8, device=self._device), -(-self._most // 2)
+            )
+        return self._room
+
+    def _ready_transfers(self) -> tuple[Upload, Download]:
+        if self._transfers is None:
+            streams = Streams(self._device)
+            self._transfers = Upload(self._device, streams), Download(self._device, streams)
+        return self._transfers
 
     def _allocate(self, images: int) -> Batch:
         import torch
@@ -163,9 +262,9 @@ class Batch:
         self._runs: dict[int, dict[str, Callable[[], None]]] = {}
         self._images = 0
 
-    def load(self, features: torch.Tensor, starts: torch.Tensor, flag: torch.Tensor) -> None:
-        """Features [n, *feature_shape] and starts [n, C, H, W], in the user's order; a feature that is NaN or Inf sets
-        the flag to 1."""
+    def load(self, features: torch.Tensor, shift: Shift, starts: torch.Tensor, flag: torch.Tensor) -> None:
+        """Features [n, *feature_shape], with their factors and zero points, and starts [n, C, H, W], in the user's
+        order; a feature that is NaN or Inf sets the flag to 1."""
         from fastinv.kernels.triton.layout import launch_channels_last
 
         solver, count = self._solver, len(features)
@@ -175,7 +274,7 @@ class Batch:
         target = self._tensors[objective.target]
         target[count : self._images].zero_()
         shape = solver._recipe.feature_shape
-        launch_channels_last(features, target[:count], *door(shape), *objective.shift, flag)()
+        launch_channels_last(features, target[:count], *door(shape), *shift, flag)()
         self._run("prepare")
         channels, height, width = solver._recipe.input_shape
         images = self._tensors[objective.z][:count].view(count, height, width, channels)
@@ -227,8 +326,8 @@ class Batch:
     def _look(self, progress: Progress | None, done: int, steps_done: int) -> bool:
         """Tell how things stand; whether any image still runs."""
         if progress is not None:
-            progress(done, steps_done + int(self._of("taken").sum()))
-        return not self._solver._method.ends_early or bool((self._of("running") == 1).any())
+            progress(done, steps_done + int(self._of("taken")[: self._images].sum()))
+        return not self._solver._method.ends_early or bool((self._of("running")[: self._images] == 1).any())
 
     def _capture(self) -> None:
         """The parts of the method for so many images, as graphs. They are run once, on whatever there is: before a

@@ -146,6 +146,11 @@ class TorchSolver:
             )
         return z.float().numpy(), report, True
 
+    def solve_raw(
+        self, rows: Source, init: Array, out: npt.NDArray[Any], progress: Progress | None = None
+    ) -> tuple[Report, bool] | None:
+        return None
+
 
 def as_module(network: Network, dtype: torch.dtype) -> torch.nn.Module:
     """The network as a differentiable torch module whose weights are buffers of this dtype."""
