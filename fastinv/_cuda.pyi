@@ -69,3 +69,51 @@ class PooledLayers:
     def __init__(self) -> None: ...
     def fits(self, descent: Descent) -> bool: ...
     def run(self, descent: Descent, device: int, stream: int) -> None: ...
+
+class Tail:
+    x: int
+    first: int
+    last: int
+    bias: int
+    last_bias: int
+    out: int
+    flag: int
+    images: int
+    height: int
+    width: int
+    inputs: int
+    outputs: int
+    channels_last: int
+    float16: int
+    out_n: int
+    out_c: int
+    out_y: int
+    out_x: int
+    result: int
+    slope: float
+    finish: int
+    a: float
+    b: float
+    def __init__(self) -> None: ...
+    def fits(self) -> bool: ...
+    def run(self, device: int, stream: int) -> None: ...
+
+class WindowLayer:
+    x: int
+    weights: int
+    bias: int
+    addend: int
+    out: int
+    images: int
+    height: int
+    width: int
+    inputs: int
+    outputs: int
+    phases: int
+    float16: int
+    finish: int
+    a: float
+    b: float
+    def __init__(self) -> None: ...
+    def fits(self) -> bool: ...
+    def run(self, device: int, stream: int) -> None: ...

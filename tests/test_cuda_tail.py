@@ -16,15 +16,16 @@ from torch import nn
 pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
 pytest.importorskip("fastinv._cuda", reason="the kernels in CUDA C++ are not built: no nvcc, or FASTINV_CUDA=OFF")
 
+from fastinv.kernels.triton import launch
 from interpreter import DEVICE, rounded
 
-from fastinv.backends import cuda_tail
+from fastinv.backends import cuda_layers, cuda_tail
 from fastinv.backends.cuda_network import CudaNetwork
 from fastinv.errors import FeatureError
 from fastinv.network import Network
 from fastinv.tensors import Source
 
-if DEVICE == "cuda" and not cuda_tail.runs_on(torch.device("cuda", 0)):
+if DEVICE == "cuda" and not cuda_layers.runs_on(torch.device("cuda", 0)):
     pytest.skip("this GPU has other tensor cores", allow_module_level=True)
 
 WHERE = torch.device("cuda", 0) if DEVICE == "cuda" else torch.device("cpu")
@@ -118,6 +119,75 @@ def test_features_that_are_not_finite_are_refused(value: float, place: tuple[int
         on_device(decoder(), x, "bfloat16")
 
 
+# ---- larger decoders, of 64 channels ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No images are few."""
+    monkeypatch.setattr(launch, "processors", lambda device: 1)
+
+
+def wide_decoder(shape: tuple[int, int], *up: nn.Module) -> Network:
+    layers = up or (nn.Upsample(scale_factor=2), nn.Conv2d(64, 64, 3, padding=1))
+    return exported((64, *shape), *layers, nn.ReLU(), nn.Conv2d(layers[-1].out_channels, 3, 3, padding=1), nn.Sigmoid())
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("shape", [(16, 16), (4, 16), (32, 32), (6, 32), (2, 32), (1, 64), (3, 64)])
+@pytest.mark.usefixtures("one_processor")
+def test_a_larger_decoder(shape: tuple[int, int], precision: str) -> None:
+    network, x = wide_decoder(shape), rounded(randn(5 if shape[0] < 8 else 2, 64, *shape), precision)
+    compiled = CudaNetwork(network, precision, WHERE)
+    assert [row["kernel"] for row in compiled.describe()] == ["Tail"]
+    there, expected = torch.from_numpy(x).to(WHERE, getattr(torch, precision)), reference(network, x)
+    for image, right in zip(compiled.run_there(there, "float32").cpu().numpy(), expected, strict=True):
+        assert relative(image, right) < TOLERANCES[precision]
+    found = compiled.run_there(there, "uint8").cpu().numpy()
+    assert np.abs(found - 255 * expected).max() < (2 if precision == "bfloat16" else 0.75)
+
+
+@pytest.mark.parametrize(
+    "up",
+    [
+        nn.ConvTranspose2d(64, 64, 4, stride=2, padding=1),
+        nn.ConvTranspose2d(64, 40, 3, stride=2, padding=1, output_padding=1),
+        nn.ConvTranspose2d(64, 24, 4, stride=2, padding=1, bias=False),
+    ],
+)
+@pytest.mark.usefixtures("one_processor")
+def test_other_ways_to_double(up: nn.Module) -> None:
+    network, x = wide_decoder((4, 32), up), rounded(randn(3, 64, 4, 32), "float16")
+    compiled = CudaNetwork(network, "float16", WHERE)
+    assert [row["kernel"] for row in compiled.describe()] == ["Tail"]
+    found = compiled.run_there(torch.from_numpy(x).to(WHERE, torch.float16), "float32").cpu().numpy()
+    assert relative(found, reference(network, x)) < TOLERANCES["float16"]
+
+
+@pytest.mark.usefixtures("one_processor")
+def test_a_cell_of_a_larger_decoder_reaches_what_sees_it() -> None:
+    """Alone, at the borders of strips, bands and images."""
+    network = wide_decoder((3, 64))
+    places = [(y, x) for y in range(3) for x in (0, 1, 15, 16, 31, 32, 47, 48, 62, 63)]
+    x = np.zeros((len(places), 64, 3, 64), np.float32)
+    for image, (row, column) in zip(x, places, strict=True):
+        image[:, row, column] = 3 * randn(64)
+    x = rounded(x, "float16")
+    compiled = CudaNetwork(network, "float16", WHERE)
+    found = compiled.run_there(torch.from_numpy(x).to(WHERE, torch.float16), "float32").cpu().numpy()
+    np.testing.assert_allclose(found, reference(network, x), atol=2e-3)
+
+
+def test_few_images_go_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = wide_decoder((16, 32)), rounded(randn(1, 64, 16, 32), "float16")
+    compiled = CudaNetwork(network, "float16", WHERE)
+    taken: list[int] = []
+    monkeypatch.setattr(cuda_tail, "_sized", lambda shape: taken.append(1))
+    found = compiled.run_there(torch.from_numpy(x).to(WHERE, torch.float16), "float32").cpu().numpy()
+    assert not taken
+    assert relative(found, reference(network, x)) < TOLERANCES["float16"]
+
+
 @pytest.mark.parametrize(
     "layers",
     [
@@ -126,6 +196,7 @@ def test_features_that_are_not_finite_are_refused(value: float, place: tuple[int
         (nn.ConvTranspose2d(128, 64, 4, 2, 1), nn.ReLU(), nn.Conv2d(64, 3, 3, padding=1)),  # other taps
         (nn.ConvTranspose2d(128, 64, 3, 2, 1, 1), nn.ReLU(), nn.Conv2d(64, 3, 5, padding=2)),
         (nn.ConvTranspose2d(128, 64, 3, 2, 1, 1), nn.ReLU(), nn.Conv2d(64, 5, 3, padding=1)),  # more outputs
+        (nn.Conv2d(128, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 3, 3, padding=1)),  # as many pixels
     ],
 )
 def test_other_layers_take_other_kernels(layers: tuple[nn.Module, ...]) -> None:

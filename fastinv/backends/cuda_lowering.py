@@ -29,6 +29,7 @@ from fastinv.backends.cuda_nodes import (
 from fastinv.backends.cuda_pair import join_pairs
 from fastinv.backends.cuda_plan import Buffer, Ending, Stage
 from fastinv.backends.cuda_tuning import tuned
+from fastinv.backends.cuda_window import use_windows
 from fastinv.network import Network, Step
 from fastinv.ops.activation import IDENTITY, Activation
 from fastinv.ops.affine import Affine
@@ -120,6 +121,7 @@ class Lowering:
         self.output = values[-1]
         if not differentiable:  # the way back needs what lies between
             join_pairs(self.nodes, self.steps, self.output)
+            use_windows(self.nodes)
 
     def _value(self, step: Step, inputs: list[Buffer], shapes: list[Shape], shape: Shape) -> Buffer:
         lower = LOWERINGS[step.op.name]

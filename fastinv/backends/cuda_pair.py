@@ -8,7 +8,7 @@ from typing import Any
 
 from fastinv.backends.cuda_nodes import ConvolutionNode, Node
 from fastinv.backends.cuda_plan import Buffer
-from fastinv.backends.cuda_tail import Tail
+from fastinv.backends.cuda_tail import NARROW, Tail
 from fastinv.backends.cuda_tuning import tuned
 
 # FLOPs that tensor cores do while memory moves a byte, by how products are computed ("ieee": from two bytes). Data
@@ -33,10 +33,17 @@ def join_pairs(nodes: list[Node], steps: list[tuple[int, ...]], output: Buffer) 
             and last.inputs[0] is first.output
             and readers[first.output] == 1
             and len(first.inputs) == 1  # nothing is added between the two
-            and (kernel := Tail(first, last) if Tail.fits(first, last) else pair_of(first, last)) is not None
+            and (kernel := _of_two(first, last)) is not None
         ):
             nodes[index - 1 : index + 1] = [replace(last, inputs=first.inputs + last.inputs[1:], kernel=kernel)]
             steps[index - 1 : index + 1] = [steps[index - 1] + steps[index]]
+
+
+def _of_two(first: ConvolutionNode, last: ConvolutionNode) -> Any:
+    """The kernel of the two, or None where there is none or two launches cost less."""
+    if not Tail.fits(first, last):
+        return pair_of(first, last)
+    return Tail(first, last, None if first.kernel.inputs == NARROW else pair_of(first, last))
 
 
 def pair_of(first: ConvolutionNode, last: ConvolutionNode) -> Any:

@@ -1,4 +1,5 @@
-"""A decoder's last two layers as the one kernel of `kernels/cuda/tail.h`, where they have the shapes it is made for."""
+"""A decoder's last two layers as the one kernel of `kernels/cuda/tail.h` or `wide_tail.h`, where they have the shapes
+that these are made for."""
 
 from __future__ import annotations
 
@@ -8,35 +9,49 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fastinv.backends.cuda_layers import (
+    AROUND,
+    AROUND_TWO,
+    FINISHES,
+    ONWARD_TWO,
+    SLOPES,
+    are_few,
+    finish_of,
+    for_tensor_cores,
+    reads,
+    runs_on,
+    tap_tiles,
+)
 from fastinv.backends.cuda_native import extension, launching, set_fields
 from fastinv.backends.cuda_nodes import ConvolutionNode
 
 if TYPE_CHECKING:
-    import torch
+    from fastinv import _cuda
 
-INPUTS, BETWEEN, OUTPUTS, SIDE = 128, 64, 4, 16  # the first exactly, the next two at most
-LEFT, EVEN, ODD, RIGHT = range(4)  # the order of Column in tail.h
+NARROW = 128  # inputs that `tail.h` takes; `wide_tail.h` takes 64
+BETWEEN, OUTPUTS = 64, 4  # at most
+LEFT, EVEN, ODD, RIGHT = range(4)  # the order of Column in tail_last.h
 BESIDE = 32  # the column where those to the rows above and below begin
 LINEAR = ("identity", "relu", "leaky_relu")  # activations between the layers
-SLOPES = {"identity": 1.0, "relu": 0.0}  # below 0; leaky_relu's is its own parameter
-FINISHES = {"identity": 0, "relu": 1, "leaky_relu": 1, "sigmoid": 2, "tanh": 3, "hardtanh": 4, "clamp": 4}
-RESULTS = ("float32", "bfloat16", "float16", "uint8")  # the order of Result in tail.h
-CAPABILITY = (9, 0)  # of a GPU with these tensor cores; later ones have others
+RESULTS = ("float32", "bfloat16", "float16", "uint8")  # the order of Result in tail_output.h
 
 
 class Tail:
-    """A transposed convolution to twice the pixels, an activation, and a convolution to a few channels.
+    """A convolution to twice the pixels, an activation, and a convolution to a few channels.
 
     See `fits`. Takes the place of a `fastinv.kernels.triton.pair.Pair`.
 
     Args:
         first, last: the two nodes, as they were for two launches.
+        few: the pair that takes few images of a larger decoder, or None.
     """
 
     takes_all = False  # features that are not of its type, or do not begin at a multiple of 16 bytes, go another way
 
-    def __init__(self, first: ConvolutionNode, last: ConvolutionNode) -> None:
+    def __init__(self, first: ConvolutionNode, last: ConvolutionNode, few: Any = None) -> None:
         kernel = first.kernel
+        self.few = few
+        self.input_shape: tuple[int, int, int] = kernel.input_shape
         self.weight = kernel.weight  # for its device and type
         self.outputs = last.kernel.outputs
         self.bias = _padded(kernel.bias, BETWEEN)
@@ -44,8 +59,9 @@ class Tail:
         activation = first.ending.activation
         self.slope = SLOPES.get(activation.kind, activation.a)
         dtype, device = kernel.weight.dtype, kernel.weight.device
-        self.first = _for_tensor_cores(_first_tiles(kernel.geometry, first.weight), dtype, device)
-        self.last = _for_tensor_cores(_last_tiles(kernel.geometry, last.kernel.geometry, last.weight), dtype, device)
+        taps = ONWARD_TWO if kernel.inputs == NARROW else AROUND_TWO
+        self.first = for_tensor_cores(tap_tiles(kernel.geometry, first.weight, taps), dtype, device)
+        self.last = for_tensor_cores(_last_tiles(kernel.geometry, last.kernel.geometry, last.weight), dtype, device)
 
     @staticmethod
     def fits(first: ConvolutionNode, last: ConvolutionNode) -> bool:
@@ -58,28 +74,22 @@ class Tail:
             and isinstance(b, Weights)
             and a.groups == b.groups == 1
             and a.weight.dtype.itemsize == 2
-            and a.inputs == INPUTS
             and a.outputs <= BETWEEN
             and b.outputs <= OUTPUTS
-            and a.geometry.inputs == (SIDE, SIDE)
-            and a.geometry.outputs == b.geometry.outputs == (2 * SIDE, 2 * SIDE)
+            and b.geometry.inputs == a.geometry.outputs
+            and (reads(a.geometry, ONWARD_TWO) or (a.inputs != NARROW and reads(a.geometry, AROUND_TWO)))
+            and reads(b.geometry, AROUND)
             and first.ending.activation.kind in LINEAR
             and last.ending.activation.kind in FINISHES
             and len(first.inputs) == len(last.inputs) == 1
-            and _doubles(a.geometry)
-            and _stays(b.geometry)
             and runs_on(a.weight.device)
             and extension() is not None
+            and _sized(a.input_shape).fits()
         )
 
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """[H, W, C] of an image."""
-        return SIDE, SIDE, INPUTS
-
-    def planar(self) -> Tail:
+    def planar(self) -> Tail | None:
         """As `Weights.planar`."""
-        return self
+        return self if self.input_shape[2] == NARROW else None
 
     def takes(self, features: Any, scale: Any) -> bool:
         """Whether `launch_planar` can read them."""
@@ -100,63 +110,33 @@ class Tail:
 
         from fastinv.kernels.triton.geometry import strides
 
-        side = 2 * SIDE
-        out_n, out_y, out_x, out_c = out_strides or strides(side, side, self.outputs)
-        tail = extension().Tail()
+        if self.few is not None and are_few(len(x), x.device):
+            return self.few.launch(x, out, epilogue, None, out_strides)
+        height, width, _ = self.input_shape
+        out_n, out_y, out_x, out_c = out_strides or strides(2 * height, 2 * width, self.outputs)
+        tail = _sized(self.input_shape)
+        tail.channels_last = int(channels_last)
         weights = {"first": self.first, "last": self.last, "bias": self.bias, "last_bias": self.last_bias}
         numbers = {
-            "images": len(x), "outputs": self.outputs,
-            "channels_last": int(channels_last), "float16": int(self.weight.dtype is torch.float16),
+            "images": len(x), "outputs": self.outputs, "float16": int(self.weight.dtype is torch.float16),
             "out_n": out_n, "out_y": out_y, "out_x": out_x, "out_c": out_c,
             "result": RESULTS.index(str(out.dtype).removeprefix("torch.")), "slope": self.slope,
-            "finish": FINISHES[epilogue.kind], "a": SLOPES.get(epilogue.kind, epilogue.a), "b": epilogue.b,
+            **finish_of(epilogue),
         }  # fmt: skip
         set_fields(tail, {"x": x, "out": out, "flag": flag, **weights}, numbers)
         return launching(tail.run, x.device)
 
 
-def runs_on(device: torch.device) -> bool:
-    """Whether its tensor cores are those that the kernel is made for; what stands in for a GPU has them."""
-    import torch
-
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) == CAPABILITY
-
-
-def _doubles(geometry: Any) -> bool:
-    """Whether phase f of an axis reads the pixels 0 to f further on, as a 3×3 kernel at a stride of 2 does."""
-    return geometry.step == (2, 2) and geometry.stride == (1, 1) and _reads(geometry) == [[[0], [0, 1]]] * 2
-
-
-def _stays(geometry: Any) -> bool:
-    """Whether each pixel reads those around it."""
-    return geometry.step == geometry.stride == (1, 1) and _reads(geometry) == [[[-1, 0, 1]]] * 2
-
-
-def _reads(geometry: Any) -> list[list[list[int]]]:
-    """For each axis, for each of its phases, how far on the pixels lie that are read."""
-    return [
-        [sorted(axis.first + t * spacing for t in range(len(axis.taps))) for axis in axes]
-        for axes, spacing in zip(geometry.axes, geometry.spacing, strict=True)
-    ]
-
-
-def _first_tiles(geometry: Any, weight: npt.NDArray[np.float32]) -> Iterator[npt.NDArray[np.float32]]:
-    """[BETWEEN, 64] of both halves of the channels, for every shift and the phases that read there."""
-    outputs = weight.shape[1]
-    tiles: dict[tuple[int, int, int, int], npt.NDArray[np.float32]] = {}
-    for number, (y, x) in enumerate(geometry.phases()):
-        for t, tap_y in enumerate(y.taps):
-            for s, tap_x in enumerate(x.taps):
-                down, right = y.first + t * geometry.spacing[0], x.first + s * geometry.spacing[1]
-                tile = np.zeros((BETWEEN, INPUTS), np.float32)
-                tile[:outputs] = weight[0, :, :, tap_y, tap_x]
-                tiles[down, right, number // 2, number % 2] = tile
-    for shift in sorted(tiles):
-        yield from np.split(tiles[shift], INPUTS // 64, axis=1)
+def _sized(input_shape: tuple[int, int, int]) -> _cuda.Tail:
+    """For images of this shape, channels last."""
+    tail: _cuda.Tail = extension().Tail()
+    sizes = dict(zip(("height", "width", "inputs"), input_shape, strict=True))
+    set_fields(tail, {}, {**sizes, "channels_last": 1})
+    return tail
 
 
 def _last_tiles(first: Any, last: Any, weight: npt.NDArray[np.float32]) -> Iterator[npt.NDArray[np.float32]]:
-    """[columns, BETWEEN] for each phase: see Column in tail.h."""
+    """[columns, BETWEEN] for each phase: see Column in tail_last.h."""
     from fastinv.kernels.triton.pair import terms
 
     rows, columns = terms(first, last, 0), terms(first, last, 1)
@@ -176,17 +156,6 @@ def _column(down: int, row: int, right: int, column: int) -> int:
     if down != 0:
         return BESIDE + 8 * abs(right) + 4 * column
     return 8 * {-1: LEFT, 0: (EVEN, ODD)[column], 1: RIGHT}[right] + 4 * row
-
-
-def _for_tensor_cores(tiles: Iterator[npt.NDArray[np.float32]], dtype: torch.dtype, device: torch.device) -> Any:
-    """Matrices of 64 columns, one below the other, as tensor cores read them: pieces of 16 bytes lie in the order of
-    their number xor that of the row, modulo 8."""
-    import torch
-
-    rows = np.concatenate(list(tiles))
-    pieces = rows.reshape(len(rows), 8, 8)
-    order = np.arange(8)[None, :] ^ (np.arange(len(rows)) % 8)[:, None]
-    return torch.from_numpy(np.take_along_axis(pieces, order[:, :, None], axis=1)).to(device, dtype)
 
 
 def _padded(bias: Any, size: int) -> Any:

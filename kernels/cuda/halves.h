@@ -28,9 +28,12 @@ struct Float16 {
   static constexpr uint32_t kInfinity = 0x7c00;
 };
 
-// 16 bytes that are read at once.
+// 16 bytes that are read at once, and 8.
 struct alignas(16) Words {
   uint32_t at[4];
+};
+struct alignas(8) TwoWords {
+  uint32_t at[2];
 };
 
 #ifdef __CUDACC__
@@ -64,6 +67,10 @@ FASTINV_BLOCK inline void unpack(Float16, uint32_t both, float& low, float& high
   const float2 values = __half22float2(reinterpret_cast<const __half2&>(both));
   low = values.x;
   high = values.y;
+}
+FASTINV_BLOCK inline void unpack(Bfloat16, uint32_t both, float& low, float& high) {
+  low = __uint_as_float(both << 16);
+  high = __uint_as_float(both & 0xffff0000u);
 }
 
 #else
@@ -106,7 +113,8 @@ uint32_t pack_relu(Type type, float low, float high) {
 inline uint32_t halves(uint32_t a, uint32_t b, int high) {
   return high ? a >> 16 | (b & 0xffff0000u) : (a & 0xffffu) | b << 16;
 }
-inline void unpack(Float16 type, uint32_t both, float& low, float& high) {
+template <class Type>
+void unpack(Type type, uint32_t both, float& low, float& high) {
   low = widened(type, both & 0xffffu);
   high = widened(type, both >> 16);
 }

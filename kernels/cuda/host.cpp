@@ -14,18 +14,21 @@ void descend_on_host(const Descent& descent, const Problem& problem) {
   });
 }
 
-void tail_on_host(const Tail& tail) {
+template <class Params>
+void layers_on_host(const Params& p) {
   constexpr int kBlocks = 2;
   struct alignas(1024) Kilobyte {
     unsigned char at[1024];
   };
-  with_type(tail, [&](auto type, auto channels_last) {
+  with_kind(p, [&](auto kind) {
+    using Kind = decltype(kind);
+    using Worker = typename Kind::template Worker<HostThread>;
     for (int block = 0; block < kBlocks; ++block) {
-      std::vector<Kilobyte> shared((tail::kShared + 1023) / 1024);
-      HostThreads threads(tail::kThreads);
+      std::vector<Kilobyte> shared((Worker::kShared + 1023) / 1024);
+      HostThreads threads(Kind::kThreads);
       threads.run([&](int index) {
         HostThread self(threads, index);
-        run_tail<decltype(type), decltype(channels_last)::value>(tail, self, shared[0].at, block, kBlocks);
+        Worker(p, self, shared[0].at).run(block, kBlocks);
       });
     }
   });
@@ -34,5 +37,7 @@ void tail_on_host(const Tail& tail) {
 template void descend_on_host(const Descent&, const QuadraticForm&);
 template void descend_on_host(const Descent&, const BandedForm&);
 template void descend_on_host(const Descent&, const PooledLayers&);
+template void layers_on_host(const Tail&);
+template void layers_on_host(const WindowLayer&);
 
 }  // namespace fastinv

@@ -14,6 +14,7 @@ using fastinv::Descent;
 using fastinv::PooledLayers;
 using fastinv::QuadraticForm;
 using fastinv::Tail;
+using fastinv::WindowLayer;
 
 // A field that holds the address of memory.
 template <class Struct, class T>
@@ -31,10 +32,12 @@ void run(const Problem& problem, const Descent& descent, int device, uintptr_t s
   fastinv::launch_descend(descent, problem, device, stream);
 }
 
-void run_tail(const Tail& tail, int device, uintptr_t stream) {
-  if (tail.images == 0) return;
-  if (device < 0) return fastinv::tail_on_host(tail);
-  fastinv::launch_tail(tail, device, stream);
+template <class Layers>
+void run_layers(const Layers& layers, int device, uintptr_t stream) {
+  if (!fastinv::fits(layers)) throw std::invalid_argument("there is no kernel for these layers");
+  if (layers.images == 0) return;
+  if (device < 0) return fastinv::layers_on_host(layers);
+  fastinv::launch_layers(layers, device, stream);
 }
 
 template <class Problem>
@@ -45,6 +48,18 @@ py::class_<Problem> problem(py::module_& m, const char* name) {
       .def("run", &run<Problem>, py::arg("descent"), py::arg("device"), py::arg("stream"),
            py::call_guard<py::gil_scoped_release>(),
            "Take the steps, for memory of this device, on this stream; device −1: of the host.");
+}
+
+template <class Layers>
+py::class_<Layers> layers(py::module_& m, const char* name) {
+  return py::class_<Layers>(m, name)
+      .def(py::init([] { return Layers{}; }))
+      .def_property(
+          "finish", [](const Layers& p) { return static_cast<int>(p.finish); },
+          [](Layers& p, int code) { p.finish = static_cast<fastinv::Finish>(code); })
+      .def("fits", [](const Layers& p) { return fastinv::fits(p); })
+      .def("run", &run_layers<Layers>, py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+           "Compute the layers, for memory of this device, on this stream; device −1: of the host.");
 }
 
 }  // namespace
@@ -113,8 +128,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def_readwrite("second_offset", &PooledLayers::second_offset)
       .def_readwrite("back_gain", &PooledLayers::back_gain);
 
-  py::class_<Tail> tail(m, "Tail");
-  tail.def(py::init([] { return Tail{}; }));
+  auto tail = layers<Tail>(m, "Tail");
   pointer(tail, "x", &Tail::x);
   pointer(tail, "first", &Tail::first);
   pointer(tail, "last", &Tail::last);
@@ -123,6 +137,9 @@ PYBIND11_MODULE(_cuda, m) {
   pointer(tail, "out", &Tail::out);
   pointer(tail, "flag", &Tail::flag);
   tail.def_readwrite("images", &Tail::images)
+      .def_readwrite("height", &Tail::height)
+      .def_readwrite("width", &Tail::width)
+      .def_readwrite("inputs", &Tail::inputs)
       .def_readwrite("outputs", &Tail::outputs)
       .def_readwrite("channels_last", &Tail::channels_last)
       .def_readwrite("float16", &Tail::float16)
@@ -135,10 +152,21 @@ PYBIND11_MODULE(_cuda, m) {
       .def_readwrite("b", &Tail::b)
       .def_property(
           "result", [](const Tail& p) { return static_cast<int>(p.result); },
-          [](Tail& p, int code) { p.result = static_cast<fastinv::Result>(code); })
-      .def_property(
-          "finish", [](const Tail& p) { return static_cast<int>(p.finish); },
-          [](Tail& p, int code) { p.finish = static_cast<fastinv::Finish>(code); })
-      .def("run", &run_tail, py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
-           "Compute the last layers, for memory of this device, on this stream; device −1: of the host.");
+          [](Tail& p, int code) { p.result = static_cast<fastinv::Result>(code); });
+
+  auto window = layers<WindowLayer>(m, "WindowLayer");
+  pointer(window, "x", &WindowLayer::x);
+  pointer(window, "weights", &WindowLayer::weights);
+  pointer(window, "bias", &WindowLayer::bias);
+  pointer(window, "addend", &WindowLayer::addend);
+  pointer(window, "out", &WindowLayer::out);
+  window.def_readwrite("images", &WindowLayer::images)
+      .def_readwrite("height", &WindowLayer::height)
+      .def_readwrite("width", &WindowLayer::width)
+      .def_readwrite("inputs", &WindowLayer::inputs)
+      .def_readwrite("outputs", &WindowLayer::outputs)
+      .def_readwrite("phases", &WindowLayer::phases)
+      .def_readwrite("float16", &WindowLayer::float16)
+      .def_readwrite("a", &WindowLayer::a)
+      .def_readwrite("b", &WindowLayer::b);
 }

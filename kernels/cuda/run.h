@@ -2,9 +2,9 @@
 #pragma once
 
 #include "banded_edges.h"
+#include "layers.h"
 #include "pooled.h"
 #include "quadratic.h"
-#include "tail.h"
 
 namespace fastinv {
 
@@ -22,8 +22,10 @@ void descend_on_host(const Descent& descent, const Problem& problem);
 template <class Problem>
 void launch_descend(const Descent& descent, const Problem& problem, int device, uintptr_t stream);
 
-// The same of a decoder's last two layers.
-void tail_on_host(const Tail& tail);
-void launch_tail(const Tail& tail, int device, uintptr_t stream);
+// The same of layers, a `Tail` or a `WindowLayer`.
+template <class Params>
+void layers_on_host(const Params& p);
+template <class Params>
+void launch_layers(const Params& p, int device, uintptr_t stream);
 
 }  // namespace fastinv

@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <functional>
 #include <memory>
+#include <utility>
 #endif
 
 namespace fastinv {
@@ -47,6 +48,15 @@ class DeviceThread {
     asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(4 * kWarp) : "memory");
   }
   __device__ float shuffle(float value, int lane) const { return __shfl_sync(0xffffffffu, value, lane); }
+  __device__ uint32_t shuffle(uint32_t value, int lane) const { return __shfl_sync(0xffffffffu, value, lane); }
+
+  // 16 bytes of global memory on their way to shared memory; after `wait_copies` those of this thread are there.
+  __device__ void copy(unsigned char* to, const unsigned char* from) const {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+                 "l"(from)
+                 : "memory");
+  }
+  __device__ void wait_copies() const { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
   // What will be read from global memory is brought to the L2 cache.
   __device__ void ask_for(const unsigned char* address) const {
@@ -202,9 +212,16 @@ class HostThread {
   template <int kGroups>
   void wait_products() const {}
 
-  float shuffle(float value, int lane) const {
-    const Words got = exchanged({{bits(value), 0, 0, 0}}, [&](const auto& of) { return of(lane); });
-    return as_float(got.at[0]);
+  float shuffle(float value, int lane) const { return as_float(shuffle(bits(value), lane)); }
+  uint32_t shuffle(uint32_t value, int lane) const {
+    return exchanged({{value, 0, 0, 0}}, [&](const auto& of) { return of(lane); }).at[0];
+  }
+
+  // What has been started arrives at the end of the wait, no sooner.
+  void copy(unsigned char* to, const unsigned char* from) { copies_.push_back({to, from}); }
+  void wait_copies() {
+    for (const auto& [to, from] : copies_) std::memcpy(to, from, 16);
+    copies_.clear();
   }
 
   void load_fragment(const unsigned char* row, uint32_t (&a)[4]) const {
@@ -255,6 +272,7 @@ class HostThread {
 
   HostThreads& all_;
   int index_;
+  std::vector<std::pair<unsigned char*, const unsigned char*> > copies_;
 };
 #endif
 

@@ -1,0 +1,43 @@
+#include <algorithm>
+
+#include "check.h"
+#include "run.h"
+
+namespace fastinv {
+namespace {
+
+extern __shared__ __align__(1024) unsigned char layer_memory[];
+
+template <class Kind, class Params>
+__global__ void __launch_bounds__(Kind::kThreads, 1) layer_kernel(const __grid_constant__ Params p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // Hopper's tensor cores, which no other GPU has
+  DeviceThread self;
+  typename Kind::template Worker<DeviceThread>(p, self, layer_memory)
+      .run(static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+#endif
+}
+
+}  // namespace
+
+template <class Params>
+void launch_layers(const Params& p, int device, uintptr_t stream) {
+  check(cudaSetDevice(device), "the GPU cannot be used");
+  int processors = 0;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "the GPU says nothing of itself");
+  with_kind(p, [&](auto kind) {
+    using Kind = decltype(kind);
+    constexpr int kShared = Kind::template Worker<DeviceThread>::kShared;
+    static_assert(kShared <= 227 * 1024);
+    const auto kernel = layer_kernel<Kind, Params>;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
+          "no room for the weights on chip");
+    const int blocks = std::min(processors, (p.images + Kind::kTeams - 1) / Kind::kTeams);
+    kernel<<<static_cast<unsigned>(blocks), Kind::kThreads, kShared, reinterpret_cast<cudaStream_t>(stream)>>>(p);
+    check(cudaGetLastError(), "the layers cannot be launched");
+  });
+}
+
+template void launch_layers(const Tail&, int, uintptr_t);
+template void launch_layers(const WindowLayer&, int, uintptr_t);
+
+}  // namespace fastinv

@@ -1,0 +1,130 @@
+// A convolution of stride 1, or one that doubles the pixels, each cell of which sees the 3×3 around it: a warpgroup's
+// products, of weights that stay in shared memory and of cells that are brought there once.
+//
+// Implicit products, tile by tile, read a pixel from the L2 cache once for every tap: with 64 channels and as many
+// outputs that are 64 bytes for a multiprocessor's cycle at the full rate of its tensor cores, of which an H100's cache
+// gives less than half. Here they read it once, and the taps are where in shared memory a left factor lies.
+//
+// A band is what a warpgroup has at a time, 64 cells: strips of 16, one a warp, kStrips to a row. Rows lie in a ring, a
+// band's and those above and below; as soon as a band's products are done the next rows are on their way.
+#pragma once
+
+#include "warpgroup.h"
+
+namespace fastinv {
+
+namespace window {
+
+constexpr int kOutputs = 64, kStrip = 16, kTeam = 4 * kWarp, kShifts = 9;
+constexpr int kTile = kOutputs * 128;  // bytes of the weights of 64 channels, for a shift and a phase
+
+// Which of the pixels around a cell its phases read: all where there is one phase; where there are four, those of an
+// even row the cell's own row and the one above, of an odd row the one below, too; and so for columns.
+template <int kPhases>
+struct Taps {
+  static constexpr int kPlaces = kPhases == 1 ? kShifts : 16;
+
+  FASTINV_BOTH static constexpr bool reads(int phase, int shift) {
+    const int down = shift / 3 - phase / 2, right = shift % 3 - phase % 2;
+    return kPhases == 1 || (down >= 0 && down <= 1 && right >= 0 && right <= 1);
+  }
+  // The number of the two among all that do, shift by shift: three rows of shifts have 4, 8 and 4 of them.
+  FASTINV_BOTH static constexpr int place(int phase, int shift) {
+    if (kPhases == 1) return shift;
+    const int row = shift / 3, column = shift % 3;
+    const int before = row * 4 + (row == 2 ? 4 : 0), beside = column + (column == 2 ? 1 : 0);
+    return before + beside * of(row) + (phase / 2 - row / 2) * of(column) + phase % 2 - column / 2;
+  }
+
+ private:
+  FASTINV_BOTH static constexpr int of(int side) { return side == 1 ? 2 : 1; }  // phases that read there
+};
+
+template <class Type, int kInputs, int kStrips, int kPhases, class Thread>
+class Window {
+ public:
+  static constexpr int kSide = kStrips * kStrip, kBand = 4 / kStrips, kRows = kBand + 2;
+  static constexpr int kPixel = 2 * kInputs, kRow = kSide * kPixel;                 // bytes
+  static constexpr int kRing = kRows * kRow;                                        // of a warpgroup
+  static constexpr int kWeights = Taps<kPhases>::kPlaces * kTile * (kInputs / 64);  // of the block
+  static constexpr int kAtOnce = 2;  // 16s of channels of which a thread has fragments
+
+  // Args:
+  //   x: two-byte values [images, height, kSide, kInputs], from a multiple of 16 bytes on.
+  //   weights, zeros, ring: in shared memory; kWeights, kPixel and kRing bytes.
+  FASTINV_BLOCK Window(Thread& self, const void* x, int height, const unsigned char* weights,
+                       const unsigned char* zeros, unsigned char* ring)
+      : self_(self),
+        x_(static_cast<const unsigned char*>(x)),
+        height_(height),
+        warp_(self.index() % kTeam / kWarp),
+        lane_(self.index() % kWarp),
+        weights_(weights),
+        zeros_(zeros),
+        ring_(ring) {}
+
+  // Start the rows on their way that band `band` of image n reads and the one before it did not.
+  FASTINV_BLOCK void fetch(int n, int band) {
+    constexpr int kPieces = kRow / 16;
+    const int begin = band == 0 ? 0 : band * kBand + 1, after = (band + 1) * kBand + 1;
+    const int end = after < height_ ? after : height_;
+    for (int i = self_.index() % kTeam; i < (end - begin) * kPieces; i += kTeam) {
+      const int row = begin + i / kPieces, at = i % kPieces, column = at / (kPixel / 16), piece = at % (kPixel / 16);
+      self_.copy(place_of(row) + column * kPixel + (piece ^ column % 8) * 16,
+                 x_ + (int64_t{n} * height_ + row) * kRow + at * 16);
+    }
+  }
+
+  // What this thread has started is there.
+  FASTINV_BLOCK void wait() { self_.wait_copies(); }
+
+  // sums[phase] = Σ x[cell + shift] · weights[shift, phase], of a band that is there.
+  FASTINV_BLOCK void multiply(int band, float (&sums)[kPhases][kOutputs / 2]) {
+    const Right weights(weights_);
+    uint32_t left[2][kAtOnce][4];
+#pragma unroll
+    for (int i = 0; i < kShifts; ++i) {
+      const int shift = (i + kShifts / 2) % kShifts;  // the cell itself first, which all phases read
+      const int row = band * kBand + warp_ / kStrips + shift / 3 - 1;
+      const int column = warp_ % kStrips * kStrip + lane_ % 16 + shift % 3 - 1;
+      const bool inside = row >= 0 && row < height_ && column >= 0 && column < kSide;
+      const unsigned char* pixel = inside ? place_of(row) + column * kPixel : zeros_;
+      const int key = column & 7, half = lane_ / 16;
+#pragma unroll
+      for (int begin = 0; begin < kInputs / 16; begin += kAtOnce) {
+        uint32_t (&fragments)[kAtOnce][4] = left[begin / kAtOnce % 2];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          self_.load_fragment(pixel + (((begin + k) * 2 + half) ^ key) * 16, fragments[k]);
+        }
+        self_.begin_products();
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          const int step = begin + k;  // of 16 channels
+#pragma unroll
+          for (int phase = 0; phase < kPhases; ++phase) {
+            if (!Taps<kPhases>::reads(phase, shift)) continue;
+            const int tile = Taps<kPhases>::place(phase, shift) * (kInputs / 64) + step / 4;
+            self_.product(Type{}, sums[phase], fragments[k], weights + (tile * kTile + step % 4 * 32), i + step > 0);
+          }
+        }
+        self_.end_products();
+        self_.template wait_products<1>();  // then the fragments before these are free
+      }
+    }
+    self_.template wait_products<0>();
+  }
+
+ private:
+  FASTINV_BLOCK unsigned char* place_of(int row) const { return ring_ + row % kRows * kRow; }
+
+  Thread& self_;
+  const unsigned char* x_;
+  const int height_, warp_, lane_;
+  const unsigned char *weights_, *zeros_;
+  unsigned char* ring_;
+};
+
+}  // namespace window
+
+}  // namespace fastinv

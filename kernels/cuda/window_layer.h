@@ -1,0 +1,150 @@
+// A convolution of 64 or 128 channels to 64 at most as `window.h` takes it, of channels that lie last: its sums end as
+// those of all kernels do, with bias, what is added, and activation.
+#pragma once
+
+#include "finish.h"
+#include "window.h"
+
+namespace fastinv {
+
+struct WindowLayer {
+  const void* x;        // two-byte values [images, height, width, inputs]
+  const void* weights;  // as they lie in shared memory, tile by tile
+  const float* bias;    // [outputs], or null
+  const void* addend;   // like out, or null
+  void* out;            // two-byte values [images, height · s, width · s, outputs], s = 2 with four phases
+  int32_t images, height, width, inputs, outputs, phases, float16;
+  Finish finish;
+  float a, b;  // its parameters
+};
+
+namespace window {
+
+template <class Type, int kInputs, int kStrips, int kPhases, class Thread>
+class LayerWorker {
+  using Cells = Window<Type, kInputs, kStrips, kPhases, Thread>;
+
+ public:
+  // Warpgroups: as many as registers and memory allow, so that one multiplies while others do all else.
+  static constexpr int kTeams = kPhases == 4 ? 2 : kInputs == 64 ? 4 : kStrips == 1 ? 3 : 2;
+  static constexpr int kThreads = kTeams * kTeam;
+  static constexpr int kShared = Cells::kWeights + Cells::kPixel + 4 * kOutputs + kTeams * Cells::kRing;
+
+  FASTINV_BLOCK LayerWorker(const WindowLayer& p, Thread& self, unsigned char* shared)
+      : p_(p),
+        self_(self),
+        team_(self.index() / kTeam),
+        warp_(self.index() % kTeam / kWarp),
+        lane_(self.index() % kWarp),
+        shared_(shared),
+        zeros_(shared + Cells::kWeights),
+        bias_(reinterpret_cast<float*>(zeros_ + Cells::kPixel)),
+        cells_(self, p.x, p.height, shared, zeros_,
+               reinterpret_cast<unsigned char*>(bias_ + kOutputs) + team_ * Cells::kRing) {}
+
+  // A warpgroup takes every (blocks · kTeams)-th image.
+  FASTINV_BLOCK void run(int block, int blocks) {
+    const int step = blocks * kTeams, bands = p_.height / Cells::kBand;
+    int n = block * kTeams + team_;
+    begin();
+    if (n < p_.images) cells_.fetch(n, 0);
+    self_.sync();
+    for (; n < p_.images; n += step) {
+#pragma unroll 1
+      for (int band = 0; band < bands; ++band) {
+        cells_.wait();
+        self_.sync(team_);
+        float sums[kPhases][kOutputs / 2];
+        cells_.multiply(band, sums);
+        self_.sync(team_);  // nobody reads the rows any more
+        if (band + 1 < bands) {
+          cells_.fetch(n, band + 1);
+        } else if (n + step < p_.images) {
+          cells_.fetch(n + step, 0);
+        }
+#pragma unroll
+        for (int phase = 0; phase < kPhases; ++phase) put(n, band, phase, sums[phase]);
+      }
+    }
+  }
+
+ private:
+  FASTINV_BLOCK void begin() {
+    const int thread = self_.index();
+    for (int i = 16 * thread; i < Cells::kWeights; i += 16 * kThreads) {
+      *reinterpret_cast<Words*>(shared_ + i) =
+          *reinterpret_cast<const Words*>(static_cast<const unsigned char*>(p_.weights) + i);
+    }
+    for (int i = thread; i < Cells::kPixel / 4; i += kThreads) reinterpret_cast<uint32_t*>(zeros_)[i] = 0;
+    for (int i = thread; i < kOutputs; i += kThreads) {
+      bias_[i] = p_.bias == nullptr || i >= p_.outputs ? 0.0f : p_.bias[i];
+    }
+    self_.publish();
+  }
+
+  // Where in `out` the first of a lane's cells has its pixel of a phase, and how much further on the other one.
+  static constexpr int kTimes = kPhases == 4 ? 2 : 1;
+  FASTINV_BLOCK int64_t pixel_of(int n, int band, int phase) const {
+    const int row = (band * Cells::kBand + warp_ / kStrips) * kTimes + phase / 2;
+    const int column = (warp_ % kStrips * kStrip + lane_ / 4) * kTimes + phase % 2;
+    return ((int64_t{n} * p_.height * kTimes + row) * (Cells::kSide * kTimes) + column) * p_.outputs;
+  }
+  FASTINV_BLOCK int further() const { return 8 * kTimes * p_.outputs; }
+
+  // A lane has two channels of every eight, of two cells. What is added to them is all on its way before any of it is
+  // waited for. Neighbours exchange theirs, so that each stores four channels in one piece: even lanes those of the
+  // first of two eights, odd lanes of the second.
+  FASTINV_BLOCK void put(int n, int band, int phase, float (&sums)[kOutputs / 2]) const {
+    constexpr int kEights = kOutputs / 8;
+    const int64_t pixel = pixel_of(n, band, phase);
+    const int channel = lane_ % 4 * 2;  // of an eight
+    if (p_.addend != nullptr) {
+      const auto* addend = static_cast<const uint16_t*>(p_.addend) + pixel + channel;
+      uint32_t added[kEights][2];
+#pragma unroll
+      for (int j = 0; j < kEights; ++j) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          added[j][h] = 8 * j < p_.outputs ? *reinterpret_cast<const uint32_t*>(addend + h * further() + 8 * j) : 0;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kEights; ++j) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float low, high;
+          unpack(Type{}, added[j][h], low, high);
+          sums[4 * j + 2 * h] += low;
+          sums[4 * j + 2 * h + 1] += high;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kOutputs / 2; ++i) sums[i] += bias_[i / 4 * 8 + channel + i % 2];
+    finish(p_, sums);
+    const bool odd = lane_ % 2 == 1;
+    auto* out = static_cast<uint16_t*>(p_.out) + pixel + (odd ? 8 : 0) + channel / 4 * 4;
+#pragma unroll
+    for (int j = 0; j < kEights; j += 2) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float* first = sums + 4 * j + 2 * h;
+        const uint32_t low = pack(Type{}, first[0], first[1]), high = pack(Type{}, first[4], first[5]);
+        const uint32_t got = self_.shuffle(odd ? low : high, lane_ ^ 1);
+        if (8 * j + (odd ? 8 : 0) >= p_.outputs) continue;
+        *reinterpret_cast<TwoWords*>(out + h * further() + 8 * j) = odd ? TwoWords{{got, high}} : TwoWords{{low, got}};
+      }
+    }
+  }
+
+  const WindowLayer& p_;
+  Thread& self_;
+  const int team_, warp_, lane_;
+  unsigned char *shared_, *zeros_;
+  float* bias_;
+  Cells cells_;
+};
+
+}  // namespace window
+
+}  // namespace fastinv
