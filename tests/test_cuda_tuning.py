@@ -12,13 +12,15 @@ from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
 
+from fastinv.kernels.triton import launch
+from fastinv.kernels.triton.launch import Launch
 from interpreter import DEVICE, forward
 from triton.runtime.errors import OutOfResources
 
 from fastinv.backends import cuda_device, cuda_tuning
 from fastinv.backends.cuda import CudaBackend
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
-from fastinv.backends.cuda_tuning import read_tiles, tiles_file, tune, write_tiles
+from fastinv.backends.cuda_tuning import Measured, read_measured, tiles_file, tune, write_measured
 from fastinv.cli import main
 from fastinv.errors import BackendError
 from fastinv.inverters import RMLE, InverseNetwork
@@ -54,14 +56,14 @@ def few_rows(launch) -> float:
 
 
 def measure(network, timer=few_rows, **options):
-    return tune(network, "float32", torch.device(DEVICE), timer=timer, **options)
+    return tune(network, "float32", torch.device(DEVICE), timer=timer, **options).tiles
 
 
 def test_the_fastest_is_kept_and_found_again(network, folder: Path) -> None:
     before = tile_of(network)
     found = measure(network)
     assert [tile[0] for tile in found.values()] == [64]
-    assert read_tiles() == found
+    assert read_measured().tiles == found
     after = tile_of(network)
     assert (before.m, after.m, after.k) == (128, 64, before.k)
     assert tile_of(network, "tf32") == before  # measured for another precision
@@ -112,11 +114,36 @@ def test_two_layers_in_one_launch_are_measured_as_one() -> None:
     network = exported((16, 16, 16), *layers)
     to = Lowering(network, DEVICE, PRECISIONS["float16"])
     assert [type(node.kernel).__name__ for node in to.nodes] == ["Pair"]
-    found = tune(network, "float16", torch.device(DEVICE), timer=lambda launch: launch.stages)
+    found = tune(network, "float16", torch.device(DEVICE), timer=lambda launch: launch.stages).tiles
     assert [tile[4] for tile in found.values()] == [2]
     assert tile_of(network, "float16").stages == 2
     x = randn(2, 16, 16, 16)
     assert relative(forward(network, x, "float16"), reference(network, x)) < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("layers", "image", "native"),
+    [
+        ([nn.Conv2d(64, 64, 3, padding=1), nn.MaxPool2d(1)], (64, 4, 16), "WindowConvolution"),
+        ([nn.ConvTranspose2d(64, 64, 4, 2, 1), nn.ReLU(), nn.Conv2d(64, 3, 3, padding=1)], (64, 16, 16), "Tail"),
+    ],
+)
+def test_a_kernel_in_cuda_gives_way_where_it_is_slower(
+    layers: list[nn.Module], image: tuple[int, ...], native: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fastinv._cuda", reason="the kernels in CUDA C++ are not built: no nvcc, or FASTINV_CUDA=OFF")
+    monkeypatch.setattr(launch, "processors", lambda device: 1)  # then no images are few
+    network = exported(image, *layers)
+
+    def kernel_of() -> str:
+        return type(Lowering(network, DEVICE, PRECISIONS["float16"]).nodes[0].kernel).__name__
+
+    for faster in (True, False, False, True):
+        times = {True: 1.0 + faster, False: 1.5}  # of Triton's launches, and of others
+        found = tune(network, "float16", torch.device(DEVICE), timer=lambda way, t=times: t[isinstance(way, Launch)])
+        assert list(found.native.values()) == [faster]
+        assert (kernel_of() == native) is faster
+        assert read_measured() == found
 
 
 def test_a_launch_is_timed_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +186,7 @@ def test_info_tunes(network, solves: bool, tmp_path: Path, monkeypatch: pytest.M
     options = ["--backend", "cuda", "--precision", "tf32"]
     assert main(["info", str(tmp_path / "a.finv"), *options, "--tune"]) == 0
     assert "Convolution 64x" in capsys.readouterr().out
-    assert len(read_tiles()) == 1 + solves
+    assert len(read_measured().tiles) == 1 + solves
     assert tile_of(network, "tf32").m == 64
 
 
@@ -168,13 +195,22 @@ def test_another_gpu_has_tiles_of_its_own(network, monkeypatch: pytest.MonkeyPat
     measure(network)
     monkeypatch.setattr(cuda_tuning, "gpu_name", lambda device: "GPU Y")
     assert tile_of(network) == before
-    assert len(read_tiles() | measure(network)) == 2
-    assert len(read_tiles()) == 2  # the file keeps both
+    assert len(read_measured().tiles | measure(network)) == 2
+    assert len(read_measured().tiles) == 2  # the file keeps both
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"{", b"[]", b"{}", b"\xff\xfe", b'{"version": 2, "tiles": {"a": [1, 2]}}', b'{"version": 2, "tiles": [3]}'],
+    [
+        b"{",
+        b"[]",
+        b"{}",
+        b"\xff\xfe",
+        b'{"version": 3, "tiles": {"a": [1, 2]}, "native": {}}',
+        b'{"version": 3, "tiles": [3], "native": {}}',
+        b'{"version": 3, "tiles": {}}',
+        b'{"version": 3, "tiles": {}, "native": {"a": 1}}',
+    ],
 )
 def test_a_broken_file_is_ignored(network, folder: Path, content: bytes) -> None:
     before = tile_of(network)
@@ -183,7 +219,7 @@ def test_a_broken_file_is_ignored(network, folder: Path, content: bytes) -> None
     with pytest.warns(RuntimeWarning, match=r"tiles\.json is ignored .*delete it"):
         assert tile_of(network) == before
     found = measure_quietly(network)
-    assert read_tiles() == found
+    assert read_measured().tiles == found
 
 
 def measure_quietly(network):
@@ -194,14 +230,14 @@ def measure_quietly(network):
 def test_tiles_that_are_no_candidates_are_ignored(network) -> None:
     before = tile_of(network)
     (key,) = measure(network)
-    write_tiles({key: [7, 16, 32, 4, 3, 0, 0]})
+    write_measured(Measured({key: [7, 16, 32, 4, 3, 0, 0]}))
     assert tile_of(network) == before
 
 
 def test_a_file_of_another_version_is_none(folder: Path) -> None:
     folder.mkdir()
     tiles_file().write_text(json.dumps({"version": 0, "tiles": {"a": [1, 2, 3, 4, 5]}}))
-    assert read_tiles() == {}
+    assert read_measured() == Measured()
 
 
 def test_a_place_that_cannot_be_written_to_is_told(network, folder: Path) -> None:
@@ -214,4 +250,4 @@ def test_nothing_is_looked_up_without_a_gpu(network, monkeypatch: pytest.MonkeyP
     measure(network)
     monkeypatch.setattr(cuda_tuning, "gpu_name", lambda device: None)
     assert tile_of(network).m == 128
-    assert len(read_tiles()) == 1
+    assert len(read_measured().tiles) == 1

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from fastinv.backends.cuda_network import CudaNetwork
     from fastinv.backends.cuda_solver import CudaSolver
+    from fastinv.backends.cuda_tuning import Measured
     from fastinv.inverters import RMLE
 
 
@@ -54,11 +55,11 @@ class CudaBackend:
 
         return CudaSolver(recipe, precision, self._device(), self.name)
 
-    def tune(self, network: Network, precision: str, solver: bool) -> dict[str, list[int]]:
+    def tune(self, network: Network, precision: str, solver: bool) -> Measured:
         """Measure the tiles of a network's matrix products, or of an edge's both ways, and keep them for later runs.
 
         Returns:
-            The tiles by what they were measured for; those before are kept, too.
+            What was found; what was before is kept, too.
 
         Raises:
             BackendError: the file cannot be written.

@@ -8,8 +8,8 @@ from typing import Any
 
 from fastinv.backends.cuda_nodes import ConvolutionNode, Node
 from fastinv.backends.cuda_plan import Buffer
-from fastinv.backends.cuda_tail import NARROW, Tail
-from fastinv.backends.cuda_tuning import tuned
+from fastinv.backends.cuda_tail import Tail
+from fastinv.backends.cuda_tuning import native_is_faster, tuned
 
 # FLOPs that tensor cores do while memory moves a byte, by how products are computed ("ieee": from two bytes). Data
 # sheets give 156 (A100) to 295 (H100), half of them for tf32, of which float32 takes three; here it is about half of
@@ -41,9 +41,10 @@ def join_pairs(nodes: list[Node], steps: list[tuple[int, ...]], output: Buffer) 
 
 def _of_two(first: ConvolutionNode, last: ConvolutionNode) -> Any:
     """The kernel of the two, or None where there is none or two launches cost less."""
-    if not Tail.fits(first, last):
-        return pair_of(first, last)
-    return Tail(first, last, None if first.kernel.inputs == NARROW else pair_of(first, last))
+    pair = pair_of(first, last)
+    if Tail.fits(first, last) and (pair is None or native_is_faster(pair, pair.weight.device)):
+        return Tail(first, last, pair)
+    return pair
 
 
 def pair_of(first: ConvolutionNode, last: ConvolutionNode) -> Any:

@@ -43,14 +43,14 @@ class Tail:
 
     Args:
         first, last: the two nodes, as they were for two launches.
-        few: the pair that takes few images of a larger decoder, or None.
+        other: the pair, or None where there is none; it takes few images of a larger decoder.
     """
 
     takes_all = False  # features that are not of its type, or do not begin at a multiple of 16 bytes, go another way
 
-    def __init__(self, first: ConvolutionNode, last: ConvolutionNode, few: Any = None) -> None:
+    def __init__(self, first: ConvolutionNode, last: ConvolutionNode, other: Any) -> None:
         kernel = first.kernel
-        self.few = few
+        self.other = other
         self.input_shape: tuple[int, int, int] = kernel.input_shape
         self.weight = kernel.weight  # for its device and type
         self.outputs = last.kernel.outputs
@@ -110,8 +110,8 @@ class Tail:
 
         from fastinv.kernels.triton.geometry import strides
 
-        if self.few is not None and are_few(len(x), x.device):
-            return self.few.launch(x, out, epilogue, None, out_strides)
+        if self.other is not None and self.planar() is None and are_few(len(x), x.device):
+            return self.other.launch(x, out, epilogue, None, out_strides)
         height, width, _ = self.input_shape
         out_n, out_y, out_x, out_c = out_strides or strides(2 * height, 2 * width, self.outputs)
         tail = _sized(self.input_shape)

@@ -1,8 +1,9 @@
-"""Tiles of matrix products by measurement, kept in a file under the user's cache folder.
+"""Tiles of matrix products, and who computes them, by measurement, kept in a file under the user's cache folder.
 
 `tune` measures the few candidates of every convolution of a network, or of two that go together, and writes down the
-fastest. Compiling only looks them up: it takes no time, and what was never measured keeps the tile that it has by its
-shapes. All candidates add up the same products in the same order.
+fastest tile, and where there is a kernel in CUDA C++ for them, too, whether that one is faster. Compiling only looks
+this up: it takes no time, and what was never measured keeps the tile that it has by its shapes, and the kernel in CUDA
+C++. All tiles add up the same products in the same order.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import os
 import secrets
 import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,30 +26,48 @@ from fastinv.network import Network
 if TYPE_CHECKING:
     import torch
 
-VERSION = 2  # of the file
+VERSION = 3  # of the file
 NUMBERS = 7  # of a `Tile`
 TUNED_BYTES = 2**28  # of what a measured launch reads or writes: more than the L2 holds
 TUNED_IMAGES = 4096  # at most
 
 
 def tiles_file() -> Path:
-    """Where the tiles are kept: `$XDG_CACHE_HOME/fastinv/tiles.json`, or in `~/.cache`."""
+    """Where it is kept: `$XDG_CACHE_HOME/fastinv/tiles.json`, or in `~/.cache`."""
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(folder) / "fastinv" / "tiles.json"
 
 
-def read_tiles() -> dict[str, list[int]]:
-    """The numbers of a `Tile` by convolution; none where there is no file. One that is broken is told, and ignored."""
+@dataclass(frozen=True)
+class Measured:
+    """What the file holds.
+
+    Attributes:
+        tiles: the numbers of a `Tile` by convolution.
+        native: whether the kernel in CUDA C++ is faster, by the convolution that it does.
+    """
+
+    tiles: dict[str, list[int]] = field(default_factory=dict)
+    native: dict[str, bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        tiles, native = self.tiles.values(), self.native.values()
+        if not all(isinstance(tile, list) and [type(n) for n in tile] == [int] * NUMBERS for tile in tiles):
+            raise ValueError(f"a tile is not {NUMBERS} integers")
+        if not all(isinstance(faster, bool) for faster in native):
+            raise ValueError("whether a kernel is faster is not true or false")
+
+
+def read_measured() -> Measured:
+    """What was measured; nothing where there is no file. One that is broken is told, and ignored."""
     path = tiles_file()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        tiles: dict[str, list[int]] = content["tiles"]
         if content["version"] != VERSION:
-            return {}
-        if not all(isinstance(tile, list) and [type(n) for n in tile] == [int] * NUMBERS for tile in tiles.values()):
-            raise ValueError(f"a tile is not {NUMBERS} integers")
+            return Measured()
+        return Measured(content["tiles"], content["native"])
     except FileNotFoundError:
-        return {}
+        return Measured()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(
             f"the file of measured tiles {path} is ignored ({type(error).__name__}: {error!s:.200}): delete it, and "
@@ -54,21 +75,19 @@ def read_tiles() -> dict[str, list[int]]:
             RuntimeWarning,
             stacklevel=2,
         )
-        return {}
-    return tiles
+        return Measured()
 
 
-def write_tiles(fresh: dict[str, list[int]]) -> None:
-    """Add tiles to the file, whole or not at all: other processes see the old one or the new one.
+def write_measured(fresh: Measured) -> None:
+    """Add to the file, whole or not at all: other processes see the old one or the new one.
 
     Raises:
         BackendError: it cannot be written.
     """
     path = tiles_file()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # what is broken is replaced
-        tiles = read_tiles() | fresh
-    text = json.dumps({"version": VERSION, "tiles": tiles}, indent=1, sort_keys=True)
+    old = read_measured()  # one that is broken is replaced
+    content = {"version": VERSION, "tiles": old.tiles | fresh.tiles, "native": old.native | fresh.native}
+    text = json.dumps(content, indent=1, sort_keys=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,14 +109,23 @@ def key_of(gpu: str, kernel: Any) -> str:
     return f"{gpu} | {type(kernel).__name__.lower()} | {kernel.reads} | {dtype} {kernel.precision}"
 
 
+_anew: ContextVar[bool] = ContextVar("anew", default=False)  # whether what was measured before does not count
+
+
 def tuned(kernel: Any, device: torch.device) -> Any:
     """What is `Tiled`, a convolution or a pair, with the tile that was measured for it on this device, if one was."""
     gpu = gpu_name(device)
-    if gpu is None:
+    if gpu is None or _anew.get():
         return kernel
-    found = read_tiles().get(key_of(gpu, kernel))
+    found = read_measured().tiles.get(key_of(gpu, kernel))
     fitting = (tile for tile in kernel.candidates if list(tile.numbers) == found)  # the file may be another's
     return kernel.with_tile(next(fitting, kernel.tile))
+
+
+def native_is_faster(kernel: Any, device: torch.device) -> bool:
+    """Whether the kernel in CUDA C++ is taken for what this one does, a convolution or a pair: if not measured, yes."""
+    gpu = gpu_name(device)
+    return gpu is None or _anew.get() or read_measured().native.get(key_of(gpu, kernel), True)
 
 
 def tune(
@@ -106,7 +134,7 @@ def tune(
     device: torch.device,
     differentiable: bool = False,
     timer: Callable[[Any], float] | None = None,
-) -> dict[str, list[int]]:
+) -> Measured:
     """Measure the tiles of the network's convolutions and pairs, and of the ways back where it is a solver's edge.
 
     Args:
@@ -120,30 +148,38 @@ def tune(
     """
     from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
     from fastinv.kernels.triton.convolution import Tiled
+    from fastinv.kernels.triton.epilogue import Epilogue
 
     gpu = gpu_name(device) or device.type
-    to = Lowering(network, device, PRECISIONS[precision], differentiable=differentiable)
-    kernels = [getattr(node, name, None) for node in to.nodes for name in ("kernel", "back")]
+    token = _anew.set(True)
+    try:
+        to = Lowering(network, device, PRECISIONS[precision], differentiable=differentiable)
+    finally:
+        _anew.reset(token)
+    kernels: list[Any] = [getattr(node, name, None) for node in to.nodes for name in ("kernel", "back")]
     timer = timer or (lambda launch: seconds(launch, device))
-    found: dict[str, list[int]] = {}
+    found = Measured()
     with on_device(device):
         for kernel in kernels:
-            if isinstance(kernel, Tiled) and key_of(gpu, kernel) not in found:
-                found[key_of(gpu, kernel)] = list(_fastest(kernel, device, timer).numbers)
-    write_tiles(found)
+            tiled = getattr(kernel, "other", kernel)  # of a kernel in CUDA C++ what it takes the place of
+            if not isinstance(tiled, Tiled) or key_of(gpu, tiled) in found.tiles:
+                continue
+            key, fastest = key_of(gpu, tiled), tiled.with_tile(_fastest(tiled, device, timer))
+            found.tiles[key] = list(fastest.tile.numbers)
+            if kernel is not tiled:
+                x, out = _batch(tiled, device)
+                native, other = (timer(way.launch(x, out, Epilogue())) for way in (kernel, fastest))
+                found.native[key] = native <= other
+    write_measured(found)
     return found
 
 
 def _fastest(kernel: Any, device: torch.device, timer: Callable[[Any], float]) -> Any:
-    import torch
     from triton.runtime.errors import OutOfResources
 
     from fastinv.kernels.triton.epilogue import Epilogue
 
-    dtype, sizes = kernel.weight.dtype, (kernel.input_shape, kernel.output_shape)
-    largest = max(h * w * c * dtype.itemsize for h, w, c in sizes)
-    images = min(TUNED_IMAGES, max(1, TUNED_BYTES // largest)) if device.type == "cuda" else 1
-    x, out = (torch.randn(images, *size, device=device).to(dtype) for size in sizes)
+    x, out = _batch(kernel, device)
 
     def measured(tile: Any) -> float:
         try:
@@ -152,3 +188,14 @@ def _fastest(kernel: Any, device: torch.device, timer: Callable[[Any], float]) -
             return float("inf")
 
     return min(kernel.candidates, key=measured)
+
+
+def _batch(kernel: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a kernel reads, random, and what it writes."""
+    import torch
+
+    dtype, sizes = kernel.weight.dtype, (kernel.input_shape, kernel.output_shape)
+    largest = max(h * w * c * dtype.itemsize for h, w, c in sizes)
+    images = min(TUNED_IMAGES, max(1, TUNED_BYTES // largest)) if device.type == "cuda" else 1
+    x, out = (torch.randn(images, *size, device=device).to(dtype) for size in sizes)
+    return x, out

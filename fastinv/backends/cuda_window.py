@@ -17,6 +17,7 @@ from fastinv.backends.cuda_layers import (
 )
 from fastinv.backends.cuda_native import extension, launching, set_fields
 from fastinv.backends.cuda_nodes import ConvolutionNode, Node
+from fastinv.backends.cuda_tuning import native_is_faster
 
 if TYPE_CHECKING:
     from fastinv import _cuda
@@ -76,7 +77,9 @@ class WindowConvolution:
 def use_windows(nodes: list[Node]) -> None:
     """Give the nodes of a forward pass this kernel where there is one for them."""
     for node in nodes:
-        if isinstance(node, ConvolutionNode) and WindowConvolution.fits(node):
+        if not isinstance(node, ConvolutionNode) or not WindowConvolution.fits(node):
+            continue
+        if native_is_faster(node.kernel, node.kernel.weight.device):
             node.kernel = WindowConvolution(node)
 
 
