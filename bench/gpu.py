@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_checks import TESTS, build_fastinv, run_tests
+from gpu_contenders import DTYPES, NETWORK_CONTENDERS, SOLVER_CONTENDERS, Call
 
 from fastinv import benchmark
 from fastinv.backends.cuda import CudaBackend
@@ -35,11 +36,8 @@ from fastinv.cli.arguments import positive, table
 from fastinv.cli.files import expect_place, replacing
 from fastinv.engine import Engine, compile
 
-Call = Callable[[torch.Tensor], Any]
-
 PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
 TOLERANCES = {"bfloat16": 2e-2, "float16": 2e-2, "tf32": 5e-3, "float32": 1e-4}  # relative, against float64
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # of features and of peers; others: float32
 ROTATED = 2**28  # bytes of inputs that are taken in turns: five times the L2 of an H200
 LARGE = 2**30  # bytes of the copy that measures the memory, and sides of the product
 SIDE = 8192
@@ -152,103 +150,6 @@ def batch_of(subject: Subject) -> int:
     return max(1, min(BATCH, MEMORY // (4 * sum(map(math.prod, subject.network.shapes)))))
 
 
-# ---- contenders: (subject, an example of the inputs, precision) -> what is called ------------------------------------
-
-
-def ours(subject: Subject, x: torch.Tensor, precision: str) -> Call:
-    machine = compile(subject.recipe or subject.network, "cuda", precision)
-    if isinstance(machine, Engine):
-        return machine
-    return lambda features: machine.run_there(features, "float32")[0]
-
-
-def eager(subject: Subject, x: torch.Tensor, precision: str) -> Call:
-    module = copy.deepcopy(subject.eager).to("cuda", x.dtype, memory_format=torch.channels_last)
-    return lambda x: module(x.contiguous(memory_format=torch.channels_last))
-
-
-def compiled(subject: Subject, x: torch.Tensor, precision: str) -> Call:
-    return torch.compile(eager(subject, x, precision), mode="max-autotune", dynamic=False)
-
-
-def _step(subject: Subject, precision: str) -> tuple[Callable[..., Any], torch.Tensor]:
-    """One step of Adam on Σ(edge(z) − v)² + λ·TV_2(z), as a function, and its start."""
-    recipe = subject.recipe
-    assert recipe is not None
-    dtype = DTYPES.get(precision, torch.float32)
-    edge = copy.deepcopy(subject.eager).requires_grad_(False).to("cuda", dtype, memory_format=torch.channels_last)
-    beta1, beta2 = recipe.betas
-
-    def objective(z: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        down, right = z[:, :, 1:] - z[:, :, :-1], z[..., 1:] - z[..., :-1]
-        variation = recipe.tv_weight * (down.square().sum() + right.square().sum())
-        return (edge(z.to(dtype)).float() - v).square().sum() + variation
-
-    def step(z: torch.Tensor, v: torch.Tensor, first: torch.Tensor, second: torch.Tensor, t: torch.Tensor) -> Any:
-        gradient = torch.func.grad(objective)(z, v)
-        first = torch.lerp(first, gradient, 1 - beta1)
-        second = beta2 * second + (1 - beta2) * gradient.square()
-        size = recipe.lr / (1 - beta1**t)
-        return z - size * first / ((second / (1 - beta2**t)).sqrt() + recipe.eps), first, second
-
-    return step, torch.tensor(recipe.init, device="cuda")
-
-
-def captured(subject: Subject, x: torch.Tensor, precision: str) -> Call:
-    """The whole step as one CUDA graph of eager kernels."""
-    return _loop(subject, x, precision, lambda step: step)
-
-
-def compiled_step(subject: Subject, x: torch.Tensor, precision: str) -> Call:
-    """The whole step compiled, then captured."""
-    return _loop(
-        subject, x, precision, lambda step: torch.compile(step, dynamic=False, mode="max-autotune-no-cudagraphs")
-    )
-
-
-def _loop(subject: Subject, x: torch.Tensor, precision: str, wrap: Callable[[Any], Any]) -> Call:
-    plain, start = _step(subject, precision)
-    step = wrap(plain)
-    steps = subject.recipe.steps if subject.recipe else 0
-    z = start.expand(len(x), *start.shape).contiguous(memory_format=torch.channels_last)
-    first, second, t = torch.zeros_like(z), torch.zeros_like(z), torch.ones((), device="cuda")
-    target, origin = x.float(), z.clone()
-
-    def advance() -> None:
-        after = step(z, target, first, second, t)
-        for old, new in zip((z, first, second), after, strict=True):
-            old.copy_(new)
-        t.add_(1)
-
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            advance()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        advance()
-
-    def call(features: torch.Tensor) -> torch.Tensor:
-        target.copy_(features)
-        z.copy_(origin)
-        first.zero_()
-        second.zero_()
-        t.fill_(1)
-        for _ in range(steps):
-            graph.replay()
-        return z.clamp(0, 1)
-
-    return call
-
-
-NETWORK_CONTENDERS = {"fastinv": ours, "eager": eager, "torch.compile": compiled}
-SOLVER_CONTENDERS = {"fastinv": ours, "eager, captured": captured, "torch.compile, captured": compiled_step}
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------------
-
-
 def measure(subject: Subject, precision: str, top: Ceilings, repeat: int) -> Iterator[Row | str]:
     """A row for every contender that is right, a line for every other."""
     solves, batch = subject.recipe is not None, batch_of(subject)
@@ -305,6 +206,19 @@ def host_to_host(subject: Subject, precision: str, top: Ceilings, repeat: int) -
     floor = max(top.floor(flops, moved, precision), x.nbytes / top.host)
     rates = count / taken, 1e-12 * flops / taken, 1e-9 * moved / taken, 100 * floor / taken
     return Row(subject.name, count, "fastinv, host to host", precision, error, taken, *rates)
+
+
+def launches(subject: Subject, precision: str) -> str:
+    """What each launch of a network takes on the device, for float32 features, without what a call adds."""
+    try:
+        engine = compile(subject.network, "cuda", precision)
+        assert isinstance(engine, Engine)
+        plan = engine.describe(measure=True)
+    except Exception as reason:  # the others are to be timed all the same
+        return f"{subject.name}, {precision}: launches: {type(reason).__name__}: {reason!s:.200}"
+    total = sum(row["seconds"] for row in plan)
+    each = ", ".join(f"{row['kernel']} {1e9 * row['seconds']:.1f}" for row in plan)
+    return f"{subject.name}, {precision}: launches, ns an image: {1e9 * total:.1f} = {each}"
 
 
 def as_table(rows: Sequence[Row]) -> str:
@@ -392,7 +306,9 @@ def main() -> int:
         if args.tune:
             tune(subject.network, precision, torch.device("cuda"), differentiable=subject.recipe is not None)
         # This first: for a while after it, what torch.compile has started takes the host's cores.
-        hosted = [host_to_host(subject, precision, top, args.repeat)] if subject.recipe is None else []
+        hosted: list[Row | str] = []
+        if subject.recipe is None:
+            hosted = [host_to_host(subject, precision, top, args.repeat), launches(subject, precision)]
         found = [*measure(subject, precision, top, args.repeat), *hosted]
         fresh = [row for row in found if isinstance(row, Row)]
         rows += fresh

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -333,6 +334,17 @@ def test_the_gpu_script_times_the_way_from_host_to_host(script, monkeypatch: pyt
     assert row.percent_of_roofline == pytest.approx(100 * 1e-3 / row.seconds)
     monkeypatch.setattr(script, "compile", lambda network, backend, precision: lambda x: x)
     assert "host to host" in script.host_to_host(subject, "float32", top, 3)
+
+
+def test_the_gpu_script_tells_the_launches(script, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = next(benchmark.decoders())
+    monkeypatch.setattr(script, "compile", lambda network, backend, precision: fastinv.compile(network, "cpu"))
+    told = script.launches(subject, "float32")
+    assert told.startswith("MNIST conv1, float32: launches, ns an image: ")
+    total, *each = [float(number) for number in re.findall(r"\d+\.\d", told)]
+    assert total == pytest.approx(sum(each), abs=0.1 * len(each))
+    monkeypatch.setattr(script, "compile", lambda network, backend, precision: 1 / 0)
+    assert "launches: ZeroDivisionError" in script.launches(subject, "float32")
 
 
 def test_an_extension_that_cannot_be_loaded_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,110 @@
+"""What `gpu.py` compares: fastinv, and PyTorch at its best, on the GPU.
+
+Each is built from a subject, an example of its inputs and a precision, and gives what is called with inputs [N, ...]
+that are on the GPU. rMLE's peers have the whole step as one CUDA graph.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastinv.benchmark import Subject
+from fastinv.engine import Engine, compile
+
+Call = Callable[[torch.Tensor], Any]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # of features and of peers; others: float32
+
+
+def ours(subject: Subject, x: torch.Tensor, precision: str) -> Call:
+    machine = compile(subject.recipe or subject.network, "cuda", precision)
+    if isinstance(machine, Engine):
+        return machine
+    return lambda features: machine.run_there(features, "float32")[0]
+
+
+def eager(subject: Subject, x: torch.Tensor, precision: str) -> Call:
+    module = copy.deepcopy(subject.eager).to("cuda", x.dtype, memory_format=torch.channels_last)
+    return lambda x: module(x.contiguous(memory_format=torch.channels_last))
+
+
+def compiled(subject: Subject, x: torch.Tensor, precision: str) -> Call:
+    return torch.compile(eager(subject, x, precision), mode="max-autotune", dynamic=False)
+
+
+def _step(subject: Subject, precision: str) -> tuple[Callable[..., Any], torch.Tensor]:
+    """One step of Adam on Σ(edge(z) − v)² + λ·TV_2(z), as a function, and its start."""
+    recipe = subject.recipe
+    assert recipe is not None
+    dtype = DTYPES.get(precision, torch.float32)
+    edge = copy.deepcopy(subject.eager).requires_grad_(False).to("cuda", dtype, memory_format=torch.channels_last)
+    beta1, beta2 = recipe.betas
+
+    def objective(z: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        down, right = z[:, :, 1:] - z[:, :, :-1], z[..., 1:] - z[..., :-1]
+        variation = recipe.tv_weight * (down.square().sum() + right.square().sum())
+        return (edge(z.to(dtype)).float() - v).square().sum() + variation
+
+    def step(z: torch.Tensor, v: torch.Tensor, first: torch.Tensor, second: torch.Tensor, t: torch.Tensor) -> Any:
+        gradient = torch.func.grad(objective)(z, v)
+        first = torch.lerp(first, gradient, 1 - beta1)
+        second = beta2 * second + (1 - beta2) * gradient.square()
+        size = recipe.lr / (1 - beta1**t)
+        return z - size * first / ((second / (1 - beta2**t)).sqrt() + recipe.eps), first, second
+
+    return step, torch.tensor(recipe.init, device="cuda")
+
+
+def captured(subject: Subject, x: torch.Tensor, precision: str) -> Call:
+    """The whole step as one CUDA graph of eager kernels."""
+    return _loop(subject, x, precision, lambda step: step)
+
+
+def compiled_step(subject: Subject, x: torch.Tensor, precision: str) -> Call:
+    """The whole step compiled, then captured."""
+    return _loop(
+        subject, x, precision, lambda step: torch.compile(step, dynamic=False, mode="max-autotune-no-cudagraphs")
+    )
+
+
+def _loop(subject: Subject, x: torch.Tensor, precision: str, wrap: Callable[[Any], Any]) -> Call:
+    plain, start = _step(subject, precision)
+    step = wrap(plain)
+    steps = subject.recipe.steps if subject.recipe else 0
+    z = start.expand(len(x), *start.shape).contiguous(memory_format=torch.channels_last)
+    first, second, t = torch.zeros_like(z), torch.zeros_like(z), torch.ones((), device="cuda")
+    target, origin = x.float(), z.clone()
+
+    def advance() -> None:
+        after = step(z, target, first, second, t)
+        for old, new in zip((z, first, second), after, strict=True):
+            old.copy_(new)
+        t.add_(1)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            advance()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        advance()
+
+    def call(features: torch.Tensor) -> torch.Tensor:
+        target.copy_(features)
+        z.copy_(origin)
+        first.zero_()
+        second.zero_()
+        t.fill_(1)
+        for _ in range(steps):
+            graph.replay()
+        return z.clamp(0, 1)
+
+    return call
+
+
+NETWORK_CONTENDERS = {"fastinv": ours, "eager": eager, "torch.compile": compiled}
+SOLVER_CONTENDERS = {"fastinv": ours, "eager, captured": captured, "torch.compile, captured": compiled_step}
