@@ -6,7 +6,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from fastinv import tensors
 from fastinv.backends.base import Array
+from fastinv.backends.cuda_describe import rows
 from fastinv.backends.cuda_device import (
     Streams,
     flag_on,
@@ -28,7 +28,7 @@ from fastinv.backends.cuda_device import (
 )
 from fastinv.backends.cuda_host import Upload, copy
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
-from fastinv.backends.cuda_nodes import ConvolutionNode, Door, Node
+from fastinv.backends.cuda_nodes import ConvolutionNode, Door
 from fastinv.backends.cuda_plan import Arena, Buffer, Stage, bucket
 from fastinv.errors import FeatureError
 from fastinv.network import Network
@@ -160,19 +160,7 @@ class CudaNetwork:
             self._there.popitem(last=False)
 
     def describe(self, measure: bool = False) -> list[dict[str, Any]]:
-        network = self._network
-        plan = []
-        for indices, node in zip(self._lowering.steps, self._lowering.nodes, strict=True):
-            index = indices[-1]
-            step = network.steps[index]
-            row: dict[str, Any] = {
-                "step": index,
-                "op": step.op.name,
-                "kernel": _kernel_name(node),
-                "output": network.shapes[index + 1],
-            }
-            row |= {"activation": step.activation.kind, "flops": sum(network.costs[i].flops for i in indices)}
-            plan.append(row | {"bytes": _bytes(network, indices), "source": step.source})
+        plan = rows(self._network, self._lowering)
         if measure:
             for row, taken in zip(plan, self._measured(), strict=True):
                 row |= {"seconds": taken, "gflops": row["flops"] / taken / 1e9 if taken > 0 else 0.0}
@@ -398,20 +386,3 @@ def _collect(slot: Slot, out: npt.NDArray[Any]) -> bool:
     wrong = bool(slot.flag.item())
     slot.flag.zero_()
     return not wrong
-
-
-def _bytes(network: Network, indices: tuple[int, ...]) -> int:
-    """Of one image, in float32, of steps that are one launch: what they hand on never reaches memory."""
-    total = sum(network.costs[index].bytes for index in indices)
-    between = [(network.shapes[i + 1], network.shapes[network.steps[j].inputs[0]]) for i, j in pairwise(indices)]
-    return total - sum(4 * int(np.prod(shape)) for shapes in between for shape in shapes)
-
-
-def _kernel_name(node: Node) -> str:
-    kernel = getattr(node, "kernel", None)
-    tile = getattr(kernel, "tile", None)
-    name = type(kernel).__name__
-    if tile is None:
-        return name
-    kind = ", lasting boxes" if tile.lasting else ", boxes" if tile.boxes else ""
-    return f"{name} {tile.m}x{tile.n}x{tile.k}{kind}"
