@@ -25,6 +25,7 @@ Array = npt.NDArray[np.float32]
 CHUNK_ELEMENTS = 2**23  # inputs and outputs together, 32 MiB of float32
 CHUNK_FLOPS = 2**36  # for each thread
 IMAGES_PER_THREAD = 4  # at least
+STARTED_IMAGES = 4096  # at once, where their starts are made first
 MAX_THREADS = 1024
 
 
@@ -143,6 +144,7 @@ class Solver:
         if isinstance(recipe.init, InverseNetwork):
             pixels = with_denormalisation(recipe.init.network, recipe.init.mean, recipe.init.std)
             self._init = compile(pixels, backend, "float32", threads)
+            self.batch_size = min(self.batch_size, STARTED_IMAGES)
         else:
             self._init = self._start(recipe.init, 1)
 

@@ -12,7 +12,7 @@ from fastinv.backends.cuda_nodes import Node
 from fastinv.network import Network
 
 
-def rows(network: Network, lowering: Lowering) -> list[dict[str, Any]]:
+def plan_of(network: Network, lowering: Lowering) -> list[dict[str, Any]]:
     """In the order in which they run, but for what only brings features in and results out."""
     plan = []
     for indices, node in zip(lowering.steps, lowering.nodes, strict=True):

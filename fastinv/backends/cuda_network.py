@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fastinv import tensors
 from fastinv.backends.base import Array
-from fastinv.backends.cuda_describe import rows
+from fastinv.backends.cuda_describe import plan_of
 from fastinv.backends.cuda_device import (
     Streams,
     flag_on,
@@ -160,7 +160,7 @@ class CudaNetwork:
             self._there.popitem(last=False)
 
     def describe(self, measure: bool = False) -> list[dict[str, Any]]:
-        plan = rows(self._network, self._lowering)
+        plan = plan_of(self._network, self._lowering)
         if measure:
             for row, taken in zip(plan, self._measured(), strict=True):
                 row |= {"seconds": taken, "gflops": row["flops"] / taken / 1e9 if taken > 0 else 0.0}
