@@ -31,7 +31,7 @@ void launch_layers(const Params& p, int device, uintptr_t stream) {
     const auto kernel = layer_kernel<Kind, Params>;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
           "no room for the weights on chip");
-    const int blocks = std::min(processors, (p.images + Kind::kTeams - 1) / Kind::kTeams);
+    const int blocks = std::min(processors, p.images);
     kernel<<<static_cast<unsigned>(blocks), Kind::kThreads, kShared, reinterpret_cast<cudaStream_t>(stream)>>>(p);
     check(cudaGetLastError(), "the layers cannot be launched");
   });

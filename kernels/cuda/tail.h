@@ -59,10 +59,10 @@ class Worker : LastLayer<Type, 1, Thread> {
         zeros_(first_ + kFirstBytes + kLastBytes),
         cells_(cells_in(shared) + team_ * kCells) {}
 
-  // A warpgroup takes every (blocks · kTeams)-th image.
   FASTINV_BLOCK void run(int block, int blocks) {
-    const int step = blocks * kTeams;
-    int n = block * kTeams + team_;
+    const Turns<kTeams> turns{team_, blocks, p_.images};
+    const int step = turns.step();
+    int n = block + blocks * team_;
     begin();
     self_.sync();
     if (n >= p_.images) return;
@@ -72,6 +72,7 @@ class Worker : LastLayer<Type, 1, Thread> {
       put_at(0, chunk);
     }
     fetch<0, 8>(after(n, n + step, 0), chunk);
+    turns.wait(self_);
     for (; n < p_.images; n += step) {
 #pragma unroll 1
       for (int band = 0; band < kBands; ++band) {
@@ -84,6 +85,7 @@ class Worker : LastLayer<Type, 1, Thread> {
         multiply(band);
         fetch<kEarly, 8>(next, chunk);
         this->give(band, [] {});
+        turns.hand_on(self_, n, step, band);  // here, where there are registers for it
         self_.sync(team_);
         this->take(n, band);
       }

@@ -5,6 +5,8 @@
 // those beside them is exchanged between lanes, and from strip to strip, as from row to row, through shared memory.
 #pragma once
 
+#include <type_traits>
+
 #include "tail_output.h"
 
 namespace fastinv {
@@ -241,23 +243,24 @@ class LastLayer {
     }
     finish(p_, x);
     const int64_t line = int64_t{n} * p_.out_n + int64_t{2 * row + lane_ % 4 / 2} * p_.out_y;
-    const bool pairs = p_.result == Result::kFloat32 && p_.out_x == 1;
+    with_result(p_, [&](auto* out, auto both_of) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      if (first + e >= p_.outputs) continue;
+      for (int e = 0; e < 2; ++e) {
+        if (first + e >= p_.outputs) continue;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int64_t at =
-            line + int64_t{first + e} * p_.out_c + int64_t{(strip() * kStrip + lane_ / 4) * 2 + 16 * h} * p_.out_x;
-        const float low = x[value(e, h, 0)], high = x[value(e, h, 1)];
-        if (pairs) {
-          *reinterpret_cast<Two*>(static_cast<float*>(p_.out) + at) = {{low, high}};
-        } else {
-          store(p_, at, low);
-          store(p_, at + p_.out_x, high);
+        for (int h = 0; h < 2; ++h) {
+          auto* at = out + line + int64_t{first + e} * p_.out_c +
+                     int64_t{(strip() * kStrip + lane_ / 4) * 2 + 16 * h} * p_.out_x;
+          const auto both = both_of(x[value(e, h, 0)], x[value(e, h, 1)]);
+          if (p_.out_x == 1) {  // then rows and images are of an even number
+            *reinterpret_cast<std::remove_const_t<decltype(both)>*>(at) = both;
+          } else {
+            at[0] = both.at[0];
+            at[p_.out_x] = both.at[1];
+          }
         }
       }
-    }
+    });
   }
 
   const unsigned char* last_;

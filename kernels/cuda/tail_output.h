@@ -24,17 +24,33 @@ struct Tail {
 
 namespace tail {
 
-struct alignas(8) Two {
-  float at[2];
+template <class T>
+struct alignas(2 * sizeof(T)) Both {
+  T at[2];
 };
 
-FASTINV_BLOCK inline void store(const Tail& p, int64_t at, float x) {
+FASTINV_BLOCK inline uint8_t as_byte(float x) {  // NaN becomes 0
+  return static_cast<uint8_t>(rintf(255.0f * (x > 0.0f ? x < 1.0f ? x : 1.0f : 0.0f)));
+}
+
+// put(out, both): of the type that is asked for, results and what makes two of them.
+template <class F>
+FASTINV_BLOCK void with_result(const Tail& p, F&& put) {
+  const auto of_halves = [](auto type) {
+    return [type](float low, float high) {
+      const uint32_t word = pack(type, low, high);
+      return Both<uint16_t>{{static_cast<uint16_t>(word), static_cast<uint16_t>(word >> 16)}};
+    };
+  };
   switch (p.result) {
-    case Result::kFloat32: static_cast<float*>(p.out)[at] = x; break;
-    case Result::kBfloat16: static_cast<uint16_t*>(p.out)[at] = static_cast<uint16_t>(pack(Bfloat16{}, x, 0.0f)); break;
-    case Result::kFloat16: static_cast<uint16_t*>(p.out)[at] = static_cast<uint16_t>(pack(Float16{}, x, 0.0f)); break;
-    case Result::kUint8:  // NaN becomes 0
-      static_cast<uint8_t*>(p.out)[at] = static_cast<uint8_t>(rintf(255.0f * (x > 0.0f ? x < 1.0f ? x : 1.0f : 0.0f)));
+    case Result::kFloat32:
+      put(static_cast<float*>(p.out), [](float low, float high) { return Both<float>{{low, high}}; });
+      break;
+    case Result::kBfloat16: put(static_cast<uint16_t*>(p.out), of_halves(Bfloat16{})); break;
+    case Result::kFloat16: put(static_cast<uint16_t*>(p.out), of_halves(Float16{})); break;
+    case Result::kUint8:
+      put(static_cast<uint8_t*>(p.out),
+          [](float low, float high) { return Both<uint8_t>{{as_byte(low), as_byte(high)}}; });
   }
 }
 

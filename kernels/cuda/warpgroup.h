@@ -47,6 +47,13 @@ class DeviceThread {
   __device__ void sync(int group) const {
     asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(4 * kWarp) : "memory");
   }
+  // Warpgroup `group` waits for its turn, which the one before it hands on.
+  __device__ void wait_turn(int group) const {
+    asm volatile("bar.sync %0, %1;" ::"r"(group + 8), "n"(8 * kWarp) : "memory");
+  }
+  __device__ void hand_on(int group) const {
+    asm volatile("bar.arrive %0, %1;" ::"r"(group + 8), "n"(8 * kWarp) : "memory");
+  }
   __device__ float shuffle(float value, int lane) const { return __shfl_sync(0xffffffffu, value, lane); }
   __device__ uint32_t shuffle(uint32_t value, int lane) const { return __shfl_sync(0xffffffffu, value, lane); }
 
@@ -128,7 +135,8 @@ class HostThreads {
   explicit HostThreads(int count)
       : threads_(static_cast<size_t>(count)),
         warps_(static_cast<size_t>(count / kWarp)),
-        groups_(static_cast<size_t>(count / (4 * kWarp))) {}
+        groups_(static_cast<size_t>(count / (4 * kWarp))),
+        turns_(groups_.size() + 1) {}
 
   // Run work(thread) in all of them.
   void run(const std::function<void(int)>& work) {
@@ -136,6 +144,7 @@ class HostThreads {
     all_ = {static_cast<int>(threads_.size()), 0, 0};
     for (Barrier& warp : warps_) warp = {kWarp, 0, 0};
     for (Barrier& group : groups_) group = {4 * kWarp, 0, 0};
+    for (Barrier& turn : turns_) turn = {8 * kWarp, 0, 0};
     for (size_t i = 0; i < threads_.size(); ++i) {
       Thread& thread = threads_[i];
       thread.stack = std::make_unique<char[]>(kStack);
@@ -162,6 +171,8 @@ class HostThreads {
   void sync() { wait(all_); }
   void sync_group() { wait(groups_[current_ / (4 * kWarp)]); }
   void sync_warp() { wait(warps_[current_ / kWarp]); }
+  void wait_turn(int group) { wait(turns_[static_cast<size_t>(group)]); }
+  void hand_on(int group) { arrive(turns_[static_cast<size_t>(group)]); }
   // What a thread shows to the others of its warp.
   Words& shown(int thread) { return threads_[static_cast<size_t>(thread)].shown; }
 
@@ -182,18 +193,21 @@ class HostThreads {
     (*self->work_)(static_cast<int>(index));
     self->threads_[index].done = true;
   }
-  void wait(Barrier& barrier) {
-    const int generation = barrier.generation;
+  static void arrive(Barrier& barrier) {
     if (++barrier.arrived == barrier.size) {
       barrier.arrived = 0;
       ++barrier.generation;
     }
+  }
+  void wait(Barrier& barrier) {
+    const int generation = barrier.generation;
+    arrive(barrier);
     while (barrier.generation == generation) swapcontext(&threads_[current_].context, &scheduler_);
   }
 
   const std::function<void(int)>* work_ = nullptr;
   std::vector<Thread> threads_;
-  std::vector<Barrier> warps_, groups_;
+  std::vector<Barrier> warps_, groups_, turns_;
   Barrier all_{};
   ucontext_t scheduler_{};
   size_t current_ = 0;
@@ -205,6 +219,8 @@ class HostThread {
   int index() const { return index_; }
   void sync() const { all_.sync(); }
   void sync(int) const { all_.sync_group(); }
+  void wait_turn(int group) const { all_.wait_turn(group); }
+  void hand_on(int group) const { all_.hand_on(group); }
   void ask_for(const unsigned char*) const {}
   void publish() const {}
   void begin_products() const {}
@@ -275,5 +291,25 @@ class HostThread {
   std::vector<std::pair<unsigned char*, const unsigned char*> > copies_;
 };
 #endif
+
+// How the warpgroups of a block share the images: image after image goes to a block of its own, then to its second
+// warpgroup, and so on. They begin one after the other, each when the one before has made its first products: in step
+// they would all multiply together, and then all do the rest, while the tensor cores wait.
+template <int kTeams>
+struct Turns {
+  int team, blocks, images;
+
+  FASTINV_BLOCK int step() const { return blocks * kTeams; }
+
+  template <class Thread>
+  FASTINV_BLOCK void wait(const Thread& self) const {
+    if (team > 0) self.wait_turn(team);
+  }
+  // After products of a band of image n; `step` as above, where a register holds it.
+  template <class Thread>
+  FASTINV_BLOCK void hand_on(const Thread& self, int n, int step, int band) const {
+    if (band == 0 && n < step && team + 1 < kTeams && n + step / kTeams < images) self.hand_on(team + 1);
+  }
+};
 
 }  // namespace fastinv

@@ -30,19 +30,21 @@ class WideWorker : LastLayer<Type, kStrips, Thread> {
         first_(self, p.x, p.height, shared, last_in(shared) + kLastBytes, ring_in(shared, self)),
         shared_(shared) {}
 
-  // A warpgroup takes every (blocks · kTeams)-th image.
   FASTINV_BLOCK void run(int block, int blocks) {
-    const int step = blocks * kTeams;
-    int n = block * kTeams + team_;
+    const Turns<kTeams> turns{team_, blocks, p_.images};
+    const int step = turns.step();
+    int n = block + blocks * team_;
     begin();
     if (n < p_.images) first_.fetch(n, 0);
     self_.sync();
+    if (n < p_.images) turns.wait(self_);
     for (; n < p_.images; n += step) {
 #pragma unroll 1
       for (int band = 0; band < bands_; ++band) {
         first_.wait();
         self_.sync(team_);
         first_.multiply(band, sums_);
+        turns.hand_on(self_, n, step, band);
         this->give(band, [&] {
           self_.sync(team_);  // nobody reads the rows any more
           if (band + 1 < bands_) {

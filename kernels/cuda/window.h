@@ -65,13 +65,17 @@ class Window {
 
   // Start the rows on their way that band `band` of image n reads and the one before it did not.
   FASTINV_BLOCK void fetch(int n, int band) {
-    constexpr int kPieces = kRow / 16;
+    constexpr int kPieces = kPixel / 16, kStep = kTeam / kPieces;  // of a pixel; and pixels at once, a multiple of 8
     const int begin = band == 0 ? 0 : band * kBand + 1, after = (band + 1) * kBand + 1;
     const int end = after < height_ ? after : height_;
-    for (int i = self_.index() % kTeam; i < (end - begin) * kPieces; i += kTeam) {
-      const int row = begin + i / kPieces, at = i % kPieces, column = at / (kPixel / 16), piece = at % (kPixel / 16);
-      self_.copy(place_of(row) + column * kPixel + (piece ^ column % 8) * 16,
-                 x_ + (int64_t{n} * height_ + row) * kRow + at * 16);
+    const int thread = self_.index() % kTeam, column = thread / kPieces, piece = thread % kPieces;
+    const int to = column * kPixel + (piece ^ column % 8) * 16;
+    const unsigned char* from = x_ + (int64_t{n} * height_ + begin) * kRow + thread * 16;
+#pragma unroll 1
+    for (int row = begin; row < end; ++row, from += kRow) {
+      unsigned char* place = place_of(row) + to;
+#pragma unroll
+      for (int i = 0; i < kSide; i += kStep) self_.copy(place + i * kPixel, from + i * kPixel);
     }
   }
 

@@ -42,13 +42,14 @@ class LayerWorker {
         cells_(self, p.x, p.height, shared, zeros_,
                reinterpret_cast<unsigned char*>(bias_ + kOutputs) + team_ * Cells::kRing) {}
 
-  // A warpgroup takes every (blocks · kTeams)-th image.
   FASTINV_BLOCK void run(int block, int blocks) {
-    const int step = blocks * kTeams, bands = p_.height / Cells::kBand;
-    int n = block * kTeams + team_;
+    const Turns<kTeams> turns{team_, blocks, p_.images};
+    const int step = turns.step(), bands = p_.height / Cells::kBand;
+    int n = block + blocks * team_;
     begin();
     if (n < p_.images) cells_.fetch(n, 0);
     self_.sync();
+    if (n < p_.images) turns.wait(self_);
     for (; n < p_.images; n += step) {
 #pragma unroll 1
       for (int band = 0; band < bands; ++band) {
@@ -56,6 +57,7 @@ class LayerWorker {
         self_.sync(team_);
         float sums[kPhases][kOutputs / 2];
         cells_.multiply(band, sums);
+        turns.hand_on(self_, n, step, band);
         self_.sync(team_);  // nobody reads the rows any more
         if (band + 1 < bands) {
           cells_.fetch(n, band + 1);
