@@ -25,7 +25,8 @@ from fastinv.backends.cuda_host import copy
 from fastinv.backends.cuda_lowering import PRECISIONS
 from fastinv.backends.cuda_plan import ALIGNMENT, Arena, Buffer, Stage, bucket, place
 from fastinv.errors import BackendError
-from fastinv.inverters import METHODS, RMLE
+from fastinv.export import export
+from fastinv.inverters import METHODS, RMLE, InverseNetwork
 from fastinv.network import Network, Step
 from fastinv.ops.activation import Activation
 from fastinv.ops.linear import Linear
@@ -240,6 +241,22 @@ def test_whether_features_are_finite(values: list[float], expected: bool) -> Non
     x.flags.writeable = False
     assert cuda_host.finite(x) is expected
     assert cuda_host.finite(np.stack([x, x])[:, ::-1]) is expected
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
+def test_a_second_gpu() -> None:
+    """Computes what the first does; what is there stays there; the current device stays what it is."""
+    torch.manual_seed(0)
+    network = export(torch.nn.Sequential(torch.nn.ConvTranspose2d(4, 2, 2, stride=2)).eval(), torch.zeros(2, 4, 3, 4))
+    edge = export(torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3)).eval(), torch.zeros(2, 2, 5, 6))
+    x = randn(9, 4, 3, 4)
+    for inverter in (InverseNetwork(network), RMLE(edge, (2, 5, 6), steps=5)):
+        first, second = (fastinv.invert(x, inverter, device=device) for device in ("cuda:0", "cuda:1"))
+        np.testing.assert_array_equal(first, second)
+        there = fastinv.invert(torch.from_numpy(x).to("cuda:1"), inverter)
+        assert there.device == torch.device("cuda", 1)
+        np.testing.assert_allclose(there.cpu().numpy(), first, atol=1e-6)
+        assert torch.cuda.current_device() == 0
 
 
 # ---- bench/gpu.py ----------------------------------------------------------------------------------------------------

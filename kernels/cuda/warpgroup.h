@@ -129,11 +129,14 @@ struct Right {
   Right operator+(int bytes) const { return Right(place + bytes); }
 };
 
-// The threads of a block, each with a stack of its own, which take turns wherever they wait for each other.
+// The threads of a block, each with a stack of its own, which take turns where they wait for each other. A warp runs as
+// far as it can before the next one does, from the first on, or if `backward` from the last: what a result must not
+// depend on.
 class HostThreads {
  public:
-  explicit HostThreads(int count)
-      : threads_(static_cast<size_t>(count)),
+  explicit HostThreads(int count, bool backward = false)
+      : backward_(backward),
+        threads_(static_cast<size_t>(count)),
         warps_(static_cast<size_t>(count / kWarp)),
         groups_(static_cast<size_t>(count / (4 * kWarp))),
         turns_(groups_.size() + 1) {}
@@ -159,12 +162,7 @@ class HostThreads {
     }
     for (bool left = true; left;) {
       left = false;
-      for (size_t i = 0; i < threads_.size(); ++i) {
-        if (threads_[i].done) continue;
-        current_ = i;
-        swapcontext(&scheduler_, &threads_[i].context);
-        left = true;
-      }
+      for (size_t i = 0; i < warps_.size(); ++i) left |= run_warp(backward_ ? warps_.size() - 1 - i : i);
     }
   }
 
@@ -185,6 +183,8 @@ class HostThreads {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     bool done = false;
+    const Barrier* waits_for = nullptr;
+    int generation = 0;  // of that barrier, when it began to wait
     Words shown{};
   };
 
@@ -193,6 +193,22 @@ class HostThreads {
     (*self->work_)(static_cast<int>(index));
     self->threads_[index].done = true;
   }
+  // Until none of its threads gets further; whether any is left.
+  bool run_warp(size_t warp) {
+    bool left = true;
+    for (bool ran = true; ran && left;) {
+      ran = left = false;
+      for (size_t i = warp * kWarp; i < (warp + 1) * kWarp; ++i) {
+        const Thread& thread = threads_[i];
+        left |= !thread.done;
+        if (thread.done || (thread.waits_for != nullptr && thread.waits_for->generation == thread.generation)) continue;
+        ran = true;
+        current_ = i;
+        swapcontext(&scheduler_, &threads_[i].context);
+      }
+    }
+    return left;
+  }
   static void arrive(Barrier& barrier) {
     if (++barrier.arrived == barrier.size) {
       barrier.arrived = 0;
@@ -200,11 +216,15 @@ class HostThreads {
     }
   }
   void wait(Barrier& barrier) {
-    const int generation = barrier.generation;
+    Thread& self = threads_[current_];
+    self.waits_for = &barrier;
+    self.generation = barrier.generation;
     arrive(barrier);
-    while (barrier.generation == generation) swapcontext(&threads_[current_].context, &scheduler_);
+    if (barrier.generation == self.generation) swapcontext(&self.context, &scheduler_);
+    self.waits_for = nullptr;
   }
 
+  const bool backward_;
   const std::function<void(int)>* work_ = nullptr;
   std::vector<Thread> threads_;
   std::vector<Barrier> warps_, groups_, turns_;

@@ -1,0 +1,165 @@
+// Runs the kernels of layers in their stand-in on the host, for `test_cuda_sanitized.py`: over odd shapes, with blocks
+// and threads in other orders and shared memory that holds other things, which must not change a bit of the results.
+// AddressSanitizer looks for reads and writes out of bounds: all memory, shared memory too, ends where it has to.
+#include <sanitizer/asan_interface.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <tuple>
+
+#include "layers.h"
+
+using namespace fastinv;
+
+namespace {
+
+int failures = 0;
+
+// Memory of the heap that begins at a multiple of so many bytes, and ends where it is to end.
+class Memory {
+ public:
+  explicit Memory(size_t bytes, size_t alignment = 16)
+      : whole_((bytes + alignment - 1) / alignment * alignment),
+        used_(bytes),
+        start_(static_cast<unsigned char*>(std::aligned_alloc(alignment, whole_))) {
+    ASAN_POISON_MEMORY_REGION(start_ + used_, whole_ - used_);
+  }
+  Memory(const Memory&) = delete;
+  ~Memory() {
+    ASAN_UNPOISON_MEMORY_REGION(start_, whole_);
+    std::free(start_);
+  }
+  unsigned char* get() const { return start_; }
+  size_t size() const { return used_; }
+
+ private:
+  size_t whole_, used_;
+  unsigned char* start_;
+};
+
+unsigned state = 1;
+float number() {  // from -1 to 1
+  state = state * 1664525u + 1013904223u;
+  return static_cast<float>(state >> 8) / 8388608.0f - 1.0f;
+}
+void fill_halves(const Memory& memory) {
+  for (size_t i = 0; i < memory.size() / 2; ++i) {
+    const auto half = static_cast<uint16_t>(pack(Float16{}, number(), 0.0f));
+    std::memcpy(memory.get() + 2 * i, &half, 2);
+  }
+}
+void fill_floats(const Memory& memory) {
+  for (size_t i = 0; i < memory.size() / 4; ++i) {
+    const float value = number();
+    std::memcpy(memory.get() + 4 * i, &value, 4);
+  }
+}
+
+template <class Params>
+void run(const Params& p, int blocks, bool backward) {
+  with_kind(p, [&](auto kind) {
+    using Kind = decltype(kind);
+    using Worker = typename Kind::template Worker<HostThread>;
+    for (int block = 0; block < blocks; ++block) {
+      const Memory shared(Worker::kShared, 1024);
+      std::memset(shared.get(), backward ? 0xff : 0, shared.size());  // NaN, or 0
+      HostThreads threads(Kind::kThreads, backward);
+      threads.run([&](int index) {
+        HostThread self(threads, index);
+        Worker(p, self, shared.get()).run(block, blocks);
+      });
+    }
+  });
+}
+
+template <class Params>
+void check(Params p, size_t bytes, const char* what) {
+  const Memory first(bytes), second(bytes);
+  std::memset(first.get(), 1, bytes);
+  std::memset(second.get(), 2, bytes);
+  p.out = first.get();
+  run(p, 2, false);
+  p.out = second.get();
+  run(p, 3, true);
+  if (std::memcmp(first.get(), second.get(), bytes) != 0) {
+    std::printf("%s %dx%d, %d inputs, %d outputs: the order changes the result\n", what, p.height, p.width, p.inputs,
+                p.outputs);
+    ++failures;
+  }
+}
+
+void check_window(int height, int width, int inputs, int phases, int outputs, bool adds) {
+  WindowLayer p{};
+  p.height = height;
+  p.width = width;
+  p.inputs = inputs;
+  p.outputs = outputs;
+  p.phases = phases;
+  p.images = 3;
+  p.float16 = 1;
+  p.finish = Finish::kLeakyRelu;
+  p.a = 0.1f;
+  if (!fits(p)) std::abort();
+  const size_t cells = size_t(p.images) * height * width, results = cells * phases * outputs * 2;
+  const Memory x(cells * inputs * 2), weights(size_t(phases == 4 ? 16 : 9) * 64 * inputs * 2), bias(4 * outputs),
+      addend(results);
+  fill_halves(x);
+  fill_halves(weights);
+  fill_floats(bias);
+  fill_halves(addend);
+  p.x = x.get();
+  p.weights = weights.get();
+  p.bias = reinterpret_cast<const float*>(bias.get());
+  p.addend = adds ? addend.get() : nullptr;
+  check(p, results, "window");
+}
+
+void check_tail(int height, int width, int inputs, int outputs, Result result, bool channels_last) {
+  Tail p{};
+  p.height = height;
+  p.width = width;
+  p.inputs = inputs;
+  p.outputs = outputs;
+  p.images = 3;
+  p.float16 = 1;
+  p.channels_last = channels_last;
+  p.finish = Finish::kSigmoid;
+  p.result = result;
+  if (!fits(p)) std::abort();
+  const size_t cells = size_t(p.images) * height * width;
+  const size_t size = result == Result::kFloat32 ? 4 : result == Result::kUint8 ? 1 : 2;
+  const Memory x(cells * inputs * 2), first(size_t(inputs == 128 ? 9 : 16) * 64 * inputs * 2), last(4 * 48 * 64 * 2),
+      bias(4 * 64), last_bias(4 * outputs), flag(4);
+  fill_halves(x);
+  fill_halves(first);
+  fill_halves(last);
+  fill_floats(bias);
+  fill_floats(last_bias);
+  p.x = x.get();
+  p.first = first.get();
+  p.last = last.get();
+  p.bias = reinterpret_cast<const float*>(bias.get());
+  p.last_bias = reinterpret_cast<const float*>(last_bias.get());
+  p.flag = channels_last ? nullptr : reinterpret_cast<int32_t*>(flag.get());
+  p.out_n = 4 * height * width * outputs;
+  p.out_c = 4 * height * width;
+  p.out_y = 2 * width;
+  p.out_x = 1;
+  check(p, cells * 4 * outputs * size, "tail");
+}
+
+}  // namespace
+
+int main() {
+  for (const auto& [height, width] : {std::pair{4, 16}, {8, 16}, {6, 32}, {1, 64}, {3, 64}}) {
+    check_window(height, width, 64, 1, 64, true);
+    check_window(height, width, 64, 1, 8, false);
+    check_window(height, width, 64, 4, 40, true);
+    if (width < 64) check_window(height, width, 128, 1, 56, true);
+    check_tail(height, width, 64, 3, Result::kFloat32, true);
+    check_tail(height, width, 64, 4, Result::kUint8, true);
+  }
+  check_tail(16, 16, 128, 3, Result::kFloat32, false);
+  check_tail(16, 16, 128, 1, Result::kFloat16, true);
+  return failures == 0 ? 0 : 1;
+}
