@@ -48,15 +48,19 @@ def check(network: Network, x: np.ndarray, precision: str, kernels: list[str]) -
 @pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize(
     ("inputs", "shape"),
-    [(64, (16, 16)), (64, (4, 16)), (64, (6, 32)), (64, (3, 64)), (64, (1, 64)), (128, (8, 16)), (128, (4, 32))],
+    [
+        *((64, shape) for shape in ((16, 16), (4, 16), (6, 16), (6, 32), (3, 64), (1, 64))),
+        *((64, shape) for shape in ((8, 8), (7, 7), (5, 10), (5, 20), (4, 48), (7, 56), (2, 112), (2, 128))),
+        *((128, shape) for shape in ((8, 16), (4, 32), (8, 8), (3, 20))),
+    ],
 )
 def test_shapes(inputs: int, shape: tuple[int, int], precision: str) -> None:
     layers = nn.Conv2d(inputs, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(1)
-    x = randn(9 if shape[0] < 4 else 3, inputs, *shape)
+    x = randn(9 if shape[0] * shape[1] < 128 else 3, inputs, *shape)
     check(exported((inputs, *shape), *layers), x, precision, ["WindowConvolution", "MaxPool"])
 
 
-@pytest.mark.parametrize("shape", [(4, 16), (2, 32), (2, 64)])
+@pytest.mark.parametrize("shape", [(4, 16), (2, 32), (2, 64), (8, 8), (5, 10), (3, 56)])
 @pytest.mark.parametrize("upsampled", [True, False])
 def test_twice_the_pixels(upsampled: bool, shape: tuple[int, int]) -> None:
     up = nn.ConvTranspose2d(64, 48, 4, stride=2, padding=1)
@@ -117,8 +121,8 @@ def test_a_residual_decoder() -> None:
         (64, (4, 16), nn.Conv2d(64, 64, 3)),
         (64, (4, 16), nn.Conv2d(64, 64, 1)),
         (64, (4, 16), nn.Conv2d(64, 64, 3, 2, 1)),
-        (64, (6, 16), nn.Conv2d(64, 64, 3, padding=1)),  # rows that are no fours
-        (64, (4, 48), nn.Conv2d(64, 64, 3, padding=1)),
+        (64, (6, 6), nn.Conv2d(64, 64, 3, padding=1)),  # few cells of a band
+        (64, (9, 9), nn.Conv2d(64, 64, 3, padding=1)),
         (96, (4, 16), nn.Conv2d(96, 64, 3, padding=1)),
         (128, (4, 64), nn.Conv2d(128, 64, 3, padding=1)),  # no room
     ],

@@ -24,7 +24,7 @@ void layers_on_host(const Params& p) {
     using Kind = decltype(kind);
     using Worker = typename Kind::template Worker<HostThread>;
     for (int block = 0; block < kBlocks; ++block) {
-      std::vector<Kilobyte> shared((Worker::kShared + 1023) / 1024);
+      std::vector<Kilobyte> shared(static_cast<size_t>(Worker::shared(p) + 1023) / 1024);
       HostThreads threads(Kind::kThreads);
       threads.run([&](int index) {
         HostThread self(threads, index);

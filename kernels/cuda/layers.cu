@@ -26,13 +26,13 @@ void launch_layers(const Params& p, int device, uintptr_t stream) {
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "the GPU says nothing of itself");
   with_kind(p, [&](auto kind) {
     using Kind = decltype(kind);
-    constexpr int kShared = Kind::template Worker<DeviceThread>::kShared;
-    static_assert(kShared <= 227 * 1024);
+    const int shared = Kind::template Worker<DeviceThread>::shared(p);
     const auto kernel = layer_kernel<Kind, Params>;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
           "no room for the weights on chip");
     const int blocks = std::min(processors, p.images);
-    kernel<<<static_cast<unsigned>(blocks), Kind::kThreads, kShared, reinterpret_cast<cudaStream_t>(stream)>>>(p);
+    kernel<<<static_cast<unsigned>(blocks), Kind::kThreads, static_cast<size_t>(shared),
+             reinterpret_cast<cudaStream_t>(stream)>>>(p);
     check(cudaGetLastError(), "the layers cannot be launched");
   });
 }

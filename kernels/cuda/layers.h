@@ -22,68 +22,58 @@ struct WideTail {
   static constexpr int kTeams = tail::kTeams, kThreads = tail::kThreads;
 };
 
-template <class Type, int kInputs, int kStrips, int kPhases>
+template <class Type, int kInputs, int kPhases, int kTeams_>
 struct Windowed {
   template <class Thread>
-  using Worker = window::LayerWorker<Type, kInputs, kStrips, kPhases, Thread>;
-  static constexpr int kTeams = Worker<int>::kTeams, kThreads = Worker<int>::kThreads;
+  using Worker = window::LayerWorker<Type, kInputs, kPhases, kTeams_, Thread>;
+  static constexpr int kTeams = kTeams_, kThreads = kTeams * window::kTeam;
 };
 
-// launch(kind) for the kind that is asked for: of a type, then of so many strips.
-template <class Type, int kStrips, class F>
-void with_strips(const Tail&, F&& launch) {
-  launch(WideTail<Type, kStrips>{});
-}
-template <class Type, int kStrips, class F>
-void with_strips(const WindowLayer& p, F&& launch) {
-  if (p.phases == 4) {
-    launch(Windowed<Type, 64, kStrips, 4>{});
-  } else if (p.inputs == 64) {
-    launch(Windowed<Type, 64, kStrips, 1>{});
-  } else if constexpr (kStrips < 4) {  // else there is no room
-    launch(Windowed<Type, 128, kStrips, 1>{});
-  }
-}
-template <class Type, class Params, class F>
-void with_width(const Params& p, F&& launch) {
-  switch (p.width / window::kStrip) {
-    case 1: with_strips<Type, 1>(p, launch); break;
-    case 2: with_strips<Type, 2>(p, launch); break;
-    default: with_strips<Type, 4>(p, launch);
-  }
-}
+// launch(kind) for the kind that is asked for; whether there is one.
 template <class Type, class F>
-void with_type(const Tail& p, F&& launch) {
-  if (p.inputs != tail::kInputs) {
-    with_width<Type>(p, launch);
-  } else {
+bool with_type(const Tail& p, F&& launch) {
+  const auto strips = p.width / tail::kStrip;
+  if (p.inputs == tail::kInputs) {
+    if (p.height != tail::kStrip || p.width != tail::kStrip) return false;
     p.channels_last ? launch(NarrowTail<Type, true>{}) : launch(NarrowTail<Type, false>{});
+    return true;
   }
-}
-template <class Type, class F>
-void with_type(const WindowLayer& p, F&& launch) {
-  with_width<Type>(p, launch);
-}
-template <class Params, class F>
-void with_kind(const Params& p, F&& launch) {
-  p.float16 ? with_type<Float16>(p, launch) : with_type<Bfloat16>(p, launch);
+  if (p.inputs != 64 || !p.channels_last || p.height <= 0 || p.width % tail::kStrip != 0) return false;
+  if (strips == 1 && p.height % 4 == 0) return launch(WideTail<Type, 1>{}), true;
+  if (strips == 2 && p.height % 2 == 0) return launch(WideTail<Type, 2>{}), true;
+  if (strips == 4) return launch(WideTail<Type, 4>{}), true;
+  return false;
 }
 
-// Whether there is a kernel for these shapes. Of a tail they are its own.
-inline bool fits(const WindowLayer& p) {
-  const int strips = p.width / window::kStrip;
-  return p.width % window::kStrip == 0 && (strips == 1 || strips == 2 || strips == 4) && p.height % (4 / strips) == 0 &&
-         p.outputs % 8 == 0 && p.outputs <= window::kOutputs &&
-         (p.phases == 4 ? p.inputs == 64 : p.phases == 1 && (p.inputs == 64 || (p.inputs == 128 && strips < 4)));
+// One with more warpgroups, or where memory does not suffice with fewer.
+template <class More, class Fewer, class F>
+bool with_teams(const WindowLayer& p, F&& launch) {
+  if (More::template Worker<int>::shared(p) <= kMostShared) return launch(More{}), true;
+  if (Fewer::template Worker<int>::shared(p) <= kMostShared) return launch(Fewer{}), true;
+  return false;
 }
-inline bool fits(const Tail& p) {
-  WindowLayer first{};
-  first.height = p.height;
-  first.width = p.width;
-  first.inputs = p.inputs;
-  first.outputs = window::kOutputs;
-  first.phases = 4;
-  return p.inputs == tail::kInputs ? p.height == 16 && p.width == 16 : p.channels_last && fits(first);
+template <class Type, class F>
+bool with_type(const WindowLayer& p, F&& launch) {
+  const int cells = p.height * p.width, bands = (cells + window::kBand - 1) / window::kBand;
+  // A band that is half empty takes as long as a full one.
+  if (cells <= 0 || 4 * cells < 3 * window::kBand * bands) return false;
+  if (p.outputs <= 0 || p.outputs > window::kOutputs || p.outputs % 8 != 0) return false;
+  if (p.inputs == 64 && p.phases == 1) return with_teams<Windowed<Type, 64, 1, 4>, Windowed<Type, 64, 1, 2>>(p, launch);
+  if (p.inputs == 128 && p.phases == 1) {
+    return with_teams<Windowed<Type, 128, 1, 3>, Windowed<Type, 128, 1, 2>>(p, launch);
+  }
+  if (p.inputs == 64 && p.phases == 4) return with_teams<Windowed<Type, 64, 4, 2>, Windowed<Type, 64, 4, 1>>(p, launch);
+  return false;
+}
+template <class Params, class F>
+bool with_kind(const Params& p, F&& launch) {
+  return p.float16 ? with_type<Float16>(p, launch) : with_type<Bfloat16>(p, launch);
+}
+
+// Whether there is a kernel for these shapes.
+template <class Params>
+bool fits(const Params& p) {
+  return with_kind(p, [](auto) {});
 }
 
 }  // namespace fastinv

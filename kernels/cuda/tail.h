@@ -51,6 +51,8 @@ class Worker : LastLayer<Type, 1, Thread> {
   static constexpr int kCells = (kBand + 1) * kSide * kPixel;  // bytes of the rows, and of the one after them
   static constexpr int kShared =
       kFirstBytes + kLastBytes + kPixel + 4 * (kBetween + kMostOutputs) + kTeams * (kCells + 4 * Last::kFloats);
+  static_assert(kShared <= kMostShared);
+  static int shared(const Tail&) { return kShared; }
 
   FASTINV_BLOCK Worker(const Tail& p, Thread& self, unsigned char* shared)
       : Last(p, self, kBands, shared + kFirstBytes, bias_in(shared), bias_in(shared) + kBetween,

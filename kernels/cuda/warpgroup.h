@@ -20,6 +20,8 @@
 
 namespace fastinv {
 
+constexpr int kMostShared = 227 * 1024;  // bytes of a block on Hopper
+
 #ifdef __CUDACC__
 // A right factor in shared memory, transposed: rows of 128 bytes, from a multiple of 1024 on, whose pieces of 16 lie in
 // the order of their number xor the row's, modulo 8; and places in it, in rows at multiples of 32 bytes.

@@ -16,18 +16,20 @@ namespace tail {
 template <class Type, int kStrips, class Thread>
 class WideWorker : LastLayer<Type, kStrips, Thread> {
   using Last = LastLayer<Type, kStrips, Thread>;
-  using First = window::Window<Type, 64, kStrips, 4, Thread>;
+  using First = window::Window<Type, 64, Last::kSide, 4, Thread>;
   using Last::bands_, Last::p_, Last::self_, Last::team_, Last::sums_;
 
  public:
-  static constexpr int kTeamBytes = First::kRing + 4 * Last::kFloats;
+  static constexpr int kRing = First::ring(Last::kSide), kTeamBytes = kRing + 4 * Last::kFloats;
   static constexpr int kShared =
       First::kWeights + kLastBytes + First::kPixel + 4 * (kBetween + kMostOutputs) + kTeams * kTeamBytes;
+  static_assert(kShared <= kMostShared);
+  static int shared(const Tail&) { return kShared; }
 
   FASTINV_BLOCK WideWorker(const Tail& p, Thread& self, unsigned char* shared)
       : Last(p, self, p.height / Last::kBand, last_in(shared), bias_in(shared), bias_in(shared) + kBetween,
-             reinterpret_cast<float*>(ring_in(shared, self) + First::kRing)),
-        first_(self, p.x, p.height, shared, last_in(shared) + kLastBytes, ring_in(shared, self)),
+             reinterpret_cast<float*>(ring_in(shared, self) + kRing)),
+        first_(self, p.x, p.height, p.width, shared, last_in(shared) + kLastBytes, ring_in(shared, self)),
         shared_(shared) {}
 
   FASTINV_BLOCK void run(int block, int blocks) {

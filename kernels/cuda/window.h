@@ -5,8 +5,8 @@
 // outputs that are 64 bytes for a multiprocessor's cycle at the full rate of its tensor cores, of which an H100's cache
 // gives less than half. Here they read it once, and the taps are where in shared memory a left factor lies.
 //
-// A band is what a warpgroup has at a time, 64 cells: strips of 16, one a warp, kStrips to a row. Rows lie in a ring, a
-// band's and those above and below; as soon as a band's products are done the next rows are on their way.
+// A band is what a warpgroup has at a time, 64 cells in the order of their rows: 16 a warp. Rows lie in a ring, those
+// of a band and the ones above and below; as soon as a band's products are done the next rows are on their way.
 #pragma once
 
 #include "warpgroup.h"
@@ -15,7 +15,7 @@ namespace fastinv {
 
 namespace window {
 
-constexpr int kOutputs = 64, kStrip = 16, kTeam = 4 * kWarp, kShifts = 9;
+constexpr int kOutputs = 64, kBand = 64, kTeam = 4 * kWarp, kShifts = 9;
 constexpr int kTile = kOutputs * 128;  // bytes of the weights of 64 channels, for a shift and a phase
 
 // Which of the pixels around a cell its phases read: all where there is one phase; where there are four, those of an
@@ -40,42 +40,52 @@ struct Taps {
   FASTINV_BOTH static constexpr int of(int side) { return side == 1 ? 2 : 1; }  // phases that read there
 };
 
-template <class Type, int kInputs, int kStrips, int kPhases, class Thread>
+// Rows of so many cells that a band sees, at most.
+FASTINV_BOTH constexpr int rows_seen(int width) {
+  return 2 + (kBand % width == 0 ? kBand / width : width % kBand == 0 ? 1 : (width + kBand - 2) / width + 1);
+}
+
+// For images of kWidth cells across, or where that is 0 of as many as is told.
+template <class Type, int kInputs, int kWidth, int kPhases, class Thread>
 class Window {
  public:
-  static constexpr int kSide = kStrips * kStrip, kBand = 4 / kStrips, kRows = kBand + 2;
-  static constexpr int kPixel = 2 * kInputs, kRow = kSide * kPixel;                 // bytes
-  static constexpr int kRing = kRows * kRow;                                        // of a warpgroup
+  static constexpr int kPixel = 2 * kInputs;                                        // bytes
   static constexpr int kWeights = Taps<kPhases>::kPlaces * kTile * (kInputs / 64);  // of the block
   static constexpr int kAtOnce = 2;  // 16s of channels of which a thread has fragments
 
+  // Bytes of a warpgroup.
+  FASTINV_BOTH static constexpr int ring(int width) { return rows_seen(width) * width * kPixel; }
+
   // Args:
-  //   x: two-byte values [images, height, kSide, kInputs], from a multiple of 16 bytes on.
-  //   weights, zeros, ring: in shared memory; kWeights, kPixel and kRing bytes.
-  FASTINV_BLOCK Window(Thread& self, const void* x, int height, const unsigned char* weights,
+  //   x: two-byte values [images, height, width, kInputs], from a multiple of 16 bytes on.
+  //   weights, zeros, ring: in shared memory; kWeights, kPixel and `ring` bytes.
+  FASTINV_BLOCK Window(Thread& self, const void* x, int height, int width, const unsigned char* weights,
                        const unsigned char* zeros, unsigned char* ring)
       : self_(self),
         x_(static_cast<const unsigned char*>(x)),
         height_(height),
+        width_(width),
         warp_(self.index() % kTeam / kWarp),
         lane_(self.index() % kWarp),
         weights_(weights),
         zeros_(zeros),
         ring_(ring) {}
 
+  FASTINV_BLOCK int width() const { return kWidth > 0 ? kWidth : width_; }
+
   // Start the rows on their way that band `band` of image n reads and the one before it did not.
   FASTINV_BLOCK void fetch(int n, int band) {
     constexpr int kPieces = kPixel / 16, kStep = kTeam / kPieces;  // of a pixel; and pixels at once, a multiple of 8
-    const int begin = band == 0 ? 0 : band * kBand + 1, after = (band + 1) * kBand + 1;
+    const int begin = band == 0 ? 0 : last_row(band - 1) + 2, after = last_row(band) + 2;
     const int end = after < height_ ? after : height_;
-    const int thread = self_.index() % kTeam, column = thread / kPieces, piece = thread % kPieces;
-    const int to = column * kPixel + (piece ^ column % 8) * 16;
-    const unsigned char* from = x_ + (int64_t{n} * height_ + begin) * kRow + thread * 16;
+    const int thread = self_.index() % kTeam, first = thread / kPieces, piece = thread % kPieces;
+    const int to = first * kPixel + (piece ^ first % 8) * 16;
+    const unsigned char* from = x_ + (int64_t{n} * height_ + begin) * row_bytes() + thread * 16;
 #pragma unroll 1
-    for (int row = begin; row < end; ++row, from += kRow) {
+    for (int row = begin; row < end; ++row, from += row_bytes()) {
       unsigned char* place = place_of(row) + to;
-#pragma unroll
-      for (int i = 0; i < kSide; i += kStep) self_.copy(place + i * kPixel, from + i * kPixel);
+#pragma unroll 4
+      for (int i = 0; first + i < width(); i += kStep) self_.copy(place + i * kPixel, from + i * kPixel);
     }
   }
 
@@ -85,14 +95,18 @@ class Window {
   // sums[phase] = Σ x[cell + shift] · weights[shift, phase], of a band that is there.
   FASTINV_BLOCK void multiply(int band, float (&sums)[kPhases][kOutputs / 2]) {
     const Right weights(weights_);
+    const int cell = band * kBand + warp_ * 16 + lane_ % 16;
+    const int own_row = cell / width(), own_column = cell % width();
+    const unsigned char* rows[3];
+#pragma unroll
+    for (int i = 0; i < 3; ++i) rows[i] = place_of(own_row + i - 1 + (own_row + i == 0 ? rows_seen(width()) : 0));
     uint32_t left[2][kAtOnce][4];
 #pragma unroll
     for (int i = 0; i < kShifts; ++i) {
       const int shift = (i + kShifts / 2) % kShifts;  // the cell itself first, which all phases read
-      const int row = band * kBand + warp_ / kStrips + shift / 3 - 1;
-      const int column = warp_ % kStrips * kStrip + lane_ % 16 + shift % 3 - 1;
-      const bool inside = row >= 0 && row < height_ && column >= 0 && column < kSide;
-      const unsigned char* pixel = inside ? place_of(row) + column * kPixel : zeros_;
+      const int row = own_row + shift / 3 - 1, column = own_column + shift % 3 - 1;
+      const bool inside = row >= 0 && row < height_ && column >= 0 && column < width();
+      const unsigned char* pixel = inside ? rows[shift / 3] + column * kPixel : zeros_;
       const int key = column & 7, half = lane_ / 16;
 #pragma unroll
       for (int begin = 0; begin < kInputs / 16; begin += kAtOnce) {
@@ -120,11 +134,14 @@ class Window {
   }
 
  private:
-  FASTINV_BLOCK unsigned char* place_of(int row) const { return ring_ + row % kRows * kRow; }
+  FASTINV_BLOCK int row_bytes() const { return width() * kPixel; }
+  FASTINV_BLOCK unsigned char* place_of(int row) const { return ring_ + row % rows_seen(width()) * row_bytes(); }
+  // Of a band, in the image or beyond it.
+  FASTINV_BLOCK int last_row(int band) const { return (band * kBand + kBand - 1) / width(); }
 
   Thread& self_;
   const unsigned char* x_;
-  const int height_, warp_, lane_;
+  const int height_, width_, warp_, lane_;
   const unsigned char *weights_, *zeros_;
   unsigned char* ring_;
 };

@@ -20,15 +20,16 @@ struct WindowLayer {
 
 namespace window {
 
-template <class Type, int kInputs, int kStrips, int kPhases, class Thread>
+// Warpgroups are as many as registers and memory allow, so that one multiplies while others do all else.
+template <class Type, int kInputs, int kPhases, int kTeams, class Thread>
 class LayerWorker {
-  using Cells = Window<Type, kInputs, kStrips, kPhases, Thread>;
+  using Cells = Window<Type, kInputs, 0, kPhases, Thread>;
+  static constexpr int kThreads = kTeams * kTeam;
 
  public:
-  // Warpgroups: as many as registers and memory allow, so that one multiplies while others do all else.
-  static constexpr int kTeams = kPhases == 4 ? 2 : kInputs == 64 ? 4 : kStrips == 1 ? 3 : 2;
-  static constexpr int kThreads = kTeams * kTeam;
-  static constexpr int kShared = Cells::kWeights + Cells::kPixel + 4 * kOutputs + kTeams * Cells::kRing;
+  FASTINV_BOTH static int shared(const WindowLayer& p) {
+    return Cells::kWeights + Cells::kPixel + 4 * kOutputs + kTeams * Cells::ring(p.width);
+  }
 
   FASTINV_BLOCK LayerWorker(const WindowLayer& p, Thread& self, unsigned char* shared)
       : p_(p),
@@ -39,12 +40,12 @@ class LayerWorker {
         shared_(shared),
         zeros_(shared + Cells::kWeights),
         bias_(reinterpret_cast<float*>(zeros_ + Cells::kPixel)),
-        cells_(self, p.x, p.height, shared, zeros_,
-               reinterpret_cast<unsigned char*>(bias_ + kOutputs) + team_ * Cells::kRing) {}
+        cells_(self, p.x, p.height, p.width, shared, zeros_,
+               reinterpret_cast<unsigned char*>(bias_ + kOutputs) + team_ * Cells::ring(p.width)) {}
 
   FASTINV_BLOCK void run(int block, int blocks) {
     const Turns<kTeams> turns{team_, blocks, p_.images};
-    const int step = turns.step(), bands = p_.height / Cells::kBand;
+    const int step = turns.step(), bands = (p_.height * p_.width + kBand - 1) / kBand;
     int n = block + blocks * team_;
     begin();
     if (n < p_.images) cells_.fetch(n, 0);
@@ -64,8 +65,11 @@ class LayerWorker {
         } else if (n + step < p_.images) {
           cells_.fetch(n + step, 0);
         }
+        const int cells[2] = {cell_of(band, 0), cell_of(band, 1)}, all = p_.height * p_.width;
+        const int64_t places[2] = {place_of(n, cells[0]), place_of(n, cells[1])};
+        const bool inside[2] = {cells[0] < all, cells[1] < all};
 #pragma unroll
-        for (int phase = 0; phase < kPhases; ++phase) put(n, band, phase, sums[phase]);
+        for (int phase = 0; phase < kPhases; ++phase) put(places, inside, phase, sums[phase]);
       }
     }
   }
@@ -84,30 +88,32 @@ class LayerWorker {
     self_.publish();
   }
 
-  // Where in `out` the first of a lane's cells has its pixel of a phase, and how much further on the other one.
+  // The cell of a band of which a lane has row h of the sums, and where in `out` its first pixel begins.
   static constexpr int kTimes = kPhases == 4 ? 2 : 1;
-  FASTINV_BLOCK int64_t pixel_of(int n, int band, int phase) const {
-    const int row = (band * Cells::kBand + warp_ / kStrips) * kTimes + phase / 2;
-    const int column = (warp_ % kStrips * kStrip + lane_ / 4) * kTimes + phase % 2;
-    return ((int64_t{n} * p_.height * kTimes + row) * (Cells::kSide * kTimes) + column) * p_.outputs;
+  FASTINV_BLOCK int cell_of(int band, int h) const { return band * kBand + warp_ * 16 + lane_ / 4 + 8 * h; }
+  FASTINV_BLOCK int64_t place_of(int n, int cell) const {
+    const int row = cell / p_.width, column = cell % p_.width;
+    const int64_t flat = kPhases == 4 ? int64_t{4 * row} * p_.width + 2 * column : cell;
+    return (int64_t{n} * p_.height * p_.width * kPhases + flat) * p_.outputs;
   }
-  FASTINV_BLOCK int further() const { return 8 * kTimes * p_.outputs; }
 
   // A lane has two channels of every eight, of two cells. What is added to them is all on its way before any of it is
   // waited for. Neighbours exchange theirs, so that each stores four channels in one piece: even lanes those of the
   // first of two eights, odd lanes of the second.
-  FASTINV_BLOCK void put(int n, int band, int phase, float (&sums)[kOutputs / 2]) const {
+  FASTINV_BLOCK void put(const int64_t (&places)[2], const bool (&inside)[2], int phase,
+                         float (&sums)[kOutputs / 2]) const {
     constexpr int kEights = kOutputs / 8;
-    const int64_t pixel = pixel_of(n, band, phase);
+    const int further = (phase / 2 * kTimes * p_.width + phase % 2) * p_.outputs;
     const int channel = lane_ % 4 * 2;  // of an eight
     if (p_.addend != nullptr) {
-      const auto* addend = static_cast<const uint16_t*>(p_.addend) + pixel + channel;
+      const auto* addend = static_cast<const uint16_t*>(p_.addend) + further + channel;
       uint32_t added[kEights][2];
 #pragma unroll
       for (int j = 0; j < kEights; ++j) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          added[j][h] = 8 * j < p_.outputs ? *reinterpret_cast<const uint32_t*>(addend + h * further() + 8 * j) : 0;
+          const bool there = inside[h] && 8 * j < p_.outputs;
+          added[j][h] = there ? *reinterpret_cast<const uint32_t*>(addend + places[h] + 8 * j) : 0;
         }
       }
 #pragma unroll
@@ -125,7 +131,7 @@ class LayerWorker {
     for (int i = 0; i < kOutputs / 2; ++i) sums[i] += bias_[i / 4 * 8 + channel + i % 2];
     finish(p_, sums);
     const bool odd = lane_ % 2 == 1;
-    auto* out = static_cast<uint16_t*>(p_.out) + pixel + (odd ? 8 : 0) + channel / 4 * 4;
+    auto* out = static_cast<uint16_t*>(p_.out) + further + (odd ? 8 : 0) + channel / 4 * 4;
 #pragma unroll
     for (int j = 0; j < kEights; j += 2) {
 #pragma unroll
@@ -133,8 +139,8 @@ class LayerWorker {
         const float* first = sums + 4 * j + 2 * h;
         const uint32_t low = pack(Type{}, first[0], first[1]), high = pack(Type{}, first[4], first[5]);
         const uint32_t got = self_.shuffle(odd ? low : high, lane_ ^ 1);
-        if (8 * j + (odd ? 8 : 0) >= p_.outputs) continue;
-        *reinterpret_cast<TwoWords*>(out + h * further() + 8 * j) = odd ? TwoWords{{got, high}} : TwoWords{{low, got}};
+        if (!inside[h] || 8 * j + (odd ? 8 : 0) >= p_.outputs) continue;
+        *reinterpret_cast<TwoWords*>(out + places[h] + 8 * j) = odd ? TwoWords{{got, high}} : TwoWords{{low, got}};
       }
     }
   }
