@@ -124,7 +124,7 @@ class Solver:
     Attributes:
         recipe: what it solves.
         backend, isa, precision, empty_report: as of an `Engine`.
-        batch_size: how many images it solves at once.
+        batch_size: how many images' features it takes at once.
     """
 
     def __init__(self, recipe: RMLE, backend: str, compiled: CompiledSolver, threads: int | None = None) -> None:
