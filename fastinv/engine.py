@@ -195,8 +195,7 @@ class Solver:
         import torch
 
         if isinstance(self._init, Engine):
-            mean, std = (torch.from_numpy(np.array(values)).to(x.device) for values in (self._mean, self._std))
-            start = (self._init.run_there(x, "float32")[0] - mean) / std
+            start = self._start_there(x)
         else:
             start = torch.from_numpy(np.array(self._init)).to(x.device)
         compiled: Any = self._compiled
@@ -214,9 +213,8 @@ class Solver:
         init: Array | Engine,
         tell: Progress | None,
     ) -> Report:
-        found = None
-        if not isinstance(init, Engine):
-            found = self._compiled.solve_raw(source.rows(start, stop), init, out, tell)
+        first = self._start_there if isinstance(init, Engine) else init
+        found = self._compiled.solve_raw(source.rows(start, stop), first, out, tell)
         if found is not None:
             report, finished = found
         else:  # what the backend cannot take as it is, or refuses: then this raises
@@ -229,6 +227,14 @@ class Solver:
         if not finished:
             raise Interrupted(out, _begun(report), report)
         return report
+
+    def _start_there(self, features: Any) -> Any:
+        """Normalised starts from the inverse network, for features on the backend's own GPU; they are there, too."""
+        import torch
+
+        assert isinstance(self._init, Engine)
+        mean, std = (torch.from_numpy(np.array(values)).to(features.device) for values in (self._mean, self._std))
+        return (self._init.run_there(features, "float32")[0] - mean) / std
 
     def _write_pixels(self, z: Array, out: npt.NDArray[Any]) -> None:
         # The objective tells of an image that diverged.

@@ -15,6 +15,7 @@ import fastinv
 from fastinv import tensors
 from fastinv.backends import cuda_device, cuda_network
 from fastinv.backends.cuda import CudaBackend
+from fastinv.backends.cuda_solver import CudaSolver
 from fastinv.errors import FeatureError
 from fastinv.export import export
 from fastinv.inverters import RMLE, InverseNetwork, Inverter
@@ -77,6 +78,21 @@ def test_what_is_on_the_gpu_stays_there(name: str, dtype: str, request: pytest.F
     assert images is out
     assert (report.backend, len(report.steps)) == ("cuda", 3)
     assert np.abs(images.cpu().numpy().astype(float) - expected).max() <= (1 if dtype == "uint8" else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8", "float64"])
+def test_starts_from_an_inverse_network(rmle: RMLE, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made on the GPU, where the features go there as they are; of others by the way of the host."""
+    values, options = randn(5, 4, 3, 4), {}
+    if dtype == "uint8":
+        values, options = values * 20 + 60, {"scale": 0.05, "zero_point": 60}
+    x = values.astype(dtype)
+    expected = fastinv.invert(x, rmle, backend="cpu", **options)
+    taken: list[str] = []
+    solve = CudaSolver.solve
+    monkeypatch.setattr(CudaSolver, "solve", lambda *args: taken.append("host") or solve(*args))
+    assert np.abs(fastinv.invert(x, rmle, backend="cuda", **options) - expected).max() < 1e-4
+    assert taken == ([] if dtype in ("float32", "float16") else ["host"])
 
 
 def test_what_lies_where_it_did_is_a_graph(

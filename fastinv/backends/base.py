@@ -73,6 +73,9 @@ class CompiledNetwork(Protocol):
         """The plan, as `fastinv.Engine.describe` gives it; with `measure` launches are timed, where that is done."""
 
 
+Start = Callable[[Any], Any]  # from features [N, *output_shape] to starts [N, *input_shape]
+
+
 class CompiledSolver(Protocol):
     """An rMLE loop ready to run.
 
@@ -103,10 +106,10 @@ class CompiledSolver(Protocol):
         """
 
     def solve_raw(
-        self, rows: Source, init: Array, out: npt.NDArray[Any], progress: Progress | None = None
+        self, rows: Source, init: Array | Start, out: npt.NDArray[Any], progress: Progress | None = None
     ) -> tuple[Report, bool] | None:
         """Like `solve`, for features of any type and layout, not checked yet, and pixels in [0, 1] as results, float32
-        or uint8 (see `fastinv.tensors.staged`).
+        or uint8 (see `fastinv.tensors.staged`). `init` may make starts of features, both on the backend's own GPU.
 
         None where the backend cannot do that without a copy, or where the rows hold NaN or Inf; then nothing is
         promised about `out`.

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastinv import _core
-from fastinv.backends.base import Array, Progress, Report
+from fastinv.backends.base import Array, Progress, Report, Start
 from fastinv.backends.cpu_fusion import (
     chain_of_small_convolutions,
     doubling,
@@ -162,7 +162,7 @@ class CpuSolver:
         return z, Report(objective, steps, converged, CpuBackend.name, self.isa), finished
 
     def solve_raw(
-        self, rows: Source, init: Array, out: npt.NDArray[Any], progress: Progress | None = None
+        self, rows: Source, init: Array | Start, out: npt.NDArray[Any], progress: Progress | None = None
     ) -> tuple[Report, bool] | None:
         return None
 

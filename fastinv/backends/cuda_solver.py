@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastinv.backends.base import Array, Progress, Report
+from fastinv.backends.base import Array, Progress, Report, Start
 from fastinv.backends.cuda_device import Streams, flag_on, halving, isa_of, on_device, repeatable, wait
 from fastinv.backends.cuda_host import Download, Drain, Feed, Given, Kept, Upload, finite
 from fastinv.backends.cuda_methods import Objective, method_of
@@ -47,7 +47,7 @@ class Job:
         at_once: how many of them.
         features: where they come from.
         shift: what goes with them.
-        starts: normalised, [C, H, W] or [count, C, H, W], on the device.
+        starts: normalised, [C, H, W] or [count, C, H, W], on the device; or what makes them of features there.
         sink: where images go, normalised.
         progress: told now and then.
     """
@@ -56,9 +56,16 @@ class Job:
     at_once: int
     features: Given | Feed
     shift: Shift
-    starts: torch.Tensor
+    starts: torch.Tensor | Start
     sink: Kept | Drain
     progress: Progress | None
+
+    def starts_of(self, features: torch.Tensor, part: slice) -> torch.Tensor:
+        """Of these images, whose features are there."""
+        if callable(self.starts):
+            made: torch.Tensor = self.starts(features)
+            return made
+        return self.starts.expand(self.count, *self.starts.shape[-3:])[part]
 
 
 class CudaSolver:
@@ -115,9 +122,9 @@ class CudaSolver:
         return kept.images.cpu().numpy(), report, finished
 
     def solve_raw(
-        self, rows: Source, init: Array, out: npt.NDArray[Any], progress: Progress | None = None
+        self, rows: Source, init: Array | Start, out: npt.NDArray[Any], progress: Progress | None = None
     ) -> tuple[Report, bool] | None:
-        if rows.dtype not in RAW_DTYPES:
+        if rows.dtype not in RAW_DTYPES or (callable(init) and rows.scale is not None):
             return None
         with self._lock, on_device(self._device), contextlib.suppress(FeatureError):
             _, download = self._ready_transfers()
@@ -141,7 +148,7 @@ class CudaSolver:
         features: npt.NDArray[Any],
         dtype: str,
         shift: Shift,
-        init: Array,
+        init: Array | Start,
         sink: Kept | Drain,
         progress: Progress | None,
     ) -> tuple[Report, bool]:
@@ -150,10 +157,9 @@ class CudaSolver:
         self._ready()
         room, images = self._ready_room()
         upload, _ = self._ready_transfers()
-        starts = torch.from_numpy(np.array(init, np.float32)).to(self._device)
-        return self._solve(
-            Job(len(features), images, Feed(features, dtype, room, upload), shift, starts, sink, progress)
-        )
+        starts = init if callable(init) else torch.from_numpy(np.array(init, np.float32)).to(self._device)
+        feed = Feed(features, dtype, room, upload)
+        return self._solve(Job(len(features), images, feed, shift, starts, sink, progress))
 
     def _solve(self, job: Job) -> tuple[Report, bool]:
         """Solve so many images at once, until all are.
@@ -165,13 +171,13 @@ class CudaSolver:
         objective = np.full(count, np.nan)
         taken = np.zeros(count, np.int64)
         converged = np.zeros(count, np.bool_)
-        starts = job.starts.expand(count, *self._recipe.input_shape)
         finished, flag = True, flag_on(self._device)
         parts = [*chunks(count, job.at_once), (count, count)]
         job.features.send(*parts[0])
         for (start, stop), following in pairwise(parts):
             part = slice(start, stop)
-            batch.load(job.features.take(start, stop), job.shift, starts[part], flag)
+            features = job.features.take(start, stop)
+            batch.load(features, job.shift, job.starts_of(features, part), flag)
             job.features.free()
 
             def meanwhile(start: int = start, following: tuple[int, int] = following) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastinv.backends.base import Array, Progress, Report
+from fastinv.backends.base import Array, Progress, Report, Start
 from fastinv.inverters import METHODS
 from fastinv.network import Network, Step
 from fastinv.tensors import Source, finite
@@ -147,7 +147,7 @@ class TorchSolver:
         return z.float().numpy(), report, True
 
     def solve_raw(
-        self, rows: Source, init: Array, out: npt.NDArray[Any], progress: Progress | None = None
+        self, rows: Source, init: Array | Start, out: npt.NDArray[Any], progress: Progress | None = None
     ) -> tuple[Report, bool] | None:
         return None
 
