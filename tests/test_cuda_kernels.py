@@ -108,6 +108,21 @@ def test_several_images_together(name: str, options: dict[str, Any], monkeypatch
     check_solver(recipe, count=7 if recipe.input_shape[0] == 3 else 21, most=20)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the stand-in")
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("name", EDGES)
+def test_the_order_of_threads_changes_nothing(name: str, several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two barriers, nor what memory holds at first: what races gives two results."""
+    monkeypatch.setattr(launch, "processors", lambda device: 1 if several else 132)
+    recipe = recipe_for(edge_of(name), steps=3, lr=0.02)
+    start, features = randn(7, *recipe.input_shape), randn(7, *recipe.edge.output_shape)
+    forward, _, _ = solver_on(recipe).solve(features, start)
+    monkeypatch.setattr(cuda_native, "HOST", -2)
+    backward, _, _ = solver_on(recipe).solve(features, start)
+    np.testing.assert_array_equal(forward, backward)
+    assert np.isfinite(forward).all()
+
+
 def test_halves_hold_what_float32_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large features, small ones, and weights of very different sizes."""
     monkeypatch.setattr(launch, "processors", lambda device: 1)

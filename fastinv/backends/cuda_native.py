@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 MOST_STEPS = 1000  # of a launch: then Ctrl-C is heard
+HOST = -1  # the device that stands in for a GPU; −2 is the same with threads in another order
 OPTIMIZERS = ("adam", "amsgrad", "sgd")  # the order of Optimizer in kernels/cuda/descent.h
 
 
@@ -169,7 +170,7 @@ class OnChipDescent:
 
 
 def launching(run: Callable[[int, int], None], device: torch.device) -> Callable[[], None]:
-    """run(device, stream) on the current stream of a device, or for what stands in for one on the host (−1).
+    """run(device, stream) on the current stream of a device, or for what stands in for one on the host (`HOST`).
 
     Raises:
         BackendError: when it is called, and fails.
@@ -181,7 +182,7 @@ def launching(run: Callable[[int, int], None], device: torch.device) -> Callable
         on_gpu = device.type == "cuda"
         stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
         try:
-            run(device.index if on_gpu else -1, stream)
+            run(device.index if on_gpu else HOST, stream)
         except RuntimeError as error:
             raise BackendError(f"backend 'cuda': {error}") from error
 

@@ -51,11 +51,14 @@ class DeviceBlock {
 };
 
 #else
-// Threads are a loop, memory is the host's.
+// Threads are a loop, memory is the host's. What a result must not depend on: with `backward` the loop begins with the
+// last thread, and memory holds NaN at first.
 class HostBlock {
  public:
-  HostBlock(int index, int threads, int64_t shared_floats)
-      : index_(index), threads_(threads), shared_(static_cast<size_t>((shared_floats + 3) / 4)) {}
+  HostBlock(int index, int threads, int64_t shared_floats, bool backward = false)
+      : index_(index), threads_(threads), backward_(backward), shared_(static_cast<size_t>((shared_floats + 3) / 4)) {
+    if (backward) std::memset(shared_.data(), 0xff, shared_.size() * sizeof(Four));
+  }
 
   template <class T>
   class PerThread {
@@ -73,16 +76,18 @@ class HostBlock {
 
   template <class F>
   void each(F&& work) const {
-    for (int thread = 0; thread < threads_; ++thread) work(thread);
+    for (int i = 0; i < threads_; ++i) work(backward_ ? threads_ - 1 - i : i);
   }
 
   template <class F>
   void each_warp(F&& work) const {
-    for (int index = 0; index < threads_ / kWarp; ++index) work(HostWarp(index));
+    const int warps = threads_ / kWarp;
+    for (int i = 0; i < warps; ++i) work(HostWarp(backward_ ? warps - 1 - i : i));
   }
 
  private:
   int index_, threads_;
+  bool backward_;
   std::vector<Four> shared_;
 };
 #endif

@@ -4,18 +4,18 @@
 namespace fastinv {
 
 template <class Problem>
-void descend_on_host(const Descent& descent, const Problem& problem) {
-  with_edge(descent, problem, [&descent](const auto& edge) {
+void descend_on_host(const Descent& descent, const Problem& problem, bool backward) {
+  with_edge(descent, problem, [&](const auto& edge) {
     const Grid grid = grid_of(descent, edge);
     for (int index = 0; index < grid.blocks; ++index) {
-      HostBlock block(index, grid.threads, grid.floats);
+      HostBlock block(index, grid.threads, grid.floats, backward);
       descend(descent, edge, block);
     }
   });
 }
 
 template <class Params>
-void layers_on_host(const Params& p) {
+void layers_on_host(const Params& p, bool backward) {
   constexpr int kBlocks = 2;
   struct alignas(1024) Kilobyte {
     unsigned char at[1024];
@@ -25,7 +25,8 @@ void layers_on_host(const Params& p) {
     using Worker = typename Kind::template Worker<HostThread>;
     for (int block = 0; block < kBlocks; ++block) {
       std::vector<Kilobyte> shared(static_cast<size_t>(Worker::shared(p) + 1023) / 1024);
-      HostThreads threads(Kind::kThreads);
+      if (backward) std::memset(shared.data(), 0xff, shared.size() * sizeof(Kilobyte));
+      HostThreads threads(Kind::kThreads, backward);
       threads.run([&](int index) {
         HostThread self(threads, index);
         Worker(p, self, shared[0].at).run(block, kBlocks);
@@ -34,10 +35,10 @@ void layers_on_host(const Params& p) {
   });
 }
 
-template void descend_on_host(const Descent&, const QuadraticForm&);
-template void descend_on_host(const Descent&, const BandedForm&);
-template void descend_on_host(const Descent&, const PooledLayers&);
-template void layers_on_host(const Tail&);
-template void layers_on_host(const WindowLayer&);
+template void descend_on_host(const Descent&, const QuadraticForm&, bool);
+template void descend_on_host(const Descent&, const BandedForm&, bool);
+template void descend_on_host(const Descent&, const PooledLayers&, bool);
+template void layers_on_host(const Tail&, bool);
+template void layers_on_host(const WindowLayer&, bool);
 
 }  // namespace fastinv

@@ -16,6 +16,8 @@ using fastinv::QuadraticForm;
 using fastinv::Tail;
 using fastinv::WindowLayer;
 
+constexpr int kBackward = -2;  // a device that is the host, too, with threads in another order: results are the same
+
 // A field that holds the address of memory.
 template <class Struct, class T>
 void pointer(py::class_<Struct>& type, const char* name, T* Struct::* field) {
@@ -28,7 +30,7 @@ template <class Problem>
 void run(const Problem& problem, const Descent& descent, int device, uintptr_t stream) {
   if (!fastinv::fits(descent, problem))
     throw std::invalid_argument("there is no kernel for this edge and these images");
-  if (device < 0) return fastinv::descend_on_host(descent, problem);
+  if (device < 0) return fastinv::descend_on_host(descent, problem, device == kBackward);
   fastinv::launch_descend(descent, problem, device, stream);
 }
 
@@ -36,7 +38,7 @@ template <class Layers>
 void run_layers(const Layers& layers, int device, uintptr_t stream) {
   if (!fastinv::fits(layers)) throw std::invalid_argument("there is no kernel for these layers");
   if (layers.images == 0) return;
-  if (device < 0) return fastinv::layers_on_host(layers);
+  if (device < 0) return fastinv::layers_on_host(layers, device == kBackward);
   fastinv::launch_layers(layers, device, stream);
 }
 
@@ -47,7 +49,7 @@ py::class_<Problem> problem(py::module_& m, const char* name) {
       .def("fits", [](const Problem& p, const Descent& d) { return fastinv::fits(d, p); })
       .def("run", &run<Problem>, py::arg("descent"), py::arg("device"), py::arg("stream"),
            py::call_guard<py::gil_scoped_release>(),
-           "Take the steps, for memory of this device, on this stream; device −1: of the host.");
+           "Take the steps, for memory of this device, on this stream; device −1 and −2: of the host.");
 }
 
 template <class Layers>
@@ -59,7 +61,7 @@ py::class_<Layers> layers(py::module_& m, const char* name) {
           [](Layers& p, int code) { p.finish = static_cast<fastinv::Finish>(code); })
       .def("fits", [](const Layers& p) { return fastinv::fits(p); })
       .def("run", &run_layers<Layers>, py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
-           "Compute the layers, for memory of this device, on this stream; device −1: of the host.");
+           "Compute the layers, for memory of this device, on this stream; device −1 and −2: of the host.");
 }
 
 }  // namespace

@@ -14,9 +14,9 @@ bool fits(const Descent& descent, const Problem& problem) {
   return with_edge(descent, problem, [](const auto&) {});
 }
 
-// For memory of the host.
+// For memory of the host; `backward`: threads in another order, memory with other contents, the same results.
 template <class Problem>
-void descend_on_host(const Descent& descent, const Problem& problem);
+void descend_on_host(const Descent& descent, const Problem& problem, bool backward);
 
 // For memory of this device; returns before it is done. Throws std::runtime_error.
 template <class Problem>
@@ -24,7 +24,7 @@ void launch_descend(const Descent& descent, const Problem& problem, int device, 
 
 // The same of layers, a `Tail` or a `WindowLayer`.
 template <class Params>
-void layers_on_host(const Params& p);
+void layers_on_host(const Params& p, bool backward);
 template <class Params>
 void launch_layers(const Params& p, int device, uintptr_t stream);
 
