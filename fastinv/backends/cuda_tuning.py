@@ -164,7 +164,7 @@ def tune(
             tiled = getattr(kernel, "other", kernel)  # of a kernel in CUDA C++ what it takes the place of
             if not isinstance(tiled, Tiled) or key_of(gpu, tiled) in found.tiles:
                 continue
-            key, fastest = key_of(gpu, tiled), tiled.with_tile(_fastest(tiled, device, timer))
+            key, fastest = key_of(gpu, tiled), _fastest(tiled, device, timer)
             found.tiles[key] = list(fastest.tile.numbers)
             if kernel is not tiled:
                 x, out = _batch(tiled, device)
@@ -187,7 +187,7 @@ def _fastest(kernel: Any, device: torch.device, timer: Callable[[Any], float]) -
         except OutOfResources:
             return float("inf")
 
-    return min(kernel.candidates, key=measured)
+    return kernel.with_tile(min(kernel.candidates, key=measured))
 
 
 def _batch(kernel: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
