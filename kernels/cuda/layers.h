@@ -12,21 +12,21 @@ template <class Type, bool kChannelsLast>
 struct NarrowTail {
   template <class Thread>
   using Worker = tail::Worker<Type, kChannelsLast, Thread>;
-  static constexpr int kTeams = tail::kTeams, kThreads = tail::kThreads;
+  static constexpr int kThreads = tail::kThreads;
 };
 
 template <class Type, int kStrips>
 struct WideTail {
   template <class Thread>
   using Worker = tail::WideWorker<Type, kStrips, Thread>;
-  static constexpr int kTeams = tail::kTeams, kThreads = tail::kThreads;
+  static constexpr int kThreads = tail::kThreads;
 };
 
-template <class Type, int kInputs, int kPhases, int kTeams_>
+template <class Type, int kInputs, int kPhases, int kTeams>
 struct Windowed {
   template <class Thread>
-  using Worker = window::LayerWorker<Type, kInputs, kPhases, kTeams_, Thread>;
-  static constexpr int kTeams = kTeams_, kThreads = kTeams * window::kTeam;
+  using Worker = window::LayerWorker<Type, kInputs, kPhases, kTeams, Thread>;
+  static constexpr int kThreads = kTeams * kTeam;
 };
 
 // launch(kind) for the kind that is asked for; whether there is one.

@@ -178,7 +178,7 @@ class Worker : LastLayer<Type, 1, Thread> {
     copy_all(self_, kThreads, first_, p_.first, kFirstBytes);
     copy_all(self_, kThreads, first_ + kFirstBytes, p_.last, kLastBytes);
     share_biases(p_, self_, kThreads, bias_in(first_));
-    for (int i = self_.index(); i < kPixel / 4; i += kThreads) reinterpret_cast<uint32_t*>(zeros_)[i] = 0;
+    clear_all(self_, kThreads, zeros_, kPixel);
     self_.publish();
   }
 
@@ -193,27 +193,15 @@ class Worker : LastLayer<Type, 1, Thread> {
       const bool inside = column < kSide && band * kBand + row < kSide;
       const unsigned char* pixel = inside ? cells_ + (place_of(row, band) * kSide + column) * kPixel : zeros_;
       const int key = column % 8, half = lane_ / 16;
+      along_channels<kInputs / 16, kAtOnce>(
+          self_, left, pixel, half, key, [&](int step, const uint32_t (&fragment)[4]) {
 #pragma unroll
-      for (int begin = 0; begin < kInputs / 16; begin += kAtOnce) {
-        uint32_t (&fragments)[kAtOnce][4] = left[begin / kAtOnce % 2];
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-          self_.load_fragment(pixel + (((begin + k) * 2 + half) ^ key) * 16, fragments[k]);
-        }
-        self_.begin_products();
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-          const int step = begin + k;  // of 16 channels
-#pragma unroll
-          for (int phase = 0; phase < 4; ++phase) {
-            if (!reads(phase, shift)) continue;
-            const Right weights = first + (place(phase, shift) * kFirst + step / 4 * (kFirst / 2) + step % 4 * 32);
-            self_.product(Type{}, sums_[phase], fragments[k], weights, shift + step > 0);
-          }
-        }
-        self_.end_products();
-        self_.template wait_products<1>();  // then the fragments before these are free
-      }
+            for (int phase = 0; phase < 4; ++phase) {
+              if (!reads(phase, shift)) continue;
+              const Right weights = first + (place(phase, shift) * kFirst + step / 4 * (kFirst / 2) + step % 4 * 32);
+              self_.product(Type{}, sums_[phase], fragment, weights, shift + step > 0);
+            }
+          });
     }
     self_.template wait_products<0>();
   }

@@ -14,11 +14,11 @@ namespace fastinv {
 namespace tail {
 
 constexpr int kBetween = 64, kMostOutputs = 4;
-constexpr int kTeams = 2, kTeam = 4 * kWarp, kThreads = kTeams * kTeam;  // warpgroups and their threads
-constexpr int kRow = 128;                                                // bytes: of a row that tensor cores read
-constexpr int kStrip = 16;                                               // cells
-constexpr int kGiven = 32, kAcross = 16;          // columns of the second product: within a row, and to others
-constexpr int kLast = (kGiven + kAcross) * kRow;  // bytes of a phase
+constexpr int kTeams = 2, kThreads = kTeams * kTeam;  // warpgroups and their threads
+constexpr int kRow = 128;                             // bytes: of a row that tensor cores read
+constexpr int kStrip = 16;                            // cells
+constexpr int kGiven = 32, kAcross = 16;              // columns of the second product: within a row, and to others
+constexpr int kLast = (kGiven + kAcross) * kRow;      // bytes of a phase
 constexpr int kLastBytes = 4 * kLast;
 
 // Columns of the second product, in eights; 4 · q + o is output o at parity q. Of the first four q is the row's, of
@@ -32,22 +32,11 @@ enum Column {
   kAcrossly  // and across: the left column of the cell to the right, the right column of the one to the left
 };
 
-// to = from, by all threads of a block, 16 bytes at a time.
-template <class Thread>
-FASTINV_BLOCK void copy_all(const Thread& self, int threads, unsigned char* to, const void* from, int bytes) {
-  for (int i = 16 * self.index(); i < bytes; i += 16 * threads) {
-    *reinterpret_cast<Words*>(to + i) = *reinterpret_cast<const Words*>(static_cast<const unsigned char*>(from) + i);
-  }
-}
-
-// Both layers' biases, one behind the other, with 0 for what there is not.
+// Both layers' biases, one behind the other.
 template <class Thread>
 FASTINV_BLOCK void share_biases(const Tail& p, const Thread& self, int threads, float* to) {
-  for (int i = self.index(); i < kBetween; i += threads) to[i] = p.bias == nullptr ? 0.0f : p.bias[i];
-  if (self.index() < kMostOutputs) {
-    const bool none = p.last_bias == nullptr || self.index() >= p.outputs;
-    to[kBetween + self.index()] = none ? 0.0f : p.last_bias[self.index()];
-  }
+  share_bias<kBetween>(self, threads, to, p.bias, kBetween);
+  share_bias<kMostOutputs>(self, threads, to + kBetween, p.last_bias, p.outputs);
 }
 
 // What a strip gives to those beside it: of its own row, and of the rows above and below.

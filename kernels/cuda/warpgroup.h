@@ -21,6 +21,7 @@
 namespace fastinv {
 
 constexpr int kMostShared = 227 * 1024;  // bytes of a block on Hopper
+constexpr int kTeam = 4 * kWarp;         // threads of a warpgroup
 
 #ifdef __CUDACC__
 // A right factor in shared memory, transposed: rows of 128 bytes, from a multiple of 1024 on, whose pieces of 16 lie in
@@ -313,6 +314,46 @@ class HostThread {
   std::vector<std::pair<unsigned char*, const unsigned char*> > copies_;
 };
 #endif
+
+// to = from, by all threads of a block, 16 bytes at a time.
+template <class Thread>
+FASTINV_BLOCK void copy_all(const Thread& self, int threads, unsigned char* to, const void* from, int bytes) {
+  for (int i = 16 * self.index(); i < bytes; i += 16 * threads) {
+    *reinterpret_cast<Words*>(to + i) = *reinterpret_cast<const Words*>(static_cast<const unsigned char*>(from) + i);
+  }
+}
+
+// 0 in so many bytes, a multiple of 4.
+template <class Thread>
+FASTINV_BLOCK void clear_all(const Thread& self, int threads, unsigned char* to, int bytes) {
+  for (int i = self.index(); i < bytes / 4; i += threads) reinterpret_cast<uint32_t*>(to)[i] = 0;
+}
+
+// A bias of so many numbers, or none, with 0 for what there is not.
+template <int kCount, class Thread>
+FASTINV_BLOCK void share_bias(const Thread& self, int threads, float* to, const float* bias, int count) {
+  for (int i = self.index(); i < kCount; i += threads) to[i] = bias == nullptr || i >= count ? 0.0f : bias[i];
+}
+
+// Products along a pixel's channels, sixteen at a time: products(step, fragment) for each sixteen, which begin with
+// those of kAtOnce fragments while the ones before are under way. `key`: of the order of the pixel's pieces.
+template <int kSteps, int kAtOnce, class Thread, class F>
+FASTINV_BLOCK void along_channels(Thread& self, uint32_t (&left)[2][kAtOnce][4], const unsigned char* pixel, int half,
+                                  int key, F&& products) {
+#pragma unroll
+  for (int begin = 0; begin < kSteps; begin += kAtOnce) {
+    uint32_t (&fragments)[kAtOnce][4] = left[begin / kAtOnce % 2];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      self.load_fragment(pixel + (((begin + k) * 2 + half) ^ key) * 16, fragments[k]);
+    }
+    self.begin_products();
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) products(begin + k, fragments[k]);
+    self.end_products();
+    self.template wait_products<1>();  // then the fragments before these are free
+  }
+}
 
 // How the warpgroups of a block share the images: image after image goes to a block of its own, then to its second
 // warpgroup, and so on. They begin one after the other, each when the one before has made its first products: in step

@@ -49,11 +49,7 @@ class WideWorker : LastLayer<Type, kStrips, Thread> {
         turns.hand_on(self_, n, step, band);
         this->give(band, [&] {
           self_.sync(team_);  // nobody reads the rows any more
-          if (band + 1 < bands_) {
-            first_.fetch(n, band + 1);
-          } else if (n + step < p_.images) {
-            first_.fetch(n + step, 0);
-          }
+          first_.fetch_next(n, band, bands_, step, p_.images);
         });
         self_.sync(team_);
         this->take(n, band);
@@ -76,8 +72,7 @@ class WideWorker : LastLayer<Type, kStrips, Thread> {
     copy_all(self_, kThreads, shared_, p_.first, First::kWeights);
     copy_all(self_, kThreads, last_in(shared_), p_.last, kLastBytes);
     share_biases(p_, self_, kThreads, bias_in(shared_));
-    unsigned char* zeros = last_in(shared_) + kLastBytes;
-    for (int i = self_.index(); i < First::kPixel / 4; i += kThreads) reinterpret_cast<uint32_t*>(zeros)[i] = 0;
+    clear_all(self_, kThreads, last_in(shared_) + kLastBytes, First::kPixel);
     self_.publish();
   }
 

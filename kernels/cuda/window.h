@@ -15,7 +15,7 @@ namespace fastinv {
 
 namespace window {
 
-constexpr int kOutputs = 64, kBand = 64, kTeam = 4 * kWarp, kShifts = 9;
+constexpr int kOutputs = 64, kBand = 64, kShifts = 9;
 constexpr int kTile = kOutputs * 128;  // bytes of the weights of 64 channels, for a shift and a phase
 
 // Which of the pixels around a cell its phases read: all where there is one phase; where there are four, those of an
@@ -89,6 +89,15 @@ class Window {
     }
   }
 
+  // The same of what follows a band: in the image, or the first of the one `step` further on, if that is there.
+  FASTINV_BLOCK void fetch_next(int n, int band, int bands, int step, int images) {
+    if (band + 1 < bands) {
+      fetch(n, band + 1);
+    } else if (n + step < images) {
+      fetch(n + step, 0);
+    }
+  }
+
   // What this thread has started is there.
   FASTINV_BLOCK void wait() { self_.wait_copies(); }
 
@@ -108,27 +117,15 @@ class Window {
       const bool inside = row >= 0 && row < height_ && column >= 0 && column < width();
       const unsigned char* pixel = inside ? rows[shift / 3] + column * kPixel : zeros_;
       const int key = column & 7, half = lane_ / 16;
+      along_channels<kInputs / 16, kAtOnce>(
+          self_, left, pixel, half, key, [&](int step, const uint32_t (&fragment)[4]) {
 #pragma unroll
-      for (int begin = 0; begin < kInputs / 16; begin += kAtOnce) {
-        uint32_t (&fragments)[kAtOnce][4] = left[begin / kAtOnce % 2];
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-          self_.load_fragment(pixel + (((begin + k) * 2 + half) ^ key) * 16, fragments[k]);
-        }
-        self_.begin_products();
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-          const int step = begin + k;  // of 16 channels
-#pragma unroll
-          for (int phase = 0; phase < kPhases; ++phase) {
-            if (!Taps<kPhases>::reads(phase, shift)) continue;
-            const int tile = Taps<kPhases>::place(phase, shift) * (kInputs / 64) + step / 4;
-            self_.product(Type{}, sums[phase], fragments[k], weights + (tile * kTile + step % 4 * 32), i + step > 0);
-          }
-        }
-        self_.end_products();
-        self_.template wait_products<1>();  // then the fragments before these are free
-      }
+            for (int phase = 0; phase < kPhases; ++phase) {
+              if (!Taps<kPhases>::reads(phase, shift)) continue;
+              const int tile = Taps<kPhases>::place(phase, shift) * (kInputs / 64) + step / 4;
+              self_.product(Type{}, sums[phase], fragment, weights + (tile * kTile + step % 4 * 32), i + step > 0);
+            }
+          });
     }
     self_.template wait_products<0>();
   }

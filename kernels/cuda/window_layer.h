@@ -60,11 +60,7 @@ class LayerWorker {
         cells_.multiply(band, sums);
         turns.hand_on(self_, n, step, band);
         self_.sync(team_);  // nobody reads the rows any more
-        if (band + 1 < bands) {
-          cells_.fetch(n, band + 1);
-        } else if (n + step < p_.images) {
-          cells_.fetch(n + step, 0);
-        }
+        cells_.fetch_next(n, band, bands, step, p_.images);
         const int cells[2] = {cell_of(band, 0), cell_of(band, 1)}, all = p_.height * p_.width;
         const int64_t places[2] = {place_of(n, cells[0]), place_of(n, cells[1])};
         const bool inside[2] = {cells[0] < all, cells[1] < all};
@@ -76,15 +72,9 @@ class LayerWorker {
 
  private:
   FASTINV_BLOCK void begin() {
-    const int thread = self_.index();
-    for (int i = 16 * thread; i < Cells::kWeights; i += 16 * kThreads) {
-      *reinterpret_cast<Words*>(shared_ + i) =
-          *reinterpret_cast<const Words*>(static_cast<const unsigned char*>(p_.weights) + i);
-    }
-    for (int i = thread; i < Cells::kPixel / 4; i += kThreads) reinterpret_cast<uint32_t*>(zeros_)[i] = 0;
-    for (int i = thread; i < kOutputs; i += kThreads) {
-      bias_[i] = p_.bias == nullptr || i >= p_.outputs ? 0.0f : p_.bias[i];
-    }
+    copy_all(self_, kThreads, shared_, p_.weights, Cells::kWeights);
+    clear_all(self_, kThreads, zeros_, Cells::kPixel);
+    share_bias<kOutputs>(self_, kThreads, bias_, p_.bias, p_.outputs);
     self_.publish();
   }
 
