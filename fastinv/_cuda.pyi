@@ -117,3 +117,24 @@ class WindowLayer:
     def __init__(self) -> None: ...
     def fits(self) -> bool: ...
     def run(self, device: int, stream: int) -> None: ...
+
+class HalvedLayer:
+    x: int
+    weights: int
+    bias: int
+    addend: int
+    saved: int
+    out: int
+    images: int
+    height: int
+    width: int
+    x_pitch: int
+    out_pitch: int
+    outputs: int
+    unscale: float
+    finish: int
+    a: float
+    b: float
+    def __init__(self) -> None: ...
+    def fits(self) -> bool: ...
+    def run(self, device: int, stream: int) -> None: ...

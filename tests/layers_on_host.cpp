@@ -3,6 +3,7 @@
 // AddressSanitizer looks for reads and writes out of bounds: all memory, shared memory too, ends where it has to.
 #include <sanitizer/asan_interface.h>
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <tuple>
@@ -48,9 +49,10 @@ void fill_halves(const Memory& memory) {
     std::memcpy(memory.get() + 2 * i, &half, 2);
   }
 }
-void fill_floats(const Memory& memory) {
+// Of each `growing` values those of the next ones are larger, up to a thousand times.
+void fill_floats(const Memory& memory, size_t growing = 1) {
   for (size_t i = 0; i < memory.size() / 4; ++i) {
-    const float value = number();
+    const float value = growing > 1 ? std::ldexp(number(), static_cast<int>(i / growing % 4) * 3) : number();
     std::memcpy(memory.get() + 4 * i, &value, 4);
   }
 }
@@ -77,13 +79,12 @@ void check(Params p, size_t bytes, const char* what) {
   const Memory first(bytes), second(bytes);
   std::memset(first.get(), 1, bytes);
   std::memset(second.get(), 2, bytes);
-  p.out = first.get();
+  p.out = reinterpret_cast<decltype(p.out)>(first.get());
   run(p, 2, false);
-  p.out = second.get();
+  p.out = reinterpret_cast<decltype(p.out)>(second.get());
   run(p, 3, true);
   if (std::memcmp(first.get(), second.get(), bytes) != 0) {
-    std::printf("%s %dx%d, %d inputs, %d outputs: the order changes the result\n", what, p.height, p.width, p.inputs,
-                p.outputs);
+    std::printf("%s %dx%d, %d outputs: the order changes the result\n", what, p.height, p.width, p.outputs);
     ++failures;
   }
 }
@@ -112,6 +113,33 @@ void check_window(int height, int width, int inputs, int phases, int outputs, bo
   p.bias = reinterpret_cast<const float*>(bias.get());
   p.addend = adds ? addend.get() : nullptr;
   check(p, results, "window");
+}
+
+void check_halves(int height, int width, int outputs, bool back) {
+  HalvedLayer p{};
+  p.height = height;
+  p.width = width;
+  p.x_pitch = 128;
+  p.out_pitch = outputs;
+  p.outputs = outputs;
+  p.images = 7;
+  p.unscale = 0.25f;
+  p.finish = Finish::kLeakyRelu;
+  p.a = 0.1f;
+  if (!fits(p)) std::abort();
+  const size_t cells = size_t(p.images) * height * width, results = 4 * cells * outputs;
+  const Memory x(4 * (cells * p.x_pitch - 64)), weights(size_t(9) * 2 * 64 * 64 * 2), bias(4 * outputs),
+      others(results);
+  fill_floats(x, size_t(width) * 128);  // row by row
+  fill_halves(weights);
+  fill_floats(bias);
+  fill_floats(others);
+  p.x = reinterpret_cast<const float*>(x.get());
+  p.weights = weights.get();
+  p.bias = reinterpret_cast<const float*>(bias.get());
+  p.addend = back ? nullptr : reinterpret_cast<const float*>(others.get());
+  p.saved = back ? reinterpret_cast<const float*>(others.get()) : nullptr;
+  check(p, results, "halves");
 }
 
 void check_tail(int height, int width, int inputs, int outputs, Result result, bool channels_last) {
@@ -159,6 +187,10 @@ int main() {
     check_window(height, width, 64, 1, 64, true);
     check_window(height, width, 64, 4, 40, true);
     if (width < 56) check_window(height, width, 128, 1, 8, false);
+  }
+  for (const auto& [height, width] : {std::pair{8, 8}, {11, 8}, {16, 16}, {5, 16}, {1, 32}, {7, 32}, {3, 64}}) {
+    check_halves(height, width, 64, false);
+    check_halves(height, width, 48, true);
   }
   check_tail(16, 16, 128, 3, Result::kFloat32, false);
   check_tail(16, 16, 128, 1, Result::kFloat16, true);

@@ -122,25 +122,31 @@ def test_two_layers_in_one_launch_are_measured_as_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "image", "native"),
+    ("layers", "image", "precision", "native"),
     [
-        ([nn.Conv2d(64, 64, 3, padding=1), nn.MaxPool2d(1)], (64, 4, 16), "WindowConvolution"),
-        ([nn.ConvTranspose2d(64, 64, 4, 2, 1), nn.ReLU(), nn.Conv2d(64, 3, 3, padding=1)], (64, 16, 16), "Tail"),
+        ([nn.Conv2d(64, 64, 3, padding=1), nn.MaxPool2d(1)], (64, 4, 16), "float16", "WindowConvolution"),
+        ([nn.Conv2d(64, 64, 3, padding=1), nn.MaxPool2d(1)], (64, 4, 16), "float32", "HalvedConvolution"),
+        (
+            [nn.ConvTranspose2d(64, 64, 4, 2, 1), nn.ReLU(), nn.Conv2d(64, 3, 3, padding=1)],
+            (64, 16, 16),
+            "float16",
+            "Tail",
+        ),
     ],
 )
 def test_a_kernel_in_cuda_gives_way_where_it_is_slower(
-    layers: list[nn.Module], image: tuple[int, ...], native: str, monkeypatch: pytest.MonkeyPatch
+    layers: list[nn.Module], image: tuple[int, ...], precision: str, native: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("fastinv._cuda", reason="the kernels in CUDA C++ are not built: no nvcc, or FASTINV_CUDA=OFF")
     monkeypatch.setattr(launch, "processors", lambda device: 1)  # then no images are few
     network = exported(image, *layers)
 
     def kernel_of() -> str:
-        return type(Lowering(network, DEVICE, PRECISIONS["float16"]).nodes[0].kernel).__name__
+        return type(Lowering(network, DEVICE, PRECISIONS[precision]).nodes[0].kernel).__name__
 
     for faster in (True, False, False, True):
         times = {True: 1.0 + faster, False: 1.5}  # of Triton's launches, and of others
-        found = tune(network, "float16", torch.device(DEVICE), timer=lambda way, t=times: t[isinstance(way, Launch)])
+        found = tune(network, precision, torch.device(DEVICE), timer=lambda way, t=times: t[isinstance(way, Launch)])
         assert list(found.native.values()) == [faster]
         assert (kernel_of() == native) is faster
         assert read_measured() == found

@@ -30,6 +30,7 @@ from fastinv.backends.cuda_pair import join_pairs
 from fastinv.backends.cuda_plan import Buffer, Ending, Stage
 from fastinv.backends.cuda_tuning import tuned
 from fastinv.backends.cuda_window import use_windows
+from fastinv.backends.cuda_window_halves import in_halves
 from fastinv.network import Network, Step
 from fastinv.ops.activation import IDENTITY, Activation
 from fastinv.ops.affine import Affine
@@ -260,7 +261,8 @@ def kernel_for(to: Lowering, geometry: Any, weight: Any, bias: Any) -> Any:
         return GroupedConvolution(geometry, weight, bias, to.device, to.dtype)
     if DirectConvolution.fits(geometry, weight) and outputs <= _few(inputs, to.dtype.itemsize):
         return DirectConvolution(geometry, weight, bias, to.device)
-    return tuned(Convolution(geometry, weight, bias, to.device, to.dtype, to.numbers.dot), to.device)
+    product = Convolution(geometry, weight, bias, to.device, to.dtype, to.numbers.dot)
+    return in_halves(tuned(product, to.device), weight)
 
 
 def _few(inputs: int, itemsize: int) -> int:

@@ -40,5 +40,6 @@ template void descend_on_host(const Descent&, const BandedForm&, bool);
 template void descend_on_host(const Descent&, const PooledLayers&, bool);
 template void layers_on_host(const Tail&, bool);
 template void layers_on_host(const WindowLayer&, bool);
+template void layers_on_host(const HalvedLayer&, bool);
 
 }  // namespace fastinv

@@ -39,5 +39,6 @@ void launch_layers(const Params& p, int device, uintptr_t stream) {
 
 template void launch_layers(const Tail&, int, uintptr_t);
 template void launch_layers(const WindowLayer&, int, uintptr_t);
+template void launch_layers(const HalvedLayer&, int, uintptr_t);
 
 }  // namespace fastinv

@@ -4,6 +4,7 @@
 
 #include "tail.h"
 #include "wide_tail.h"
+#include "window_halves.h"
 #include "window_layer.h"
 
 namespace fastinv {
@@ -27,6 +28,13 @@ struct Windowed {
   template <class Thread>
   using Worker = window::LayerWorker<Type, kInputs, kPhases, kTeams, Thread>;
   static constexpr int kThreads = kTeams * kTeam;
+};
+
+template <int kWidth>
+struct Halves {
+  template <class Thread>
+  using Worker = window::HalvedWorker<kWidth, Thread>;
+  static constexpr int kThreads = Worker<int>::kThreads;
 };
 
 // launch(kind) for the kind that is asked for; whether there is one.
@@ -68,6 +76,15 @@ bool with_type(const WindowLayer& p, F&& launch) {
 template <class Params, class F>
 bool with_kind(const Params& p, F&& launch) {
   return p.float16 ? with_type<Float16>(p, launch) : with_type<Bfloat16>(p, launch);
+}
+template <class F>
+bool with_kind(const HalvedLayer& p, F&& launch) {
+  if (p.height <= 0 || p.outputs <= 0 || p.outputs > window::kOutputs || p.outputs % 8 != 0) return false;
+  if (p.width == 8) return launch(Halves<8>{}), true;
+  if (p.width == 16) return launch(Halves<16>{}), true;
+  if (p.width == 32) return launch(Halves<32>{}), true;
+  if (p.width == 64) return launch(Halves<64>{}), true;
+  return false;
 }
 
 // Whether there is a kernel for these shapes.

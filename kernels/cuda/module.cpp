@@ -11,6 +11,7 @@ namespace {
 
 using fastinv::BandedForm;
 using fastinv::Descent;
+using fastinv::HalvedLayer;
 using fastinv::PooledLayers;
 using fastinv::QuadraticForm;
 using fastinv::Tail;
@@ -171,4 +172,21 @@ PYBIND11_MODULE(_cuda, m) {
       .def_readwrite("float16", &WindowLayer::float16)
       .def_readwrite("a", &WindowLayer::a)
       .def_readwrite("b", &WindowLayer::b);
+
+  auto halved = layers<HalvedLayer>(m, "HalvedLayer");
+  pointer(halved, "x", &HalvedLayer::x);
+  pointer(halved, "weights", &HalvedLayer::weights);
+  pointer(halved, "bias", &HalvedLayer::bias);
+  pointer(halved, "addend", &HalvedLayer::addend);
+  pointer(halved, "saved", &HalvedLayer::saved);
+  pointer(halved, "out", &HalvedLayer::out);
+  halved.def_readwrite("images", &HalvedLayer::images)
+      .def_readwrite("height", &HalvedLayer::height)
+      .def_readwrite("width", &HalvedLayer::width)
+      .def_readwrite("x_pitch", &HalvedLayer::x_pitch)
+      .def_readwrite("out_pitch", &HalvedLayer::out_pitch)
+      .def_readwrite("outputs", &HalvedLayer::outputs)
+      .def_readwrite("unscale", &HalvedLayer::unscale)
+      .def_readwrite("a", &HalvedLayer::a)
+      .def_readwrite("b", &HalvedLayer::b);
 }

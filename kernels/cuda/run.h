@@ -22,7 +22,7 @@ void descend_on_host(const Descent& descent, const Problem& problem, bool backwa
 template <class Problem>
 void launch_descend(const Descent& descent, const Problem& problem, int device, uintptr_t stream);
 
-// The same of layers, a `Tail` or a `WindowLayer`.
+// The same of layers, a `Tail`, a `WindowLayer` or a `HalvedLayer`.
 template <class Params>
 void layers_on_host(const Params& p, bool backward);
 template <class Params>

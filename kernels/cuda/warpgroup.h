@@ -11,6 +11,7 @@
 #ifndef __CUDACC__
 #include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <functional>
@@ -59,6 +60,8 @@ class DeviceThread {
   }
   __device__ float shuffle(float value, int lane) const { return __shfl_sync(0xffffffffu, value, lane); }
   __device__ uint32_t shuffle(uint32_t value, int lane) const { return __shfl_sync(0xffffffffu, value, lane); }
+  // The largest of a warp's.
+  __device__ uint32_t largest(uint32_t value) const { return __reduce_max_sync(0xffffffffu, value); }
 
   // 16 bytes of global memory on their way to shared memory; after `wait_copies` those of this thread are there.
   __device__ void copy(unsigned char* to, const unsigned char* from) const {
@@ -254,6 +257,15 @@ class HostThread {
   float shuffle(float value, int lane) const { return as_float(shuffle(bits(value), lane)); }
   uint32_t shuffle(uint32_t value, int lane) const {
     return exchanged({{value, 0, 0, 0}}, [&](const auto& of) { return of(lane); }).at[0];
+  }
+  uint32_t largest(uint32_t value) const {
+    return exchanged({{value, 0, 0, 0}},
+                     [&](const auto& of) {
+                       Words result = of(0);
+                       for (int lane = 1; lane < kWarp; ++lane) result.at[0] = std::max(result.at[0], of(lane).at[0]);
+                       return result;
+                     })
+        .at[0];
   }
 
   // What has been started arrives at the end of the wait, no sooner.

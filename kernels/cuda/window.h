@@ -45,6 +45,15 @@ FASTINV_BOTH constexpr int rows_seen(int width) {
   return 2 + (kBand % width == 0 ? kBand / width : width % kBand == 0 ? 1 : (width + kBand - 2) / width + 1);
 }
 
+// What all warpgroups of a layer share: its weights, kPixel zeros behind them, and its bias.
+template <int kWeights, int kPixel, class Layer, class Thread>
+FASTINV_BLOCK void share(const Layer& p, const Thread& self, int threads, unsigned char* shared) {
+  copy_all(self, threads, shared, p.weights, kWeights);
+  clear_all(self, threads, shared + kWeights, kPixel);
+  share_bias<kOutputs>(self, threads, reinterpret_cast<float*>(shared + kWeights + kPixel), p.bias, p.outputs);
+  self.publish();
+}
+
 // For images of kWidth cells across, or where that is 0 of as many as is told.
 template <class Type, int kInputs, int kWidth, int kPhases, class Thread>
 class Window {
@@ -104,6 +113,21 @@ class Window {
   // sums[phase] = Σ x[cell + shift] · weights[shift, phase], of a band that is there.
   FASTINV_BLOCK void multiply(int band, float (&sums)[kPhases][kOutputs / 2]) {
     const Right weights(weights_);
+    along_taps(band, [&](int shift, int step, const uint32_t (&fragment)[4], bool keep) {
+#pragma unroll
+      for (int phase = 0; phase < kPhases; ++phase) {
+        if (!Taps<kPhases>::reads(phase, shift)) continue;
+        const int tile = Taps<kPhases>::place(phase, shift) * (kInputs / 64) + step / 4;
+        self_.product(Type{}, sums[phase], fragment, weights + (tile * kTile + step % 4 * 32), keep);
+      }
+    });
+  }
+
+ protected:
+  // products(shift, step, fragment, keep) for every sixteen channels of every pixel around a band's cells; `keep`: of
+  // all but the first, which every phase has.
+  template <class F>
+  FASTINV_BLOCK void along_taps(int band, F&& products) {
     const int cell = band * kBand + warp_ * 16 + lane_ % 16;
     const int own_row = cell / width(), own_column = cell % width();
     const unsigned char* rows[3];
@@ -118,19 +142,12 @@ class Window {
       const unsigned char* pixel = inside ? rows[shift / 3] + column * kPixel : zeros_;
       const int key = column & 7, half = lane_ / 16;
       along_channels<kInputs / 16, kAtOnce>(
-          self_, left, pixel, half, key, [&](int step, const uint32_t (&fragment)[4]) {
-#pragma unroll
-            for (int phase = 0; phase < kPhases; ++phase) {
-              if (!Taps<kPhases>::reads(phase, shift)) continue;
-              const int tile = Taps<kPhases>::place(phase, shift) * (kInputs / 64) + step / 4;
-              self_.product(Type{}, sums[phase], fragment, weights + (tile * kTile + step % 4 * 32), i + step > 0);
-            }
-          });
+          self_, left, pixel, half, key,
+          [&](int step, const uint32_t (&fragment)[4]) { products(shift, step, fragment, i + step > 0); });
     }
     self_.template wait_products<0>();
   }
 
- private:
   FASTINV_BLOCK int row_bytes() const { return width() * kPixel; }
   FASTINV_BLOCK unsigned char* place_of(int row) const { return ring_ + row % rows_seen(width()) * row_bytes(); }
   // Of a band, in the image or beyond it.

@@ -47,7 +47,7 @@ class LayerWorker {
     const Turns<kTeams> turns{team_, blocks, p_.images};
     const int step = turns.step(), bands = (p_.height * p_.width + kBand - 1) / kBand;
     int n = block + blocks * team_;
-    begin();
+    share<Cells::kWeights, Cells::kPixel>(p_, self_, kThreads, shared_);
     if (n < p_.images) cells_.fetch(n, 0);
     self_.sync();
     if (n < p_.images) turns.wait(self_);
@@ -71,13 +71,6 @@ class LayerWorker {
   }
 
  private:
-  FASTINV_BLOCK void begin() {
-    copy_all(self_, kThreads, shared_, p_.weights, Cells::kWeights);
-    clear_all(self_, kThreads, zeros_, Cells::kPixel);
-    share_bias<kOutputs>(self_, kThreads, bias_, p_.bias, p_.outputs);
-    self_.publish();
-  }
-
   // The cell of a band of which a lane has row h of the sums, and where in `out` its first pixel begins.
   static constexpr int kTimes = kPhases == 4 ? 2 : 1;
   FASTINV_BLOCK int cell_of(int band, int h) const { return band * kBand + warp_ * 16 + lane_ / 4 + 8 * h; }
