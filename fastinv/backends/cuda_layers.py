@@ -34,11 +34,11 @@ def runs_on(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) == CAPABILITY
 
 
-def are_few(images: int, device: torch.device) -> bool:
-    """Whether a block for each image would leave too much of the GPU idle."""
+def are_few(images: int, device: torch.device, few: int = FEW) -> bool:
+    """Whether a block for each image would leave too much of the GPU idle: all but one multiprocessor of `few`."""
     from fastinv.kernels.triton.launch import processors
 
-    return bool(images * FEW < processors(device))
+    return bool(images * few < processors(device))
 
 
 def reads(geometry: Any, around: list[list[int]]) -> bool:

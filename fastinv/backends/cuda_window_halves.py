@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fastinv import _cuda
 
 INPUTS = 64  # of a launch
+FEW = 2  # see `are_few`: at best this is not three times as fast as tile by tile, in tf32
 EMPTY = 16  # of the OUTPUTS of a launch, at most: they take as long as the others
 LARGEST = 14  # below this power of two are the weights, multiplied by one
 MOST_SCALE = 2.0**126  # which has an inverse
@@ -84,7 +85,8 @@ class HalvedConvolution:
         """As `Convolution.launch`."""
         kinds = FINISHES if epilogue.saved is None else SLOPES_FROM_SIGN
         strided = x_strides is not None or out_strides is not None
-        if strided or out.dtype != self.weight.dtype or epilogue.kind not in kinds or are_few(len(x), x.device):
+        other = strided or out.dtype != self.weight.dtype or epilogue.kind not in kinds
+        if other or are_few(len(x), x.device, FEW):
             return self.other.launch(x, out, epilogue, x_strides, out_strides)
         return launching(functools.partial(_run, list(self._layers(x, out, epilogue))), x.device)
 

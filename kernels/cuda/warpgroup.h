@@ -284,6 +284,8 @@ class HostThread {
     });
   }
 
+  // Sums are rounded towards 0, as Hopper's are to about that (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor
+  // cores"): where many are added up, errors do not cancel.
   template <class Type, int kFloats>
   void product(Type type, float (&d)[kFloats], const uint32_t (&a)[4], Right b, bool keep) const {
     float left[2][16];
@@ -296,15 +298,16 @@ class HostThread {
     });
     for (int i = 0; i < kFloats; ++i) {
       const int column = i / 4 * 8 + lane() % 4 * 2 + i % 2, h = i / 2 % 2;
-      float sum = keep ? d[i] : 0.0f;
+      double sum = keep ? d[i] : 0.0;
       for (int k = 0; k < 16; ++k) {
         auto address = reinterpret_cast<uintptr_t>(b.place) + static_cast<uintptr_t>(column * 128 + k * 2);
         address ^= (address >> 7 & 7) << 4;
         uint16_t value;
         std::memcpy(&value, reinterpret_cast<const void*>(address), 2);
-        sum += left[h][k] * widened(type, value);
+        sum += double{left[h][k]} * double{widened(type, value)};
       }
-      d[i] = sum;
+      const auto nearest = static_cast<float>(sum);
+      d[i] = std::fabs(nearest) > std::fabs(sum) ? std::nextafterf(nearest, 0.0f) : nearest;
     }
   }
 
