@@ -1,17 +1,16 @@
 // A 3×3 convolution of float32 from 64 channels to at most 64, on tensor cores that multiply float16: pixels and
 // weights are sums of two float16 each (`halved`), and of their four products the three that matter are added up, 22
-// bits of
-// 24. Layers with more channels take several launches, each of which adds to what the one before has left.
+// bits of 24. Layers with more channels take several launches, each of which adds to what the one before has left.
 //
 // As in `window.h` weights stay in shared memory, and a pixel is brought there once for all taps: here as float32, by
 // registers, where it is split. float16 has few exponents, so an image is multiplied by a power of two that brings its
-// largest value near 2^15; of a value that is 2^20 times smaller 20 bits are left. As its rows come the largest is not
-// known yet: where a new row has a larger one than was expected, the power changes, and with it the rows that are
-// there.
+// largest value to 2^12 or above; of a value that is 2^20 times smaller 17 bits are left. As its rows come the largest
+// is not known yet: where a new row has a larger one than there is room for, the power changes, and with it the rows
+// that are there. An image that holds NaN or Inf has no right results from there on.
 //
-// A band of 64 cells is 9 · 4 · 3 products of 64×64×16: 3,456 cycles of the tensor cores, for 4.7
-// MFLOP in direct form. It brings 16 KB and leaves as many, 9.5 bytes a cycle, where an H100 has 13 of HBM for a
-// multiprocessor; what another launch has left is 4.7 more.
+// A band of 64 cells is 9 · 4 · 3 products of 64×64×16: 3,456 cycles of the tensor cores, for 4.7 MFLOP in direct
+// form. It brings 16 KB and leaves as many, 9.5 bytes a cycle, where an H100 has 13 of HBM for a multiprocessor; what
+// another launch has left is 4.7 more.
 #pragma once
 
 #include "finish.h"
@@ -99,7 +98,7 @@ class HalvedWindow : Window<Float16, 128, kWidth, 1, Thread> {
   }
 
   // Sums of a band, times `unit`. Tensor cores cut off what a sum has no room for: products with a low half are summed
-  // apart. (On random numbers together 2.2e-6 off, apart 0.7e-6.)
+  // apart. (In a model of them random numbers were 2.2e-6 off together, and are 0.7e-6 apart.)
   FASTINV_BLOCK void multiply(int band, float (&sums)[kOutputs / 2]) {
     const Right weights(weights_);
     float lower[kOutputs / 2];
