@@ -49,7 +49,7 @@ class WideWorker : LastLayer<Type, kStrips, Thread> {
         turns.hand_on(self_, n, step, band);
         this->give(band, [&] {
           self_.sync(team_);  // nobody reads the rows any more
-          first_.fetch_next(n, band, bands_, step, p_.images);
+          window::fetch_next(first_, n, band, bands_, step, p_.images);
         });
         self_.sync(team_);
         this->take(n, band);

@@ -54,6 +54,16 @@ FASTINV_BLOCK void share(const Layer& p, const Thread& self, int threads, unsign
   self.publish();
 }
 
+// Start on its way what follows a band: in the image, or the first of the one `step` further on, if that is there.
+template <class Cells>
+FASTINV_BLOCK void fetch_next(Cells& cells, int n, int band, int bands, int step, int images) {
+  if (band + 1 < bands) {
+    cells.fetch(n, band + 1);
+  } else if (n + step < images) {
+    cells.fetch(n + step, 0);
+  }
+}
+
 // For images of kWidth cells across, or where that is 0 of as many as is told.
 template <class Type, int kInputs, int kWidth, int kPhases, class Thread>
 class Window {
@@ -95,15 +105,6 @@ class Window {
       unsigned char* place = place_of(row) + to;
 #pragma unroll 4
       for (int i = 0; first + i < width(); i += kStep) self_.copy(place + i * kPixel, from + i * kPixel);
-    }
-  }
-
-  // The same of what follows a band: in the image, or the first of the one `step` further on, if that is there.
-  FASTINV_BLOCK void fetch_next(int n, int band, int bands, int step, int images) {
-    if (band + 1 < bands) {
-      fetch(n, band + 1);
-    } else if (n + step < images) {
-      fetch(n + step, 0);
     }
   }
 

@@ -114,15 +114,18 @@ class HalvedWindow : Window<Float16, 128, kWidth, 1, Thread> {
 #pragma unroll
     for (int i = 0; i < kOutputs / 2; ++i) sums[i] += lower[i];
   }
-  FASTINV_BLOCK float unit() const { return as_float(static_cast<uint32_t>(exponent_ - 14) << 23); }
+  FASTINV_BLOCK float unit() const { return power_of_two(exponent_ - kBelow); }
 
  private:
-  static constexpr int kLeast = 14;                // exponent, as a float's is biased: its power is 2^127
+  static constexpr int kBelow = 126 + 15;          // what brings floats of an exponent, which is biased, below 2^15
+  static constexpr int kLeast = kBelow - 127;      // exponent: then a float's power is 2^127
   static constexpr int kRoom = 2;                  // powers of two by which values may grow
   static constexpr int kLanes = 16;                // that bring a pixel, four channels each
   static constexpr int kPixels = kTeam / kLanes;   // that a warpgroup brings at once
   static constexpr int kPieces = kBand / kPixels;  // that a thread brings of a band
   static constexpr int kFirst = kWidth / kPixels;  // and of a row
+
+  FASTINV_BLOCK static float power_of_two(int n) { return as_float(static_cast<uint32_t>(127 + n) << 23); }
 
   FASTINV_BLOCK int piece() const { return lane_ % kLanes; }
   FASTINV_BLOCK static constexpr int row_of(int band, int i) { return band * kRows + 1 + i * kPixels / kWidth; }
@@ -168,7 +171,7 @@ class HalvedWindow : Window<Float16, 128, kWidth, 1, Thread> {
   }
 
   FASTINV_BLOCK void put_piece(const Words& floats, int row, int column) {
-    const float power = as_float(static_cast<uint32_t>(268 - exponent_) << 23);
+    const float power = power_of_two(kBelow - exponent_);
     Halved both[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -223,11 +226,7 @@ class HalvedWorker {
       for (int band = 0; band < bands; ++band) {
         cells_.put(n, band);
         self_.sync(team_);
-        if (band + 1 < bands) {
-          cells_.fetch(n, band + 1);
-        } else if (n + step < p_.images) {
-          cells_.fetch(n + step, 0);
-        }
+        fetch_next(cells_, n, band, bands, step, p_.images);
         float sums[kOutputs / 2];
         cells_.multiply(band, sums);
         turns.hand_on(self_, n, step, band);

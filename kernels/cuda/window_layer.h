@@ -60,7 +60,7 @@ class LayerWorker {
         cells_.multiply(band, sums);
         turns.hand_on(self_, n, step, band);
         self_.sync(team_);  // nobody reads the rows any more
-        cells_.fetch_next(n, band, bands, step, p_.images);
+        fetch_next(cells_, n, band, bands, step, p_.images);
         const int cells[2] = {cell_of(band, 0), cell_of(band, 1)}, all = p_.height * p_.width;
         const int64_t places[2] = {place_of(n, cells[0]), place_of(n, cells[1])};
         const bool inside[2] = {cells[0] < all, cells[1] < all};
