@@ -185,24 +185,41 @@ FASTINV_BLOCK Differences differences(const Descent& d, const Planes& image, int
 // The gradient of tv_weight · TV_β at a pixel.
 template <Power kPower>
 FASTINV_BLOCK float variation_slope(const Descent& d, const Planes& image, int row, int column, int channel) {
-  float slope;
-  if (kPower == Power::kNone) {  // the differences from all four neighbours; over the border there is none
-    const float* at = &image.at(row, column, channel);
-    slope = (at[0] - at[column > 0 ? -1 : 0]) + (at[0] - at[column + 1 < d.width ? 1 : 0]) +
-            (at[0] - at[row > 0 ? -image.pitch : 0]) + (at[0] - at[row + 1 < d.height ? image.pitch : 0]);
-  } else {
-    const Differences here = differences<kPower>(d, image, row, column, channel);
-    slope = -(here.dy + here.dx) * here.factor;
-    if (row > 0) {
-      const Differences above = differences<kPower>(d, image, row - 1, column, channel);
-      slope += above.dy * above.factor;
-    }
-    if (column > 0) {
-      const Differences left = differences<kPower>(d, image, row, column - 1, channel);
-      slope += left.dx * left.factor;
-    }
+  const Differences here = differences<kPower>(d, image, row, column, channel);
+  float slope = -(here.dy + here.dx) * here.factor;
+  if (row > 0) {
+    const Differences above = differences<kPower>(d, image, row - 1, column, channel);
+    slope += above.dy * above.factor;
+  }
+  if (column > 0) {
+    const Differences left = differences<kPower>(d, image, row, column - 1, channel);
+    slope += left.dx * left.factor;
   }
   return d.tv_weight * 2.0f * d.half_beta * slope;
+}
+
+// Adds it to the gradients of a thread's pixels, of which there is one.
+template <Power kPower, class P>
+FASTINV_BLOCK void add_variation(const Descent& d, const Planes& image, P& p) {
+  const float weight = d.tv_weight * 2.0f;
+  const int left = p.column > 0 ? -1 : 0, right = p.column + 1 < d.width ? 1 : 0;
+#pragma unroll
+  for (int c = 0; c < P::kChannels; ++c) {
+    const float* at = &image.at(p.row, p.column, c);
+    float here = at[0], above = p.row > 0 ? at[-image.pitch] : here;
+#pragma unroll
+    for (int r = 0; r < P::kRows; ++r) {
+      const int row = p.row + r;
+      if (row >= d.height) break;
+      if constexpr (kPower == Power::kNone) {  // the differences from all four neighbours; over the border there is none
+        const float below = row + 1 < d.height ? at[image.pitch] : here;
+        p.gradient[r][c] += weight * ((here - at[left]) + (here - at[right]) + (here - above) + (here - below));
+        above = here, here = below, at += image.pitch;
+      } else {
+        p.gradient[r][c] += variation_slope<kPower>(d, image, row, p.column, c);
+      }
+    }
+  }
 }
 
 // What a step needs of memory, read once.
@@ -342,9 +359,7 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
         if (d.tv_weight == 0.0f) return;
         const Planes planes = image_of<Edge>(d, block.shared(), image);
         with_power(d, [&](auto power) {
-          values(p, [&](int r, int c) {
-            p.gradient[r][c] += variation_slope<decltype(power)::value>(d, planes, p.row + r, p.column, c);
-          });
+          if (p.column >= 0) add_variation<decltype(power)::value>(d, planes, p);
         });
       });
     }
@@ -354,10 +369,14 @@ FASTINV_BLOCK void descend(const Descent& d, Edge edge, Block& block) {
       const int image = image_of_thread<Edge>(thread);
       const Planes planes = image_of<Edge>(d, block.shared(), image);
       const Rule<P::kChannels> rule(d, t);
-      values(p, [&](int r, int c) {
-        float& z = planes.at(p.row + r, p.column, c);
-        z = step<false>(d, rule, c, z, p.gradient[r][c], p.first[r][c], p.second[r][c], p.largest[r][c]);
-      });
+      const auto advance = [&](auto adam) {
+        values(p, [&](int r, int c) {
+          float& z = planes.at(p.row + r, p.column, c);
+          z = step<decltype(adam)::value>(d, rule, c, z, p.gradient[r][c], p.first[r][c], p.second[r][c],
+                                          p.largest[r][c]);
+        });
+      };
+      d.optimizer == Optimizer::kAdam ? advance(std::true_type()) : advance(std::false_type());
       if (!Edge::kKeeps) store_moments(image, p);
       edge.moved(d, image, p);
     });

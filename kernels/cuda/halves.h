@@ -135,7 +135,7 @@ inline uint32_t times(Float16 type, uint32_t a, uint32_t b) {
 #endif
 
 // Two numbers as sums of two of float16 each: 22 of float32's 24 bits, or what there is above 2^-25.
-struct Halved {
+struct alignas(8) Halved {
   uint32_t high, low;
 };
 FASTINV_BLOCK inline Halved halved(float first, float second) {

@@ -17,7 +17,7 @@ struct Pooled : PooledForward {
   static constexpr bool kKeeps = false;
   static constexpr int kBorder = 0;
   static constexpr int kBlocks = 2, kMostThreads = kManyRegisters;
-  static constexpr int kBackwardRows = 6;  // that a warp makes at once
+  static constexpr int kBackwardRows = 3;  // that a warp makes at once
 
   struct Own {
     P pixels;
@@ -43,7 +43,7 @@ struct Pooled : PooledForward {
   template <class Block>
   FASTINV_BLOCK void begin(const Descent& d, Block& block, float* memory) {
     height = halved_side(d.height), width = halved_side(d.width), rows = height - kEdge, columns = width - kEdge;
-    pitch = pitch_of(width), part = d.height / 2 * pitch;
+    pitch = pitch_of(width), pairs = d.height / 2 * pitch;
     first_image = block.index() * kImages;
 #pragma unroll
     for (int i = 0; i < kImages; ++i) images |= runs(d, first_image + i) << i;
@@ -78,15 +78,21 @@ struct Pooled : PooledForward {
     each_rank(block, [&](const auto& warp, int image, int rank) {
       bound(warp, image, rank, layers.target + int64_t{first_image + image} * results, results);
     });
-    block.each([&](int thread) {
-      if (thread < kImages) target_bound[thread] = largest_of(thread);
+    each_rank(block, [&](const auto& warp, int image, int rank) {
+      const float most = largest_of(warp, image);
+      warp.each([&](int lane) {
+        if (rank == 0 && lane == 0) target_bound[image] = most;
+      });
     });
     each_rank(block, [&](const auto& warp, int image, int rank) {
       bound(warp, image, rank, d.z + int64_t{first_image + image} * pixels, pixels);
     });
-    block.each([&](int thread) {
+    each_rank(block, [&](const auto& warp, int image, int rank) {
       // An image that has become 2^10 times as large, or 2^10 where it was below 1, is still below float16's 2^16.
-      if (thread < kImages) image_scale[thread] = scale_for(fmaxf(largest_of(thread), 1.0f), 6);
+      const float scale = scale_for(fmaxf(largest_of(warp, image), 1.0f), 6);
+      warp.each([&](int lane) {
+        if (rank == 0 && lane == 0) image_scale[image] = scale;
+      });
     });
   }
 
@@ -96,13 +102,11 @@ struct Pooled : PooledForward {
     if (p.column < 0) return;
     const float scale = image_scale[image];
     const float* z = &image_of<Pooled>(d, image_memory, image).at(p.row, p.column, 0);
-    uint32_t* pairs = room(image).pairs + p.row / 2 * pitch + p.column;
+    Halved* pairs = room(image).pairs + p.row / 2 * pitch + p.column;
 #pragma unroll
     for (int r = 0; r < P::kRows; r += 2) {
       if (p.row + r >= d.height) break;
-      const Halved both = fastinv::halved(z[r * d.width] * scale, z[(r + 1) * d.width] * scale);
-      pairs[r / 2 * pitch] = both.high;
-      pairs[r / 2 * pitch + part] = both.low;
+      pairs[r / 2 * pitch] = fastinv::halved(z[r * d.width] * scale, z[(r + 1) * d.width] * scale);
     }
   }
 
@@ -127,6 +131,11 @@ struct Pooled : PooledForward {
 #pragma unroll 1
     for (int task = rank; task < down * across; task += ranks) {
       const int row = task / across * kBackwardRows, column = task % across * 16;
+      unsigned inside = 0;  // a bit of each of the gradient's rows, whether there is one
+#pragma unroll
+      for (int u = 0; u < kBackwardRows + kEdge; ++u) {
+        inside |= (row - kEdge + u >= 0 && row - kEdge + u < rows ? 1u : 0u) << u;
+      }
       PerLane<Sums> sums[kBackwardRows];
       warp.each([&](int lane) {
 #pragma unroll
@@ -143,16 +152,24 @@ struct Pooled : PooledForward {
           x = x < -1 ? -1 : x > columns ? columns : x;
           source(lane) = at.gradient + lane / 16 * plane + (row - kEdge) * (columns + 2) + 1 + x;
         });
+        // The next row is on its way while this one is multiplied.
+        PerLane<LeftFactor> high[2], low[2];
+        const auto fetch = [&](int u) {
+          if (inside >> u & 1) {
+            warp.load([&](int lane) { return source(lane); }, high[u % 2]);
+            warp.load([&](int lane) { return source(lane) + 2 * plane; }, low[u % 2]);
+          }
+          warp.each([&](int lane) { source(lane) += columns + 2; });
+        };
+        fetch(0);
 #pragma unroll
         for (int u = 0; u < kBackwardRows + kEdge; ++u) {
-          if (row - kEdge + u < 0 || row - kEdge + u >= rows) continue;
-          PerLane<LeftFactor> high, low;
-          warp.load([&](int lane) { return source(lane) + u * (columns + 2); }, high);
-          warp.load([&](int lane) { return source(lane) + u * (columns + 2) + 2 * plane; }, low);
+          if (u + 1 < kBackwardRows + kEdge) fetch(u + 1);
+          if (!(inside >> u & 1)) continue;
 #pragma unroll
           for (int i = 0; i < kTaps; ++i) {
             if (u - kEdge + i < 0 || u - kEdge + i >= kBackwardRows) continue;
-            multiply_split(warp, sums[u - kEdge + i], high, low, w[i]);
+            multiply_split(warp, sums[u - kEdge + i], high[u % 2], low[u % 2], w[i]);
           }
         }
       }

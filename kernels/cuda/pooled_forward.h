@@ -24,9 +24,20 @@ struct PooledForward : PooledMemory {
       bias(lane) = layers.first_bias[lane / 4] * scale;
       most(lane) = 0.0f;
     });
-    const auto windows = [&](int row, int column) {
-      PerLane<Sums> sums[2][2];  // of the pixels' high and low parts, of the windows' upper and lower rows
+    const auto windows = [&](int column, PerLane<Source>& from, PerLane<Result>& to) {
+      PerLane<Sums> sums[2][2];         // of the pixels' high and low parts, of the windows' upper and lower rows
+      PerLane<RightFactor> x[2][2][2];  // [part, upper or lower][K step]
       warp.each([&](int lane) {
+        const Halved *four = from(lane).four, *fifth = from(lane).fifth;
+        const Halved a[3] = {four[0], four[pitch], four[2 * pitch]}, b[2] = {fifth[0], fifth[from(lane).below]};
+        const auto put = [&](int half, uint32_t Halved::* of) {
+          x[half][0][0](lane) = {{a[0].*of, a[1].*of}};
+          x[half][0][1](lane) = {{a[2].*of, b[0].*of}};
+          x[half][1][0](lane) = {{shifted(a[0].*of, a[1].*of), shifted(a[1].*of, a[2].*of)}};
+          x[half][1][1](lane) = {{shifted(a[2].*of, 0), shifted(b[0].*of, b[1].*of)}};
+        };
+        put(0, &Halved::high);
+        put(1, &Halved::low);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           sums[0][r](lane) = {{bias(lane), bias(lane), 0.0f, 0.0f}};
@@ -34,24 +45,11 @@ struct PooledForward : PooledMemory {
         }
       });
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        PerLane<RightFactor> x[2][2];  // [upper, lower][K step]
-        warp.each([&](int lane) {
-          const int q = lane % 4;
-          const uint32_t* four = at.pairs + half * part + row * pitch + 2 * column + lane / 4;
-          const uint32_t* fifth = four + (q < 2 ? q : 2) * pitch + 4;
-          four += q;
-          const uint32_t a[3] = {four[0], four[pitch], four[2 * pitch]};
-          const uint32_t b[2] = {fifth[0], fifth[q < 2 ? pitch : 0]};  // row 5 has no weight
-          x[0][0](lane) = {{a[0], a[1]}};
-          x[0][1](lane) = {{a[2], b[0]}};
-          x[1][0](lane) = {{shifted(a[0], a[1]), shifted(a[1], a[2])}};
-          x[1][1](lane) = {{shifted(a[2], 0), shifted(b[0], b[1])}};
-        });
+      for (int s = 0; s < 2; ++s) {
 #pragma unroll
-        for (int s = 0; s < 2; ++s) {
+        for (int half = 0; half < 2; ++half) {
 #pragma unroll
-          for (int r = 0; r < 2; ++r) warp.multiply(sums[half][r], w[s], x[r][s]);
+          for (int r = 0; r < 2; ++r) warp.multiply(sums[half][r], w[s], x[half][r][s]);
         }
       }
       warp.each([&](int lane) {
@@ -60,33 +58,57 @@ struct PooledForward : PooledMemory {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {  // of equal values the first is the largest, as in PyTorch
           const Sums &high = sums[0][k / 2](lane), &low = sums[1][k / 2](lane);
-          const float value = high.at[k % 2] + (high.at[2 + k % 2] + low.at[k % 2] + low.at[2 + k % 2]);
+          const float value = high.at[k % 2] + (high.at[2 + k % 2] + low.at[k % 2]);
           if (value > best) {
             best = value;
             place = 16 * k;
           }
         }
-        const int x = column + lane % 4, pixel = row * width + x;
-        if (x >= width) return;
+        if (column + lane % 4 >= width) return;
         best *= to_pooled;
         most(lane) = fmaxf(most(lane), best);
         const Halved both = fastinv::halved(best, 0.0f);
-        auto* pooled = reinterpret_cast<uint16_t*>(at.pooled + pixel) + lane / 4;
-        pooled[0] = static_cast<uint16_t>(both.high);
-        pooled[8 * height * width] = static_cast<uint16_t>(both.low);
-        at.place[pixel * kFirst + lane / 4] = static_cast<unsigned char>(place);
+        const Result& at = to(lane);
+        at.pooled[0] = static_cast<uint16_t>(both.high);
+        at.pooled[8 * height * width] = static_cast<uint16_t>(both.low);
+        *at.place = static_cast<unsigned char>(place);
       });
     };
 #pragma unroll 1
     for (int row = rank; row < height; row += ranks) {
+      PerLane<Source> from;
+      PerLane<Result> to;
+      warp.each([&](int lane) {
+        const int q = lane % 4, pixel = row * width + q;
+        const Halved* first = at.pairs + row * pitch + lane / 4;
+        // The fifth row's second number has no weight.
+        from(lane) = {first + q, first + (q < 2 ? q : 2) * pitch + 4, q < 2 ? pitch : 0};
+        to(lane) = {reinterpret_cast<uint16_t*>(at.pooled + pixel) + lane / 4, at.place + pixel * kFirst + lane / 4};
+      });
 #pragma unroll 1
-      for (int column = 0; column < width; column += 4) windows(row, column);
+      for (int column = 0; column < width; column += 4) {
+        windows(column, from, to);
+        warp.each([&](int lane) { from(lane).next(), to(lane).next(); });
+      }
     }
     const float value = warp.largest([&](int lane) { return most(lane); });
     warp.each([&](int lane) {
       if (lane == 0) largest[image * ranks + rank] = value;
     });
   }
+  // Where a lane finds pixels of four windows and leaves what it makes of them; and of the next four.
+  struct Source {
+    const Halved *four, *fifth;
+    int below;
+
+    FASTINV_BLOCK void next() { four += 8, fifth += 8; }
+  };
+  struct Result {
+    uint16_t* pooled;
+    unsigned char* place;
+
+    FASTINV_BLOCK void next() { pooled += 4 * kFirst, place += 4 * kFirst; }
+  };
   // The second number of a, the first of b.
   FASTINV_BLOCK static uint32_t shifted(uint32_t a, uint32_t b) { return a >> 16 | b << 16; }
 
@@ -98,7 +120,7 @@ struct PooledForward : PooledMemory {
     if (rank >= tasks) return;
     const Room at = room(image);
     const float unit = image_scale[image] / layers.first_gain;  // of what comes after the pool
-    const float bound = layers.second_gain * largest_of(image) / unit + layers.second_offset;
+    const float bound = layers.second_gain * largest_of(warp, image) / unit + layers.second_offset;
     const float scale = scale_for(2.0f * (bound + target_bound[image]), 15);
     const float to_result = 1.0f / (layers.second_scale * unit);
     warp.each([&](int lane) {
@@ -128,7 +150,6 @@ struct PooledForward : PooledMemory {
         });
 #pragma unroll
         for (int u = 0; u < kForwardRows + kEdge; ++u) {
-          if (row + u >= height) continue;
           PerLane<SplitPixels> x;
           warp.load([&](int lane) { return source(lane) + u * width; }, x);
 #pragma unroll

@@ -52,16 +52,16 @@ struct PooledMemory {
     unsigned char* place;  // 16 times which of four was the largest, or kNowhere: [row, column, channel]
     // What windows give to pixels that they reach, [row, column, kSpread] with gaps, see `spread_at`.
     float* spread;
-    // Before there is any, in the same place: the image as float16, [part, pair of rows, column], and what comes after
-    // the pool, [part, row, column] of 8 float16.
-    uint32_t* pairs;
+    // Before there is any, in the same place: the image, [pair of rows, column], and what comes after the pool, [part,
+    // row, column] of 8 float16. These take less than a third: rows after the last can be read, too.
+    Halved* pairs;
     Words* pooled;
   };
 
   PooledLayers layers;
   float to_pooled, to_gradient;                      // make sums what is multiplied next
   int height = 0, width = 0, rows = 0, columns = 0;  // after the pool; of the result
-  int pitch = 0, part = 0;                           // words of a pair of rows, of all
+  int pitch = 0, pairs = 0;                          // columns of a pair of rows, of all
   int first_image = 0, images = 0;                   // the block's: the first, and a bit of each that runs
   int ranks = 0;                                     // warps that have an image
   const uint32_t* weights = nullptr;                 // in shared memory
@@ -76,28 +76,26 @@ struct PooledMemory {
         to_gradient(1.0f / (given.second_scale * given.back_gain)) {}
 
   FASTINV_BOTH static int halved_side(int side) { return (side - kEdge) / 2; }
-  // Words of a pair of rows, all that the last windows of a row read: 8 or 24 and some 32, so that 8 columns of three
+  // Columns of a pair of rows, all that the last windows of a row read: 4 and some 8, so that 4 columns of three
   // neighbours are in different banks.
-  FASTINV_BOTH static int pitch_of(int width) { return (8 * ((width + 3) / 4) + 11) / 16 * 16 + 8; }
+  FASTINV_BOTH static int pitch_of(int width) { return 8 * ((width + 3) / 4) + 4; }
   FASTINV_BOTH static int gradient_units(int height, int width) { return (height - kEdge) * (width - kEdge + 2); }
   FASTINV_BOTH static int room_floats(int height, int width) {
     return 16 * gradient_units(height, width) + height * width * (kFirst / 4) + height * spread_pitch(width);
   }
 
   // Of an image, what its warps left.
-  FASTINV_BLOCK float largest_of(int image) const {
-    float result = 0.0f;
-#pragma unroll 1
-    for (int rank = 0; rank < ranks; ++rank) result = fmaxf(result, largest[image * ranks + rank]);
-    return result;
+  template <class Warp>
+  FASTINV_BLOCK float largest_of(const Warp& warp, int image) const {
+    return warp.largest([&](int lane) { return lane < ranks ? largest[image * ranks + lane] : 0.0f; });
   }
   FASTINV_BLOCK Room room(int image) const {
     float* memory = rooms + image * room_floats(height, width);
     float* place = memory + 16 * gradient_units(height, width);
     float* spread = place + height * width * (kFirst / 4);
-    auto* pairs = reinterpret_cast<uint32_t*>(spread);
-    return {reinterpret_cast<Words*>(memory), reinterpret_cast<unsigned char*>(place), spread, pairs,
-            reinterpret_cast<Words*>(pairs + 2 * part)};
+    auto* first = reinterpret_cast<Halved*>(spread);
+    return {reinterpret_cast<Words*>(memory), reinterpret_cast<unsigned char*>(place), spread, first,
+            reinterpret_cast<Words*>(first + pairs)};
   }
   // Where a window of a row begins: neither pairs of four windows nor a row of pixels share banks.
   FASTINV_BOTH static int spread_at(int column) { return column * kSpread + column / 4 * 2; }
