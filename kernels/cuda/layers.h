@@ -62,7 +62,7 @@ bool with_teams(const WindowLayer& p, F&& launch) {
 }
 template <class Type, class F>
 bool with_type(const WindowLayer& p, F&& launch) {
-  const int cells = p.height * p.width, bands = (cells + window::kBand - 1) / window::kBand;
+  const int cells = p.height * p.across.cells(), bands = (cells + window::kBand - 1) / window::kBand;
   // A band that is half empty takes as long as a full one.
   if (cells <= 0 || 4 * cells < 3 * window::kBand * bands) return false;
   if (p.outputs <= 0 || p.outputs > window::kOutputs || p.outputs % 8 != 0) return false;

@@ -165,7 +165,9 @@ PYBIND11_MODULE(_cuda, m) {
   pointer(window, "out", &WindowLayer::out);
   window.def_readwrite("images", &WindowLayer::images)
       .def_readwrite("height", &WindowLayer::height)
-      .def_readwrite("width", &WindowLayer::width)
+      .def_property(
+          "width", [](const WindowLayer& p) { return p.across.cells(); },
+          [](WindowLayer& p, int width) { p.across = fastinv::window::Across<0>(width); })
       .def_readwrite("inputs", &WindowLayer::inputs)
       .def_readwrite("outputs", &WindowLayer::outputs)
       .def_readwrite("phases", &WindowLayer::phases)

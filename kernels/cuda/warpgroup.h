@@ -63,10 +63,12 @@ class DeviceThread {
   // The largest of a warp's.
   __device__ uint32_t largest(uint32_t value) const { return __reduce_max_sync(0xffffffffu, value); }
 
-  // 16 bytes of global memory on their way to shared memory; after `wait_copies` those of this thread are there.
-  __device__ void copy(unsigned char* to, const unsigned char* from) const {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-                 "l"(from)
+  // 16 bytes of global memory, or zeros unless `there`, on their way to shared memory; after `wait_copies` those of this
+  // thread have arrived.
+  __device__ void copy(unsigned char* to, const unsigned char* from, bool there) const {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                     static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+                 "l"(from), "r"(there ? 16 : 0)
                  : "memory");
   }
   __device__ void wait_copies() const { asm volatile("cp.async.wait_all;" ::: "memory"); }
@@ -269,9 +271,9 @@ class HostThread {
   }
 
   // What has been started arrives at the end of the wait, no sooner.
-  void copy(unsigned char* to, const unsigned char* from) { copies_.push_back({to, from}); }
+  void copy(unsigned char* to, const unsigned char* from, bool there) { copies_.push_back({to, there ? from : nullptr}); }
   void wait_copies() {
-    for (const auto& [to, from] : copies_) std::memcpy(to, from, 16);
+    for (const auto& [to, from] : copies_) from == nullptr ? std::memset(to, 0, 16) : std::memcpy(to, from, 16);
     copies_.clear();
   }
 

@@ -22,14 +22,14 @@ class WideWorker : LastLayer<Type, kStrips, Thread> {
  public:
   static constexpr int kRing = First::ring(Last::kSide), kTeamBytes = kRing + 4 * Last::kFloats;
   static constexpr int kShared =
-      First::kWeights + kLastBytes + First::kPixel + 4 * (kBetween + kMostOutputs) + kTeams * kTeamBytes;
+      First::kWeights + kLastBytes + 4 * (kBetween + kMostOutputs) + kTeams * kTeamBytes;
   static_assert(kShared <= kMostShared);
   static int shared(const Tail&) { return kShared; }
 
   FASTINV_BLOCK WideWorker(const Tail& p, Thread& self, unsigned char* shared)
       : Last(p, self, p.height / Last::kBand, last_in(shared), bias_in(shared), bias_in(shared) + kBetween,
              reinterpret_cast<float*>(ring_in(shared, self) + kRing)),
-        first_(self, p.x, p.height, p.width, shared, last_in(shared) + kLastBytes, ring_in(shared, self)),
+        first_(self, p.x, p.height, {}, shared, ring_in(shared, self)),
         shared_(shared) {}
 
   FASTINV_BLOCK void run(int block, int blocks) {
@@ -37,8 +37,8 @@ class WideWorker : LastLayer<Type, kStrips, Thread> {
     const int step = turns.step();
     int n = block + blocks * team_;
     begin();
-    if (n < p_.images) first_.fetch(n, 0);
     self_.sync();
+    if (n < p_.images) first_.fetch(n, 0);
     if (n < p_.images) turns.wait(self_);
     for (; n < p_.images; n += step) {
 #pragma unroll 1
@@ -60,11 +60,13 @@ class WideWorker : LastLayer<Type, kStrips, Thread> {
  private:
   FASTINV_BLOCK static unsigned char* last_in(unsigned char* shared) { return shared + First::kWeights; }
   FASTINV_BLOCK static float* bias_in(unsigned char* shared) {
-    return reinterpret_cast<float*>(last_in(shared) + kLastBytes + First::kPixel);
+    return reinterpret_cast<float*>(last_in(shared) + kLastBytes);
+  }
+  FASTINV_BLOCK static unsigned char* rings_in(unsigned char* shared) {
+    return reinterpret_cast<unsigned char*>(bias_in(shared) + kBetween + kMostOutputs);
   }
   FASTINV_BLOCK static unsigned char* ring_in(unsigned char* shared, const Thread& self) {
-    return reinterpret_cast<unsigned char*>(bias_in(shared) + kBetween + kMostOutputs) +
-           self.index() / kTeam * kTeamBytes;
+    return rings_in(shared) + self.index() / kTeam * kTeamBytes;
   }
 
   // What all share.
@@ -72,7 +74,7 @@ class WideWorker : LastLayer<Type, kStrips, Thread> {
     copy_all(self_, kThreads, shared_, p_.first, First::kWeights);
     copy_all(self_, kThreads, last_in(shared_), p_.last, kLastBytes);
     share_biases(p_, self_, kThreads, bias_in(shared_));
-    clear_all(self_, kThreads, last_in(shared_) + kLastBytes, First::kPixel);
+    clear_all(self_, kThreads, rings_in(shared_), kTeams * kTeamBytes);
     self_.publish();
   }
 

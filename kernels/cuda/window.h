@@ -6,8 +6,11 @@
 // gives less than half. Here they read it once, and the taps are where in shared memory a left factor lies.
 //
 // A band is what a warpgroup has at a time, 64 cells in the order of their rows: 16 a warp. Rows lie in a ring, those
-// of a band and the ones above and below; as soon as a band's products are done the next rows are on their way.
+// of a band and the ones above and below; as soon as a band's products are done the next rows are on their way. There
+// are zeros around an image, a column to either side and a row above and below, so that all cells are read alike.
 #pragma once
+
+#include <algorithm>
 
 #include "warpgroup.h"
 
@@ -45,12 +48,54 @@ FASTINV_BOTH constexpr int rows_seen(int width) {
   return 2 + (kBand % width == 0 ? kBand / width : width % kBand == 0 ? 1 : (width + kBand - 2) / width + 1);
 }
 
-// What all warpgroups of a layer share: its weights, kPixel zeros behind them, and its bias.
-template <int kWeights, int kPixel, class Layer, class Thread>
-FASTINV_BLOCK void share(const Layer& p, const Thread& self, int threads, unsigned char* shared) {
+// n / d where a launch knows d, and the compiler does not: a product and a shift in place of some twenty instructions
+// (Granlund and Montgomery 1994, "Division by invariant integers using multiplication").
+struct Divisor {
+  uint32_t factor = 0;  // 2^shift / d, rounded up
+  int32_t shift = 31;
+
+  Divisor() = default;
+  explicit Divisor(int d) {
+    while (int64_t{1} << (shift - 31) < d) ++shift;
+    factor = static_cast<uint32_t>(((uint64_t{1} << shift) + static_cast<uint64_t>(d) - 1) / static_cast<uint64_t>(d));
+  }
+
+  // For n from 0 to 2^31 − 1.
+  FASTINV_BOTH int of(int n) const { return static_cast<int>(uint64_t{static_cast<uint32_t>(n)} * factor >> shift); }
+};
+
+// Cells across an image, what follows from them, and what takes long to divide by: known to the compiler, or where
+// kWidth is 0 told.
+template <int kWidth>
+struct Across {
+  FASTINV_BOTH static constexpr int cells() { return kWidth; }
+  FASTINV_BOTH static constexpr int seen() { return rows_seen(kWidth); }
+  FASTINV_BOTH static constexpr int row_of(int cell) { return cell / kWidth; }
+  FASTINV_BOTH static constexpr int turn(int row) { return row % rows_seen(kWidth); }
+};
+template <>
+struct Across<0> {
+  Across() = default;
+  explicit Across(int width)
+      : width_(width), seen_(width > 0 ? rows_seen(width) : 0), by_width_(std::max(width, 1)), by_seen_(std::max(seen_, 1)) {}
+
+  FASTINV_BOTH int cells() const { return width_; }
+  FASTINV_BOTH int seen() const { return seen_; }
+  FASTINV_BOTH int row_of(int cell) const { return by_width_.of(cell); }
+  FASTINV_BOTH int turn(int row) const { return row - by_seen_.of(row) * seen_; }
+
+ private:
+  int32_t width_ = 0, seen_ = 0;
+  Divisor by_width_, by_seen_;
+};
+
+// What all warpgroups of a layer share, its weights and its bias; and zeros in their rings.
+template <int kWeights, class Layer, class Thread>
+FASTINV_BLOCK void share(const Layer& p, const Thread& self, int threads, unsigned char* shared, int shared_bytes) {
+  constexpr int kBias = 4 * kOutputs;
   copy_all(self, threads, shared, p.weights, kWeights);
-  clear_all(self, threads, shared + kWeights, kPixel);
-  share_bias<kOutputs>(self, threads, reinterpret_cast<float*>(shared + kWeights + kPixel), p.bias, p.outputs);
+  share_bias<kOutputs>(self, threads, reinterpret_cast<float*>(shared + kWeights), p.bias, p.outputs);
+  clear_all(self, threads, shared + kWeights + kBias, shared_bytes - kWeights - kBias);
   self.publish();
 }
 
@@ -64,7 +109,7 @@ FASTINV_BLOCK void fetch_next(Cells& cells, int n, int band, int bands, int step
   }
 }
 
-// For images of kWidth cells across, or where that is 0 of as many as is told.
+// For images as `Across` says.
 template <class Type, int kInputs, int kWidth, int kPhases, class Thread>
 class Window {
  public:
@@ -73,38 +118,39 @@ class Window {
   static constexpr int kAtOnce = 2;  // 16s of channels of which a thread has fragments
 
   // Bytes of a warpgroup.
-  FASTINV_BOTH static constexpr int ring(int width) { return rows_seen(width) * width * kPixel; }
+  FASTINV_BOTH static constexpr int ring(int width) { return rows_seen(width) * (width + 2) * kPixel; }
 
   // Args:
   //   x: two-byte values [images, height, width, kInputs], from a multiple of 16 bytes on.
-  //   weights, zeros, ring: in shared memory; kWeights, kPixel and `ring` bytes.
-  FASTINV_BLOCK Window(Thread& self, const void* x, int height, int width, const unsigned char* weights,
-                       const unsigned char* zeros, unsigned char* ring)
+  //   weights, ring: in shared memory; the ring is full of zeros before the first rows are fetched.
+  FASTINV_BLOCK Window(Thread& self, const void* x, int height, Across<kWidth> across, const unsigned char* weights,
+                       unsigned char* ring)
       : self_(self),
         x_(static_cast<const unsigned char*>(x)),
         height_(height),
-        width_(width),
+        across_(across),
         warp_(self.index() % kTeam / kWarp),
         lane_(self.index() % kWarp),
         weights_(weights),
-        zeros_(zeros),
         ring_(ring) {}
-
-  FASTINV_BLOCK int width() const { return kWidth > 0 ? kWidth : width_; }
 
   // Start the rows on their way that band `band` of image n reads and the one before it did not.
   FASTINV_BLOCK void fetch(int n, int band) {
     constexpr int kPieces = kPixel / 16, kStep = kTeam / kPieces;  // of a pixel; and pixels at once, a multiple of 8
-    const int begin = band == 0 ? 0 : last_row(band - 1) + 2, after = last_row(band) + 2;
-    const int end = after < height_ ? after : height_;
+    const int begin = band == 0 ? -1 : last_row(band - 1) + 2, after = last_row(band) + 2;
+    const int end = after < height_ + 1 ? after : height_ + 1;
     const int thread = self_.index() % kTeam, first = thread / kPieces, piece = thread % kPieces;
-    const int to = first * kPixel + (piece ^ first % 8) * 16;
-    const unsigned char* from = x_ + (int64_t{n} * height_ + begin) * row_bytes() + thread * 16;
+    const int to = (first + 1) * kPixel + (piece ^ (first + 1) % 8) * 16;
 #pragma unroll 1
-    for (int row = begin; row < end; ++row, from += row_bytes()) {
+    for (int row = begin; row < end; ++row) {
+      const bool inside = row >= 0 && row < height_;
+      const int64_t line = int64_t{n} * height_ + (inside ? row : 0);
+      const unsigned char* from = x_ + line * (across_.cells() * kPixel) + thread * 16;
       unsigned char* place = place_of(row) + to;
 #pragma unroll 4
-      for (int i = 0; first + i < width(); i += kStep) self_.copy(place + i * kPixel, from + i * kPixel);
+      for (int i = 0; first + i < across_.cells(); i += kStep) {
+        self_.copy(place + i * kPixel, from + i * kPixel, inside);
+      }
     }
   }
 
@@ -130,18 +176,20 @@ class Window {
   template <class F>
   FASTINV_BLOCK void along_taps(int band, F&& products) {
     const int cell = band * kBand + warp_ * 16 + lane_ % 16;
-    const int own_row = cell / width(), own_column = cell % width();
-    const unsigned char* rows[3];
+    const int row = across_.row_of(cell), column = cell - row * across_.cells();
+    const unsigned char* rows[3];  // from the cell's left neighbours on
+    int turn = across_.turn(row);
 #pragma unroll
-    for (int i = 0; i < 3; ++i) rows[i] = place_of(own_row + i - 1 + (own_row + i == 0 ? rows_seen(width()) : 0));
+    for (int i = 0; i < 3; ++i) {
+      rows[i] = ring_ + turn * row_bytes() + column * kPixel;
+      turn = turn + 1 == across_.seen() ? 0 : turn + 1;
+    }
     uint32_t left[2][kAtOnce][4];
 #pragma unroll
     for (int i = 0; i < kShifts; ++i) {
       const int shift = (i + kShifts / 2) % kShifts;  // the cell itself first, which all phases read
-      const int row = own_row + shift / 3 - 1, column = own_column + shift % 3 - 1;
-      const bool inside = row >= 0 && row < height_ && column >= 0 && column < width();
-      const unsigned char* pixel = inside ? rows[shift / 3] + column * kPixel : zeros_;
-      const int key = column & 7, half = lane_ / 16;
+      const unsigned char* pixel = rows[shift / 3] + shift % 3 * kPixel;
+      const int key = (column + shift % 3) % 8, half = lane_ / 16;
       along_channels<kInputs / 16, kAtOnce>(
           self_, left, pixel, half, key,
           [&](int step, const uint32_t (&fragment)[4]) { products(shift, step, fragment, i + step > 0); });
@@ -149,15 +197,18 @@ class Window {
     self_.template wait_products<0>();
   }
 
-  FASTINV_BLOCK int row_bytes() const { return width() * kPixel; }
-  FASTINV_BLOCK unsigned char* place_of(int row) const { return ring_ + row % rows_seen(width()) * row_bytes(); }
+  FASTINV_BLOCK int row_bytes() const { return (across_.cells() + 2) * kPixel; }
+  // Where a row begins, −1 or more, with the column of zeros before it.
+  FASTINV_BLOCK unsigned char* place_of(int row) const { return ring_ + across_.turn(row + 1) * row_bytes(); }
   // Of a band, in the image or beyond it.
-  FASTINV_BLOCK int last_row(int band) const { return (band * kBand + kBand - 1) / width(); }
+  FASTINV_BLOCK int last_row(int band) const { return across_.row_of(band * kBand + kBand - 1); }
 
   Thread& self_;
   const unsigned char* x_;
-  const int height_, width_, warp_, lane_;
-  const unsigned char *weights_, *zeros_;
+  const int height_;
+  const Across<kWidth> across_;
+  const int warp_, lane_;
+  const unsigned char* weights_;
   unsigned char* ring_;
 };
 

@@ -50,10 +50,10 @@ class HalvedWindow : Window<Float16, 128, kWidth, 1, Thread> {
 
   // Args:
   //   x: [images, height, kWidth, pitch], from a multiple of 16 bytes on.
-  //   weights, zeros, ring, maxima: in shared memory.
+  //   weights, ring, maxima: in shared memory; the ring is full of zeros at first.
   FASTINV_BLOCK HalvedWindow(Thread& self, const float* x, int height, int pitch, const unsigned char* weights,
-                             const unsigned char* zeros, unsigned char* ring, uint32_t* maxima)
-      : Base(self, x, height, kWidth, weights, zeros, ring), x_(x), pitch_(pitch), maxima_(maxima) {}
+                             unsigned char* ring, uint32_t* maxima)
+      : Base(self, x, height, {}, weights, ring), x_(x), pitch_(pitch), maxima_(maxima) {}
 
   // Start the rows on their way that follow the first of a band, and that of the next: a band's worth. An image's first
   // row, for which there are no registers, is brought to the L2 cache.
@@ -89,11 +89,14 @@ class HalvedWindow : Window<Float16, 128, kWidth, 1, Thread> {
     expect(self_.largest(largest), band);
     if (band == 0) {
 #pragma unroll
-      for (int i = 0; i < kFirst; ++i) put_piece(first[i], 0, column_of(i));
+      for (int i = 0; i < kFirst; ++i) {
+        put_piece({}, -1, column_of(i));
+        put_piece(first[i], 0, column_of(i));
+      }
     }
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      if (row_of(band, i) < height_) put_piece(pieces_[i], row_of(band, i), column_of(i));
+      put_piece(row_of(band, i) < height_ ? pieces_[i] : Words{}, row_of(band, i), column_of(i));
     }
   }
 
@@ -177,7 +180,7 @@ class HalvedWindow : Window<Float16, 128, kWidth, 1, Thread> {
     for (int i = 0; i < 2; ++i) {
       both[i] = halved(as_float(floats.at[2 * i]) * power, as_float(floats.at[2 * i + 1]) * power);
     }
-    unsigned char* to = place_of(row) + column * kPixel + (piece() / 2 ^ column % 8) * 16 + piece() % 2 * 8;
+    unsigned char* to = place_of(row) + (column + 1) * kPixel + (piece() / 2 ^ (column + 1) % 8) * 16 + piece() % 2 * 8;
     *reinterpret_cast<TwoWords*>(to) = {{both[0].high, both[1].high}};
     *reinterpret_cast<TwoWords*>(to + kPixel / 2) = {{both[0].low, both[1].low}};
   }
@@ -197,7 +200,7 @@ class HalvedWorker {
  public:
   static constexpr int kTeams = kWidth <= 32 ? 2 : 1, kThreads = kTeams * kTeam;
   static constexpr int kTeamBytes = Cells::kRing + Cells::kMaxima;
-  static constexpr int kShared = Cells::kWeights + Cells::kPixel + 4 * kOutputs + kTeams * kTeamBytes;
+  static constexpr int kShared = Cells::kWeights + 4 * kOutputs + kTeams * kTeamBytes;
   static_assert(kShared <= kMostShared);
   FASTINV_BOTH static int shared(const HalvedLayer&) { return kShared; }
 
@@ -208,16 +211,15 @@ class HalvedWorker {
         warp_(self.index() % kTeam / kWarp),
         lane_(self.index() % kWarp),
         shared_(shared),
-        zeros_(shared + Cells::kWeights),
-        bias_(reinterpret_cast<float*>(zeros_ + Cells::kPixel)),
-        cells_(self, p.x, p.height, p.x_pitch, shared, zeros_, ring_in(bias_, team_),
+        bias_(reinterpret_cast<float*>(shared + Cells::kWeights)),
+        cells_(self, p.x, p.height, p.x_pitch, shared, ring_in(bias_, team_),
                reinterpret_cast<uint32_t*>(ring_in(bias_, team_) + Cells::kRing)) {}
 
   FASTINV_BLOCK void run(int block, int blocks) {
     const Turns<kTeams> turns{team_, blocks, p_.images};
     const int step = turns.step(), bands = (p_.height + Cells::kRows - 1) / Cells::kRows;
     int n = block + blocks * team_;
-    share<Cells::kWeights, Cells::kPixel>(p_, self_, kThreads, shared_);
+    share<Cells::kWeights>(p_, self_, kThreads, shared_, kShared);
     if (n < p_.images) cells_.fetch(n, 0);
     self_.sync();
     if (n < p_.images) turns.wait(self_);
@@ -291,7 +293,7 @@ class HalvedWorker {
   const HalvedLayer& p_;
   Thread& self_;
   const int team_, warp_, lane_;
-  unsigned char *shared_, *zeros_;
+  unsigned char* shared_;
   float* bias_;
   Cells cells_;
 };

@@ -13,7 +13,8 @@ struct WindowLayer {
   const float* bias;    // [outputs], or null
   const void* addend;   // like out, or null
   void* out;            // two-byte values [images, height · s, width · s, outputs], s = 2 with four phases
-  int32_t images, height, width, inputs, outputs, phases, float16;
+  window::Across<0> across;
+  int32_t images, height, inputs, outputs, phases, float16;
   Finish finish;
   float a, b;  // its parameters
 };
@@ -28,7 +29,7 @@ class LayerWorker {
 
  public:
   FASTINV_BOTH static int shared(const WindowLayer& p) {
-    return Cells::kWeights + Cells::kPixel + 4 * kOutputs + kTeams * Cells::ring(p.width);
+    return Cells::kWeights + 4 * kOutputs + kTeams * Cells::ring(p.across.cells());
   }
 
   FASTINV_BLOCK LayerWorker(const WindowLayer& p, Thread& self, unsigned char* shared)
@@ -38,18 +39,18 @@ class LayerWorker {
         warp_(self.index() % kTeam / kWarp),
         lane_(self.index() % kWarp),
         shared_(shared),
-        zeros_(shared + Cells::kWeights),
-        bias_(reinterpret_cast<float*>(zeros_ + Cells::kPixel)),
-        cells_(self, p.x, p.height, p.width, shared, zeros_,
-               reinterpret_cast<unsigned char*>(bias_ + kOutputs) + team_ * Cells::ring(p.width)) {}
+        bias_(reinterpret_cast<float*>(shared + Cells::kWeights)),
+        cells_(self, p.x, p.height, p.across, shared,
+               reinterpret_cast<unsigned char*>(bias_ + kOutputs) + team_ * Cells::ring(p.across.cells())) {}
 
   FASTINV_BLOCK void run(int block, int blocks) {
     const Turns<kTeams> turns{team_, blocks, p_.images};
-    const int step = turns.step(), bands = (p_.height * p_.width + kBand - 1) / kBand;
+    const int step = turns.step(), all = p_.height * p_.across.cells();
+    const int bands = (all + kBand - 1) / kBand;
     int n = block + blocks * team_;
-    share<Cells::kWeights, Cells::kPixel>(p_, self_, kThreads, shared_);
-    if (n < p_.images) cells_.fetch(n, 0);
+    share<Cells::kWeights>(p_, self_, kThreads, shared_, shared(p_));
     self_.sync();
+    if (n < p_.images) cells_.fetch(n, 0);
     if (n < p_.images) turns.wait(self_);
     for (; n < p_.images; n += step) {
 #pragma unroll 1
@@ -61,7 +62,7 @@ class LayerWorker {
         turns.hand_on(self_, n, step, band);
         self_.sync(team_);  // nobody reads the rows any more
         fetch_next(cells_, n, band, bands, step, p_.images);
-        const int cells[2] = {cell_of(band, 0), cell_of(band, 1)}, all = p_.height * p_.width;
+        const int cells[2] = {cell_of(band, 0), cell_of(band, 1)};
         const int64_t places[2] = {place_of(n, cells[0]), place_of(n, cells[1])};
         const bool inside[2] = {cells[0] < all, cells[1] < all};
 #pragma unroll
@@ -75,9 +76,10 @@ class LayerWorker {
   static constexpr int kTimes = kPhases == 4 ? 2 : 1;
   FASTINV_BLOCK int cell_of(int band, int h) const { return band * kBand + warp_ * 16 + lane_ / 4 + 8 * h; }
   FASTINV_BLOCK int64_t place_of(int n, int cell) const {
-    const int row = cell / p_.width, column = cell % p_.width;
-    const int64_t flat = kPhases == 4 ? int64_t{4 * row} * p_.width + 2 * column : cell;
-    return (int64_t{n} * p_.height * p_.width * kPhases + flat) * p_.outputs;
+    const int width = p_.across.cells();
+    // Rows of two pixels a cell, and twice as many: where there are four phases, 2 · row · width are before a row.
+    const int64_t flat = kPhases == 4 ? int64_t{2 * p_.across.row_of(cell)} * width + 2 * cell : cell;
+    return (int64_t{n} * p_.height * width * kPhases + flat) * p_.outputs;
   }
 
   // A lane has two channels of every eight, of two cells. What is added to them is all on its way before any of it is
@@ -86,7 +88,7 @@ class LayerWorker {
   FASTINV_BLOCK void put(const int64_t (&places)[2], const bool (&inside)[2], int phase,
                          float (&sums)[kOutputs / 2]) const {
     constexpr int kEights = kOutputs / 8;
-    const int further = (phase / 2 * kTimes * p_.width + phase % 2) * p_.outputs;
+    const int further = (phase / 2 * kTimes * p_.across.cells() + phase % 2) * p_.outputs;
     const int channel = lane_ % 4 * 2;  // of an eight
     if (p_.addend != nullptr) {
       const auto* addend = static_cast<const uint16_t*>(p_.addend) + further + channel;
@@ -131,7 +133,7 @@ class LayerWorker {
   const WindowLayer& p_;
   Thread& self_;
   const int team_, warp_, lane_;
-  unsigned char *shared_, *zeros_;
+  unsigned char* shared_;
   float* bias_;
   Cells cells_;
 };
