@@ -124,26 +124,27 @@ class LastLayer {
   }
 
   // Adds what came from above and below, and stores what is complete. Lanes have even rows of pixels where lane % 4 <
-  // 2, for which the row of cells above counts, and odd ones, for which that below does: a band's last waits for the
-  // next band. `down_` is what the rows above sent; what a band's last row did has a place that changes, for the next
-  // band.
+  // 2, for which the row of cells above counts, and odd ones, for which that below does: those of a band's last line
+  // wait for the next band, which stores them with its own, in one go. `down_` is what the rows above sent; what a
+  // band's last row did has a place that changes, for the next band.
   FASTINV_BLOCK void take(int n, int band) {
-    const bool odd = lane_ % 4 >= 2, last = line() == kBand - 1;
+    const bool odd = lane_ % 4 >= 2, last = line() == kBand - 1, late = odd && last;
     const int row = band * kBand + line();
-    float* waiting = up_ + kSent + strip() * 8 * kWarp + lane_;
-    if (last && band > 0) {
-      float before[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) before[i] = waiting[i * kWarp];
-      put_row(n, row - kBand, before, up_, odd);
-    }
     const float* above = down_ + (line() > 0 ? line() - 1 : kBand - 1 + (band + 1) % 2) * kRowSent;
-    const float* below = last ? nullptr : up_ + (line() + 1) * kRowSent;
-    put_row(n, row, own_, odd ? below : row == 0 ? nullptr : above, !(odd && last && band + 1 < bands_));
-    if (last) {
+    const float* below = up_ + (last ? 0 : line() + 1) * kRowSent;
+    float values[8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) waiting[i * kWarp] = own_[i];
+    for (int i = 0; i < 8; ++i) values[i] = own_[i];
+    if (late) {
+      float* waiting = up_ + kSent + strip() * 8 * kWarp + lane_;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        values[i] = waiting[i * kWarp];
+        waiting[i * kWarp] = own_[i];
+      }
     }
+    put_row(n, late ? row - kBand : row, values, odd ? below : row == 0 ? nullptr : above, !late || band > 0);
+    if (band + 1 == bands_) put_row(n, row, own_, nullptr, late);
   }
 
  protected:
