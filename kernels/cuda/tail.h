@@ -62,7 +62,7 @@ class Worker : LastLayer<Type, 1, Thread> {
         cells_(cells_in(shared) + team_ * kCells) {}
 
   FASTINV_BLOCK void run(int block, int blocks) {
-    const Turns<kTeams> turns{team_, blocks, p_.images};
+    const Alternation turns{team_, blocks, p_.images};
     const int step = turns.step();
     int n = block + blocks * team_;
     begin();
@@ -74,7 +74,6 @@ class Worker : LastLayer<Type, 1, Thread> {
       put_at(0, chunk);
     }
     fetch<0, 8>(after(n, n + step, 0), chunk);
-    turns.wait(self_);
     for (; n < p_.images; n += step) {
 #pragma unroll 1
       for (int band = 0; band < kBands; ++band) {
@@ -84,10 +83,10 @@ class Worker : LastLayer<Type, 1, Thread> {
         const unsigned char* next = ends ? after(n + step, n + 2 * step, 0) : after(n, n + step, band + 1);
         fetch<0, kEarly>(next, chunk);
         ask_for(next);  // the rest: there are no registers for it yet
-        multiply(band);
+        multiply(band, [&] { turns.wait(self_, n, band); });
         fetch<kEarly, 8>(next, chunk);
+        turns.hand_on(self_, n, band, kBands);
         this->give(band, [] {});
-        turns.hand_on(self_, n, step, band);  // here, where there are registers for it
         self_.sync(team_);
         this->take(n, band);
       }
@@ -184,7 +183,8 @@ class Worker : LastLayer<Type, 1, Thread> {
 
   // ---- the first layer ---------------------------------------------------------------------------------------------
 
-  FASTINV_BLOCK void multiply(int band) {
+  template <class Ready>
+  FASTINV_BLOCK void multiply(int band, Ready&& ready) {
     const Right first(first_);
     uint32_t left[2][kAtOnce][4];
 #pragma unroll
@@ -201,6 +201,8 @@ class Worker : LastLayer<Type, 1, Thread> {
               const Right weights = first + (place(phase, shift) * kFirst + step / 4 * (kFirst / 2) + step % 4 * 32);
               self_.product(Type{}, sums_[phase], fragment, weights, shift + step > 0);
             }
+          }, [&] {
+            if (shift == 0) ready();
           });
     }
     self_.template wait_products<0>();

@@ -353,10 +353,11 @@ FASTINV_BLOCK void share_bias(const Thread& self, int threads, float* to, const 
 }
 
 // Products along a pixel's channels, sixteen at a time: products(step, fragment) for each sixteen, which begin with
-// those of kAtOnce fragments while the ones before are under way. `key`: of the order of the pixel's pieces.
-template <int kSteps, int kAtOnce, class Thread, class F>
+// those of kAtOnce fragments while the ones before are under way. `key`: of the order of the pixel's pieces; `ready` is
+// called before the first products.
+template <int kSteps, int kAtOnce, class Thread, class F, class Ready>
 FASTINV_BLOCK void along_channels(Thread& self, uint32_t (&left)[2][kAtOnce][4], const unsigned char* pixel, int half,
-                                  int key, F&& products) {
+                                  int key, F&& products, Ready&& ready) {
 #pragma unroll
   for (int begin = 0; begin < kSteps; begin += kAtOnce) {
     uint32_t (&fragments)[kAtOnce][4] = left[begin / kAtOnce % 2];
@@ -364,6 +365,7 @@ FASTINV_BLOCK void along_channels(Thread& self, uint32_t (&left)[2][kAtOnce][4],
     for (int k = 0; k < kAtOnce; ++k) {
       self.load_fragment(pixel + (((begin + k) * 2 + half) ^ key) * 16, fragments[k]);
     }
+    if (begin == 0) ready();
     self.begin_products();
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) products(begin + k, fragments[k]);
@@ -389,6 +391,25 @@ struct Turns {
   template <class Thread>
   FASTINV_BLOCK void hand_on(const Thread& self, int n, int step, int band) const {
     if (band == 0 && n < step && team + 1 < kTeams && n + step / kTeams < images) self.hand_on(team + 1);
+  }
+};
+
+// The same for two that multiply in turn, band by band: where products leave no gaps that the other could fill, and all
+// else takes as long as they do, they are never in each other's way.
+struct Alternation {
+  int team, blocks, images;
+
+  FASTINV_BLOCK int step() const { return blocks * 2; }
+
+  // Before the products of a band of image n, and after them.
+  template <class Thread>
+  FASTINV_BLOCK void wait(const Thread& self, int n, int band) const {
+    if (team == 1 || (band == 0 ? n >= blocks : n + blocks < images)) self.wait_turn(team);  // there is a band before
+  }
+  template <class Thread>
+  FASTINV_BLOCK void hand_on(const Thread& self, int n, int band, int bands) const {
+    const bool goes_on = team == 1 && band + 1 < bands;
+    if (goes_on || n + blocks < images) self.hand_on(1 - team);
   }
 };
 

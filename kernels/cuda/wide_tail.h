@@ -33,21 +33,20 @@ class WideWorker : LastLayer<Type, kStrips, Thread> {
         shared_(shared) {}
 
   FASTINV_BLOCK void run(int block, int blocks) {
-    const Turns<kTeams> turns{team_, blocks, p_.images};
+    const Alternation turns{team_, blocks, p_.images};
     const int step = turns.step();
     int n = block + blocks * team_;
     begin();
     self_.sync();
     if (n < p_.images) first_.fetch(n, 0);
-    if (n < p_.images) turns.wait(self_);
     for (; n < p_.images; n += step) {
 #pragma unroll 1
       for (int band = 0; band < bands_; ++band) {
         first_.wait();
         self_.sync(team_);
-        first_.multiply(band, sums_);
-        turns.hand_on(self_, n, step, band);
+        first_.multiply(band, sums_, [&] { turns.wait(self_, n, band); });
         this->give(band, [&] {
+          turns.hand_on(self_, n, band, bands_);
           self_.sync(team_);  // nobody reads the rows any more
           window::fetch_next(first_, n, band, bands_, step, p_.images);
         });

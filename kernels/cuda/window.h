@@ -157,8 +157,10 @@ class Window {
   // What this thread has started is there.
   FASTINV_BLOCK void wait() { self_.wait_copies(); }
 
-  // sums[phase] = Σ x[cell + shift] · weights[shift, phase], of a band that is there.
-  FASTINV_BLOCK void multiply(int band, float (&sums)[kPhases][kOutputs / 2]) {
+  // sums[phase] = Σ x[cell + shift] · weights[shift, phase], of a band that is there. `ready` is called before the first
+  // products, when all is there for them.
+  template <class Ready>
+  FASTINV_BLOCK void multiply(int band, float (&sums)[kPhases][kOutputs / 2], Ready&& ready) {
     const Right weights(weights_);
     along_taps(band, [&](int shift, int step, const uint32_t (&fragment)[4], bool keep) {
 #pragma unroll
@@ -167,14 +169,14 @@ class Window {
         const int tile = Taps<kPhases>::place(phase, shift) * (kInputs / 64) + step / 4;
         self_.product(Type{}, sums[phase], fragment, weights + (tile * kTile + step % 4 * 32), keep);
       }
-    });
+    }, ready);
   }
 
  protected:
   // products(shift, step, fragment, keep) for every sixteen channels of every pixel around a band's cells; `keep`: of
   // all but the first, which every phase has.
-  template <class F>
-  FASTINV_BLOCK void along_taps(int band, F&& products) {
+  template <class F, class Ready>
+  FASTINV_BLOCK void along_taps(int band, F&& products, Ready&& ready) {
     const int cell = band * kBand + warp_ * 16 + lane_ % 16;
     const int row = across_.row_of(cell), column = cell - row * across_.cells();
     const unsigned char* rows[3];  // from the cell's left neighbours on
@@ -192,7 +194,10 @@ class Window {
       const int key = (column + shift % 3) % 8, half = lane_ / 16;
       along_channels<kInputs / 16, kAtOnce>(
           self_, left, pixel, half, key,
-          [&](int step, const uint32_t (&fragment)[4]) { products(shift, step, fragment, i + step > 0); });
+          [&](int step, const uint32_t (&fragment)[4]) { products(shift, step, fragment, i + step > 0); },
+          [&] {
+            if (i == 0) ready();
+          });
     }
     self_.template wait_products<0>();
   }

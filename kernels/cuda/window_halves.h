@@ -113,7 +113,7 @@ class HalvedWindow : Window<Float16, 128, kWidth, 1, Thread> {
       } else {
         self_.product(Float16{}, lower, fragment, high, true);
       }
-    });
+    }, [] {});
 #pragma unroll
     for (int i = 0; i < kOutputs / 2; ++i) sums[i] += lower[i];
   }

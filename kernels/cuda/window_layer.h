@@ -58,7 +58,7 @@ class LayerWorker {
         cells_.wait();
         self_.sync(team_);
         float sums[kPhases][kOutputs / 2];
-        cells_.multiply(band, sums);
+        cells_.multiply(band, sums, [] {});
         turns.hand_on(self_, n, step, band);
         self_.sync(team_);  // nobody reads the rows any more
         fetch_next(cells_, n, band, bands, step, p_.images);
