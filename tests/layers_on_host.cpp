@@ -75,7 +75,7 @@ void run(const Params& p, int blocks, bool backward) {
 }
 
 template <class Params>
-void check(Params p, size_t bytes, const char* what) {
+void check(Params p, int width, size_t bytes, const char* what) {
   const Memory first(bytes), second(bytes);
   std::memset(first.get(), 1, bytes);
   std::memset(second.get(), 2, bytes);
@@ -84,7 +84,7 @@ void check(Params p, size_t bytes, const char* what) {
   p.out = reinterpret_cast<decltype(p.out)>(second.get());
   run(p, 3, true);
   if (std::memcmp(first.get(), second.get(), bytes) != 0) {
-    std::printf("%s %dx%d, %d outputs: the order changes the result\n", what, p.height, p.width, p.outputs);
+    std::printf("%s %dx%d, %d outputs: the order changes the result\n", what, p.height, width, p.outputs);
     ++failures;
   }
 }
@@ -92,7 +92,7 @@ void check(Params p, size_t bytes, const char* what) {
 void check_window(int height, int width, int inputs, int phases, int outputs, bool adds) {
   WindowLayer p{};
   p.height = height;
-  p.width = width;
+  p.across = window::Across<0>(width);
   p.inputs = inputs;
   p.outputs = outputs;
   p.phases = phases;
@@ -112,7 +112,7 @@ void check_window(int height, int width, int inputs, int phases, int outputs, bo
   p.weights = weights.get();
   p.bias = reinterpret_cast<const float*>(bias.get());
   p.addend = adds ? addend.get() : nullptr;
-  check(p, results, "window");
+  check(p, width, results, "window");
 }
 
 void check_halves(int height, int width, int outputs, bool back) {
@@ -139,7 +139,7 @@ void check_halves(int height, int width, int outputs, bool back) {
   p.bias = reinterpret_cast<const float*>(bias.get());
   p.addend = back ? nullptr : reinterpret_cast<const float*>(others.get());
   p.saved = back ? reinterpret_cast<const float*>(others.get()) : nullptr;
-  check(p, results, "halves");
+  check(p, width, results, "halves");
 }
 
 void check_tail(int height, int width, int inputs, int outputs, Result result, bool channels_last) {
@@ -148,7 +148,7 @@ void check_tail(int height, int width, int inputs, int outputs, Result result, b
   p.width = width;
   p.inputs = inputs;
   p.outputs = outputs;
-  p.images = 3;
+  p.images = 5;
   p.float16 = 1;
   p.channels_last = channels_last;
   p.finish = Finish::kSigmoid;
@@ -173,12 +173,25 @@ void check_tail(int height, int width, int inputs, int outputs, Result result, b
   p.out_c = 4 * height * width;
   p.out_y = 2 * width;
   p.out_x = 1;
-  check(p, cells * 4 * outputs * size, "tail");
+  check(p, width, cells * 4 * outputs * size, "tail");
+}
+
+// Around multiples of d, from d itself to the largest.
+void check_divisor(int d) {
+  const window::Divisor divisor(d);
+  for (int64_t multiple = d; multiple <= INT32_MAX; multiple *= 2) {
+    for (const int64_t n : {multiple - 1, multiple, INT32_MAX - INT32_MAX % multiple - 1, int64_t{INT32_MAX}}) {
+      if (divisor.of(static_cast<int>(n)) == n / d) continue;
+      std::printf("%d / %d is wrong\n", static_cast<int>(n), d);
+      ++failures;
+    }
+  }
 }
 
 }  // namespace
 
 int main() {
+  for (int d = 1; d <= 520; ++d) check_divisor(d);
   for (const auto& [height, width] : {std::pair{4, 16}, {8, 16}, {6, 32}, {1, 64}, {3, 64}}) {
     check_tail(height, width, 64, 3, Result::kFloat32, true);
     check_tail(height, width, 64, 4, Result::kUint8, true);

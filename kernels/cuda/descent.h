@@ -211,7 +211,8 @@ FASTINV_BLOCK void add_variation(const Descent& d, const Planes& image, P& p) {
     for (int r = 0; r < P::kRows; ++r) {
       const int row = p.row + r;
       if (row >= d.height) break;
-      if constexpr (kPower == Power::kNone) {  // the differences from all four neighbours; over the border there is none
+      // β 2: the differences from all four neighbours; over the border there is none.
+      if constexpr (kPower == Power::kNone) {
         const float below = row + 1 < d.height ? at[image.pitch] : here;
         p.gradient[r][c] += weight * ((here - at[left]) + (here - at[right]) + (here - above) + (here - below));
         above = here, here = below, at += image.pitch;

@@ -3,9 +3,9 @@
 //
 // As in `kernels/triton/pair.py` both are on one grid of cells, the input's pixels: a cell has 2×2 pixels of the first
 // layer, one of each phase (row parity · 2 + column parity), and 2×2 of the second. A persistent block keeps all
-// weights in shared memory. Its two warpgroups go their own ways, so that one multiplies while the other does all else:
-// each takes image after image, 4 rows of cells at a time, the next 4 on their way in registers meanwhile. A warp has a
-// row of 16 cells:
+// weights in shared memory. Its two warpgroups multiply in turn, so that one does while the other does all else: each
+// takes image after image, 4 rows of cells at a time, the next 4 on their way in registers meanwhile. A warp has a row
+// of 16 cells:
 //
 //   1. sums[phase] [16 cells, kBetween] = Σ x[cell + shift] · first[shift, phase] over shifts of 0 or 1 down and right.
 //   2. Activated, they are the left factors of what each phase gives to the pixels around it: [16, kBetween] ·
@@ -62,7 +62,7 @@ class Worker : LastLayer<Type, 1, Thread> {
         cells_(cells_in(shared) + team_ * kCells) {}
 
   FASTINV_BLOCK void run(int block, int blocks) {
-    const Alternation turns{team_, blocks, p_.images};
+    const Alternation<kTeams> turns{team_, blocks, p_.images};
     const int step = turns.step();
     int n = block + blocks * team_;
     begin();
@@ -194,14 +194,16 @@ class Worker : LastLayer<Type, 1, Thread> {
       const unsigned char* pixel = inside ? cells_ + (place_of(row, band) * kSide + column) * kPixel : zeros_;
       const int key = column % 8, half = lane_ / 16;
       along_channels<kInputs / 16, kAtOnce>(
-          self_, left, pixel, half, key, [&](int step, const uint32_t (&fragment)[4]) {
+          self_, left, pixel, half, key,
+          [&](int step, const uint32_t (&fragment)[4]) {
 #pragma unroll
             for (int phase = 0; phase < 4; ++phase) {
               if (!reads(phase, shift)) continue;
               const Right weights = first + (place(phase, shift) * kFirst + step / 4 * (kFirst / 2) + step % 4 * 32);
               self_.product(Type{}, sums_[phase], fragment, weights, shift + step > 0);
             }
-          }, [&] {
+          },
+          [&] {
             if (shift == 0) ready();
           });
     }

@@ -63,13 +63,13 @@ class DeviceThread {
   // The largest of a warp's.
   __device__ uint32_t largest(uint32_t value) const { return __reduce_max_sync(0xffffffffu, value); }
 
-  // 16 bytes of global memory, or zeros unless `there`, on their way to shared memory; after `wait_copies` those of this
-  // thread have arrived.
+  // 16 bytes of global memory, or zeros unless `there`, on their way to shared memory; after `wait_copies` those of
+  // this thread have arrived.
   __device__ void copy(unsigned char* to, const unsigned char* from, bool there) const {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                     static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-                 "l"(from), "r"(there ? 16 : 0)
-                 : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+        "l"(from), "r"(there ? 16 : 0)
+        : "memory");
   }
   __device__ void wait_copies() const { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -271,7 +271,9 @@ class HostThread {
   }
 
   // What has been started arrives at the end of the wait, no sooner.
-  void copy(unsigned char* to, const unsigned char* from, bool there) { copies_.push_back({to, there ? from : nullptr}); }
+  void copy(unsigned char* to, const unsigned char* from, bool there) {
+    copies_.push_back({to, there ? from : nullptr});
+  }
   void wait_copies() {
     for (const auto& [to, from] : copies_) from == nullptr ? std::memset(to, 0, 16) : std::memcpy(to, from, 16);
     copies_.clear();
@@ -353,22 +355,24 @@ FASTINV_BLOCK void share_bias(const Thread& self, int threads, float* to, const 
 }
 
 // Products along a pixel's channels, sixteen at a time: products(step, fragment) for each sixteen, which begin with
-// those of kAtOnce fragments while the ones before are under way. `key`: of the order of the pixel's pieces; `ready` is
-// called before the first products.
+// those of kAtOnce fragments while the ones before are under way. These are as far apart as can be, so that where the
+// halves of a pixel take more products and fewer, all groups take as long. `key`: of the order of the pixel's pieces;
+// `ready` is called before the first products.
 template <int kSteps, int kAtOnce, class Thread, class F, class Ready>
 FASTINV_BLOCK void along_channels(Thread& self, uint32_t (&left)[2][kAtOnce][4], const unsigned char* pixel, int half,
                                   int key, F&& products, Ready&& ready) {
+  constexpr int kGroups = kSteps / kAtOnce;
 #pragma unroll
-  for (int begin = 0; begin < kSteps; begin += kAtOnce) {
-    uint32_t (&fragments)[kAtOnce][4] = left[begin / kAtOnce % 2];
+  for (int group = 0; group < kGroups; ++group) {
+    uint32_t (&fragments)[kAtOnce][4] = left[group % 2];
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
-      self.load_fragment(pixel + (((begin + k) * 2 + half) ^ key) * 16, fragments[k]);
+      self.load_fragment(pixel + (((group + k * kGroups) * 2 + half) ^ key) * 16, fragments[k]);
     }
-    if (begin == 0) ready();
+    if (group == 0) ready();
     self.begin_products();
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) products(begin + k, fragments[k]);
+    for (int k = 0; k < kAtOnce; ++k) products(group + k * kGroups, fragments[k]);
     self.end_products();
     self.template wait_products<1>();  // then the fragments before these are free
   }
@@ -394,22 +398,25 @@ struct Turns {
   }
 };
 
-// The same for two that multiply in turn, band by band: where products leave no gaps that the other could fill, and all
-// else takes as long as they do, they are never in each other's way.
+// The same for two, or one, that multiply in turn, band by band: where products leave few gaps that the other could
+// fill, and all else takes no longer than they do, they are never in each other's way.
+template <int kTeams>
 struct Alternation {
+  static_assert(kTeams <= 2);
   int team, blocks, images;
 
-  FASTINV_BLOCK int step() const { return blocks * 2; }
+  FASTINV_BLOCK int step() const { return blocks * kTeams; }
 
-  // Before the products of a band of image n, and after them.
+  // Before the products of a band of image n, and after them: where the other has a band before, or after.
   template <class Thread>
   FASTINV_BLOCK void wait(const Thread& self, int n, int band) const {
-    if (team == 1 || (band == 0 ? n >= blocks : n + blocks < images)) self.wait_turn(team);  // there is a band before
+    if (kTeams == 1) return;
+    if (team == 1 || (band == 0 ? n >= blocks : n + blocks < images)) self.wait_turn(team);
   }
   template <class Thread>
   FASTINV_BLOCK void hand_on(const Thread& self, int n, int band, int bands) const {
-    const bool goes_on = team == 1 && band + 1 < bands;
-    if (goes_on || n + blocks < images) self.hand_on(1 - team);
+    if (kTeams == 1) return;
+    if ((team == 1 && band + 1 < bands) || n + blocks < images) self.hand_on(1 - team);
   }
 };
 

@@ -21,8 +21,7 @@ class WideWorker : LastLayer<Type, kStrips, Thread> {
 
  public:
   static constexpr int kRing = First::ring(Last::kSide), kTeamBytes = kRing + 4 * Last::kFloats;
-  static constexpr int kShared =
-      First::kWeights + kLastBytes + 4 * (kBetween + kMostOutputs) + kTeams * kTeamBytes;
+  static constexpr int kShared = First::kWeights + kLastBytes + 4 * (kBetween + kMostOutputs) + kTeams * kTeamBytes;
   static_assert(kShared <= kMostShared);
   static int shared(const Tail&) { return kShared; }
 
@@ -33,7 +32,7 @@ class WideWorker : LastLayer<Type, kStrips, Thread> {
         shared_(shared) {}
 
   FASTINV_BLOCK void run(int block, int blocks) {
-    const Alternation turns{team_, blocks, p_.images};
+    const Alternation<kTeams> turns{team_, blocks, p_.images};
     const int step = turns.step();
     int n = block + blocks * team_;
     begin();

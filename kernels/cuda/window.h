@@ -77,7 +77,10 @@ template <>
 struct Across<0> {
   Across() = default;
   explicit Across(int width)
-      : width_(width), seen_(width > 0 ? rows_seen(width) : 0), by_width_(std::max(width, 1)), by_seen_(std::max(seen_, 1)) {}
+      : width_(width),
+        seen_(width > 0 ? rows_seen(width) : 0),
+        by_width_(std::max(width, 1)),
+        by_seen_(std::max(seen_, 1)) {}
 
   FASTINV_BOTH int cells() const { return width_; }
   FASTINV_BOTH int seen() const { return seen_; }
@@ -115,7 +118,7 @@ class Window {
  public:
   static constexpr int kPixel = 2 * kInputs;                                        // bytes
   static constexpr int kWeights = Taps<kPhases>::kPlaces * kTile * (kInputs / 64);  // of the block
-  static constexpr int kAtOnce = 2;  // 16s of channels of which a thread has fragments
+  static constexpr int kAtOnce = kInputs / 32;  // 16s of channels of which a thread has fragments
 
   // Bytes of a warpgroup.
   FASTINV_BOTH static constexpr int ring(int width) { return rows_seen(width) * (width + 2) * kPixel; }
@@ -157,19 +160,22 @@ class Window {
   // What this thread has started is there.
   FASTINV_BLOCK void wait() { self_.wait_copies(); }
 
-  // sums[phase] = Σ x[cell + shift] · weights[shift, phase], of a band that is there. `ready` is called before the first
-  // products, when all is there for them.
+  // sums[phase] = Σ x[cell + shift] · weights[shift, phase], of a band that is there. `ready` is called before the
+  // first products, when all is there for them.
   template <class Ready>
   FASTINV_BLOCK void multiply(int band, float (&sums)[kPhases][kOutputs / 2], Ready&& ready) {
     const Right weights(weights_);
-    along_taps(band, [&](int shift, int step, const uint32_t (&fragment)[4], bool keep) {
+    along_taps(
+        band,
+        [&](int shift, int step, const uint32_t (&fragment)[4], bool keep) {
 #pragma unroll
-      for (int phase = 0; phase < kPhases; ++phase) {
-        if (!Taps<kPhases>::reads(phase, shift)) continue;
-        const int tile = Taps<kPhases>::place(phase, shift) * (kInputs / 64) + step / 4;
-        self_.product(Type{}, sums[phase], fragment, weights + (tile * kTile + step % 4 * 32), keep);
-      }
-    }, ready);
+          for (int phase = 0; phase < kPhases; ++phase) {
+            if (!Taps<kPhases>::reads(phase, shift)) continue;
+            const int tile = Taps<kPhases>::place(phase, shift) * (kInputs / 64) + step / 4;
+            self_.product(Type{}, sums[phase], fragment, weights + (tile * kTile + step % 4 * 32), keep);
+          }
+        },
+        ready);
   }
 
  protected:

@@ -102,18 +102,22 @@ class HalvedWindow : Window<Float16, 128, kWidth, 1, Thread> {
 
   // Sums of a band, times `unit`. Tensor cores cut off what a sum has no room for: products with a low half are summed
   // apart. (In a model of them random numbers were 2.2e-6 off together, and are 0.7e-6 apart.)
-  FASTINV_BLOCK void multiply(int band, float (&sums)[kOutputs / 2]) {
+  template <class Ready>
+  FASTINV_BLOCK void multiply(int band, float (&sums)[kOutputs / 2], Ready&& ready) {
     const Right weights(weights_);
     float lower[kOutputs / 2];
-    this->along_taps(band, [&](int shift, int step, const uint32_t (&fragment)[4], bool keep) {
-      const Right high = weights + (shift * 2 * kTile + step % 4 * 32);
-      if (step < 4) {
-        self_.product(Float16{}, sums, fragment, high, keep);
-        self_.product(Float16{}, lower, fragment, high + kTile, keep);
-      } else {
-        self_.product(Float16{}, lower, fragment, high, true);
-      }
-    }, [] {});
+    this->along_taps(
+        band,
+        [&](int shift, int step, const uint32_t (&fragment)[4], bool keep) {
+          const Right high = weights + (shift * 2 * kTile + step % 4 * 32);
+          if (step < 4) {
+            self_.product(Float16{}, sums, fragment, high, keep);
+            self_.product(Float16{}, lower, fragment, high + kTile, keep);
+          } else {
+            self_.product(Float16{}, lower, fragment, high, true);
+          }
+        },
+        ready);
 #pragma unroll
     for (int i = 0; i < kOutputs / 2; ++i) sums[i] += lower[i];
   }
@@ -216,13 +220,12 @@ class HalvedWorker {
                reinterpret_cast<uint32_t*>(ring_in(bias_, team_) + Cells::kRing)) {}
 
   FASTINV_BLOCK void run(int block, int blocks) {
-    const Turns<kTeams> turns{team_, blocks, p_.images};
+    const Alternation<kTeams> turns{team_, blocks, p_.images};
     const int step = turns.step(), bands = (p_.height + Cells::kRows - 1) / Cells::kRows;
     int n = block + blocks * team_;
     share<Cells::kWeights>(p_, self_, kThreads, shared_, kShared);
     if (n < p_.images) cells_.fetch(n, 0);
     self_.sync();
-    if (n < p_.images) turns.wait(self_);
     for (; n < p_.images; n += step) {
 #pragma unroll 1
       for (int band = 0; band < bands; ++band) {
@@ -230,8 +233,8 @@ class HalvedWorker {
         self_.sync(team_);
         fetch_next(cells_, n, band, bands, step, p_.images);
         float sums[kOutputs / 2];
-        cells_.multiply(band, sums);
-        turns.hand_on(self_, n, step, band);
+        cells_.multiply(band, sums, [&] { turns.wait(self_, n, band); });
+        turns.hand_on(self_, n, band, bands);
         put(n, band, sums);
       }
     }
