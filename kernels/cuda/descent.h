@@ -8,61 +8,14 @@
 
 #include <type_traits>
 
-#include "block.h"
+#include "variation.h"
 
 namespace fastinv {
-
-enum class Optimizer : int32_t { kAdam, kAmsgrad, kSgd };
-
-struct Descent {
-  // float32 [images, height, width, channels]: the image, and the moments.
-  float *z, *first, *second, *largest;
-  const float* rates;       // [steps, 2]: for Adam lr / (1 − β1^t) and (1 − β2^t)^(−1/2), for SGD lr
-  const float *low, *high;  // [channels], or null
-  // [images]: 1 while an image has steps to take, then 2; how many it has taken, all that run as many.
-  int32_t *running, *taken;
-  int32_t images, height, width, channels;
-  int32_t steps, most;  // in all, and in one launch
-  Optimizer optimizer;
-  float rest1, beta2, rest2, eps, momentum;  // rest1, rest2: 1 − β1, 1 − β2
-  float tv_weight, half_beta, root;          // tv_weight 0: the edge has it; root: what is added to the squares
-  int32_t room;                              // bytes of shared memory that a block can have
-};
-
-constexpr int kManyRegisters = 256;  // threads of a block, at most: then each can have 255 registers
-constexpr int kFinished = 2;
 
 // Steps taken when a launch ends that begins after so many.
 FASTINV_BLOCK inline int end_of(const Descent& d, int begin) {
   return d.steps - begin < d.most ? d.steps : begin + d.most;
 }
-
-// Pixels of a thread, and what it knows of them: [row][channel].
-template <int kChannels_, int kRows_>
-struct Pixels {
-  static constexpr int kChannels = kChannels_, kRows = kRows_;
-  using Values = float[kRows][kChannels];
-  Values gradient, first, second, largest;
-  int row, column;  // of the first; a thread that has none is at column −1
-
-  FASTINV_BLOCK void clear_moments() {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) first[r][c] = second[r][c] = largest[r][c] = 0.0f;
-    }
-  }
-};
-
-// Planes of rows of pixels, each with as much of a border as the edge asks for.
-struct Planes {
-  float* first;  // pixel (0, 0) of channel 0, inside the border
-  int pitch, size;
-
-  FASTINV_BLOCK float& at(int row, int column, int channel) const {
-    return first[channel * size + row * pitch + column];
-  }
-};
 
 // Threads for a row of the image: whole warps where a block may have so many, so that a warp's rows are the same and it
 // goes one way where an edge differs near the border.
@@ -153,71 +106,6 @@ FASTINV_BLOCK void convolve(const Planes& planes, int row, int column, const Fou
             if (i < kTaps) sum[r][c] += w.at[l] * x[r + i];
           }
         }
-      }
-    }
-  }
-}
-
-// β/2 − 1 of the total variation: 0, −1/2, or anything.
-enum class Power { kNone, kRoot, kAny };
-template <class F>
-FASTINV_BLOCK void with_power(const Descent& d, F&& f) {
-  if (d.half_beta == 1.0f) return f(std::integral_constant<Power, Power::kNone>());
-  if (d.half_beta == 0.5f) return f(std::integral_constant<Power, Power::kRoot>());
-  f(std::integral_constant<Power, Power::kAny>());
-}
-
-// dy and dx at a pixel of the image, 0 over its border, and (dy² + dx² + root)^(β/2 − 1).
-struct Differences {
-  float dy, dx, factor;
-};
-
-template <Power kPower>
-FASTINV_BLOCK Differences differences(const Descent& d, const Planes& image, int row, int column, int channel) {
-  const float here = image.at(row, column, channel);
-  const float dy = row + 1 < d.height ? image.at(row + 1, column, channel) - here : 0.0f;
-  const float dx = column + 1 < d.width ? image.at(row, column + 1, channel) - here : 0.0f;
-  float square = dy * dy + dx * dx + d.root;
-  if (square < 1e-30f) square = 1e-30f;  // where a difference is 0 so is the slope; but not 0 · ∞
-  return {dy, dx, kPower == Power::kRoot ? 1.0f / sqrtf(square) : powf(square, d.half_beta - 1.0f)};
-}
-
-// The gradient of tv_weight · TV_β at a pixel.
-template <Power kPower>
-FASTINV_BLOCK float variation_slope(const Descent& d, const Planes& image, int row, int column, int channel) {
-  const Differences here = differences<kPower>(d, image, row, column, channel);
-  float slope = -(here.dy + here.dx) * here.factor;
-  if (row > 0) {
-    const Differences above = differences<kPower>(d, image, row - 1, column, channel);
-    slope += above.dy * above.factor;
-  }
-  if (column > 0) {
-    const Differences left = differences<kPower>(d, image, row, column - 1, channel);
-    slope += left.dx * left.factor;
-  }
-  return d.tv_weight * 2.0f * d.half_beta * slope;
-}
-
-// Adds it to the gradients of a thread's pixels, of which there is one.
-template <Power kPower, class P>
-FASTINV_BLOCK void add_variation(const Descent& d, const Planes& image, P& p) {
-  const float weight = d.tv_weight * 2.0f;
-  const int left = p.column > 0 ? -1 : 0, right = p.column + 1 < d.width ? 1 : 0;
-#pragma unroll
-  for (int c = 0; c < P::kChannels; ++c) {
-    const float* at = &image.at(p.row, p.column, c);
-    float here = at[0], above = p.row > 0 ? at[-image.pitch] : here;
-#pragma unroll
-    for (int r = 0; r < P::kRows; ++r) {
-      const int row = p.row + r;
-      if (row >= d.height) break;
-      // β 2: the differences from all four neighbours; over the border there is none.
-      if constexpr (kPower == Power::kNone) {
-        const float below = row + 1 < d.height ? at[image.pitch] : here;
-        p.gradient[r][c] += weight * ((here - at[left]) + (here - at[right]) + (here - above) + (here - below));
-        above = here, here = below, at += image.pitch;
-      } else {
-        p.gradient[r][c] += variation_slope<kPower>(d, image, row, p.column, c);
       }
     }
   }

@@ -43,7 +43,7 @@ struct Pooled : PooledForward {
   template <class Block>
   FASTINV_BLOCK void begin(const Descent& d, Block& block, float* memory) {
     height = halved_side(d.height), width = halved_side(d.width), rows = height - kEdge, columns = width - kEdge;
-    pitch = pitch_of(width), pairs = d.height / 2 * pitch;
+    pitch = pitch_of(width), all_pairs = d.height / 2 * pitch;
     first_image = block.index() * kImages;
 #pragma unroll
     for (int i = 0; i < kImages; ++i) images |= runs(d, first_image + i) << i;

@@ -53,7 +53,7 @@ struct PooledMemory {
     // What windows give to pixels that they reach, [row, column, kSpread] with gaps, see `spread_at`.
     float* spread;
     // Before there is any, in the same place: the image, [pair of rows, column], and what comes after the pool, [part,
-    // row, column] of 8 float16. These take less than a third: rows after the last can be read, too.
+    // row, column] of 8 float16. These take less than half: rows after the last can be read, too.
     Halved* pairs;
     Words* pooled;
   };
@@ -61,7 +61,7 @@ struct PooledMemory {
   PooledLayers layers;
   float to_pooled, to_gradient;                      // make sums what is multiplied next
   int height = 0, width = 0, rows = 0, columns = 0;  // after the pool; of the result
-  int pitch = 0, pairs = 0;                          // columns of a pair of rows, of all
+  int pitch = 0, all_pairs = 0;                      // columns of a pair of rows, of all
   int first_image = 0, images = 0;                   // the block's: the first, and a bit of each that runs
   int ranks = 0;                                     // warps that have an image
   const uint32_t* weights = nullptr;                 // in shared memory
@@ -95,7 +95,7 @@ struct PooledMemory {
     float* spread = place + height * width * (kFirst / 4);
     auto* first = reinterpret_cast<Halved*>(spread);
     return {reinterpret_cast<Words*>(memory), reinterpret_cast<unsigned char*>(place), spread, first,
-            reinterpret_cast<Words*>(first + pairs)};
+            reinterpret_cast<Words*>(first + all_pairs)};
   }
   // Where a window of a row begins: neither pairs of four windows nor a row of pixels share banks.
   FASTINV_BOTH static int spread_at(int column) { return column * kSpread + column / 4 * 2; }

@@ -62,7 +62,7 @@ class Worker : LastLayer<Type, 1, Thread> {
         cells_(cells_in(shared) + team_ * kCells) {}
 
   FASTINV_BLOCK void run(int block, int blocks) {
-    const Alternation<kTeams> turns{team_, blocks, p_.images};
+    const Alternation<kTeams> turns{{team_, blocks, p_.images}};
     const int step = turns.step();
     int n = block + blocks * team_;
     begin();

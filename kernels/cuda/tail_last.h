@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "tail_output.h"
+#include "turns.h"
 
 namespace fastinv {
 

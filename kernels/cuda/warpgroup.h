@@ -378,46 +378,4 @@ FASTINV_BLOCK void along_channels(Thread& self, uint32_t (&left)[2][kAtOnce][4],
   }
 }
 
-// How the warpgroups of a block share the images: image after image goes to a block of its own, then to its second
-// warpgroup, and so on. They begin one after the other, each when the one before has made its first products: in step
-// they would all multiply together, and then all do the rest, while the tensor cores wait.
-template <int kTeams>
-struct Turns {
-  int team, blocks, images;
-
-  FASTINV_BLOCK int step() const { return blocks * kTeams; }
-
-  template <class Thread>
-  FASTINV_BLOCK void wait(const Thread& self) const {
-    if (team > 0) self.wait_turn(team);
-  }
-  // After products of a band of image n; `step` as above, where a register holds it.
-  template <class Thread>
-  FASTINV_BLOCK void hand_on(const Thread& self, int n, int step, int band) const {
-    if (band == 0 && n < step && team + 1 < kTeams && n + step / kTeams < images) self.hand_on(team + 1);
-  }
-};
-
-// The same for two, or one, that multiply in turn, band by band: where products leave few gaps that the other could
-// fill, and all else takes no longer than they do, they are never in each other's way.
-template <int kTeams>
-struct Alternation {
-  static_assert(kTeams <= 2);
-  int team, blocks, images;
-
-  FASTINV_BLOCK int step() const { return blocks * kTeams; }
-
-  // Before the products of a band of image n, and after them: where the other has a band before, or after.
-  template <class Thread>
-  FASTINV_BLOCK void wait(const Thread& self, int n, int band) const {
-    if (kTeams == 1) return;
-    if (team == 1 || (band == 0 ? n >= blocks : n + blocks < images)) self.wait_turn(team);
-  }
-  template <class Thread>
-  FASTINV_BLOCK void hand_on(const Thread& self, int n, int band, int bands) const {
-    if (kTeams == 1) return;
-    if ((team == 1 && band + 1 < bands) || n + blocks < images) self.hand_on(1 - team);
-  }
-};
-
 }  // namespace fastinv

@@ -32,7 +32,7 @@ class WideWorker : LastLayer<Type, kStrips, Thread> {
         shared_(shared) {}
 
   FASTINV_BLOCK void run(int block, int blocks) {
-    const Alternation<kTeams> turns{team_, blocks, p_.images};
+    const Alternation<kTeams> turns{{team_, blocks, p_.images}};
     const int step = turns.step();
     int n = block + blocks * team_;
     begin();

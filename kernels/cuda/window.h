@@ -12,6 +12,7 @@
 
 #include <algorithm>
 
+#include "turns.h"
 #include "warpgroup.h"
 
 namespace fastinv {

@@ -220,7 +220,7 @@ class HalvedWorker {
                reinterpret_cast<uint32_t*>(ring_in(bias_, team_) + Cells::kRing)) {}
 
   FASTINV_BLOCK void run(int block, int blocks) {
-    const Alternation<kTeams> turns{team_, blocks, p_.images};
+    const Alternation<kTeams> turns{{team_, blocks, p_.images}};
     const int step = turns.step(), bands = (p_.height + Cells::kRows - 1) / Cells::kRows;
     int n = block + blocks * team_;
     share<Cells::kWeights>(p_, self_, kThreads, shared_, kShared);

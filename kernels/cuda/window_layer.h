@@ -44,14 +44,16 @@ class LayerWorker {
                reinterpret_cast<unsigned char*>(bias_ + kOutputs) + team_ * Cells::ring(p.across.cells())) {}
 
   FASTINV_BLOCK void run(int block, int blocks) {
-    const Turns<kTeams> turns{team_, blocks, p_.images};
+    const Turns<kTeams> turns{{team_, blocks, p_.images}};
     const int step = turns.step(), all = p_.height * p_.across.cells();
     const int bands = (all + kBand - 1) / kBand;
     int n = block + blocks * team_;
     share<Cells::kWeights>(p_, self_, kThreads, shared_, shared(p_));
     self_.sync();
-    if (n < p_.images) cells_.fetch(n, 0);
-    if (n < p_.images) turns.wait(self_);
+    if (n < p_.images) {
+      cells_.fetch(n, 0);
+      turns.wait(self_);
+    }
     for (; n < p_.images; n += step) {
 #pragma unroll 1
       for (int band = 0; band < bands; ++band) {
