@@ -405,6 +405,9 @@ struct Kernels {
   bool (*finite)(const float* in, int64_t size);
   void (*widen)(const WidenArgs&);
   void (*to_bytes)(const float* in, uint8_t* out, int64_t size);
+  // Copies that read ahead, for memory that no cache holds.
+  void (*bring)(const uint8_t* in, uint8_t* out, int64_t size);
+  void (*bring_as_bfloat16)(const float* in, uint16_t* out, int64_t size);
   void (*gather)(const float* in, const int32_t* index, float* out, int64_t size, bool accumulate);
   void (*add)(const float* in, float* out, int64_t size);
   // grad = 2 · (y − v); returns Σ (y − v)².

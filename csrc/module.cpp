@@ -11,6 +11,7 @@
 #include "isa.h"
 #include "solver.h"
 #include "threads.h"
+#include "upload.h"
 
 namespace py = pybind11;
 using namespace fastinv;
@@ -198,6 +199,30 @@ py::tuple solve(Solver& solver, const FloatArray& features, const FloatArray& in
   return py::make_tuple(out, objective, steps, converged, !raised);
 }
 
+// What is to become `to`, byte for byte.
+Copy to_copy(const py::array& from, py::array& to) {
+  for (const py::array* a : {&from, static_cast<const py::array*>(&to)}) {
+    if (!(a->flags() & py::array::c_style)) throw std::invalid_argument("copy: not contiguous");
+  }
+  if (from.nbytes() != to.nbytes()) throw std::invalid_argument("copy: of another size");
+  return {static_cast<const uint8_t*>(from.data()), static_cast<uint8_t*>(to.mutable_data()), from.nbytes()};
+}
+
+void send(Upload& upload, const py::array& source, uint64_t there, bool rounds, uint64_t stream,
+          const py::object& results, const py::object& out) {
+  if (!(source.flags() & py::array::c_style)) throw std::invalid_argument("send: not contiguous");
+  if (rounds && !py::isinstance<py::array_t<float>>(source)) throw std::invalid_argument("send: floats are rounded");
+  Copy beside = {nullptr, nullptr, 0};
+  if (!results.is_none()) {
+    auto to = out.cast<py::array>();
+    beside = to_copy(results.cast<py::array>(), to);
+  }
+  const void* values = source.data();
+  const int64_t bytes = source.nbytes() / (rounds ? 2 : 1);
+  const py::gil_scoped_release release;
+  upload.send(values, there, bytes, rounds, reinterpret_cast<void*>(stream), beside);
+}
+
 double fma_peak(const std::string& isa, int threads, double seconds) {
   if (threads < 1 || !(seconds > 0 && seconds <= 60)) throw std::invalid_argument("fma_peak: threads or seconds");
   using Clock = std::chrono::steady_clock;
@@ -246,6 +271,30 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("fma_peak", &fma_peak, py::arg("isa"), py::arg("threads"), py::arg("seconds"),
         "GFLOP/s of multiply-adds in registers, by so many threads for so long.");
+
+  m.def(
+      "copy",
+      [](const py::array& source, py::array target, int threads) {
+        const Copy whole = to_copy(source, target);
+        const py::gil_scoped_release release;
+        copy(whole, threads);
+      },
+      py::arg("source"), py::arg("target"), py::arg("threads"), "target = source, byte for byte; contiguous both.");
+
+  py::class_<Upload>(m, "Upload", "What brings arrays to a GPU through pieces of pinned memory, by all threads.")
+      .def(py::init([](py::array pinned, int threads, const std::string& driver, const std::string& isa) {
+             const int64_t pieces = int64_t{Upload::kPieces} * threads,
+                           piece = threads < 1 ? 0 : pinned.nbytes() / pieces;
+             if (piece < 4 || piece % 4 != 0) throw std::invalid_argument("Upload: pinned or threads");
+             auto* memory = static_cast<uint8_t*>(pinned.mutable_data());
+             return std::make_unique<Upload>(kernels_for(isa), memory, piece, threads, driver);
+           }),
+           py::arg("pinned"), py::arg("threads"), py::arg("driver"), py::arg("isa") = "", py::keep_alive<1, 2>())
+      .def("send", &send, py::arg("source"), py::arg("there"), py::arg("rounds"), py::arg("stream"),
+           py::arg("results") = py::none(), py::arg("out") = py::none(),
+           "On the stream, bytes from address `there` on become what `source` holds, with `rounds` as bfloat16; beside "
+           "it out = results. Returns when source has been read and the results are copied.")
+      .def_readonly_static("pieces", &Upload::kPieces, "Of a thread.");
 
   py::class_<Program>(m, "Program", "A network as kernel launches.")
       .def(py::init([](const std::string& isa, Shape input, bool differentiable, bool abreast, bool bfloat16) {

@@ -1,6 +1,7 @@
 """The compiled CPU engine of fastinv."""
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,20 @@ def has_bfloat16(isa: str) -> bool: ...
 def resolve_isa(name: str) -> str: ...
 def vector_width(isa: str) -> int: ...
 def fma_peak(isa: str, threads: int, seconds: float) -> float: ...
+def copy(source: npt.NDArray[Any], target: npt.NDArray[Any], threads: int) -> None: ...
+
+class Upload:
+    pieces: ClassVar[int]
+    def __init__(self, pinned: npt.NDArray[np.uint8], threads: int, driver: str, isa: str = ...) -> None: ...
+    def send(
+        self,
+        source: npt.NDArray[Any],
+        there: int,
+        rounds: bool,
+        stream: int,
+        results: npt.NDArray[Any] | None = ...,
+        out: npt.NDArray[Any] | None = ...,
+    ) -> None: ...
 
 class Program:
     @property

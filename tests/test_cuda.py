@@ -21,7 +21,7 @@ from fastinv import benchmark
 from fastinv.backends import BACKENDS, cuda_device, cuda_host, cuda_native, select
 from fastinv.backends.cuda import CudaBackend
 from fastinv.backends.cuda_device import halving, missing
-from fastinv.backends.cuda_host import copy
+from fastinv.backends.cuda_host import Copy
 from fastinv.backends.cuda_lowering import PRECISIONS
 from fastinv.backends.cuda_plan import ALIGNMENT, Arena, Buffer, Stage, bucket, place
 from fastinv.errors import BackendError
@@ -154,7 +154,7 @@ def test_copies_on_the_host(dtype: str) -> None:
     whole.flags.writeable = False
     for source in (whole, np.asfortranarray(values), values[:0]):
         for target in (np.zeros_like(values), np.zeros((5, 3, 8), dtype)[..., ::2]):
-            copy(source, target[: len(source)])
+            Copy(source, target[: len(source)]).make()
             np.testing.assert_array_equal(target[: len(source)], source)
 
 
@@ -162,6 +162,7 @@ def test_copies_on_the_host(dtype: str) -> None:
 def test_float32_is_rounded_on_its_way_to_the_device(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
     """As PyTorch rounds, whatever the layout; all else is copied as it is."""
     monkeypatch.setattr(cuda_host, "PIECE", piece)  # which ends within an image, or after the last
+    monkeypatch.setattr(cuda_host, "PART", 100)  # an image, or as many as fit
     upload = cuda_host.Upload(torch.device("cpu"), cuda_device.Streams(torch.device("cpu")))
     x = randn(6, 5, 4)
     x[0, 0, :3] = np.nan, np.inf, -np.inf
@@ -170,7 +171,10 @@ def test_float32_is_rounded_on_its_way_to_the_device(monkeypatch: pytest.MonkeyP
     for source in (x, locked, x[::2], x[..., 1:], x.transpose(2, 0, 1), x[:0], x[:, :0]):
         for dtype in (torch.bfloat16, torch.float32):
             there = torch.full((source.size,), 7.0, dtype=dtype)
-            upload.send(source, there)
+            target = np.zeros_like(x)
+            for results in (target, target[::2], target[:0]):
+                upload.send(source, there, cuda_host.Copy(x[: len(results)], results))
+                np.testing.assert_array_equal(results, x[: len(results)])
             expected = torch.from_numpy(np.array(source)).to(dtype).flatten()
             np.testing.assert_array_equal(there.float(), expected.float())  # one NaN is as good as another
     for dtype in ("uint8", "int8", "float16"):
@@ -203,7 +207,7 @@ def test_features_go_to_the_device_a_batch_ahead(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("dtype", ["float32", "uint8"])
 def test_images_go_to_the_host(monkeypatch: pytest.MonkeyPatch, piece: int, dtype: str) -> None:
     """When they are flushed, to a target of any layout."""
-    monkeypatch.setattr(cuda_host, "PIECE", piece)
+    monkeypatch.setattr(cuda_host, "PIECE_BACK", piece)
     cpu = torch.device("cpu")
     download = cuda_host.Download(cpu, cuda_device.Streams(cpu))
     images = torch.from_numpy((40 * randn(5, 3, 4)).astype(np.int32)).float()

@@ -84,6 +84,8 @@ const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
     finite,
     widen,
     to_bytes,
+    bring,
+    bring_as_bfloat16,
     gather,
     add,
     residual,

@@ -90,7 +90,8 @@ FASTINV_INLINE V exp2_whole(V n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
 }
 
-// Other types, widened to floats; and whole numbers from 0 to 255 as bytes, halves rounded to even.
+// Other types, widened to floats; and whole numbers from 0 to 255 as bytes, or as bfloat16, halves rounded to even.
+// The latter in integers, so that denormals, which may be flushed, are no special case.
 FASTINV_INLINE V load_half(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -108,6 +109,15 @@ FASTINV_INLINE void store_bytes(uint8_t* p, V v) {
   const __m256i whole = _mm256_cvtps_epi32(v);
   const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+FASTINV_INLINE void store_bfloat16(uint16_t* p, V v) {
+  const __m256i bits = _mm256_castps_si256(v),
+                odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i rounded = _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), nan);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
 }
 
 // a0 b0 a1 b1 …

@@ -135,7 +135,8 @@ FASTINV_INLINE V gather(const float* base, const int32_t* index) {
   return _mm512_i32gather_ps(_mm512_loadu_si512(index), base, 4);
 }
 
-// Other types, widened to floats; and whole numbers from 0 to 255 as bytes, halves rounded to even.
+// Other types, widened to floats; and whole numbers from 0 to 255 as bytes, or as bfloat16, halves rounded to even.
+// The latter in integers, so that denormals, which may be flushed, are no special case.
 FASTINV_INLINE V load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -151,6 +152,14 @@ FASTINV_INLINE V load_bytes(const int8_t* p) {
 }
 FASTINV_INLINE void store_bytes(uint8_t* p, V v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+FASTINV_INLINE void store_bfloat16(uint16_t* p, V v) {
+  const __m512i bits = _mm512_castps_si512(v),
+                odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const Mask nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
 }
 
 // a0 b0 a1 b1 …

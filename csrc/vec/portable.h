@@ -106,7 +106,8 @@ FASTINV_INLINE V exp2_whole(V n) {
   return v;
 }
 
-// Other types, widened to floats; and whole numbers from 0 to 255 as bytes, halves rounded to even.
+// Other types, widened to floats; and whole numbers from 0 to 255 as bytes, or as bfloat16, halves rounded to even.
+// The latter in integers, so that denormals, which may be flushed, are no special case.
 FASTINV_INLINE float from_bits(uint32_t bits) {
   float x;
   memcpy(&x, &bits, sizeof x);
@@ -133,6 +134,14 @@ FASTINV_INLINE V load_bytes(const Byte* p) {
 FASTINV_INLINE void store_bytes(uint8_t* p, V v) {
   const V whole = round(v);
   for (int i = 0; i < kWidth; ++i) p[i] = static_cast<uint8_t>(whole[i]);
+}
+FASTINV_INLINE void store_bfloat16(uint16_t* p, V v) {
+  for (int i = 0; i < kWidth; ++i) {
+    uint32_t bits;
+    memcpy(&bits, reinterpret_cast<const char*>(&v) + sizeof bits * i, sizeof bits);
+    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    p[i] = static_cast<uint16_t>(nan ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+  }
 }
 
 // a0 b0 a1 b1 …

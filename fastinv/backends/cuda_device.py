@@ -223,6 +223,10 @@ class Streams:
         if self._streams:
             self._of(name).wait_stream(self._of(before))
 
+    def handle(self, name: str) -> int:
+        """What CUDA's driver knows the stream by."""
+        return int(self._of(name).cuda_stream) if self._streams else 0
+
     def mark(self, name: str) -> Callable[[], None]:
         """A function that waits for what is on the stream by now."""
         if not self._streams:

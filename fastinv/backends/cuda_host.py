@@ -1,15 +1,15 @@
-"""What is done with the user's arrays by all threads of PyTorch: looks at them, copies to and from pinned memory."""
+"""What is done with the user's arrays by many threads: looks at them, copies to and from pinned memory."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fastinv import tensors
+from fastinv import _core, tensors
 from fastinv.backends.base import Array
 from fastinv.backends.cuda_device import Streams, nothing
 
@@ -17,46 +17,73 @@ if TYPE_CHECKING:
     import torch
 
 
-PIECE = 2**22  # bytes of pinned memory at once
-PIECES = 4  # that take turns. All together stay in the L3 cache: so float32 moved at 52 GB/s, not at 37, and where
-# others used the memory, too, at 41, not at 21 (two cores of a Zen 5)
+PIECE = 2**20  # bytes of pinned memory at once, on the way there: all of a thread's stay in its part of the L3 cache
+MOST_THREADS = 8  # that fill them: at 7 GB/s each as much as PCIe 5 carries
+PART = 2**24  # bytes of features that are copied at once where they do not lie in one piece
+DRIVER = "libcuda.so.1"
+PIECE_BACK = 2**22  # bytes of pinned memory at once, on the way back
+PIECES_BACK = 4  # that take turns
 
 
-class _Pieces:
-    """Pinned memory in pieces, each with a function that waits until it is free."""
+class Copy(NamedTuple):
+    """Of arrays on the host, of the same shape and dtype."""
+
+    source: npt.NDArray[Any]
+    target: npt.NDArray[Any]
+
+    def make(self) -> None:
+        """target = source. Where both lie in one piece it takes all threads: one alone moved 18 GB/s on a Zen 5, and
+        PCIe 4 and 5 carry 25 and 50."""
+        if self.in_one_piece:
+            _core.copy(self.source, self.target, _core.available_threads())
+        else:
+            self.target[...] = self.source
+
+    @property
+    def in_one_piece(self) -> bool:
+        return bool(self.source.flags.c_contiguous and self.target.flags.c_contiguous)
+
+
+class Upload:
+    """What brings arrays of the host to a device, on the stream "in": threads fill pieces of pinned memory while those
+    before are on their way (`csrc/upload.h`)."""
 
     def __init__(self, device: torch.device, streams: Streams) -> None:
         import torch
 
-        pinned = device.type == "cuda"
         self.streams = streams
-        self._pieces = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=pinned) for _ in range(PIECES)]
-        self._waits = [nothing] * PIECES
+        threads, gpu = min(_core.available_threads(), MOST_THREADS), device.type == "cuda"
+        pinned = torch.empty(_core.Upload.pieces * threads * PIECE, dtype=torch.uint8, pin_memory=gpu)
+        self._way = _core.Upload(pinned.numpy(), threads, DRIVER if gpu else "")
 
-
-class Upload(_Pieces):
-    """What brings arrays of the host to a device, on the stream "in": pieces are filled by all threads while those
-    before are on their way."""
-
-    _next = 0
-
-    def send(self, source: npt.NDArray[Any], there: torch.Tensor) -> None:
+    def send(self, source: npt.NDArray[Any], there: torch.Tensor, beside: Copy | None = None) -> None:
         """there = source, flat; of the same type, or float32 that is rounded to bfloat16 here: half as much goes to
-        pinned memory, and on from there. Returns when the source has been read."""
-        with self.streams.on("in"):
-            begin = 0
-            for part in _flat(source, there.dtype, PIECE // there.itemsize):
-                pinned = self._pieces[self._next].view(there.dtype)[: len(part)]
-                self._waits[self._next]()
-                pinned.copy_(part)
-                there[begin : begin + len(part)].copy_(pinned, non_blocking=True)
-                self._waits[self._next] = self.streams.mark("in")
-                self._next = (self._next + 1) % PIECES
-                begin += len(part)
+        pinned memory, and on from there. Beside it a copy on the host is made. Returns when the source has been read
+        and the copy is done."""
+        import torch
+
+        rounds = there.dtype is torch.bfloat16 and source.dtype == np.float32
+        stream, address = self.streams.handle("in"), there.data_ptr()
+        if beside is not None and not beside.in_one_piece:
+            beside.make()
+            beside = None
+        for part in _parts(source):
+            self._way.send(part, address, rounds, stream, *(beside or ()))
+            address += part.nbytes // (2 if rounds else 1)
+            beside = None
 
 
-class Download(_Pieces):
+class Download:
     """What brings tensors of a device to arrays of the host, on the stream "out"."""
+
+    def __init__(self, device: torch.device, streams: Streams) -> None:
+        import torch
+
+        self.streams = streams
+        self._pieces = [
+            torch.empty(PIECE_BACK, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(PIECES_BACK)
+        ]
+        self._waits = [nothing] * PIECES_BACK
 
     def fetch(self, there: torch.Tensor, target: npt.NDArray[Any]) -> None:
         """target = there, contiguous and of the same shape and type. Returns when it is done."""
@@ -64,18 +91,19 @@ class Download(_Pieces):
 
         whole = target if target.flags.c_contiguous else np.empty(target.shape, target.dtype)
         source = there.reshape(-1).view(torch.uint8)
-        parts = list(tensors.chunks(len(source), PIECE))
-        for number in range(len(parts) + PIECES - 1):
+        parts = list(tensors.chunks(len(source), PIECE_BACK))
+        for number in range(len(parts) + PIECES_BACK - 1):
             if number < len(parts):
                 begin, end = parts[number]
                 with self.streams.on("out"):
-                    self._pieces[number % PIECES][: end - begin].copy_(source[begin:end], non_blocking=True)
-                self._waits[number % PIECES] = self.streams.mark("out")
-            done = number - PIECES + 1
+                    self._pieces[number % PIECES_BACK][: end - begin].copy_(source[begin:end], non_blocking=True)
+                self._waits[number % PIECES_BACK] = self.streams.mark("out")
+            done = number - PIECES_BACK + 1
             if 0 <= done < len(parts):
                 begin, end = parts[done]
-                self._waits[done % PIECES]()
-                _as_bytes(whole)[begin:end].copy_(self._pieces[done % PIECES][: end - begin])
+                self._waits[done % PIECES_BACK]()
+                piece = self._pieces[done % PIECES_BACK][: end - begin].numpy()
+                Copy(piece, whole.reshape(-1).view(np.uint8)[begin:end]).make()
         if whole is not target:
             target[...] = whole
 
@@ -182,28 +210,13 @@ def finite(values: Array) -> bool:
     return bool(torch.isfinite(total)) or tensors.finite(values)
 
 
-def copy(source: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
-    """target = source, of the same shape and dtype. Where both lie in one piece it takes all threads of PyTorch: one
-    alone moved 18 GB/s on a Zen 5, and PCIe 4 and 5 carry 25 and 50."""
-    if source.flags.c_contiguous and target.flags.c_contiguous and source.size > 0:
-        _as_bytes(target).copy_(_as_bytes(source))
-    else:
-        target[...] = source
-
-
-def _flat(source: npt.NDArray[Any], dtype: torch.dtype, most: int) -> Iterator[torch.Tensor]:
-    """Its values in parts of at most so many, as they lie in memory: as float32 where that is to become bfloat16, else
-    as `dtype`. What is not in one piece is copied, so many images at a time."""
-    import torch
-
-    if source.size == 0:
+def _parts(source: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    """Its values, each part in one piece: all of it, or else copies of some images at a time."""
+    if source.flags.c_contiguous:  # as what is empty always is
+        yield source
         return
-    kind = torch.float32 if dtype is torch.bfloat16 and source.dtype == np.float32 else dtype
-    images = len(source) if source.flags.c_contiguous else max(1, most * len(source) // source.size)
-    for start, stop in tensors.chunks(len(source), images):
-        values = np.ascontiguousarray(source[start:stop])  # a name, so that it lives as long as its memory is read
-        whole = _as_bytes(values).view(kind)
-        yield from (whole[begin:end] for begin, end in tensors.chunks(len(whole), most))
+    images = max(1, PART * len(source) // source.nbytes)
+    yield from (np.ascontiguousarray(source[start:stop]) for start, stop in tensors.chunks(len(source), images))
 
 
 def _as_bytes(array: npt.NDArray[Any]) -> torch.Tensor:

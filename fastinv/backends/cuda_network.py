@@ -26,7 +26,7 @@ from fastinv.backends.cuda_device import (
     wait,
     wait_for_all,
 )
-from fastinv.backends.cuda_host import Upload, copy
+from fastinv.backends.cuda_host import Copy, Upload
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.backends.cuda_nodes import ConvolutionNode, Door
 from fastinv.backends.cuda_plan import Arena, Buffer, Stage, bucket
@@ -280,11 +280,15 @@ class CudaNetwork:
             try:
                 for number, (start, stop) in enumerate(tensors.chunks(len(rows), self._streamed)):
                     slot = slots[number % 2]
-                    good &= _collect(slot, out)
-                    self._send(slot, memory, rows.data[start:stop], sent, scale, out.dtype.name)
+                    finite, results = _wait(slot, out)
+                    good &= finite
+                    self._send(slot, memory, rows.data[start:stop], sent, scale, out.dtype.name, results)
                     slot.rows = (start, stop)
                 for slot in sorted(slots, key=lambda slot: slot.rows):
-                    good &= _collect(slot, out)
+                    finite, results = _wait(slot, out)
+                    good &= finite
+                    if results is not None:
+                        results.make()
             finally:  # what an error leaves on its way is not the next call's
                 for slot in slots:
                     if slot.wait is not None:
@@ -294,9 +298,16 @@ class CudaNetwork:
             return good
 
     def _send(
-        self, slot: Slot, memory: torch.Tensor, part: npt.NDArray[Any], dtype: str, scale: Any, result: str
+        self,
+        slot: Slot,
+        memory: torch.Tensor,
+        part: npt.NDArray[Any],
+        dtype: str,
+        scale: Any,
+        result: str,
+        before: Copy | None,
     ) -> None:
-        """Start a batch on its way, as `dtype`."""
+        """Start a batch on its way, as `dtype`; the results of that before it in the slot come to their place."""
         import torch
 
         assert self._streams is not None
@@ -305,7 +316,7 @@ class CudaNetwork:
         images = bucket(count, self._streamed)
         run = self._launched(slot, memory, images, dtype, scale, result)
         there = slot.features.view(getattr(torch, dtype))[: part.size // count * images]
-        self._upload.send(part, there[: part.size])
+        self._upload.send(part, there[: part.size], before)
         with streams.on("in"):
             there[part.size :].zero_()  # the rest of the bucket is computed on, too
         streams.after("compute", "in")
@@ -374,15 +385,15 @@ def of_channels(values: Array, shape: Shape) -> Array:
     return (whole[:, 0, 0] if len(shape) == 3 else whole.ravel()).copy()
 
 
-def _collect(slot: Slot, out: npt.NDArray[Any]) -> bool:
-    """Wait for the batch in a slot, if there is one, and take its results; False where its features were not finite."""
+def _wait(slot: Slot, out: npt.NDArray[Any]) -> tuple[bool, Copy | None]:
+    """Wait for the batch in a slot, if there is one: whether its features were finite, and how its results come to
+    their place. What is next in the slot may start on its way meanwhile, but not be run."""
     if slot.wait is None:
-        return True
+        return True, None
     slot.wait()
     slot.wait = None
     start, stop = slot.rows
     part = out[start:stop]
-    copy(slot.host[: part.size * part.dtype.itemsize].numpy().view(part.dtype).reshape(part.shape), part)
     wrong = bool(slot.flag.item())
     slot.flag.zero_()
-    return not wrong
+    return not wrong, Copy(slot.host[: part.nbytes].numpy().view(part.dtype).reshape(part.shape), part)
