@@ -138,3 +138,20 @@ class HalvedLayer:
     def __init__(self) -> None: ...
     def fits(self) -> bool: ...
     def run(self, device: int, stream: int) -> None: ...
+
+class SmallTail:
+    x: int
+    weights: int
+    out: int
+    flag: int
+    images: int
+    channels_last: int
+    given: int
+    result: int
+    slope: float
+    finish: int
+    a: float
+    b: float
+    def __init__(self) -> None: ...
+    def fits(self) -> bool: ...
+    def run(self, device: int, stream: int) -> None: ...

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "layers.h"
+#include "small_tail.h"
 
 using namespace fastinv;
 
@@ -74,8 +75,15 @@ void run(const Params& p, int blocks, bool backward) {
   });
 }
 
+void run(const SmallTail& p, int, bool backward) {
+  for (int index = 0; index * small::kImages < p.images; ++index) {
+    HostBlock block(index, small::kThreads, small::kFloats, backward);
+    small::Worker<HostBlock>(p, block, index * small::kImages).run();
+  }
+}
+
 template <class Params>
-void check(Params p, int width, size_t bytes, const char* what) {
+void check(Params p, int height, int width, int outputs, size_t bytes, const char* what) {
   const Memory first(bytes), second(bytes);
   std::memset(first.get(), 1, bytes);
   std::memset(second.get(), 2, bytes);
@@ -84,7 +92,7 @@ void check(Params p, int width, size_t bytes, const char* what) {
   p.out = reinterpret_cast<decltype(p.out)>(second.get());
   run(p, 3, true);
   if (std::memcmp(first.get(), second.get(), bytes) != 0) {
-    std::printf("%s %dx%d, %d outputs: the order changes the result\n", what, p.height, width, p.outputs);
+    std::printf("%s %dx%d, %d outputs: the order changes the result\n", what, height, width, outputs);
     ++failures;
   }
 }
@@ -112,7 +120,7 @@ void check_window(int height, int width, int inputs, int phases, int outputs, bo
   p.weights = weights.get();
   p.bias = reinterpret_cast<const float*>(bias.get());
   p.addend = adds ? addend.get() : nullptr;
-  check(p, width, results, "window");
+  check(p, height, width, outputs, results, "window");
 }
 
 void check_halves(int height, int width, int outputs, bool back) {
@@ -139,7 +147,7 @@ void check_halves(int height, int width, int outputs, bool back) {
   p.bias = reinterpret_cast<const float*>(bias.get());
   p.addend = back ? nullptr : reinterpret_cast<const float*>(others.get());
   p.saved = back ? reinterpret_cast<const float*>(others.get()) : nullptr;
-  check(p, width, results, "halves");
+  check(p, height, width, outputs, results, "halves");
 }
 
 void check_tail(int height, int width, int inputs, int outputs, Result result, bool channels_last) {
@@ -173,7 +181,24 @@ void check_tail(int height, int width, int inputs, int outputs, Result result, b
   p.out_c = 4 * height * width;
   p.out_y = 2 * width;
   p.out_x = 1;
-  check(p, width, cells * 4 * outputs * size, "tail");
+  check(p, height, width, outputs, cells * 4 * outputs * size, "tail");
+}
+
+void check_small_tail(int images, Result given, Result result, bool channels_last) {
+  SmallTail p{};
+  p.images = images;
+  p.channels_last = channels_last;
+  p.given = given;
+  p.result = result;
+  p.finish = Finish::kSigmoid;
+  const size_t values = size_t(images) * small::kPixels, pixels = size_t(images) * small::kOut * small::kOut;
+  const Memory x(values * (given == Result::kFloat32 ? 4 : 2)), weights(4 * small::kWeights), flag(4);
+  given == Result::kFloat32 ? fill_floats(x) : fill_halves(x);
+  fill_floats(weights);
+  p.x = x.get();
+  p.weights = reinterpret_cast<const float*>(weights.get());
+  p.flag = reinterpret_cast<int32_t*>(flag.get());
+  check(p, small::kOut, small::kOut, 1, pixels * (result == Result::kFloat32 ? 4 : 1), "small tail");
 }
 
 // Around multiples of d, from d itself to the largest.
@@ -207,5 +232,7 @@ int main() {
   }
   check_tail(16, 16, 128, 3, Result::kFloat32, false);
   check_tail(16, 16, 128, 1, Result::kFloat16, true);
+  check_small_tail(9, Result::kFloat32, Result::kUint8, false);
+  check_small_tail(16, Result::kFloat16, Result::kFloat32, true);
   return failures == 0 ? 0 : 1;
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastinv.backends.cuda_nodes import ConvolutionNode, Node
 from fastinv.backends.cuda_plan import Buffer
+from fastinv.backends.cuda_small_tail import SmallTail
 from fastinv.backends.cuda_tail import Tail
 from fastinv.backends.cuda_tuning import native_is_faster, tuned
 
@@ -41,6 +42,8 @@ def join_pairs(nodes: list[Node], steps: list[tuple[int, ...]], output: Buffer) 
 
 def _of_two(first: ConvolutionNode, last: ConvolutionNode) -> Any:
     """The kernel of the two, or None where there is none or two launches cost less."""
+    if SmallTail.fits(first, last):
+        return SmallTail(first, last)
     pair = pair_of(first, last)
     if Tail.fits(first, last) and (pair is None or native_is_faster(pair, pair.weight.device)):
         return Tail(first, last, pair)

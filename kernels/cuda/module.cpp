@@ -14,6 +14,7 @@ using fastinv::Descent;
 using fastinv::HalvedLayer;
 using fastinv::PooledLayers;
 using fastinv::QuadraticForm;
+using fastinv::SmallTail;
 using fastinv::Tail;
 using fastinv::WindowLayer;
 
@@ -25,6 +26,14 @@ void pointer(py::class_<Struct>& type, const char* name, T* Struct::* field) {
   type.def_property(
       name, [field](const Struct& s) { return reinterpret_cast<uintptr_t>(s.*field); },
       [field](Struct& s, uintptr_t address) { s.*field = reinterpret_cast<T*>(address); });
+}
+
+// A field that says what type values are of.
+template <class Struct>
+void result(py::class_<Struct>& type, const char* name, fastinv::Result Struct::* field) {
+  type.def_property(
+      name, [field](const Struct& s) { return static_cast<int>(s.*field); },
+      [field](Struct& s, int code) { s.*field = static_cast<fastinv::Result>(code); });
 }
 
 template <class Problem>
@@ -152,10 +161,8 @@ PYBIND11_MODULE(_cuda, m) {
       .def_readwrite("out_x", &Tail::out_x)
       .def_readwrite("slope", &Tail::slope)
       .def_readwrite("a", &Tail::a)
-      .def_readwrite("b", &Tail::b)
-      .def_property(
-          "result", [](const Tail& p) { return static_cast<int>(p.result); },
-          [](Tail& p, int code) { p.result = static_cast<fastinv::Result>(code); });
+      .def_readwrite("b", &Tail::b);
+  result(tail, "result", &Tail::result);
 
   auto window = layers<WindowLayer>(m, "WindowLayer");
   pointer(window, "x", &WindowLayer::x);
@@ -191,4 +198,17 @@ PYBIND11_MODULE(_cuda, m) {
       .def_readwrite("unscale", &HalvedLayer::unscale)
       .def_readwrite("a", &HalvedLayer::a)
       .def_readwrite("b", &HalvedLayer::b);
+
+  auto small = layers<SmallTail>(m, "SmallTail");
+  pointer(small, "x", &SmallTail::x);
+  pointer(small, "weights", &SmallTail::weights);
+  pointer(small, "out", &SmallTail::out);
+  pointer(small, "flag", &SmallTail::flag);
+  result(small, "given", &SmallTail::given);
+  result(small, "result", &SmallTail::result);
+  small.def_readwrite("images", &SmallTail::images)
+      .def_readwrite("channels_last", &SmallTail::channels_last)
+      .def_readwrite("slope", &SmallTail::slope)
+      .def_readwrite("a", &SmallTail::a)
+      .def_readwrite("b", &SmallTail::b);
 }

@@ -5,6 +5,7 @@
 #include "layers.h"
 #include "pooled.h"
 #include "quadratic.h"
+#include "small_tail.h"
 
 namespace fastinv {
 
@@ -22,10 +23,14 @@ void descend_on_host(const Descent& descent, const Problem& problem, bool backwa
 template <class Problem>
 void launch_descend(const Descent& descent, const Problem& problem, int device, uintptr_t stream);
 
-// The same of layers, a `Tail`, a `WindowLayer` or a `HalvedLayer`.
+// The same of layers, a `Tail`, a `WindowLayer`, a `HalvedLayer` or a `SmallTail`.
 template <class Params>
 void layers_on_host(const Params& p, bool backward);
+template <>
+void layers_on_host(const SmallTail& p, bool backward);
 template <class Params>
 void launch_layers(const Params& p, int device, uintptr_t stream);
+template <>
+void launch_layers(const SmallTail& p, int device, uintptr_t stream);
 
 }  // namespace fastinv

@@ -22,8 +22,6 @@ struct Tail {
   float a, b;     // its parameters
 };
 
-namespace tail {
-
 template <class T>
 struct alignas(2 * sizeof(T)) Both {
   T at[2];
@@ -34,8 +32,8 @@ FASTINV_BLOCK inline uint8_t as_byte(float x) {  // NaN becomes 0
 }
 
 // put(out, both): of the type that is asked for, results and what makes two of them.
-template <class F>
-FASTINV_BLOCK void with_result(const Tail& p, F&& put) {
+template <class Params, class F>
+FASTINV_BLOCK void with_result(const Params& p, F&& put) {
   const auto of_halves = [](auto type) {
     return [type](float low, float high) {
       const uint32_t word = pack(type, low, high);
@@ -53,7 +51,5 @@ FASTINV_BLOCK void with_result(const Tail& p, F&& put) {
           [](float low, float high) { return Both<uint8_t>{{as_byte(low), as_byte(high)}}; });
   }
 }
-
-}  // namespace tail
 
 }  // namespace fastinv
