@@ -13,8 +13,8 @@ import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastinv.errors import BackendError
@@ -197,6 +197,24 @@ def halving(allocate: Callable[[int], Value], images: int) -> tuple[Value, int]:
             f"the GPU has no room for {images:,} images at once: going on with {images // 2:,}", RuntimeWarning, 3
         )
         images //= 2
+
+
+@contextmanager
+def room_for_images(count: int) -> Iterator[None]:
+    """What is allocated within is for all images of a call.
+
+    Raises:
+        BackendError: memory does not suffice.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BackendError(
+            f"backend 'cuda': the GPU has no room for the images of {count:,} features: pass fewer at once, or "
+            f"features on the host, whose images go there as they come ({error!s:.200})"
+        ) from error
 
 
 class Streams:

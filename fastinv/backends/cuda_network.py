@@ -22,6 +22,7 @@ from fastinv.backends.cuda_device import (
     nothing,
     on_device,
     repeatable,
+    room_for_images,
     seconds,
     wait,
     wait_for_all,
@@ -115,11 +116,13 @@ class CudaNetwork:
 
         Raises:
             FeatureError: x holds NaN or Inf.
+            BackendError: the GPU has no room for the results.
         """
         import torch
 
         network, count = self._network, len(x)
-        out = torch.empty((count, *network.output_shape), dtype=getattr(torch, dtype), device=self._device)
+        with room_for_images(count):
+            out = torch.empty((count, *network.output_shape), dtype=getattr(torch, dtype), device=self._device)
         with self._lock, on_device(self._device):
             if self._flag_there is None:
                 self._flag_there = flag_on(self._device)

@@ -16,7 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fastinv.backends.base import Array, Progress, Report, Start
-from fastinv.backends.cuda_device import Streams, flag_on, halving, isa_of, on_device, repeatable, wait
+from fastinv.backends.cuda_device import (
+    Streams,
+    flag_on,
+    halving,
+    isa_of,
+    on_device,
+    repeatable,
+    room_for_images,
+    wait,
+)
 from fastinv.backends.cuda_host import Download, Drain, Feed, Given, Kept, Upload, finite
 from fastinv.backends.cuda_methods import Objective, method_of
 from fastinv.backends.cuda_network import MOST_IMAGES, NOT_FINITE, RAW_DTYPES, door, fitting, of_channels
@@ -141,7 +150,8 @@ class CudaSolver:
             kept = Kept(self._zeros(len(features)))
             job = Job(len(features), self._most, Given(features), self._objective.shift, init, kept, progress)
             report, finished = self._solve(job)
-            return self._pixels(kept.images, dtype), report, finished
+            with room_for_images(len(features)):
+                return self._pixels(kept.images, dtype), report, finished
 
     def _from_host(
         self,
@@ -201,7 +211,8 @@ class CudaSolver:
     def _zeros(self, images: int) -> torch.Tensor:
         import torch
 
-        return torch.zeros((images, *self._recipe.input_shape), device=self._device)
+        with room_for_images(images):
+            return torch.zeros((images, *self._recipe.input_shape), device=self._device)
 
     def _pixels(self, z: torch.Tensor, dtype: str) -> torch.Tensor:
         """Of normalised images: in [0, 1], or as bytes; contiguous."""
