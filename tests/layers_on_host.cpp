@@ -110,7 +110,8 @@ void check_window(int height, int width, int inputs, int phases, int outputs, bo
   p.a = 0.1f;
   if (!fits(p)) std::abort();
   const size_t cells = size_t(p.images) * height * width, results = cells * phases * outputs * 2;
-  const Memory x(cells * inputs * 2), weights(size_t(phases == 4 ? 16 : 9) * 64 * inputs * 2), bias(4 * outputs),
+  const Memory x(cells * inputs * 2),
+      weights(size_t(phases == 4 && inputs == 64 ? 16 : 9) * p.parts() * 64 * inputs * 2), bias(4 * outputs),
       addend(results);
   fill_halves(x);
   fill_halves(weights);
@@ -225,6 +226,7 @@ int main() {
     check_window(height, width, 64, 1, 64, true);
     check_window(height, width, 64, 4, 40, true);
     if (width < 56) check_window(height, width, 128, 1, 8, false);
+    if (width < 56) check_window(height, width, 128, 4, 72, true);
   }
   for (const auto& [height, width] : {std::pair{8, 8}, {11, 8}, {16, 16}, {5, 16}, {1, 32}, {7, 32}, {3, 64}}) {
     check_halves(height, width, 64, false);

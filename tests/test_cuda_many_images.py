@@ -48,6 +48,7 @@ def convolution(inputs: int, outputs: int) -> nn.Conv2d:
         ((64, 8, 8), [convolution(64, 64), WHOLE], "float16", "WindowConvolution"),
         ((128, 8, 16), [convolution(128, 64), WHOLE], "float16", "WindowConvolution"),
         ((64, 2, 32), [nn.ConvTranspose2d(64, 64, 4, 2, 1), WHOLE], "float16", "WindowConvolution"),
+        ((128, 8, 8), [nn.ConvTranspose2d(128, 128, 3, 2, 1, 1), WHOLE], "float16", "WindowConvolution"),
         ((64, 9, 8), [convolution(64, 64), WHOLE], "float32", "HalvedConvolution"),
         ((128, 8, 16), [convolution(128, 64), WHOLE], "float32", "HalvedConvolution"),
         ((64, 5, 32), [convolution(64, 64), WHOLE], "float32", "HalvedConvolution"),

@@ -69,6 +69,24 @@ def test_twice_the_pixels(upsampled: bool, shape: tuple[int, int]) -> None:
     check(network, randn(3, 64, *shape), "float16", ["WindowConvolution", "MaxPool"])
 
 
+@pytest.mark.parametrize("outputs", [128, 64, 40, 72])
+@pytest.mark.parametrize("shape", [(8, 8), (4, 16), (2, 32), (5, 10), (16, 16)])
+def test_twice_the_pixels_of_more_channels(shape: tuple[int, int], outputs: int) -> None:
+    """As the paper's ReLU32 decoder begins."""
+    up = nn.ConvTranspose2d(128, outputs, 3, stride=2, padding=1, output_padding=1)
+    network = exported((128, *shape), up, nn.ReLU(), nn.MaxPool2d(1))
+    check(network, randn(3, 128, *shape), "bfloat16", ["WindowConvolution", "MaxPool"])
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize(("inputs", "outputs", "shape"), [(64, 128, (5, 20)), (64, 72, (8, 8)), (128, 128, (8, 16))])
+def test_more_outputs_than_a_block_has_weights_of(
+    inputs: int, outputs: int, shape: tuple[int, int], precision: str
+) -> None:
+    network = exported((inputs, *shape), nn.Conv2d(inputs, outputs, 3, padding=1), nn.Sigmoid(), nn.MaxPool2d(1))
+    check(network, randn(5, inputs, *shape), precision, ["WindowConvolution", "MaxPool"])
+
+
 @pytest.mark.parametrize(
     ("outputs", "activation"),
     [
@@ -85,19 +103,20 @@ def test_outputs_and_activations(outputs: int, activation: nn.Module) -> None:
 
 
 class Residual(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 64) -> None:
         super().__init__()
-        self.first, self.second = (nn.Conv2d(64, 64, 3, padding=1) for _ in range(2))
+        self.first, self.second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.second(torch.relu(self.first(x)))
         return torch.max_pool2d(torch.relu(x + y), 1)
 
 
+@pytest.mark.parametrize("channels", [64, 128])
 @pytest.mark.parametrize("precision", TOLERANCES)
-def test_a_residual_block(precision: str) -> None:
-    network = exported((64, 4, 16), Residual())
-    check(network, randn(3, 64, 4, 16), precision, ["WindowConvolution", "WindowConvolution", "MaxPool"])
+def test_a_residual_block(precision: str, channels: int) -> None:
+    network = exported((channels, 4, 16), Residual(channels))
+    check(network, randn(3, channels, 4, 16), precision, ["WindowConvolution", "WindowConvolution", "MaxPool"])
 
 
 def test_a_residual_decoder() -> None:
@@ -117,7 +136,8 @@ def test_a_residual_decoder() -> None:
     ("inputs", "shape", "layer"),
     [
         (64, (4, 16), nn.Conv2d(64, 60, 3, padding=1)),  # outputs that are no eights
-        (64, (4, 16), nn.Conv2d(64, 72, 3, padding=1)),
+        (64, (4, 16), nn.Conv2d(64, 136, 3, padding=1)),
+        (128, (4, 16), nn.ConvTranspose2d(128, 64, 4, 2, 1)),  # other taps than there are of so many channels
         (64, (4, 16), nn.Conv2d(64, 64, 3)),
         (64, (4, 16), nn.Conv2d(64, 64, 1)),
         (64, (4, 16), nn.Conv2d(64, 64, 3, 2, 1)),

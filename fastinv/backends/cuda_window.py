@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fastinv.backends.cuda_layers import (
     AROUND,
     AROUND_TWO,
     FINISHES,
+    ONWARD_TWO,
+    OUTPUTS,
     are_few,
     finish_of,
     for_tensor_cores,
@@ -23,6 +28,9 @@ if TYPE_CHECKING:
     from fastinv import _cuda
 
 
+MANY = 128  # inputs of which there is a kernel for three taps at a stride of 2; of 64, for four
+
+
 class WindowConvolution:
     """A convolution of two-byte values whose weights stay in shared memory; see `fits`.
 
@@ -35,8 +43,8 @@ class WindowConvolution:
         self.other = other = node.kernel
         self.weight = other.weight  # for its device and type
         self.input_shape: tuple[int, int, int] = other.input_shape
-        around = AROUND if other.geometry.count == 1 else AROUND_TWO
-        tiles = tap_tiles(other.geometry, node.weight, around)
+        parts = np.split(node.weight, range(OUTPUTS, other.outputs, OUTPUTS), axis=1)
+        tiles = itertools.chain.from_iterable(tap_tiles(other.geometry, part, _around(other)) for part in parts)
         self.tiles = for_tensor_cores(tiles, other.weight.dtype, other.weight.device)
 
     @staticmethod
@@ -49,7 +57,7 @@ class WindowConvolution:
             isinstance(kernel, Convolution)
             and kernel.groups == 1
             and kernel.weight.dtype.itemsize == 2
-            and (reads(kernel.geometry, AROUND) or reads(kernel.geometry, AROUND_TWO))
+            and reads(kernel.geometry, _around(kernel))
             and node.ending.activation.kind in FINISHES
             and runs_on(kernel.weight.device)
             and extension() is not None
@@ -81,6 +89,13 @@ def use_windows(nodes: list[Node]) -> None:
             continue
         if native_is_faster(node.kernel, node.kernel.weight.device):
             node.kernel = WindowConvolution(node)
+
+
+def _around(kernel: Any) -> list[list[int]]:
+    """Where the phases of an axis must read, by what there is a kernel for."""
+    if kernel.geometry.count == 1:
+        return AROUND
+    return ONWARD_TWO if kernel.inputs == MANY else AROUND_TWO
 
 
 def _sized(kernel: Any) -> _cuda.WindowLayer:

@@ -35,7 +35,7 @@ void launch_layers(const Params& p, int device, uintptr_t stream) {
     const auto kernel = layer_kernel<Kind, Params>;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
           "no room for the weights on chip");
-    const int blocks = std::min(processors, p.images);
+    const int blocks = static_cast<int>(std::min<int64_t>(processors, int64_t{p.images} * parts(p)));
     kernel<<<static_cast<unsigned>(blocks), Kind::kThreads, static_cast<size_t>(shared),
              reinterpret_cast<cudaStream_t>(stream)>>>(p);
     check(cudaGetLastError(), "the layers cannot be launched");

@@ -23,10 +23,10 @@ struct WideTail {
   static constexpr int kThreads = tail::kThreads;
 };
 
-template <class Type, int kInputs, int kPhases, int kTeams>
+template <class Type, int kInputs, class Taps, int kTeams>
 struct Windowed {
   template <class Thread>
-  using Worker = window::LayerWorker<Type, kInputs, kPhases, kTeams, Thread>;
+  using Worker = window::LayerWorker<Type, kInputs, Taps, kTeams, Thread>;
   static constexpr int kThreads = kTeams * kTeam;
 };
 
@@ -65,12 +65,20 @@ bool with_type(const WindowLayer& p, F&& launch) {
   const int cells = p.height * p.across.cells(), bands = (cells + window::kBand - 1) / window::kBand;
   // A band that is half empty takes as long as a full one.
   if (cells <= 0 || 4 * cells < 3 * window::kBand * bands) return false;
-  if (p.outputs <= 0 || p.outputs > window::kOutputs || p.outputs % 8 != 0) return false;
-  if (p.inputs == 64 && p.phases == 1) return with_teams<Windowed<Type, 64, 1, 4>, Windowed<Type, 64, 1, 2>>(p, launch);
-  if (p.inputs == 128 && p.phases == 1) {
-    return with_teams<Windowed<Type, 128, 1, 3>, Windowed<Type, 128, 1, 2>>(p, launch);
+  if (p.outputs <= 0 || p.parts() > window::kMostParts || p.outputs % 8 != 0) return false;
+  using window::Around, window::AroundTwo, window::OnwardTwo;
+  if (p.inputs == 64 && p.phases == 1) {
+    return with_teams<Windowed<Type, 64, Around, 4>, Windowed<Type, 64, Around, 2>>(p, launch);
   }
-  if (p.inputs == 64 && p.phases == 4) return with_teams<Windowed<Type, 64, 4, 2>, Windowed<Type, 64, 4, 1>>(p, launch);
+  if (p.inputs == 128 && p.phases == 1) {
+    return with_teams<Windowed<Type, 128, Around, 3>, Windowed<Type, 128, Around, 2>>(p, launch);
+  }
+  if (p.inputs == 64 && p.phases == 4) {
+    return with_teams<Windowed<Type, 64, AroundTwo, 2>, Windowed<Type, 64, AroundTwo, 1>>(p, launch);
+  }
+  if (p.inputs == 128 && p.phases == 4) {
+    return with_teams<Windowed<Type, 128, OnwardTwo, 2>, Windowed<Type, 128, OnwardTwo, 1>>(p, launch);
+  }
   return false;
 }
 template <class Params, class F>
@@ -86,6 +94,13 @@ bool with_kind(const HalvedLayer& p, F&& launch) {
   if (p.width == 64) return launch(Halves<64>{}), true;
   return false;
 }
+
+// Blocks for each image: of a layer whose weights a block has not room for, several.
+template <class Params>
+int parts(const Params&) {
+  return 1;
+}
+inline int parts(const WindowLayer& p) { return p.parts(); }
 
 // Whether there is a kernel for these shapes.
 template <class Params>

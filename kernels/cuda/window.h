@@ -22,19 +22,25 @@ namespace window {
 constexpr int kOutputs = 64, kBand = 64, kShifts = 9;
 constexpr int kTile = kOutputs * 128;  // bytes of the weights of 64 channels, for a shift and a phase
 
-// Which of the pixels around a cell its phases read: all where there is one phase; where there are four, those of an
-// even row the cell's own row and the one above, of an odd row the one below, too; and so for columns.
-template <int kPhases>
-struct Taps {
-  static constexpr int kPlaces = kPhases == 1 ? kShifts : 16;
+// Which of the 3×3 pixels around a cell, shifts 0 to 8 row by row, its phases read (row parity · 2 + column parity),
+// and the number of the two among all that do, shift by shift. One phase reads all.
+struct Around {
+  static constexpr int kPhases = 1, kPlaces = kShifts;
+  FASTINV_BOTH static constexpr bool reads(int, int) { return true; }
+  FASTINV_BOTH static constexpr int place(int, int shift) { return shift; }
+};
+
+// Of four, those of an even row read the cell's own row and the one above, of an odd row the one below, too; and so for
+// columns.
+struct AroundTwo {
+  static constexpr int kPhases = 4, kPlaces = 16;
 
   FASTINV_BOTH static constexpr bool reads(int phase, int shift) {
     const int down = shift / 3 - phase / 2, right = shift % 3 - phase % 2;
-    return kPhases == 1 || (down >= 0 && down <= 1 && right >= 0 && right <= 1);
+    return down >= 0 && down <= 1 && right >= 0 && right <= 1;
   }
-  // The number of the two among all that do, shift by shift: three rows of shifts have 4, 8 and 4 of them.
+  // Three rows of shifts have 4, 8 and 4.
   FASTINV_BOTH static constexpr int place(int phase, int shift) {
-    if (kPhases == 1) return shift;
     const int row = shift / 3, column = shift % 3;
     const int before = row * 4 + (row == 2 ? 4 : 0), beside = column + (column == 2 ? 1 : 0);
     return before + beside * of(row) + (phase / 2 - row / 2) * of(column) + phase % 2 - column / 2;
@@ -42,6 +48,19 @@ struct Taps {
 
  private:
   FASTINV_BOTH static constexpr int of(int side) { return side == 1 ? 2 : 1; }  // phases that read there
+};
+
+// All read the cell, those of an odd row the one below, too; and so for columns.
+struct OnwardTwo {
+  static constexpr int kPhases = 4, kPlaces = 9;
+
+  FASTINV_BOTH static constexpr bool reads(int phase, int shift) {
+    const int down = shift / 3 - 1, right = shift % 3 - 1;
+    return down >= 0 && down <= phase / 2 && right >= 0 && right <= phase % 2;
+  }
+  FASTINV_BOTH static constexpr int place(int phase, int shift) {
+    return shift == 4 ? phase : shift == 5 ? 4 + phase / 2 : shift == 7 ? 4 + phase : 8;
+  }
 };
 
 // Rows of so many cells that a band sees, at most.
@@ -94,11 +113,12 @@ struct Across<0> {
 };
 
 // What all warpgroups of a layer share, its weights and its bias; and zeros in their rings.
-template <int kWeights, class Layer, class Thread>
-FASTINV_BLOCK void share(const Layer& p, const Thread& self, int threads, unsigned char* shared, int shared_bytes) {
+template <int kWeights, class Thread>
+FASTINV_BLOCK void share(const Thread& self, int threads, unsigned char* shared, int shared_bytes, const void* weights,
+                         const float* bias, int outputs) {
   constexpr int kBias = 4 * kOutputs;
-  copy_all(self, threads, shared, p.weights, kWeights);
-  share_bias<kOutputs>(self, threads, reinterpret_cast<float*>(shared + kWeights), p.bias, p.outputs);
+  copy_all(self, threads, shared, weights, kWeights);
+  share_bias<kOutputs>(self, threads, reinterpret_cast<float*>(shared + kWeights), bias, outputs);
   clear_all(self, threads, shared + kWeights + kBias, shared_bytes - kWeights - kBias);
   self.publish();
 }
@@ -114,11 +134,12 @@ FASTINV_BLOCK void fetch_next(Cells& cells, int n, int band, int bands, int step
 }
 
 // For images as `Across` says.
-template <class Type, int kInputs, int kWidth, int kPhases, class Thread>
+template <class Type, int kInputs, int kWidth, class Taps, class Thread>
 class Window {
  public:
-  static constexpr int kPixel = 2 * kInputs;                                        // bytes
-  static constexpr int kWeights = Taps<kPhases>::kPlaces * kTile * (kInputs / 64);  // of the block
+  static constexpr int kPhases = Taps::kPhases;
+  static constexpr int kPixel = 2 * kInputs;                               // bytes
+  static constexpr int kWeights = Taps::kPlaces * kTile * (kInputs / 64);  // of the block
   static constexpr int kAtOnce = kInputs / 32;  // 16s of channels of which a thread has fragments
 
   // Bytes of a warpgroup.
@@ -171,8 +192,8 @@ class Window {
         [&](int shift, int step, const uint32_t (&fragment)[4], bool keep) {
 #pragma unroll
           for (int phase = 0; phase < kPhases; ++phase) {
-            if (!Taps<kPhases>::reads(phase, shift)) continue;
-            const int tile = Taps<kPhases>::place(phase, shift) * (kInputs / 64) + step / 4;
+            if (!Taps::reads(phase, shift)) continue;
+            const int tile = Taps::place(phase, shift) * (kInputs / 64) + step / 4;
             self_.product(Type{}, sums[phase], fragment, weights + (tile * kTile + step % 4 * 32), keep);
           }
         },
@@ -180,8 +201,8 @@ class Window {
   }
 
  protected:
-  // products(shift, step, fragment, keep) for every sixteen channels of every pixel around a band's cells; `keep`: of
-  // all but the first, which every phase has.
+  // products(shift, step, fragment, keep) for every sixteen channels of every pixel around a band's cells that is read;
+  // `keep`: of all but the first, which every phase has.
   template <class F, class Ready>
   FASTINV_BLOCK void along_taps(int band, F&& products, Ready&& ready) {
     const int cell = band * kBand + warp_ * 16 + lane_ % 16;
@@ -197,6 +218,7 @@ class Window {
 #pragma unroll
     for (int i = 0; i < kShifts; ++i) {
       const int shift = (i + kShifts / 2) % kShifts;  // the cell itself first, which all phases read
+      if (!read_at_all(shift)) continue;
       const unsigned char* pixel = rows[shift / 3] + shift % 3 * kPixel;
       const int key = (column + shift % 3) % 8, half = lane_ / 16;
       along_channels<kInputs / 16, kAtOnce>(
@@ -207,6 +229,13 @@ class Window {
           });
     }
     self_.template wait_products<0>();
+  }
+
+  FASTINV_BOTH static constexpr bool read_at_all(int shift) {
+    for (int phase = 0; phase < kPhases; ++phase) {
+      if (Taps::reads(phase, shift)) return true;
+    }
+    return false;
   }
 
   FASTINV_BLOCK int row_bytes() const { return (across_.cells() + 2) * kPixel; }

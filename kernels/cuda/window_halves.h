@@ -38,8 +38,8 @@ namespace window {
 // Rows of float32 in the ring as two halves of every channel, the high ones of a pixel before the low ones. For images
 // of kWidth cells across, which divide a band.
 template <int kWidth, class Thread>
-class HalvedWindow : Window<Float16, 128, kWidth, 1, Thread> {
-  using Base = Window<Float16, 128, kWidth, 1, Thread>;
+class HalvedWindow : Window<Float16, 128, kWidth, Around, Thread> {
+  using Base = Window<Float16, 128, kWidth, Around, Thread>;
   using Base::self_, Base::height_, Base::warp_, Base::lane_, Base::weights_, Base::place_of, Base::row_bytes;
 
  public:
@@ -223,7 +223,7 @@ class HalvedWorker {
     const Alternation<kTeams> turns{{team_, blocks, p_.images}};
     const int step = turns.step(), bands = (p_.height + Cells::kRows - 1) / Cells::kRows;
     int n = block + blocks * team_;
-    share<Cells::kWeights>(p_, self_, kThreads, shared_, kShared);
+    share<Cells::kWeights>(self_, kThreads, shared_, kShared, p_.weights, p_.bias, p_.outputs);
     if (n < p_.images) cells_.fetch(n, 0);
     self_.sync();
     for (; n < p_.images; n += step) {

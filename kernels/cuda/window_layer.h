@@ -1,5 +1,6 @@
-// A convolution of 64 or 128 channels to 64 at most as `window.h` takes it, of channels that lie last: its sums end as
-// those of all kernels do, with bias, what is added, and activation.
+// A convolution of 64 or 128 channels to 128 at most as `window.h` takes it, of channels that lie last: its sums end as
+// those of all kernels do, with bias, what is added, and activation. A block has the weights of 64 outputs; where there
+// are more, every second block has the others'.
 #pragma once
 
 #include "finish.h"
@@ -9,7 +10,7 @@ namespace fastinv {
 
 struct WindowLayer {
   const void* x;        // two-byte values [images, height, width, inputs]
-  const void* weights;  // as they lie in shared memory, tile by tile
+  const void* weights;  // as they lie in shared memory, tile by tile, of one 64 outputs after the other
   const float* bias;    // [outputs], or null
   const void* addend;   // like out, or null
   void* out;            // two-byte values [images, height · s, width · s, outputs], s = 2 with four phases
@@ -17,15 +18,19 @@ struct WindowLayer {
   int32_t images, height, inputs, outputs, phases, float16;
   Finish finish;
   float a, b;  // its parameters
+
+  FASTINV_BOTH int parts() const { return (outputs + window::kOutputs - 1) / window::kOutputs; }
 };
 
 namespace window {
 
+constexpr int kMostParts = 2;
+
 // Warpgroups are as many as registers and memory allow, so that one multiplies while others do all else.
-template <class Type, int kInputs, int kPhases, int kTeams, class Thread>
+template <class Type, int kInputs, class Taps, int kTeams, class Thread>
 class LayerWorker {
-  using Cells = Window<Type, kInputs, 0, kPhases, Thread>;
-  static constexpr int kThreads = kTeams * kTeam;
+  using Cells = Window<Type, kInputs, 0, Taps, Thread>;
+  static constexpr int kPhases = Taps::kPhases, kThreads = kTeams * kTeam;
 
  public:
   FASTINV_BOTH static int shared(const WindowLayer& p) {
@@ -44,11 +49,18 @@ class LayerWorker {
                reinterpret_cast<unsigned char*>(bias_ + kOutputs) + team_ * Cells::ring(p.across.cells())) {}
 
   FASTINV_BLOCK void run(int block, int blocks) {
+    const int parts = p_.parts(), part = block % parts;
+    block /= parts;
+    blocks = (blocks - part + parts - 1) / parts;
+    first_ = part * kOutputs;
+    outputs_ = p_.outputs - first_;
     const Turns<kTeams> turns{{team_, blocks, p_.images}};
     const int step = turns.step(), all = p_.height * p_.across.cells();
     const int bands = (all + kBand - 1) / kBand;
     int n = block + blocks * team_;
-    share<Cells::kWeights>(p_, self_, kThreads, shared_, shared(p_));
+    share<Cells::kWeights>(self_, kThreads, shared_, shared(p_),
+                           static_cast<const unsigned char*>(p_.weights) + part * Cells::kWeights,
+                           p_.bias == nullptr ? nullptr : p_.bias + first_, outputs_);
     self_.sync();
     if (n < p_.images) {
       cells_.fetch(n, 0);
@@ -90,7 +102,7 @@ class LayerWorker {
   FASTINV_BLOCK void put(const int64_t (&places)[2], const bool (&inside)[2], int phase,
                          float (&sums)[kOutputs / 2]) const {
     constexpr int kEights = kOutputs / 8;
-    const int further = (phase / 2 * kTimes * p_.across.cells() + phase % 2) * p_.outputs;
+    const int further = (phase / 2 * kTimes * p_.across.cells() + phase % 2) * p_.outputs + first_;
     const int channel = lane_ % 4 * 2;  // of an eight
     if (p_.addend != nullptr) {
       const auto* addend = static_cast<const uint16_t*>(p_.addend) + further + channel;
@@ -99,7 +111,7 @@ class LayerWorker {
       for (int j = 0; j < kEights; ++j) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const bool there = inside[h] && 8 * j < p_.outputs;
+          const bool there = inside[h] && 8 * j < outputs_;
           added[j][h] = there ? *reinterpret_cast<const uint32_t*>(addend + places[h] + 8 * j) : 0;
         }
       }
@@ -126,7 +138,7 @@ class LayerWorker {
         const float* first = sums + 4 * j + 2 * h;
         const uint32_t low = pack(Type{}, first[0], first[1]), high = pack(Type{}, first[4], first[5]);
         const uint32_t got = self_.shuffle(odd ? low : high, lane_ ^ 1);
-        if (!inside[h] || 8 * j + (odd ? 8 : 0) >= p_.outputs) continue;
+        if (!inside[h] || 8 * j + (odd ? 8 : 0) >= outputs_) continue;
         *reinterpret_cast<TwoWords*>(out + places[h] + 8 * j) = odd ? TwoWords{{got, high}} : TwoWords{{low, got}};
       }
     }
@@ -135,6 +147,7 @@ class LayerWorker {
   const WindowLayer& p_;
   Thread& self_;
   const int team_, warp_, lane_;
+  int first_ = 0, outputs_ = 0;  // those of the block, and of all from there on
   unsigned char* shared_;
   float* bias_;
   Cells cells_;
