@@ -17,14 +17,16 @@ struct Shares {
 // They begin one after the other, each when the one before has made its first products.
 template <int kTeams>
 struct Turns : Shares<kTeams> {
+  // Before all images, where there is one; before and after the products of a band of image n.
   template <class Thread>
-  FASTINV_BLOCK void wait(const Thread& self) const {
+  FASTINV_BLOCK void begin(const Thread& self) const {
     if (this->team > 0) self.wait_turn(this->team);
   }
-  // After products of a band of image n; `step` as above, where a register holds it.
   template <class Thread>
-  FASTINV_BLOCK void hand_on(const Thread& self, int n, int step, int band) const {
-    if (band == 0 && n < step && this->team + 1 < kTeams && n + step / kTeams < this->images) {
+  FASTINV_BLOCK void wait(const Thread&, int, int) const {}
+  template <class Thread>
+  FASTINV_BLOCK void hand_on(const Thread& self, int n, int band, int) const {
+    if (band == 0 && n < this->step() && this->team + 1 < kTeams && n + this->blocks < this->images) {
       self.hand_on(this->team + 1);
     }
   }
@@ -36,7 +38,9 @@ template <int kTeams>
 struct Alternation : Shares<kTeams> {
   static_assert(kTeams <= 2);
 
-  // Before the products of a band of image n, and after them: where the other has a band before, or after.
+  template <class Thread>
+  FASTINV_BLOCK void begin(const Thread&) const {}
+  // Where the other has a band before, or after.
   template <class Thread>
   FASTINV_BLOCK void wait(const Thread& self, int n, int band) const {
     if (kTeams == 1) return;

@@ -161,21 +161,18 @@ class Window {
 
   // Start the rows on their way that band `band` of image n reads and the one before it did not.
   FASTINV_BLOCK void fetch(int n, int band) {
-    constexpr int kPieces = kPixel / 16, kStep = kTeam / kPieces;  // of a pixel; and pixels at once, a multiple of 8
+    constexpr int kPieces = kPixel / 16, kStep = kTeam / kPieces;  // of a pixel; and pixels at once
     const int begin = band == 0 ? -1 : last_row(band - 1) + 2, after = last_row(band) + 2;
     const int end = after < height_ + 1 ? after : height_ + 1;
-    const int thread = self_.index() % kTeam, first = thread / kPieces, piece = thread % kPieces;
-    const int to = (first + 1) * kPixel + (piece ^ (first + 1) % 8) * 16;
-#pragma unroll 1
-    for (int row = begin; row < end; ++row) {
-      const bool inside = row >= 0 && row < height_;
-      const int64_t line = int64_t{n} * height_ + (inside ? row : 0);
-      const unsigned char* from = x_ + line * (across_.cells() * kPixel) + thread * 16;
-      unsigned char* place = place_of(row) + to;
+    const int thread = self_.index() % kTeam, piece = thread % kPieces, width = across_.cells();
+    const unsigned char* from = x_ + (int64_t{n} * height_ + begin) * (width * kPixel) + piece * 16;
+    // All rows as one, so that copies of a few small ones are under way together.
+    const int pixels = (end - begin) * width;
 #pragma unroll 4
-      for (int i = 0; first + i < across_.cells(); i += kStep) {
-        self_.copy(place + i * kPixel, from + i * kPixel, inside);
-      }
+    for (int pixel = thread / kPieces; pixel < pixels; pixel += kStep) {
+      const int down = across_.row_of(pixel), row = begin + down, place = pixel - down * width + 1;
+      const bool inside = row >= 0 && row < height_;  // where it is not, nothing is read
+      self_.copy(place_of(row) + place * kPixel + (piece ^ place % 8) * 16, from + pixel * kPixel, inside);
     }
   }
 

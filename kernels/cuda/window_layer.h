@@ -3,6 +3,8 @@
 // are more, every second block has the others'.
 #pragma once
 
+#include <type_traits>
+
 #include "finish.h"
 #include "window.h"
 
@@ -31,6 +33,8 @@ template <class Type, int kInputs, class Taps, int kTeams, class Thread>
 class LayerWorker {
   using Cells = Window<Type, kInputs, 0, Taps, Thread>;
   static constexpr int kPhases = Taps::kPhases, kThreads = kTeams * kTeam;
+  // With four phases all else takes about as long as the products.
+  using InTurn = std::conditional_t<kPhases == 4, Alternation<kTeams>, Turns<kTeams>>;
 
  public:
   FASTINV_BOTH static int shared(const WindowLayer& p) {
@@ -54,7 +58,7 @@ class LayerWorker {
     blocks = (blocks - part + parts - 1) / parts;
     first_ = part * kOutputs;
     outputs_ = p_.outputs - first_;
-    const Turns<kTeams> turns{{team_, blocks, p_.images}};
+    const InTurn turns{{team_, blocks, p_.images}};
     const int step = turns.step(), all = p_.height * p_.across.cells();
     const int bands = (all + kBand - 1) / kBand;
     int n = block + blocks * team_;
@@ -64,7 +68,7 @@ class LayerWorker {
     self_.sync();
     if (n < p_.images) {
       cells_.fetch(n, 0);
-      turns.wait(self_);
+      turns.begin(self_);
     }
     for (; n < p_.images; n += step) {
 #pragma unroll 1
@@ -72,8 +76,8 @@ class LayerWorker {
         cells_.wait();
         self_.sync(team_);
         float sums[kPhases][kOutputs / 2];
-        cells_.multiply(band, sums, [] {});
-        turns.hand_on(self_, n, step, band);
+        cells_.multiply(band, sums, [&] { turns.wait(self_, n, band); });
+        turns.hand_on(self_, n, band, bands);
         self_.sync(team_);  // nobody reads the rows any more
         fetch_next(cells_, n, band, bands, step, p_.images);
         const int cells[2] = {cell_of(band, 0), cell_of(band, 1)};
