@@ -184,6 +184,17 @@ def test_float32_is_rounded_on_its_way_to_the_device(monkeypatch: pytest.MonkeyP
         np.testing.assert_array_equal(there.numpy(), values)
 
 
+def test_what_the_driver_says_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Way:
+        def send(self, *args: object) -> None:
+            raise RuntimeError("cuMemcpyHtoDAsync: CUDA's driver says error 700")
+
+    upload = cuda_host.Upload(torch.device("cpu"), cuda_device.Streams(torch.device("cpu")))
+    monkeypatch.setattr(upload, "_way", Way())
+    with pytest.raises(BackendError, match=r"backend 'cuda': features cannot be sent to the GPU: .* error 700"):
+        upload.send(randn(3), torch.empty(3))
+
+
 def test_features_go_to_the_device_a_batch_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces of pinned memory, whose end is that of no batch and no image."""
     monkeypatch.setattr(cuda_host, "PIECE", 4 * 7)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from fastinv import _core, tensors
 from fastinv.backends.base import Array
 from fastinv.backends.cuda_device import Streams, nothing
+from fastinv.errors import BackendError
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,11 @@ class Upload:
     def send(self, source: npt.NDArray[Any], there: torch.Tensor, beside: Copy | None = None) -> None:
         """there = source, flat; of the same type, or float32 that is rounded to bfloat16 here: half as much goes to
         pinned memory, and on from there. Beside it a copy on the host is made. Returns when the source has been read
-        and the copy is done."""
+        and the copy is done.
+
+        Raises:
+            BackendError: CUDA's driver cannot.
+        """
         import torch
 
         rounds = there.dtype is torch.bfloat16 and source.dtype == np.float32
@@ -68,7 +73,10 @@ class Upload:
             beside.make()
             beside = None
         for part in _parts(source):
-            self._way.send(part, address, rounds, stream, *(beside or ()))
+            try:
+                self._way.send(part, address, rounds, stream, *(beside or ()))
+            except RuntimeError as error:
+                raise BackendError(f"backend 'cuda': features cannot be sent to the GPU: {error}") from error
             address += part.nbytes // (2 if rounds else 1)
             beside = None
 

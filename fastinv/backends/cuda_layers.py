@@ -93,3 +93,10 @@ def for_tensor_cores(tiles: Iterator[Tile], dtype: torch.dtype, device: torch.de
     pieces = rows.reshape(len(rows), 8, 8)
     order = np.arange(8)[None, :] ^ (np.arange(len(rows)) % 8)[:, None]
     return torch.from_numpy(np.take_along_axis(pieces, order[:, :, None], axis=1)).to(device, dtype)
+
+
+def padded(bias: torch.Tensor, size: int) -> torch.Tensor:
+    """With 0 for what there is not."""
+    import torch
+
+    return torch.nn.functional.pad(bias, (0, size - len(bias)))

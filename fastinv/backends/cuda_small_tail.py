@@ -6,9 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from fastinv.backends.cuda_layers import FINISHES, SLOPES, finish_of
+from fastinv.backends.cuda_layers import FINISHES, SLOPES, finish_of, padded
 from fastinv.backends.cuda_native import extension, launching, set_fields
 from fastinv.backends.cuda_nodes import ConvolutionNode
 from fastinv.backends.cuda_tail import LINEAR, RESULTS
@@ -33,13 +32,10 @@ class SmallTail:
     takes_all = False  # of features in the user's order, those in floats that begin at a multiple of 16 bytes
 
     def __init__(self, first: ConvolutionNode, last: ConvolutionNode) -> None:
-        import torch
-
         self.input_shape: tuple[int, int, int] = first.kernel.input_shape
         activation = first.ending.activation
         self.slope = SLOPES.get(activation.kind, activation.a)
-        packed = _packed(first, last)
-        self.weights = torch.from_numpy(packed).to(first.kernel.weight.device)
+        self.weights = _packed(first, last)
 
     @staticmethod
     def fits(first: ConvolutionNode, last: ConvolutionNode) -> bool:
@@ -96,13 +92,15 @@ def _type(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _packed(first: ConvolutionNode, last: ConvolutionNode) -> npt.NDArray[np.float32]:
+def _packed(first: ConvolutionNode, last: ConvolutionNode) -> Any:
     """[input channel, row of taps, BETWEEN / FEW, FEW, tap] of the first layer, [channel, row of taps, LAST] of the
-    last, and their biases."""
+    last, and their biases, [BETWEEN] and [4]."""
+    import torch
+
     to_between = first.weight[0].reshape(BETWEEN // FEW, FEW, INPUTS, TAPS, TAPS).transpose(2, 3, 0, 1, 4)
     to_image = np.pad(last.weight[0, 0], [(0, 0), (0, 0), (0, LAST - TAPS)])
-    biases = np.zeros(BETWEEN + 4, np.float32)
-    for node, place in ((first, slice(BETWEEN)), (last, slice(BETWEEN, BETWEEN + 1))):
-        if node.kernel.bias is not None:
-            biases[place] = node.kernel.bias.cpu().numpy()
-    return np.concatenate([part.ravel() for part in (to_between, to_image, biases)]).astype(np.float32)
+    device = first.kernel.weight.device
+    parts = [torch.from_numpy(np.array(part, np.float32, order="C")).to(device) for part in (to_between, to_image)]
+    for bias, size in ((first.kernel.bias, BETWEEN), (last.kernel.bias, 4)):
+        parts.append(torch.zeros(size, device=device) if bias is None else padded(bias, size))
+    return torch.cat([part.flatten() for part in parts])

@@ -18,6 +18,7 @@ from fastinv.backends.cuda_layers import (
     are_few,
     finish_of,
     for_tensor_cores,
+    padded,
     reads,
     runs_on,
     tap_tiles,
@@ -54,7 +55,7 @@ class Tail:
         self.input_shape: tuple[int, int, int] = kernel.input_shape
         self.weight = kernel.weight  # for its device and type
         self.outputs = last.kernel.outputs
-        self.bias = _padded(kernel.bias, BETWEEN)
+        self.bias = None if kernel.bias is None else padded(kernel.bias, BETWEEN)
         self.last_bias = last.kernel.bias
         activation = first.ending.activation
         self.slope = SLOPES.get(activation.kind, activation.a)
@@ -156,9 +157,3 @@ def _column(down: int, row: int, right: int, column: int) -> int:
     if down != 0:
         return BESIDE + 8 * abs(right) + 4 * column
     return 8 * {-1: LEFT, 0: (EVEN, ODD)[column], 1: RIGHT}[right] + 4 * row
-
-
-def _padded(bias: Any, size: int) -> Any:
-    import torch
-
-    return None if bias is None else torch.nn.functional.pad(bias, (0, size - len(bias)))
