@@ -75,12 +75,7 @@ void run(const Params& p, int blocks, bool backward) {
   });
 }
 
-void run(const SmallTail& p, int, bool backward) {
-  for (int index = 0; index * small::kImages < p.images; ++index) {
-    HostBlock block(index, small::kThreads, small::kFloats, backward);
-    small::Worker<HostBlock>(p, block, index * small::kImages).run();
-  }
-}
+void run(const SmallTail& p, int, bool backward) { small::on_host(p, backward); }
 
 template <class Params>
 void check(Params p, int height, int width, int outputs, size_t bytes, const char* what) {

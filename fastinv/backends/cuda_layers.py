@@ -18,6 +18,8 @@ Tile = npt.NDArray[np.float32]
 OUTPUTS = 64  # of a product, at most
 FINISHES = {"identity": 0, "relu": 1, "leaky_relu": 1, "sigmoid": 2, "tanh": 3, "hardtanh": 4, "clamp": 4}
 SLOPES = {"identity": 1.0, "relu": 0.0}  # below 0; leaky_relu's is its own parameter
+LINEAR = ("identity", "relu", "leaky_relu")  # activations between two layers of one launch
+RESULTS = ("float32", "bfloat16", "float16", "uint8")  # the order of Result in tail_output.h
 CAPABILITY = (9, 0)  # of a GPU with these tensor cores; later ones have others
 FEW = 8  # by how many times multiprocessors are more than images, which then take longer one by one than tile by tile
 
@@ -55,8 +57,17 @@ def reads(geometry: Any, around: list[list[int]]) -> bool:
 
 def finish_of(epilogue: Any) -> dict[str, float]:
     """The fields of an activation in `FINISHES`."""
-    a = SLOPES.get(epilogue.kind, epilogue.a)
-    return {"finish": FINISHES[epilogue.kind], "a": a, "b": epilogue.b}
+    return {"finish": FINISHES[epilogue.kind], "a": slope_of(epilogue), "b": epilogue.b}
+
+
+def slope_of(activation: Any) -> float:
+    """That of `LINEAR` ones below 0, and of others their parameter a."""
+    return float(SLOPES.get(activation.kind, activation.a))
+
+
+def result_of(tensor: torch.Tensor) -> int:
+    """What a field of `Result` says of its type."""
+    return RESULTS.index(str(tensor.dtype).removeprefix("torch."))
 
 
 def tap_tiles(geometry: Any, weight: Tile, around: list[list[int]]) -> Iterator[Tile]:

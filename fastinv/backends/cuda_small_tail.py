@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastinv.backends.cuda_layers import FINISHES, SLOPES, finish_of, padded
+from fastinv.backends.cuda_layers import FINISHES, LINEAR, finish_of, padded, result_of, slope_of
 from fastinv.backends.cuda_native import extension, launching, set_fields
 from fastinv.backends.cuda_nodes import ConvolutionNode
-from fastinv.backends.cuda_tail import LINEAR, RESULTS
 
 if TYPE_CHECKING:
     from fastinv.kernels.triton.geometry import Geometry
@@ -33,8 +32,7 @@ class SmallTail:
 
     def __init__(self, first: ConvolutionNode, last: ConvolutionNode) -> None:
         self.input_shape: tuple[int, int, int] = first.kernel.input_shape
-        activation = first.ending.activation
-        self.slope = SLOPES.get(activation.kind, activation.a)
+        self.slope = slope_of(first.ending.activation)
         self.weights = _packed(first, last)
 
     @staticmethod
@@ -66,7 +64,10 @@ class SmallTail:
 
     def takes(self, features: Any, scale: Any) -> bool:
         """Whether `launch_planar` can read them."""
-        return _type(features) in RESULTS[:3] and features.data_ptr() % 16 == 0 and scale is None
+        import torch
+
+        kinds = (torch.float32, torch.bfloat16, torch.float16)
+        return features.dtype in kinds and features.data_ptr() % 16 == 0 and scale is None
 
     def launch(self, x: Any, out: Any, epilogue: Any, x_strides: Any = None, out_strides: Any = None) -> Any:
         """As `Convolution.launch`, of the two; x is contiguous."""
@@ -82,14 +83,10 @@ class SmallTail:
         small = extension().SmallTail()
         numbers = {
             "images": len(x), "channels_last": int(channels_last), "slope": self.slope,
-            "given": RESULTS.index(_type(x)), "result": RESULTS.index(_type(out)), **finish_of(epilogue),
+            "given": result_of(x), "result": result_of(out), **finish_of(epilogue),
         }  # fmt: skip
         set_fields(small, {"x": x, "weights": self.weights, "out": out, "flag": flag}, numbers)
         return launching(small.run, x.device)
-
-
-def _type(tensor: Any) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _packed(first: ConvolutionNode, last: ConvolutionNode) -> Any:

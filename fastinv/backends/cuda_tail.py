@@ -13,14 +13,16 @@ from fastinv.backends.cuda_layers import (
     AROUND,
     AROUND_TWO,
     FINISHES,
+    LINEAR,
     ONWARD_TWO,
-    SLOPES,
     are_few,
     finish_of,
     for_tensor_cores,
     padded,
     reads,
+    result_of,
     runs_on,
+    slope_of,
     tap_tiles,
 )
 from fastinv.backends.cuda_native import extension, launching, set_fields
@@ -33,8 +35,6 @@ NARROW = 128  # inputs that `tail.h` takes; `wide_tail.h` takes 64
 BETWEEN, OUTPUTS = 64, 4  # at most
 LEFT, EVEN, ODD, RIGHT = range(4)  # the order of Column in tail_last.h
 BESIDE = 32  # the column where those to the rows above and below begin
-LINEAR = ("identity", "relu", "leaky_relu")  # activations between the layers
-RESULTS = ("float32", "bfloat16", "float16", "uint8")  # the order of Result in tail_output.h
 
 
 class Tail:
@@ -57,8 +57,7 @@ class Tail:
         self.outputs = last.kernel.outputs
         self.bias = None if kernel.bias is None else padded(kernel.bias, BETWEEN)
         self.last_bias = last.kernel.bias
-        activation = first.ending.activation
-        self.slope = SLOPES.get(activation.kind, activation.a)
+        self.slope = slope_of(first.ending.activation)
         dtype, device = kernel.weight.dtype, kernel.weight.device
         taps = ONWARD_TWO if kernel.inputs == NARROW else AROUND_TWO
         self.first = for_tensor_cores(tap_tiles(kernel.geometry, first.weight, taps), dtype, device)
@@ -121,7 +120,7 @@ class Tail:
         numbers = {
             "images": len(x), "outputs": self.outputs, "float16": int(self.weight.dtype is torch.float16),
             "out_n": out_n, "out_y": out_y, "out_x": out_x, "out_c": out_c,
-            "result": RESULTS.index(str(out.dtype).removeprefix("torch.")), "slope": self.slope,
+            "result": result_of(out), "slope": self.slope,
             **finish_of(epilogue),
         }  # fmt: skip
         set_fields(tail, {"x": x, "out": out, "flag": flag, **weights}, numbers)

@@ -37,10 +37,7 @@ void layers_on_host(const Params& p, bool backward) {
 
 template <>
 void layers_on_host(const SmallTail& p, bool backward) {
-  for (int index = 0; index * small::kImages < p.images; ++index) {
-    HostBlock block(index, small::kThreads, small::kFloats, backward);
-    small::Worker<HostBlock>(p, block, index * small::kImages).run();
-  }
+  small::on_host(p, backward);
 }
 
 template void descend_on_host(const Descent&, const QuadraticForm&, bool);

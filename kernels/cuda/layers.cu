@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(Kind::kThreads, 1) layer_kernel(const __grid_c
 
 __global__ void __launch_bounds__(small::kThreads, 2) small_kernel(const __grid_constant__ SmallTail p) {
   DeviceBlock block(reinterpret_cast<float*>(layer_memory));
-  small::Worker<DeviceBlock>(p, block, static_cast<int>(blockIdx.x) * small::kImages).run();
+  small::Worker<DeviceBlock>(p, block).run();
 }
 
 }  // namespace
@@ -48,8 +48,7 @@ void launch_layers(const SmallTail& p, int device, uintptr_t stream) {
   const int shared = small::kFloats * static_cast<int>(sizeof(float));
   check(cudaFuncSetAttribute(small_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
         "no room for images on chip");
-  const int blocks = (p.images + small::kImages - 1) / small::kImages;
-  small_kernel<<<static_cast<unsigned>(blocks), small::kThreads, static_cast<size_t>(shared),
+  small_kernel<<<static_cast<unsigned>(small::blocks(p)), small::kThreads, static_cast<size_t>(shared),
                  reinterpret_cast<cudaStream_t>(stream)>>>(p);
   check(cudaGetLastError(), "the layers cannot be launched");
 }

@@ -82,15 +82,17 @@ FASTINV_BLOCK inline Four widened_four(float, const void* x, int64_t index) {
   return static_cast<const Four*>(x)[index];
 }
 
-// What a block does, of images from `first` on.
+inline int blocks(const SmallTail& p) { return (p.images + kImages - 1) / kImages; }
+
+// What a block does.
 template <class Block>
 class Worker {
  public:
-  FASTINV_BLOCK Worker(const SmallTail& p, Block& block, int first)
+  FASTINV_BLOCK Worker(const SmallTail& p, Block& block)
       : p_(p),
         block_(block),
-        first_(first),
-        there_(p.images - first < kImages ? p.images - first : kImages),
+        first_(block.index() * kImages),
+        there_(p.images - first_ < kImages ? p.images - first_ : kImages),
         weights_(block.shared()),
         inputs_(weights_ + kWeights),
         between_(inputs_ + kImages * kPitch) {}
@@ -227,6 +229,15 @@ class Worker {
   const int first_, there_;
   float *weights_, *inputs_, *between_;
 };
+
+#ifndef __CUDACC__
+inline void on_host(const SmallTail& p, bool backward) {
+  for (int index = 0; index < blocks(p); ++index) {
+    HostBlock block(index, kThreads, kFloats, backward);
+    Worker<HostBlock>(p, block).run();
+  }
+}
+#endif
 
 }  // namespace small
 
