@@ -66,7 +66,6 @@ bool with_type(const WindowLayer& p, F&& launch) {
   // A band that is half empty takes as long as a full one.
   if (cells <= 0 || 4 * cells < 3 * window::kBand * bands) return false;
   if (p.outputs <= 0 || p.parts() > window::kMostParts || p.outputs % 8 != 0) return false;
-  using window::Around, window::AroundTwo, window::OnwardTwo;
   if (p.inputs == 64 && p.phases == 1) {
     return with_teams<Windowed<Type, 64, Around, 4>, Windowed<Type, 64, Around, 2>>(p, launch);
   }

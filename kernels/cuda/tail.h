@@ -18,6 +18,7 @@
 #pragma once
 
 #include "tail_last.h"
+#include "taps.h"
 
 namespace fastinv {
 
@@ -27,13 +28,7 @@ constexpr int kInputs = 128;
 constexpr int kPixel = 2 * kInputs;        // bytes
 constexpr int kAtOnce = 2;                 // 16s of channels of which a thread has fragments
 constexpr int kFirst = kBetween * kPixel;  // bytes of a shift and a phase
-constexpr int kFirstBytes = 9 * kFirst;
-
-// Whether phase `phase` reads pixels at this shift (row · 2 + column), and the number of the two among all that do.
-FASTINV_BOTH constexpr bool reads(int phase, int shift) { return (phase & shift) == shift; }
-FASTINV_BOTH constexpr int place(int phase, int shift) {
-  return shift == 0 ? phase : shift == 1 ? 4 + phase / 2 : shift == 2 ? 4 + phase : 8;
-}
+constexpr int kFirstBytes = OnwardTwo::kPlaces * kFirst;
 
 // Eight pixels' worth of eight channels on their way.
 struct Chunk {
@@ -188,8 +183,9 @@ class Worker : LastLayer<Type, 1, Thread> {
     const Right first(first_);
     uint32_t left[2][kAtOnce][4];
 #pragma unroll
-    for (int shift = 0; shift < 4; ++shift) {
-      const int row = warp_ + shift / 2, column = lane_ % 16 + shift % 2;
+    for (int corner = 0; corner < 4; ++corner) {
+      const int down = corner / 2, right = corner % 2, shift = (down + 1) * 3 + right + 1;
+      const int row = warp_ + down, column = lane_ % 16 + right;
       const bool inside = column < kSide && band * kBand + row < kSide;
       const unsigned char* pixel = inside ? cells_ + (place_of(row, band) * kSide + column) * kPixel : zeros_;
       const int key = column % 8, half = lane_ / 16;
@@ -198,13 +194,13 @@ class Worker : LastLayer<Type, 1, Thread> {
           [&](int step, const uint32_t (&fragment)[4]) {
 #pragma unroll
             for (int phase = 0; phase < 4; ++phase) {
-              if (!reads(phase, shift)) continue;
-              const Right weights = first + (place(phase, shift) * kFirst + step / 4 * (kFirst / 2) + step % 4 * 32);
-              self_.product(Type{}, sums_[phase], fragment, weights, shift + step > 0);
+              if (!OnwardTwo::reads(phase, shift)) continue;
+              const int tile = OnwardTwo::place(phase, shift) * kFirst + step / 4 * (kFirst / 2);
+              self_.product(Type{}, sums_[phase], fragment, first + (tile + step % 4 * 32), corner + step > 0);
             }
           },
           [&] {
-            if (shift == 0) ready();
+            if (corner == 0) ready();
           });
     }
     self_.template wait_products<0>();

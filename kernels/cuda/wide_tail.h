@@ -16,7 +16,7 @@ namespace tail {
 template <class Type, int kStrips, class Thread>
 class WideWorker : LastLayer<Type, kStrips, Thread> {
   using Last = LastLayer<Type, kStrips, Thread>;
-  using First = window::Window<Type, 64, Last::kSide, window::AroundTwo, Thread>;
+  using First = window::Window<Type, 64, Last::kSide, AroundTwo, Thread>;
   using Last::bands_, Last::p_, Last::self_, Last::team_, Last::sums_;
 
  public:
