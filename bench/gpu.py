@@ -29,7 +29,7 @@ from gpu_contenders import DTYPES, NETWORK_CONTENDERS, SOLVER_CONTENDERS, Call
 
 from fastinv import benchmark
 from fastinv.backends.cuda import CudaBackend
-from fastinv.backends.cuda_native import extension
+from fastinv.backends.cuda_native import usable_on
 from fastinv.backends.cuda_tuning import tune
 from fastinv.benchmark import CHECKED, SOLVER_TOLERANCE, Subject
 from fastinv.cli.arguments import positive, table
@@ -287,7 +287,7 @@ def main() -> int:
             sys.executable, [sys.executable, *sys.argv, "--no-build", "--minutes", str((end - time.monotonic()) / 60)]
         )
     facts: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": []}
-    facts["CUDA C++"] = "built" if extension() is not None else "NOT BUILT"
+    facts["CUDA C++"] = "built" if usable_on(torch.device("cuda", 0)) else "NOT BUILT"
     if not args.no_tests:
         facts["tests"] = run_tests(TESTS, 30 * args.minutes)
     top = ceilings()

@@ -1,5 +1,7 @@
 """Kernels in CUDA C++; there only where nvcc was at the build."""
 
+def check_device(device: int) -> None: ...
+
 class Descent:
     z: int
     first: int

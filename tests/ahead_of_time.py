@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastinv.backends import cuda_pair, cuda_small_tail, cuda_window
+from fastinv.backends import cuda_native, cuda_pair
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.backends.cuda_network import CudaNetwork
 from fastinv.backends.cuda_solver import CudaSolver
@@ -210,8 +210,7 @@ def direct_launches() -> Iterator[Launch]:
 
 
 def all_launches() -> Iterator[Launch]:
-    for module in (cuda_small_tail, cuda_window):  # what there is without them is what is compiled
-        module.extension = lambda: None
+    cuda_native.extension = lambda: None  # what there is without it is what is compiled
     for features, image in DECODERS.values():  # the last is that of CIFAR ReLU32
         network = export(make_decoder(features, image).eval(), torch.zeros(2, *features))
         for precision in PRECISIONS if image == (3, 32, 32) else ("float32", "bfloat16"):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from checks import randn, relative
+from machine_code import dump, kernels, touched_in_flight
 from torch import nn
 
 pytest.importorskip("fastinv._cuda", reason="the kernels in CUDA C++ are not built: no nvcc, or FASTINV_CUDA=OFF")
@@ -262,6 +261,17 @@ def test_no_gpu_is_told() -> None:
         problem.run(descent, 0, 0)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_a_driver_that_cannot_run_the_kernels_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then Triton's take their place."""
+    monkeypatch.setattr(cuda_native, "on_device", lambda device: contextlib.nullcontext())
+    gpu = torch.device("cuda", 0)
+    with pytest.warns(RuntimeWarning, match=r"not for the driver of cuda:0 \(the GPU cannot be used: .* newer driver"):
+        assert not cuda_native.usable_on(gpu)
+    assert not cuda_native.usable_on(gpu)  # told once
+    cuda_native._run_on_gpu.cache_clear()
+
+
 def test_what_no_kernel_is_for_is_refused() -> None:
     for problem in (_cuda.QuadraticForm(), _cuda.BandedForm(), _cuda.PooledLayers()):
         assert not problem.fits(_cuda.Descent())
@@ -274,19 +284,8 @@ def test_the_import_needs_no_driver() -> None:
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
-def dump(*options: str) -> str:
-    """What cuobjdump says of the extension."""
-    tool = shutil.which("cuobjdump") or str(
-        Path(__import__("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
-    )
-    # It asks others of its folder for help.
-    path = f"{os.environ['PATH']}:{Path(tool).parent}"
-    command = [tool, *options, _cuda.__file__]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}).stdout
-
-
 def test_nothing_spills() -> None:
-    text = dump("--dump-resource-usage")
+    text = dump(_cuda.__file__, "--dump-resource-usage")
     assert {"sm_80", "sm_90a"} <= set(re.findall(r"arch = (\S+)", text))
     usage = [dict(re.findall(r"(\w+):(\d+)", line)) for line in text.splitlines() if "REG:" in line]
     assert len(usage) == 2 * (7 + 31)  # edges, and kinds of layers, for two architectures
@@ -297,9 +296,11 @@ def test_nothing_spills() -> None:
 
 
 def test_products_are_not_waited_for_one_by_one() -> None:
-    """As a compiler makes them that cannot see that nothing comes between them."""
-    kernels = re.split(r"Function : ", dump("--dump-sass", "--gpu-architecture", "sm_90a"))[1:]
-    counts = [(text.count("HGMMA."), text.count("WARPGROUP.DEPBAR")) for text in kernels]
-    assert len([products for products, _ in counts if products > 0]) == 30
-    for products, waits in counts:
+    """As a compiler makes them that cannot see that nothing comes between them; nor are their sums read too early."""
+    found = [code for code in kernels(_cuda.__file__, "sm_90a") if any("HGMMA." in line for line in code)]
+    assert len(found) == 30
+    for code in found:
+        products, waits = (sum(name in line for line in code) for name in ("HGMMA.", "WARPGROUP.DEPBAR"))
         assert waits <= 0.6 * products
+        assert touched_in_flight(code) == []
+        assert touched_in_flight(line for line in code if "WARPGROUP.DEPBAR" not in line) != []

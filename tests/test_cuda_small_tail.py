@@ -18,7 +18,7 @@ pytest.importorskip("fastinv._cuda", reason="the kernels in CUDA C++ are not bui
 
 from interpreter import DEVICE, rounded
 
-from fastinv.backends import cuda_native, cuda_small_tail
+from fastinv.backends import cuda_native
 from fastinv.backends.cuda_network import CudaNetwork
 from fastinv.errors import FeatureError
 from fastinv.models import make_decoder
@@ -162,6 +162,6 @@ def test_other_layers_take_other_kernels(layers: tuple[nn.Module, ...]) -> None:
 
 
 def test_without_the_extension_there_are_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_small_tail, "extension", lambda: None)
+    monkeypatch.setattr(cuda_native, "extension", lambda: None)
     plan = CudaNetwork(papers_decoder(), "float32", WHERE).describe()
     assert [row["kernel"] for row in plan] == ["DirectConvolution", "DirectConvolution"]

@@ -19,7 +19,7 @@ pytest.importorskip("fastinv._cuda", reason="the kernels in CUDA C++ are not bui
 from fastinv.kernels.triton import launch
 from interpreter import DEVICE, rounded
 
-from fastinv.backends import cuda_layers, cuda_tail
+from fastinv.backends import cuda_layers, cuda_native, cuda_tail
 from fastinv.backends.cuda_network import CudaNetwork
 from fastinv.errors import FeatureError
 from fastinv.network import Network
@@ -208,6 +208,6 @@ def test_other_layers_take_other_kernels(layers: tuple[nn.Module, ...]) -> None:
 
 
 def test_without_the_extension_it_is_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_tail, "extension", lambda: None)
+    monkeypatch.setattr(cuda_native, "extension", lambda: None)
     (row,) = CudaNetwork(decoder(), "float16", WHERE).describe()
     assert re.match("Pair", row["kernel"])

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed: it is there for L
 from interpreter import DEVICE, check_features, check_solver, network_on, recipe_for, solver_on
 
 from fastinv import tensors
-from fastinv.backends import cuda_network, cuda_small_tail
+from fastinv.backends import cuda_native, cuda_network
 from fastinv.benchmark import DECODERS
 from fastinv.errors import FeatureError
 from fastinv.export import export
@@ -246,7 +246,7 @@ def test_a_gpu_is_given_large_batches(edges: dict[str, Network]) -> None:
 
 
 def test_the_plan_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_small_tail, "extension", lambda: None)
+    monkeypatch.setattr(cuda_native, "extension", lambda: None)
     plan = network_on(decoder("MNIST ReLU2")).describe()
     assert [row["op"] for row in plan] == ["conv_transpose2d", "conv_transpose2d"]
     assert [row["kernel"] for row in plan] == ["DirectConvolution", "DirectConvolution"]

@@ -15,7 +15,7 @@ from fastinv.kernels.triton.pair import Pair
 from interpreter import DEVICE, forward, network_on
 
 from fastinv import tensors
-from fastinv.backends import cuda_lowering, cuda_pair, cuda_tail
+from fastinv.backends import cuda_lowering, cuda_native, cuda_pair
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.benchmark import DECODERS, RESIDUAL_DECODERS
 from fastinv.export import export
@@ -53,7 +53,7 @@ PAIRS: dict[str, tuple[tuple[int, ...], tuple[nn.Module, ...]]] = {
 @pytest.fixture(autouse=True)
 def by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where there are no kernels in CUDA C++, which take the place of some pairs."""
-    monkeypatch.setattr(cuda_tail, "extension", lambda: None)
+    monkeypatch.setattr(cuda_native, "extension", lambda: None)
 
 
 @pytest.fixture

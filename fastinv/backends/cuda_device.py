@@ -140,7 +140,7 @@ def repeatable(launches: Sequence[Callable[[], None]], device: torch.device) -> 
     if device.type != "cuda" or not launches:
         return run
     with _capturing, on_device(device):
-        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side = _capture_stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             run()
@@ -151,6 +151,19 @@ def repeatable(launches: Sequence[Callable[[], None]], device: torch.device) -> 
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             run()
     return graph.replay
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> Any:
+    """Where graphs are captured, and nothing else runs: what another thread launches there would become part of one.
+
+    PyTorch has 32 streams of a priority on a device, and gives each to several who ask; of a high one no other stream
+    here is.
+    """
+    import torch
+
+    make: Any = torch.cuda.Stream
+    return make(device, priority=-1)
 
 
 REPEATED = 10  # launches between two events: Python alone takes up to 100 µs for one, more than many kernels
@@ -235,6 +248,12 @@ class Streams:
         import torch
 
         return torch.cuda.stream(self._streams[name]) if self._streams else nullcontext()
+
+    def begin(self) -> None:
+        """What comes next on "in" and "compute" waits for what is on "current": memory that is fresh to the caller may
+        have been another tensor's until then."""
+        for name in ("in", "compute"):
+            self.after(name, "current")
 
     def after(self, name: str, before: str) -> None:
         """What comes next on stream `name` waits for what is on `before` by now."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fastinv.backends.cuda_native import usable_on
+
 if TYPE_CHECKING:
     import torch
 
@@ -30,10 +32,11 @@ ONWARD_TWO = [[0], [0, 1]]  # two, as of three taps at a stride of 2
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether its tensor cores are those that the kernels are made for; what stands in for a GPU has them."""
+    """Whether the kernels are built, and its tensor cores those that they are made for; what stands in for a GPU has
+    them."""
     import torch
 
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) == CAPABILITY
+    return usable_on(device) and (device.type != "cuda" or torch.cuda.get_device_capability(device) == CAPABILITY)
 
 
 def are_few(images: int, device: torch.device, few: int = FEW) -> bool:

@@ -1,4 +1,4 @@
-"""Launches of the kernels in CUDA C++ (`kernels/cuda`), where they are built: for shallow edges."""
+"""Launches of the kernels in CUDA C++ (`kernels/cuda`), where they are built and run: for shallow edges."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastinv.backends.cuda_device import shared_memory
+from fastinv.backends.cuda_device import on_device, shared_memory
 from fastinv.backends.cuda_pooled import FIRST, SECOND, TAPS, pooled_fields
 from fastinv.backends.cuda_quadratic import QuadraticForm
 from fastinv.errors import BackendError
@@ -43,6 +43,27 @@ def extension() -> Any:
             stacklevel=2,
         )
         return None
+
+
+def usable_on(device: torch.device) -> bool:
+    """Whether `fastinv._cuda` is built, and its kernels run on a device, or what stands in for one."""
+    return extension() is not None and (device.type != "cuda" or _run_on_gpu(device))
+
+
+@functools.cache
+def _run_on_gpu(device: torch.device) -> bool:
+    try:
+        with on_device(device):
+            extension().check_device(device.index)
+    except RuntimeError as error:
+        warnings.warn(
+            f"fastinv._cuda is built, but not for the driver of {device} ({error!s:.200}): all goes through Triton; "
+            "install a newer driver, or build fastinv with an older CUDA toolkit",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return False
+    return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +152,7 @@ class OnChipDescent:
     @property
     def fits(self) -> bool:
         """Whether there is a kernel for it, built."""
-        return extension() is not None and self._filled({}, None, 0) is not None
+        return usable_on(self._device) and self._filled({}, None, 0) is not None
 
     @property
     def launches(self) -> int:

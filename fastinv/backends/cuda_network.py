@@ -275,6 +275,7 @@ class CudaNetwork:
             memory, slots = self._ready(), self._ready_slots()
             self._streams = self._streams or Streams(self._device)
             self._upload = self._upload or Upload(self._device, self._streams)
+            self._streams.begin()
             with self._streams.on("compute"):
                 scale = self._constants(rows)
             rounds = rows.dtype == "float32" and self._lowering.numbers.dtype == "bfloat16"

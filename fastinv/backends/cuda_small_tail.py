@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastinv.backends.cuda_layers import FINISHES, LINEAR, finish_of, padded, result_of, slope_of
-from fastinv.backends.cuda_native import extension, launching, set_fields
+from fastinv.backends.cuda_native import extension, launching, set_fields, usable_on
 from fastinv.backends.cuda_nodes import ConvolutionNode
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class SmallTail:
             and first.ending.activation.kind in LINEAR
             and last.ending.activation.kind in FINISHES
             and len(first.inputs) == len(last.inputs) == 1
-            and extension() is not None
+            and usable_on(first.kernel.weight.device)
         )
 
     def planar(self) -> SmallTail:

@@ -167,6 +167,7 @@ class CudaSolver:
         self._ready()
         room, images = self._ready_room()
         upload, _ = self._ready_transfers()
+        upload.streams.begin()
         starts = init if callable(init) else torch.from_numpy(np.array(init, np.float32)).to(self._device)
         feed = Feed(features, dtype, room, upload)
         return self._solve(Job(len(features), images, feed, shift, starts, sink, progress))

@@ -83,7 +83,6 @@ class Tail:
             and last.ending.activation.kind in FINISHES
             and len(first.inputs) == len(last.inputs) == 1
             and runs_on(a.weight.device)
-            and extension() is not None
             and _sized(a.input_shape).fits()
         )
 

@@ -60,7 +60,6 @@ class WindowConvolution:
             and reads(kernel.geometry, _around(kernel))
             and node.ending.activation.kind in FINISHES
             and runs_on(kernel.weight.device)
-            and extension() is not None
             and _sized(kernel).fits()
         )
 

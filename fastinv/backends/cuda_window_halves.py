@@ -73,7 +73,6 @@ class HalvedConvolution:
             and -kernel.outputs % OUTPUTS <= EMPTY
             and reads(kernel.geometry, AROUND)
             and runs_on(kernel.weight.device)
-            and extension() is not None
             and _sized(kernel, 0).fits()
         )
 

@@ -22,7 +22,8 @@ void launch_descend(const Descent& descent, const Problem& problem, int device, 
     using Edge = std::decay_t<decltype(edge)>;
     const Grid grid = grid_of(descent, edge);
     const int bytes = grid.floats * static_cast<int>(sizeof(float));
-    check(cudaFuncSetAttribute(descend_kernel<Edge>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+    // All there is, not `bytes`: threads that launch the kernel for other sizes meanwhile would lower it.
+    check(cudaFuncSetAttribute(descend_kernel<Edge>, cudaFuncAttributeMaxDynamicSharedMemorySize, descent.room),
           "no room for an image on chip");
     descend_kernel<Edge><<<static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.threads),
                            static_cast<size_t>(bytes), reinterpret_cast<cudaStream_t>(stream)>>>(descent, edge);

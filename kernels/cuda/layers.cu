@@ -33,7 +33,8 @@ void launch_layers(const Params& p, int device, uintptr_t stream) {
     using Kind = decltype(kind);
     const int shared = Kind::template Worker<DeviceThread>::shared(p);
     const auto kernel = layer_kernel<Kind, Params>;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+    // All there is, not `shared`: threads that launch the kernel for other sizes meanwhile would lower it.
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared),
           "no room for the weights on chip");
     const int blocks = static_cast<int>(std::min<int64_t>(processors, int64_t{p.images} * parts(p)));
     kernel<<<static_cast<unsigned>(blocks), Kind::kThreads, static_cast<size_t>(shared),
@@ -51,6 +52,12 @@ void launch_layers(const SmallTail& p, int device, uintptr_t stream) {
   small_kernel<<<static_cast<unsigned>(small::blocks(p)), small::kThreads, static_cast<size_t>(shared),
                  reinterpret_cast<cudaStream_t>(stream)>>>(p);
   check(cudaGetLastError(), "the layers cannot be launched");
+}
+
+void check_device(int device) {
+  check(cudaSetDevice(device), "the GPU cannot be used");
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, small_kernel), "the kernels cannot be loaded");
 }
 
 template void launch_layers(const Tail&, int, uintptr_t);

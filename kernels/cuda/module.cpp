@@ -77,6 +77,9 @@ py::class_<Layers> layers(py::module_& m, const char* name) {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
+  m.def("check_device", &fastinv::check_device, py::arg("device"), py::call_guard<py::gil_scoped_release>(),
+        "Raise RuntimeError where the kernels cannot run on this device, as its driver is too old for them.");
+
   py::class_<Descent> descent(m, "Descent");
   descent.def(py::init([] { return Descent{}; }));
   pointer(descent, "z", &Descent::z);

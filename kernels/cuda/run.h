@@ -33,4 +33,7 @@ void launch_layers(const Params& p, int device, uintptr_t stream);
 template <>
 void launch_layers(const SmallTail& p, int device, uintptr_t stream);
 
+// Throws std::runtime_error where kernels cannot run on this device, as its driver is too old for them.
+void check_device(int device);
+
 }  // namespace fastinv

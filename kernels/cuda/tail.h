@@ -203,7 +203,7 @@ class Worker : LastLayer<Type, 1, Thread> {
             if (corner == 0) ready();
           });
     }
-    self_.template wait_products<0>();
+    self_.take_products(sums_);
   }
 
   unsigned char *first_, *zeros_, *cells_;

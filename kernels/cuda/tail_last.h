@@ -97,7 +97,7 @@ class LastLayer {
       }
     }
     self_.end_products();
-    self_.template wait_products<0>();
+    self_.take_products(given, above, below);
 #pragma unroll
     for (int i = 0; i < 4 * kGiven / 8; ++i) given[0][i] += given[1][i];
     if constexpr (kStrips > 1) {

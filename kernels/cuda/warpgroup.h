@@ -89,12 +89,19 @@ class DeviceThread {
   }
 
   // Products are asynchronous: those between `begin_products` and `end_products` are a group, and after
-  // `wait_products<n>` all but the last n groups are done.
+  // `wait_products<n>` all but the last n groups are done. `take_products` waits for all, and gives their sums: only
+  // behind it may these be read. The compiler takes a product for done where it stands, and moves what needs nothing
+  // but registers to before a wait that does not name them.
   __device__ void begin_products() const { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
   __device__ void end_products() const { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
   template <int kGroups>
   __device__ void wait_products() const {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
+  }
+  template <class... Sums>
+  __device__ void take_products(Sums&... sums) const {
+    wait_products<0>();
+    (take(sums), ...);
   }
 
   // sums = a · Bᵀ, added to what they are where `keep`, for B [N, 16] as `Right` says.
@@ -122,6 +129,14 @@ class DeviceThread {
   }
   FASTINV_PRODUCTS(Bfloat16, "bf16.bf16")
   FASTINV_PRODUCTS(Float16, "f16.f16")
+
+ private:
+  __device__ static void take(float& sum) { asm volatile("" : "+f"(sum)); }
+  template <class Sums, int kCount>
+  __device__ static void take(Sums (&sums)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) take(sums[i]);
+  }
 };
 
 #else
@@ -255,6 +270,8 @@ class HostThread {
   void end_products() const {}
   template <int kGroups>
   void wait_products() const {}
+  template <class... Sums>
+  void take_products(Sums&...) const {}
 
   float shuffle(float value, int lane) const { return as_float(shuffle(bits(value), lane)); }
   uint32_t shuffle(uint32_t value, int lane) const {

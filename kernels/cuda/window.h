@@ -155,11 +155,12 @@ class Window {
           }
         },
         ready);
+    self_.take_products(sums);
   }
 
  protected:
-  // products(shift, step, fragment, keep) for every sixteen channels of every pixel around a band's cells that is read;
-  // `keep`: of all but the first, which every phase has.
+  // Starts products(shift, step, fragment, keep) for every sixteen channels of every pixel around a band's cells that
+  // is read; `keep`: of all but the first, which every phase has.
   template <class F, class Ready>
   FASTINV_BLOCK void along_taps(int band, F&& products, Ready&& ready) {
     const int cell = band * kBand + warp_ * 16 + lane_ % 16;
@@ -185,7 +186,6 @@ class Window {
             if (i == 0) ready();
           });
     }
-    self_.template wait_products<0>();
   }
 
   FASTINV_BOTH static constexpr bool read_at_all(int shift) {

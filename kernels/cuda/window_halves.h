@@ -118,6 +118,7 @@ class HalvedWindow : Window<Float16, 128, kWidth, Around, Thread> {
           }
         },
         ready);
+    self_.take_products(sums, lower);
 #pragma unroll
     for (int i = 0; i < kOutputs / 2; ++i) sums[i] += lower[i];
   }
