@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from fastinv.data_files import Bytes, Indices, read_cifar, read_idx, read_image, read_parquet
 from fastinv.errors import DataError
+from fastinv.tensors import is_whole, normalisation
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -140,18 +141,20 @@ def knowledge(
     Raises:
         DataError: an unknown kind, or more images asked for than there are.
     """
+    if not isinstance(dataset, Dataset):
+        raise DataError(f"knowledge: a {type(dataset).__name__}, expected a Dataset, such as fastinv.data.load gives")
     if kind not in KNOWLEDGE:
         raise DataError(f"knowledge: kind {kind!r:.40}, expected one of {', '.join(KNOWLEDGE)}")
     same, other = halves(len(dataset), seed)
     available = len(other) if kind == "distribution" else len(same)
     count = available if n is None else n
-    if not (type(count) is int and count >= 0 and (kind == "noise" or count <= available)):
+    if not (is_whole(count) and count >= 0 and (kind == "noise" or count <= available)):
         raise DataError(f"knowledge: {n!r:.40} images asked for, of {available} of kind {kind!r}")
     if not {np.size(mean), np.size(std)} <= {1, dataset.image_shape[0]}:
         raise DataError(f"knowledge: mean {mean!r:.60} and std {std!r:.60}, expected one number or one a channel")
     if kind == "noise":
         z = _generator(seed, 1).standard_normal((count, *dataset.image_shape), dtype=np.float32)
-        shift, scale = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in (mean, std))
+        shift, scale = normalisation(mean, std)
         noise: npt.NDArray[np.float32] = z * scale + shift
         return noise
     return dataset.pixels((same if kind == "same" else other)[:count])

@@ -98,7 +98,7 @@ def run(demo: Demo) -> Outcome:
     print(f"data       {demo.data}: {len(train):,} training and {len(test):,} test images {list(test.image_shape)}")
     model = experiment.model
     effort = demo.effort or EFFORTS[model.name]
-    at = experiment.split_point(demo.split)
+    at = experiment.untrained(demo.split).at
     target = experiment.target(effort.target_epochs, images=effort.images, progress=demo.progress)
     print(f"target     {model.name}: {experiment.accuracy(target):.1%} of the test images classified right")
     split = Split(target, at, model.mean, model.std)

@@ -240,7 +240,8 @@ class Solver:
         # The objective tells of an image that diverged.
         with tensors.staged(out) as part, np.errstate(over="ignore", invalid="ignore"):
             pixels = np.add(np.multiply(z, self._std, out=part), self._mean, out=part) if self._normalises else z
-            np.minimum(np.maximum(pixels, 0.0, out=part), 1.0, out=part)  # clip() takes longer for a small image
+            # NaN becomes 0; clip() takes longer for a small image.
+            np.minimum(np.fmax(pixels, 0.0, out=part), 1.0, out=part)
 
     def _start(self, init: Any, count: int) -> Array:
         """A start in pixels as normalised float32 [C, H, W] or [count, C, H, W]."""
@@ -299,10 +300,11 @@ def compile(
             f"compile: a {type(what).__name__}, expected a Network, an InverseNetwork or an RMLE: "
             "export a module first, with fastinv.export(module, example)"
         )
-    if threads is not None and not (type(threads) is int and 1 <= threads <= MAX_THREADS):
+    if threads is not None and not (tensors.is_whole(threads) and 1 <= threads <= MAX_THREADS):
         raise BackendError(
             f"threads {threads!r:.40}, expected an integer from 1 to {MAX_THREADS}, or None for all cores"
         )
+    threads = None if threads is None else int(threads)
     if isinstance(what, RMLE):
         chosen, precision = select(backend, precision, what.edge.steps, solver=True, method=what.method)
         return Solver(what, chosen.name, chosen.compile_solver(what, precision, threads), threads)

@@ -50,7 +50,8 @@ class Interrupted(KeyboardInterrupt):
     Attributes:
         images: what would have been returned. The pixels of images not begun are 0, or what they were in an `out` of
             the caller's.
-        begun: how many images there are; those of rMLE that were being solved are as far as they had come.
+        begun: how many images there are; those of rMLE that were being solved are as far as they had come: they have
+            taken fewer steps than the recipe has, and have not converged.
         report: on all images; those not begun have taken 0 steps, and have the objective NaN.
     """
 

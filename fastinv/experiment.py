@@ -81,16 +81,16 @@ class Experiment:
             )
         return cls(train, test, MODELS[train.image_shape], seed)
 
-    def split_point(self, at: str | None) -> str:
-        """The split point, or the target's usual one; before the training it tells what would fail after it.
+    def untrained(self, at: str | None) -> Split:
+        """An untrained target, cut at the split point, or at its usual one: tells what would fail after the training.
 
         Raises:
             SplitError: no layer of this name, or one where the target cannot be cut.
         """
         at = at or self.model.split
         with seeded(self.seed):
-            Split(self.model.make(len(self.train.classes)), at)
-        return at
+            fresh = self.model.make(len(self.train.classes))
+        return Split(fresh, at, self.model.mean, self.model.std)
 
     def half(self, knowledge: str) -> Indices:
         """Indices of the training images that an attacker of this knowledge has; "same" are the target's own."""

@@ -59,7 +59,8 @@ def write(inverter: Inverter, path: str | Path) -> None:
     try:
         _replace(Path(path), data)
     except (OSError, TypeError, ValueError) as error:
-        raise FormatError(f"{path!s:.300}: cannot write the file ({error}); choose another path") from error
+        reason = getattr(error, "strerror", None) or error  # without the name of a temporary file
+        raise FormatError(f"{path!s:.300}: cannot write the file ({reason}); choose another path") from error
 
 
 def encode(inverter: Inverter) -> bytes:
@@ -110,8 +111,10 @@ def read(path: str | Path) -> Inverter:
     """
     try:
         # A pipe or device would block or never end, so ask before opening.
-        if not stat.S_ISREG(os.stat(os.fspath(path)).st_mode):
-            raise FormatError(f"{path!s:.300}: not a regular file; expected a .finv file")
+        mode = os.stat(os.fspath(path)).st_mode
+        if not stat.S_ISREG(mode):
+            found = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+            raise FormatError(f"{found}, not a regular file; expected a .finv file")
         with open(path, "rb") as file:
             return decode(file, os.fstat(file.fileno()).st_size)
     except FormatError as error:

@@ -111,7 +111,7 @@ def invert(
     backend = _backend(backend, device, features)
     if dtype not in DTYPES:
         raise FeatureError(f"dtype {dtype!r:.40}, expected one of {', '.join(DTYPES)}")
-    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+    if batch_size is not None and (not tensors.is_whole(batch_size) or batch_size < 1):
         raise FeatureError(f"batch_size {batch_size!r:.40}, expected an integer of at least 1, or None")
     found = _resolve(inverter)
     if tensors.on_gpu(features):
@@ -127,13 +127,15 @@ def invert(
     else:
         images, view = out, _writable(out, shape, dtype, source)
     machine = _machine(found, backend, precision, threads)
-    chunk = batch_size or machine.batch_size
+    chunk = int(batch_size or 0) or machine.batch_size
     report = sweep(machine.run, machine.empty_report, source, images, view, chunk, progress)
     return (images, report) if return_report else images
 
 
 def _backend(backend: str | None, device: Any, features: Any) -> str | None:
     """The backend that these arguments of `invert` ask for together."""
+    other = str(backend).partition(":")[2]
+    backend = "cuda" if backend == "cuda:0" else backend
     free = backend in (None, "auto")
     if tensors.on_gpu(features):
         index = features.device.index
@@ -152,7 +154,10 @@ def _backend(backend: str | None, device: Any, features: Any) -> str | None:
     if not free and str(backend).startswith("cuda") != (kind == "cuda"):
         raise BackendError(f"device {device!r:.40} does not go with backend {backend!r:.40}: leave one of them out")
     if kind == "cuda":
-        return "cuda" if number in ("", "0") else f"cuda:{int(number)}"
+        if "" not in (number, other) and number != other:
+            raise BackendError(f"device {device!r:.40} does not go with backend {backend!r:.40}: leave one of them out")
+        index = int(number or other or 0)
+        return f"cuda:{index}" if index else "cuda"
     return "cpu" if free else backend
 
 
@@ -205,13 +210,27 @@ def _compile(inverter: Inverter, backend: str | None, precision: str, threads: i
     return compile(network, backend, precision, threads)
 
 
+def _overlaps_itself(view: npt.NDArray[Any]) -> bool:
+    """Whether elements may share memory: where a step is shorter than all that the axes of shorter ones span."""
+    span = view.itemsize
+    for step, size in sorted((abs(step), size) for step, size in zip(view.strides, view.shape, strict=True)):
+        if size > 1 and step < span:
+            return True
+        span += step * (size - 1)
+    return False
+
+
 def _writable(out: Any, shape: Shape, dtype: str, source: tensors.Source) -> npt.NDArray[Any]:
     """`out` as an array that images can be written to."""
     view, found, _ = tensors.as_numpy(out, "out")
     if view.shape != shape or found != dtype:
         raise FeatureError(f"out of shape {list(view.shape)} and dtype {found}, expected {list(shape)} and {dtype}")
+    if not view.dtype.isnative:
+        raise FeatureError("out is of another byte order than this machine's: pass an array of its own")
     if not view.flags.writeable:
         raise FeatureError("out is read-only: pass an array that can be written")
+    if _overlaps_itself(view):
+        raise FeatureError("out has several images in the same memory: pass another array")
     if np.may_share_memory(view, source.data):
         raise FeatureError("out shares memory with the features: pass another array")
     return view

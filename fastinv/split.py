@@ -111,9 +111,10 @@ def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     """z = (x − mean) / std for images [N, C, H, W].
 
     Raises:
-        FeatureError: as many entries of mean or std as would not fit the channels.
+        FeatureError: as many entries of mean or std as would not fit the channels; they are no finite numbers, or a
+            std is not above 0.
     """
-    shift, scale = (torch.as_tensor(v, dtype=pixels.dtype).reshape(-1, 1, 1) for v in (mean, std))
+    shift, scale = (torch.from_numpy(v).to(pixels.dtype) for v in tensors.normalisation(mean, std))
     channels = pixels.shape[1]
     if not {len(shift), len(scale)} <= {1, channels}:
         raise FeatureError(

@@ -25,9 +25,32 @@ FLOATS = ("float32", "float16", "bfloat16", "float64")
 QUANTISED = ("uint8", "int8")
 
 
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, Python's or numpy's."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def finite(values: Array) -> bool:
     """Whether no value is NaN or Inf."""
     return bool(np.isfinite(values).all())
+
+
+def normalisation(mean: Any, std: Any) -> tuple[Array, Array]:
+    """A mean and a std, one number or one a channel, each [entries, 1, 1].
+
+    Raises:
+        FeatureError: they are no finite numbers, or a std is not above 0.
+    """
+    found: list[Array] = []
+    for name, value in (("mean", mean), ("std", std)):
+        try:
+            numbers = np.asarray(value, np.float32).reshape(-1, 1, 1)
+        except (TypeError, ValueError):
+            numbers = np.full((1, 1, 1), np.nan, np.float32)
+        if not np.isfinite(numbers).all() or (name == "std" and not (numbers > 0).all()):
+            raise FeatureError(f"{name} {value!r:.80}, expected finite numbers{' above 0' if name == 'std' else ''}")
+        found.append(numbers)
+    return found[0], found[1]
 
 
 # Not frozen, with slots, and looked at once: on a small network these microseconds are a good part of a call.
@@ -136,7 +159,9 @@ def features_there(x: torch.Tensor, shape: Shape, *, scale: Any = None, zero_poi
 
     if scale is None and zero_point is None and tuple(x.shape[1:]) == shape and _as_it_is(x):
         return x
-    checked = source(torch.empty((), dtype=x.dtype).expand(x.shape), shape, scale=scale, zero_point=zero_point)
+    checked = source(
+        torch.empty((), dtype=x.dtype, device="cpu").expand(x.shape), shape, scale=scale, zero_point=zero_point
+    )
     if checked.scale is not None and checked.zero_point is not None:
         scales, zeros = (torch.from_numpy(v.copy()).to(x.device) for v in (checked.scale, checked.zero_point))
         x = (x.float() - zeros) * scales
@@ -169,9 +194,14 @@ def as_numpy(x: Any, what: str) -> tuple[npt.NDArray[Any], str, bool]:
             raise FeatureError(f"{what} on device {str(x.device)!r}, expected cpu: move them with .cpu()")
         if x.layout is not torch.strided or x.is_quantized:
             raise FeatureError(f"{what}: a sparse or quantised tensor type; expected a dense one: use .to_dense()")
+        dtype = str(x.dtype).removeprefix("torch.")
+        if x.is_nested or dtype.startswith("float8"):
+            raise FeatureError(f"{what}: {'a nested tensor' if x.is_nested else dtype}, expected {', '.join(FLOATS)}")
         x = x.detach().resolve_neg().resolve_conj()
         bits = x.view(torch.uint16) if x.dtype is torch.bfloat16 else x
-        return bits.numpy(), str(x.dtype).removeprefix("torch."), True
+        return bits.numpy(), dtype, True
+    if isinstance(x, np.ma.MaskedArray):
+        raise FeatureError(f"{what}: a masked array, expected a plain one: pass x.filled(number)")
     if isinstance(x, np.ndarray):
         dtype = x.dtype.name
         return np.asarray(x.view(np.uint16) if dtype == "bfloat16" else x), dtype, False
@@ -211,10 +241,11 @@ def chunks(count: int, size: int) -> Iterator[tuple[int, int]]:
 def _per_channel(name: str, value: Any, shape: Shape) -> Array:
     """A number or one number a channel, broadcastable over one image."""
     try:
-        numbers: Array = np.asarray(value, dtype=np.float32)
+        with np.errstate(over="ignore"):  # what overflows is found as Inf
+            numbers: Array = np.asarray(value, dtype=np.float32)
     except (TypeError, ValueError, RuntimeError):
         numbers = np.array(np.nan, np.float32)
-    if numbers.shape not in ((), shape[:1]) or not np.isfinite(numbers).all():
+    if numbers.shape not in ((), (1,), shape[:1]) or not np.isfinite(numbers).all():
         raise FeatureError(f"{name} {value!r:.80}, expected a finite number or {shape[0]} of them, one a channel")
     return numbers.reshape(-1, *[1] * (len(shape) - 1)) if numbers.ndim else numbers
 

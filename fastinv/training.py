@@ -209,7 +209,7 @@ def trainable(what: str, given: nn.Module | Callable[[], nn.Module]) -> nn.Modul
     Raises:
         TrainingError: it is none, or has nothing to train.
     """
-    module = given if isinstance(given, nn.Module) else given()
+    module = given() if callable(given) and not isinstance(given, nn.Module) else given
     if not isinstance(module, nn.Module) or not any(p.requires_grad for p in module.parameters()):
         raise TrainingError(f"{what}: {type(module).__name__}, expected a torch.nn.Module that can be trained")
     return module
@@ -236,7 +236,10 @@ def class_indices(labels: Any, count: int) -> torch.Tensor:
     Raises:
         TrainingError: another number of labels, or no whole numbers >= 0.
     """
-    classes = torch.as_tensor(np.asarray(labels))
+    found = np.asarray(labels)
+    if found.dtype.kind not in "iuf":
+        raise TrainingError(f"labels of dtype {found.dtype}, expected {count} whole numbers >= 0")
+    classes = torch.as_tensor(found)
     if classes.shape != (count,) or classes.is_floating_point() or (count and int(classes.min()) < 0):
         raise TrainingError(
             f"labels of shape {list(classes.shape)} and dtype {classes.dtype}, expected {count} whole numbers >= 0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -267,6 +268,12 @@ def test_interrupted_invert_keeps_what_is_done(
     assert run("invert", features, "-m", finv, "-o", tmp_path / "new.npy") == 0
 
     partial.unlink()
+    (tmp_path / f"{partial.stem}2.npy").touch()
+    partial.touch()
+    calls.clear()
+    assert run("invert", features, "-m", finv, "-o", tmp_path / out, "--batch-size", 2) == 130
+    assert len(np.load(tmp_path / f"{partial.stem}3.npy")) == 4  # what was kept before is not lost
+    partial.unlink()
     calls[:] = [(), ()]
     assert run("invert", features, "-m", finv, "-o", tmp_path / out) == 130
     assert "interrupted before the first of 5 images" in capsys.readouterr().err
@@ -313,6 +320,61 @@ def test_invert_refuses_files(finv: Path, features: Path, tmp_path: Path, capsys
     fails(capsys, "leave the key out", "invert", features, "-m", finv, "-o", tmp_path / "o.npy", "--key", "x")
     assert not (tmp_path / "o.npy").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_invert_keeps_what_it_reads(
+    finv: Path, features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = features.read_bytes()
+    (tmp_path / "link.npy").symlink_to(features)
+    for out in (features, tmp_path / "link.npy"):
+        fails(capsys, "the file of the features, too", "invert", features, "-m", finv, "-o", out)
+    assert features.read_bytes() == kept
+
+
+def test_invert_writes_where_a_link_points(finv: Path, features: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.npy"
+    np.save(tmp_path / "o.npy", np.zeros(1))
+    link.symlink_to(tmp_path / "o.npy")
+    assert run("invert", features, "-m", finv, "-o", link) == 0
+    assert link.is_symlink()
+    assert len(np.load(tmp_path / "o.npy")) == len(np.load(features))
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_without_a_terminal(closed: str, finv: Path, features: Path, tmp_path: Path) -> None:
+    code = f"import sys; sys.{closed} = None; from fastinv.cli import main; sys.exit(main(sys.argv[1:]))"
+    out = tmp_path / "o.npy"
+    command = [sys.executable, "-c", code, "invert", str(features), "-m", str(finv), "-o", str(out)]
+    assert subprocess.run(command, check=False, cwd=tmp_path).returncode == 0
+    assert out.exists()
+
+
+def test_what_a_terminal_has_no_letters_for(finv: Path) -> None:
+    code = "import sys; from fastinv.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "info", str(finv), "--measure"]
+    found = subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert b"?s an image" in found.stdout
+
+
+def test_invert_refuses_what_has_no_end(finv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe.npy")
+    fails(capsys, "a pipe or device", "invert", tmp_path / "pipe.npy", "-m", finv, "-o", tmp_path / "o.npy")
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_invert_refuses_float8(suffix: str, finv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = torch.from_numpy(samples.features(2)).to(torch.float8_e5m2)
+    path = tmp_path / f"a.{suffix}"
+    torch.save(values, path) if suffix == "pt" else save_torch_file({"v": values}, path)
+    fails(capsys, "expected float32", "invert", path, "-m", finv, "-o", tmp_path / "o.npy")
+
+
+def test_too_many_threads(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["train", "-o", "o.finv", "--data", "x"], ["bench"], ["invert", "f.npy", "-o", "o.npy"]):
+        with pytest.raises(SystemExit):
+            run(*command, "--threads", 100_000)
+        assert "a whole number from 1 to 1024" in capsys.readouterr().err
 
 
 def test_invert_refuses_places_and_inverters(
@@ -403,7 +465,14 @@ def test_train_refuses_before_it_trains(digits: Path, tmp_path: Path, capsys: py
     common = ["train", "--data", digits, "--target", target, "--target-epochs", 1, "-o", tmp_path / "o.finv"]
     fails(capsys, "no layer 'conv9'", *common, "--split", "conv9")
     fails(capsys, "shadow_edge", *common, "--attack", "shadow", "--split", "fc1", *_different())
+    fails(capsys, "images asked for", *common, "--images", "1k")
+    fails(capsys, "lr 0.0", *common, "--lr", "0")
+    fails(capsys, "tv_beta 0.5", *common, "--attack", "rmle", "--rmle-tv-beta", "0.5")
+    fails(capsys, "optimizer 'exact'", *common, "--attack", "rmle", "--rmle-optimizer", "exact", "--split", "ReLU2")
     assert not target.exists()
+    kept = _file(target).read_bytes()
+    fails(capsys, "the file of the target, too", *common[:-1], target)
+    assert target.read_bytes() == kept
 
 
 def test_train_refuses(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

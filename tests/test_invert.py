@@ -127,6 +127,30 @@ def test_uint8_rounds(backend: str, inverter: fastinv.Inverter) -> None:
     assert {0, 255} <= set(quantised.ravel().tolist())
 
 
+def test_out_that_overlaps_itself_is_refused() -> None:
+    x = features(3)
+    inverter = inverse_network()
+    one = np.zeros((1, *inverter.image_shape), np.float32)
+    for strides in ((0, *one.strides[1:]), (4, 4, 4, 4)):
+        out = np.lib.stride_tricks.as_strided(one, (3, *one.shape[1:]), strides)
+        with pytest.raises(FeatureError, match="several images in the same memory"):
+            fastinv.invert(x, inverter, out=out)
+    backwards = np.zeros((3, *inverter.image_shape), np.float32)[::-1, :, ::-1]
+    np.testing.assert_array_equal(fastinv.invert(x, inverter, out=backwards), fastinv.invert(x, inverter))
+
+
+def test_masked_arrays_are_refused() -> None:
+    with pytest.raises(FeatureError, match=r"a masked array.*filled"):
+        fastinv.invert(np.ma.masked_array(features(3)), inverse_network())
+
+
+def test_numpy_s_whole_numbers() -> None:
+    x = features(3)
+    expected = fastinv.invert(x, inverse_network(), threads=1, batch_size=2)
+    found = fastinv.invert(x, inverse_network(), threads=np.int64(1), batch_size=np.int16(2))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_out_is_written_in_place(backend: str) -> None:
     x = features(6)
     expected = fastinv.invert(x, inverse_network(), backend=backend)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ import fastinv
 from fastinv import tensors
 from fastinv.backends import cuda_device, cuda_network
 from fastinv.backends.cuda import CudaBackend
-from fastinv.backends.cuda_solver import CudaSolver
+from fastinv.backends.cuda_solver import Batch, CudaSolver
 from fastinv.errors import FeatureError
 from fastinv.export import export
 from fastinv.inverters import RMLE, InverseNetwork, Inverter
@@ -169,3 +171,76 @@ def test_no_room_for_all_images_is_told(
     monkeypatch.setattr(torch, function, few)
     with pytest.raises(fastinv.FastinvError, match=r"no room for the images of 1,234 features: pass fewer at once"):
         fastinv.invert(x, inverter, backend="cuda")
+
+
+@pytest.mark.parametrize("name", ["inverse_network", "rmle"])
+def test_the_program_s_own_modes_change_nothing(name: str, request: pytest.FixtureRequest) -> None:
+    """Engines are kept: what one call leaves, made in any mode, serves the next in any other."""
+    inverter: Inverter = request.getfixturevalue(name)
+    bytes_ = (randn(3, 4, 3, 4) * 20 + 60).astype(np.uint8)
+
+    def run() -> np.ndarray:
+        return fastinv.invert(bytes_, inverter, backend="cuda", scale=0.0537, zero_point=60)
+
+    expected = fastinv.invert(bytes_, inverter, backend="cpu", scale=0.0537, zero_point=60)
+    fastinv.invert.__globals__["_machines"].__init__(8)
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.inference_mode(), torch.device("meta"):
+            found = [run()]
+        found.append(run())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.inference_mode():
+        found.append(run())
+    for images in found:
+        assert np.abs(images - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["inverse_network", "rmle"])
+def test_another_byte_order(name: str, request: pytest.FixtureRequest) -> None:
+    inverter: Inverter = request.getfixturevalue(name)
+    x = randn(3, 4, 3, 4)
+    expected = fastinv.invert(x, inverter, backend="cuda")
+    for precision in ("float32", "float16") if name == "inverse_network" else ("float32",):
+        found = fastinv.invert(x.astype(">f4"), inverter, backend="cuda", precision=precision)
+        assert np.abs(found - expected).max() < (1e-6 if precision == "float32" else 1e-2)
+    with pytest.raises(FeatureError, match="out is of another byte order"):
+        fastinv.invert(x, inverter, backend="cuda", out=np.empty(expected.shape, ">f4"))
+
+
+@pytest.mark.parametrize("where", ["load", "results"])
+def test_ctrl_c_between_the_batches_of_rmle_loses_none(where: str, rmle: RMLE, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.empty(0, device=DEVICE).device
+    solver = CudaSolver(dataclasses.replace(rmle, init=0.5), "float32", device, most=4)  # two at a time
+    x = randn(6, 4, 3, 4)
+    source, init = tensors.source(x, rmle.feature_shape), np.zeros(rmle.image_shape, np.float32)
+    whole = np.zeros((6, *rmle.image_shape), np.float32)
+    solver.solve_raw(source, init, whole)
+    calls: list[int] = []
+    original = getattr(Batch, where)
+
+    def interrupted(*args: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(Batch, where, interrupted)
+    out = np.zeros_like(whole)
+    found = solver.solve_raw(source, init, out)
+    assert found is not None
+    report, finished = found
+    assert not finished
+    np.testing.assert_array_equal(report.steps, [4, 4, 4, 4, 0, 0])
+    np.testing.assert_array_equal(out[:4], whole[:4])
+    assert np.isnan(report.objective[4:]).all()
+
+
+def test_names_of_the_first_gpu(inverse_network: InverseNetwork) -> None:
+    x = randn(2, 4, 3, 4)
+    for options in ({"backend": "cuda:0"}, {"backend": "cuda:0", "device": "cuda"}, {"device": "cuda:0"}):
+        assert fastinv.invert(x, inverse_network, return_report=True, **options)[1].backend == "cuda"
+    for options in ({"backend": "cuda:1", "device": "cuda:2"}, {"backend": "cuda:0", "device": "cuda:1"}):
+        with pytest.raises(fastinv.FastinvError, match="does not go with backend"):
+            fastinv.invert(x, inverse_network, **options)

@@ -65,6 +65,8 @@ def train_inverse_network(
     std = getattr(query, "std", (1.0,)) if std is None else std
     schedule = Schedule(epochs, batch_size, lr, optimizer, seed)
     if pairs is not None:
+        if not (isinstance(pairs, (tuple, list)) and len(pairs) == 2):
+            raise TrainingError("pairs: expected two, (images, features)")
         images, logged = pairs
         z = normalised(images, mean, std)
         source = Features(_as_features(logged, len(z)))
@@ -103,6 +105,8 @@ class Features:
     @classmethod
     def queried(cls, query: Callable[[Any], Any], images: Any) -> Features:
         """Features of images [N, C, H, W], pixels, numpy or torch."""
+        if not callable(query):
+            raise TrainingError(f"query: a {type(query).__name__}, expected a Split or a callable images -> features")
         if len(images) == 0:
             raise TrainingError("no images to query with; pass at least one")
 

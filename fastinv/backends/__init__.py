@@ -40,6 +40,7 @@ def select(
         raise BackendError(f"precision {precision!r:.40}, expected one of {', '.join(PRECISIONS)}")
     if name is None or name == "auto":
         name = os.environ.get("FASTINV_BACKEND") or "auto"
+    name = "cuda" if name == "cuda:0" else name
     backends = _numbered(name)
     for backend in backends:  # the later ones are not asked: that would load torch
         if name in ("auto", backend.name) and _lacks(backend, precision, steps, solver, method) is None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+DRIVER = "libcuda.so.1"
 OLDEST = (8, 0)  # compute capability: the first with bfloat16 and tf32
 
 
@@ -57,7 +58,7 @@ def missing(index: int) -> str | None:
 def _driver_count() -> int:
     """How many GPUs NVIDIA's driver shows to this process."""
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
+        driver = ctypes.CDLL(DRIVER)
     except OSError:
         return 0
     count = ctypes.c_int(0)
@@ -93,11 +94,14 @@ def shared_memory(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Within, launches and new streams go to this device."""
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Within, launches and new streams go to this device; and tensors outlive the caller's inference mode: those of
+    one cannot be written outside it."""
     import torch
 
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with torch.inference_mode(False), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        yield
 
 
 def wait(device: torch.device) -> None:
@@ -108,12 +112,23 @@ def wait(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
+def mark(device: torch.device) -> Callable[[], None]:
+    """A function that waits for what is on the current stream by now."""
+    import torch
+
+    if device.type != "cuda":
+        return nothing
+    waits: Callable[[], None] = torch.cuda.current_stream(device).record_event().synchronize
+    return waits
+
+
 def wait_for_all(device: torch.device) -> None:
     """Wait for all streams of a device."""
     import torch
 
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        with _capturing:  # a capture on any stream would not survive it
+            torch.cuda.synchronize(device)
 
 
 def flag_on(device: torch.device) -> torch.Tensor:
@@ -122,7 +137,7 @@ def flag_on(device: torch.device) -> torch.Tensor:
     """
     import torch
 
-    return torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
 
 
 _capturing = threading.Lock()  # PyTorch captures one graph at a time
@@ -157,13 +172,18 @@ def repeatable(launches: Sequence[Callable[[], None]], device: torch.device) -> 
 def _capture_stream(device: torch.device) -> Any:
     """Where graphs are captured, and nothing else runs: what another thread launches there would become part of one.
 
-    PyTorch has 32 streams of a priority on a device, and gives each to several who ask; of a high one no other stream
-    here is.
+    PyTorch gives each of its 32 streams to several who ask, and kernels keep the priority of the stream of their
+    capture: hence one of the driver's own, of the usual priority, that does not wait for the legacy default stream.
     """
     import torch
 
-    make: Any = torch.cuda.Stream
-    return make(device, priority=-1)
+    torch.cuda.mem_get_info(device)  # makes the device's context this thread's, which the driver goes by
+    handle, not_blocking = ctypes.c_void_p(), 1
+    status = ctypes.CDLL(DRIVER).cuStreamCreate(ctypes.byref(handle), not_blocking)
+    if status != 0:
+        raise BackendError(f"backend 'cuda': no stream can be made on {device} (CUDA error {status})")
+    make: Any = torch.cuda.ExternalStream
+    return make(handle.value, device=device)
 
 
 REPEATED = 10  # launches between two events: Python alone takes up to 100 µs for one, more than many kernels

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fastinv import _core, tensors
 from fastinv.backends.base import Array
-from fastinv.backends.cuda_device import Streams, nothing
+from fastinv.backends.cuda_device import DRIVER, Streams, nothing
 from fastinv.errors import BackendError
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 PIECE = 2**20  # bytes of pinned memory at once, on the way there: all of a thread's stay in its part of the L3 cache
 MOST_THREADS = 8  # that fill them: at 7 GB/s each as much as PCIe 5 carries
 PART = 2**24  # bytes of features that are copied at once where they do not lie in one piece
-DRIVER = "libcuda.so.1"
 PIECE_BACK = 2**22  # bytes of pinned memory at once, on the way back
 PIECES_BACK = 4  # that take turns
 
@@ -54,7 +53,7 @@ class Upload:
 
         self.streams = streams
         threads, gpu = min(_core.available_threads(), MOST_THREADS), device.type == "cuda"
-        pinned = torch.empty(_core.Upload.pieces * threads * PIECE, dtype=torch.uint8, pin_memory=gpu)
+        pinned = torch.empty(_core.Upload.pieces * threads * PIECE, dtype=torch.uint8, device="cpu", pin_memory=gpu)
         self._way = _core.Upload(pinned.numpy(), threads, DRIVER if gpu else "")
 
     def send(self, source: npt.NDArray[Any], there: torch.Tensor, beside: Copy | None = None) -> None:
@@ -89,7 +88,8 @@ class Download:
 
         self.streams = streams
         self._pieces = [
-            torch.empty(PIECE_BACK, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(PIECES_BACK)
+            torch.empty(PIECE_BACK, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+            for _ in range(PIECES_BACK)
         ]
         self._waits = [nothing] * PIECES_BACK
 

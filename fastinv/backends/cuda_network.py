@@ -108,7 +108,7 @@ class CudaNetwork:
         return self.run_there(tensors.features_there(x, self._network.input_shape), "float32")
 
     def run_raw(self, rows: tensors.Source, out: npt.NDArray[Any]) -> bool:
-        return rows.dtype in RAW_DTYPES and self._stream(rows, out)
+        return rows.dtype in RAW_DTYPES and rows.data.dtype.isnative and self._stream(rows, out)
 
     def run_there(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
         """Results [N, *output_shape] for x [N, *input_shape] on this device, contiguous, computed where it lies, on the
@@ -177,8 +177,8 @@ class CudaNetwork:
         with self._lock, on_device(self._device):
             memory = self._ready()  # may lower `_most`
             images = min(self._most, MEASURED_IMAGES)
-            features = torch.randn((images, *network.input_shape), device=self._device)
-            results = torch.empty((images, *network.output_shape), device=self._device)
+            features = torch.randn((images, *network.input_shape), dtype=torch.float32, device=self._device)
+            results = torch.empty((images, *network.output_shape), dtype=torch.float32, device=self._device)
             outside = {self._features: features, self._results: results, self._flag: flag_on(self._device)}
             # In turn, so that each reads what those before have written.
             launches = self._arena.bind(images, memory, self._all(outside))
@@ -293,12 +293,13 @@ class CudaNetwork:
                     good &= finite
                     if results is not None:
                         results.make()
-            finally:  # what an error leaves on its way is not the next call's
+            except BaseException:  # what is still on its way is not to be the next call's
+                for name in ("in", "compute", "out"):
+                    self._streams.mark(name)()
                 for slot in slots:
-                    if slot.wait is not None:
-                        slot.wait()
-                        slot.wait = None
+                    slot.wait = None
                     slot.flag.zero_()
+                raise
             return good
 
     def _send(
@@ -363,7 +364,7 @@ class CudaNetwork:
         shape = self._network.input_shape
         if not self._quantised:
             channels = door(shape)[1]
-            self._quantised = tuple(torch.empty(channels, device=self._device) for _ in range(2))
+            self._quantised = tuple(torch.empty(channels, dtype=torch.float32, device=self._device) for _ in range(2))
         for tensor, values in zip(self._quantised, (rows.scale, rows.zero_point), strict=True):
             tensor.copy_(torch.from_numpy(of_channels(values, shape)))
         return self._quantised

@@ -21,6 +21,8 @@ from fastinv.backends.cuda_device import (
     flag_on,
     halving,
     isa_of,
+    mark,
+    nothing,
     on_device,
     repeatable,
     room_for_images,
@@ -37,7 +39,7 @@ from fastinv.tensors import Source, chunks
 if TYPE_CHECKING:
     import torch
 
-LOOK = 50  # turns between looks at what is going on: each waits for the device
+LOOK = 50  # turns between looks at what is going on: each waits for the one before
 LOOK_SOON = 10  # the same, of the methods that need few
 MOST_BATCHES = 16  # of one call
 MOST_VALUES = 2**30  # of its features: what cannot go to the device as it is becomes float32 first, 4 GiB
@@ -133,7 +135,7 @@ class CudaSolver:
     def solve_raw(
         self, rows: Source, init: Array | Start, out: npt.NDArray[Any], progress: Progress | None = None
     ) -> tuple[Report, bool] | None:
-        if rows.dtype not in RAW_DTYPES or (callable(init) and rows.scale is not None):
+        if rows.dtype not in RAW_DTYPES or not rows.data.dtype.isnative or (callable(init) and rows.scale is not None):
             return None
         with self._lock, on_device(self._device), contextlib.suppress(FeatureError):
             _, download = self._ready_transfers()
@@ -184,43 +186,49 @@ class CudaSolver:
         converged = np.zeros(count, np.bool_)
         finished, flag = True, flag_on(self._device)
         parts = [*chunks(count, job.at_once), (count, count)]
-        job.features.send(*parts[0])
-        for (start, stop), following in pairwise(parts):
-            part = slice(start, stop)
-            features = job.features.take(start, stop)
-            batch.load(features, job.shift, job.starts_of(features, part), flag)
+        try:
+            job.features.send(*parts[0])
+            for (start, stop), following in pairwise(parts):
+                part = slice(start, stop)
+                features = job.features.take(start, stop)
+                batch.load(features, job.shift, job.starts_of(features, part), flag)
+                job.features.free()
+
+                def meanwhile(start: int = start, following: tuple[int, int] = following) -> None:
+                    job.features.send(*following)
+                    job.sink.flush()
+                    if job.progress is not None and start > 0:
+                        job.progress(start, int(taken.sum()))
+
+                finished = batch.solve(job.progress, start, int(taken.sum()), meanwhile)
+                images, *found = batch.results(stop - start)
+                if flag.item():  # the results have been waited for
+                    raise FeatureError(NOT_FINITE)
+                job.sink.flush()  # where Ctrl-C came before
+                job.sink.put(start, stop, images)
+                objective[part], taken[part], converged[part] = found
+                if not finished:
+                    break
+        except KeyboardInterrupt:  # before the steps of a batch, or after them
+            finished = False
+        finally:  # what is still on its way is not to be the next call's
             job.features.free()
-
-            def meanwhile(start: int = start, following: tuple[int, int] = following) -> None:
-                job.features.send(*following)
-                job.sink.flush()
-                if job.progress is not None and start > 0:
-                    job.progress(start, int(taken.sum()))
-
-            finished = batch.solve(job.progress, start, int(taken.sum()), meanwhile)
-            images, objective[part], taken[part], converged[part] = batch.results(stop - start)
-            if flag.item():  # the results have been waited for
-                raise FeatureError(NOT_FINITE)
-            job.sink.flush()  # where Ctrl-C came before
-            job.sink.put(start, stop, images)
-            if not finished:
-                break
+            wait(self._device)
         job.sink.flush()
-        wait(self._device)
         return Report(objective, taken, converged, self._name, self.isa), finished
 
     def _zeros(self, images: int) -> torch.Tensor:
         import torch
 
         with room_for_images(images):
-            return torch.zeros((images, *self._recipe.input_shape), device=self._device)
+            return torch.zeros((images, *self._recipe.input_shape), dtype=torch.float32, device=self._device)
 
     def _pixels(self, z: torch.Tensor, dtype: str) -> torch.Tensor:
-        """Of normalised images: in [0, 1], or as bytes; contiguous."""
+        """Of normalised images: in [0, 1], or as bytes, NaN as 0; contiguous."""
         import torch
 
-        pixels = (z * self._std + self._mean).clamp(0, 1)
-        return ((255 * pixels).round().nan_to_num().to(torch.uint8) if dtype == "uint8" else pixels).contiguous()
+        pixels = (z * self._std + self._mean).nan_to_num(0).clamp(0, 1)
+        return ((255 * pixels).round().to(torch.uint8) if dtype == "uint8" else pixels).contiguous()
 
     def _shift(self, rows: Source) -> Shift:
         """Of features as they are given, to what the objective takes as its target."""
@@ -306,7 +314,7 @@ class Batch:
         """Take all steps; False when Ctrl-C cut them short. `meanwhile` is called when the first are on their way."""
         method = self._solver._method
         look = LOOK if method.other is not None else LOOK_SOON
-        finished = True
+        finished, reached = True, nothing
         try:
             if method.turns == 0:
                 meanwhile()
@@ -314,8 +322,12 @@ class Batch:
                 self._run("turn")
                 if turn == 0:
                     meanwhile()
-                if turn % look == look - 1 and not self._look(progress, done, steps_done):
-                    break
+                if turn % look == look - 1:
+                    reached()  # not further ahead than to the look before, or Ctrl-C would be heard at the end
+                    reached = mark(self._solver._device)
+                    if not self._look(progress, done, steps_done):
+                        break
+            wait(self._solver._device)
         except KeyboardInterrupt:
             finished = False
         self._run("end")

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 i
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ COMMANDS = (demo, train, invert, info, bench)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    _prepare_streams()
     args = parser().parse_args(argv)
     try:
         args.run(args)
@@ -35,6 +37,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _prepare_streams() -> None:
+    """What is printed goes nowhere where there is no stdout or stderr, as in a daemon; and what a terminal has no
+    letters for is shown as something else."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (until the process ends)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     top = argparse.ArgumentParser(
@@ -48,9 +68,7 @@ def parser() -> argparse.ArgumentParser:
     for module in COMMANDS:
         name = module.__name__.rpartition(".")[2]
         summary = (module.__doc__ or "").partition("\n")[0]
-        command = commands.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        command = commands.add_parser(name, help=summary, description=summary, formatter_class=Help)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return top

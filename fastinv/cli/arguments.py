@@ -6,8 +6,10 @@ import argparse
 import re
 from pathlib import Path
 
+from fastinv.engine import MAX_THREADS
 from fastinv.inverters import Inverter
 
+PRECISION = "what to compute in: float32, bfloat16, on a GPU float16 and tf32; auto: the fastest exact enough"
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
 
 
@@ -24,6 +26,14 @@ def positive(text: str) -> int:
     number = integer(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least 1")
+    return number
+
+
+def threads(text: str) -> int:
+    """A number of threads."""
+    number = integer(text)
+    if not 1 <= number <= MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from 1 to {MAX_THREADS}")
     return number
 
 
@@ -47,8 +57,12 @@ def start(text: str) -> float | Path:
 def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fastinv.compile`."""
     parser.add_argument("--backend", default="auto", help="cuda, cpu or torch; auto: the first that can run it")
-    parser.add_argument("--precision", default="float32", help="what to compute in")
-    parser.add_argument("--threads", type=positive, help="threads to use; all cores where left out")
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        help="what to compute in: float32, bfloat16, on a GPU float16 and tf32; auto: the fastest exact enough",
+    )
+    parser.add_argument("--threads", type=threads, help="threads to use; all cores where left out")
 
 
 def plural(count: int, noun: str) -> str:

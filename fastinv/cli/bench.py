@@ -10,7 +10,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastinv.cli.arguments import positive, table
+from fastinv.backends import select
+from fastinv.cli.arguments import positive, table, threads
 from fastinv.cli.files import expect_place, replacing
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ops", action="store_true", help="time every op, too")
     parser.add_argument("--rmle", action="store_true", help="time rMLE through the paper's edges, too")
     parser.add_argument("--batch", type=positive, default=256, help="images at once, or as many as fit")
-    parser.add_argument("--threads", type=positive, help="for both sides; all cores where left out")
+    parser.add_argument("--threads", type=threads, help="for both sides; all cores where left out")
     parser.add_argument("--repeat", type=positive, default=7, help="samples of each, in turns; medians count")
     parser.add_argument("--backend", default="auto", help="cuda, cpu or torch; auto: the first that can run it")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the timings there, too")
@@ -35,15 +36,16 @@ def run(args: argparse.Namespace) -> None:
 
     if args.json is not None:
         expect_place(args.json)
-    threads = args.threads or len(os.sched_getaffinity(0))
+    select(args.backend, "float32", ())
+    count = args.threads or len(os.sched_getaffinity(0))
     chosen = [benchmark.decoders()]
     chosen += [benchmark.ops()] if args.ops else []
     chosen += [benchmark.solvers()] if args.rmle else []
-    options = {"backend": args.backend, "batch": args.batch, "threads": threads, "repeat": args.repeat}
+    options = {"backend": args.backend, "batch": args.batch, "threads": count, "repeat": args.repeat}
     subjects = list(itertools.chain(*chosen))
     with tqdm(subjects, desc="bench", unit="subject", leave=False) as bar:
         timings = [benchmark.measure(subject, **options) for subject in bar]
-    print(f"PyTorch {torch.__version__} eager, medians of {args.repeat}, threads on both sides: {threads}")
+    print(f"PyTorch {torch.__version__} eager, medians of {args.repeat}, threads on both sides: {count}")
     print(as_table(timings))
     if args.json is not None:
         with replacing(args.json) as temporary:

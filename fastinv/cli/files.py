@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ def read_features(path: Path, key: str | None = None) -> Any:
     Raises:
         FormatError: a missing or damaged file, another suffix, a pickle of more than tensors, no such key.
     """
+    expect_file(path)
     readers = dict(zip(SUFFIXES, (_npy, _npz, _safetensors, _pt), strict=True))
     if path.suffix not in readers:
         raise FormatError(f"{path}: suffix {path.suffix!r}, expected one of {', '.join(SUFFIXES)}")
@@ -41,10 +43,23 @@ def read_features(path: Path, key: str | None = None) -> Any:
         raise FormatError(f"{path}: cannot read features ({type(error).__name__}: {reason})") from None
 
 
+def expect_file(path: Path) -> None:
+    """Raise FormatError where there is no file to read: of a pipe or device the end may never come."""
+    if not path.exists():
+        raise FormatError(f"{path}: No such file")
+    if not path.is_file():
+        raise FormatError(f"{path}: {'a folder' if path.is_dir() else 'a pipe or device'}, expected a file")
+
+
 def _npy(path: Path, key: str | None) -> npt.NDArray[Any]:
     if key is not None:
         raise FormatError(f"key {key!r}, but a .npy file holds one array: leave the key out")
-    array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:  # it speaks of pickles where the file is cut or no .npy file
+        raise FormatError(
+            "cannot read features: cut off, no .npy file, or one of Python objects; expected an array of numbers"
+        ) from error
     return array
 
 
@@ -61,7 +76,10 @@ def _safetensors(path: Path, key: str | None) -> Any:
 
     with safe_open(path, framework="numpy") as tensors:
         name = _choose(list(tensors.keys()), key)
-        if tensors.get_slice(name).get_dtype() != "BF16":
+        dtype = tensors.get_slice(name).get_dtype()
+        if dtype.startswith("F8"):
+            raise FormatError(f"holds {dtype}, expected float32, float16, bfloat16, float64, uint8 or int8")
+        if dtype != "BF16":
             return tensors.get_tensor(name)
     with safe_open(path, framework="pt") as tensors:  # numpy has no bfloat16
         return tensors.get_tensor(name)
@@ -70,7 +88,14 @@ def _safetensors(path: Path, key: str | None) -> Any:
 def _pt(path: Path, key: str | None) -> Any:
     import torch
 
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it refuses it warns, too
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # it has no common base; of more than tensors it says how to run what is in the file
+        raise FormatError(
+            "cannot read features: cut off, no .pt file, or one of more than tensors; expected torch.save(tensor)"
+        ) from error
     if isinstance(content, dict):
         content = content[_choose([name for name, value in content.items() if torch.is_tensor(value)], key)]
     elif key is not None:
@@ -84,6 +109,8 @@ def _choose(names: list[str], key: str | None) -> str:
     listed = ", ".join(map(str, names[:10])) + (", ..." if len(names) > 10 else "")
     if key is None and len(names) == 1:
         return names[0]
+    if not names:
+        raise FormatError("holds no arrays")
     if key is None:
         raise FormatError(f"holds {len(names)} arrays ({listed}): pass --key to choose one")
     if key not in names:
@@ -99,6 +126,7 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
         FormatError: the place cannot be written to, a file or a filled folder is in the way of a folder, or a
             folder in the way of a file.
     """
+    path = Path(os.path.realpath(path))  # a link stays one
     if path.exists() and path.is_dir() != folder:
         raise FormatError(f"{path}: is {'a file' if folder else 'a folder'}; choose another place")
     if folder and path.exists() and any(path.iterdir()):
@@ -134,6 +162,15 @@ def expect_place(path: Path) -> None:
     if path.is_dir() or not path.parent.is_dir():
         reason = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise FormatError(f"{path}: {reason}; choose another place")
+    with replacing(path.with_name(f".{path.name}.{secrets.token_hex(4)}")) as temporary:
+        temporary.touch()
+
+
+def expect_apart(out: Path, **others: Path | None) -> None:
+    """Raise FormatError where writing `out` would destroy what is read."""
+    for name, path in others.items():
+        if path is not None and out.exists() and path.exists() and out.samefile(path):
+            raise FormatError(f"{out}: is the file of the {name.replace('_', ' ')}, too; choose another place")
 
 
 def check_png(shape: Shape) -> None:

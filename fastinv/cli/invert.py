@@ -19,7 +19,7 @@ from fastinv.cli.arguments import add_compile_arguments, numbers, plural, positi
 from fastinv.errors import FormatError, Interrupted, NetworkError
 from fastinv.invert import DTYPES
 
-OPTIONS = ("backend", "precision", "threads", "batch_size", "scale", "zero_point")  # of `fastinv.invert`
+OPTIONS = ("backend", "precision", "threads", "device", "batch_size", "scale", "zero_point")  # of `fastinv.invert`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of a .npy file: pixels 0-1 or 0-255")
     parser.add_argument("--batch-size", type=positive, help="images run at once; does not change the result")
     parser.add_argument("--scale", type=numbers, help="of quantised features: a number or one a channel: 0.1,0.2")
-    parser.add_argument("--zero-point", type=numbers, help="of quantised features, as --scale")
+    parser.add_argument("--zero-point", type=numbers, help="as --scale; negative ones as in --zero-point=-5,3")
+    parser.add_argument("--device", help="cpu, cuda or as in cuda:1; what --backend says where left out")
     add_compile_arguments(parser)
 
 
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
     path = args.inverter or os.environ.get("FASTINV_INVERTER")
     if not path:
         raise NetworkError("no inverter: pass -m FILE or set FASTINV_INVERTER")
+    files.expect_apart(args.out, features=args.features, inverter=Path(path))
     inverter = fastinv.load(path)
     features = files.read_features(args.features, args.key)
     options = {name: getattr(args, name) for name in OPTIONS}
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         images, report = _write(features, inverter, args.out, options, args.dtype)
     except Interrupted as stopped:
-        raise KeyboardInterrupt(_keep(stopped, args.out)) from None
+        raise KeyboardInterrupt(_keep(stopped, inverter, args.out)) from None
     print(f"{args.out}: {_summary(images, report)}")
 
 
@@ -76,15 +78,21 @@ def _write(
     return images, report
 
 
-def _keep(stopped: Interrupted, out: Path) -> str:
+def _keep(stopped: Interrupted, inverter: fastinv.Inverter, out: Path) -> str:
     """Write the images that there are beside `out`, which stays as it was; the words to say so."""
     count = f"{stopped.begun:,} of {plural(len(stopped.images), 'image')}"
     if stopped.begun == 0:
         return f"interrupted before the first of {count.partition(' of ')[2]}"
-    partial = out.with_name(f"{out.name.removesuffix('.npy')}.partial.npy")
+    name = out.name.removesuffix(".npy")
+    names = (f"{name}.partial{number}.npy" for number in ("", *range(2, 10_000)))
+    partial = next(place for name in names if not (place := out.with_name(name)).exists())  # none is lost
     with files.replacing(partial) as temporary, open(temporary, "wb") as file:
         np.save(file, stopped.images[: stopped.begun])
-    return f"interrupted: the first {count} are in {partial}"
+    report, kept = stopped.report, slice(stopped.begun)
+    steps = inverter.steps if isinstance(inverter, fastinv.RMLE) else 0
+    unfinished = stopped.begun - int((report.converged[kept] | (report.steps[kept] >= steps)).sum())
+    rest = f"; {unfinished:,} of them are not finished, but as far as rMLE had come" if unfinished else ""
+    return f"interrupted: the first {count} are in {partial}{rest}"
 
 
 def _recover(

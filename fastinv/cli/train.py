@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinv.cli.arguments import integer, plural, positive, start
+from fastinv.cli.arguments import integer, plural, positive, start, threads
 from fastinv.cli.demo import add_data_argument
-from fastinv.cli.files import expect_place, make_folder
+from fastinv.cli.files import expect_apart, expect_place, make_folder
 from fastinv.errors import DataError
 from fastinv.inverters import OPTIMIZERS, SCHEDULES
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", metavar="FILE", type=Path, required=True, help="the .finv file to write")
     add_data_argument(parser)
     parser.add_argument("--seed", type=integer, default=0, help="the same seed, the same result")
-    parser.add_argument("--threads", type=positive, help="threads to use; all cores where left out")
+    parser.add_argument("--threads", type=threads, help="threads to use; all cores where left out")
     parser.add_argument(
         "--checkpoint", metavar="FOLDER", type=Path, help="keep the state there after every epoch; go on from it"
     )
@@ -71,11 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     attack.add_argument("--optimizer", choices=("adam", "sgd"), help="likewise")
 
     rmle = parser.add_argument_group("rMLE", "left out, each is the paper's for the split point")
-    rmle.add_argument("--rmle-steps", type=integer)
-    rmle.add_argument("--rmle-lr", type=float)
-    rmle.add_argument("--rmle-tv-weight", type=float)
-    rmle.add_argument("--rmle-tv-beta", type=float)
-    rmle.add_argument("--rmle-optimizer", choices=OPTIMIZERS)
+    rmle.add_argument("--rmle-steps", type=integer, help="of the optimizer")
+    rmle.add_argument("--rmle-lr", type=float, help="the step size")
+    rmle.add_argument("--rmle-tv-weight", type=float, help="of total variation in the objective")
+    rmle.add_argument("--rmle-tv-beta", type=float, help="its exponent: 2 for squares, 1 for edges that stay sharp")
+    rmle.add_argument("--rmle-optimizer", choices=OPTIMIZERS, help="auto: exact where it can be, else lbfgs")
     rmle.add_argument("--rmle-schedule", choices=SCHEDULES, help="of the step size")
     rmle.add_argument(
         "--rmle-init", type=start, help="a pixel value, or the .finv file of an inverse network to refine"
@@ -87,17 +87,12 @@ def run(args: argparse.Namespace) -> None:
 
     import fastinv
     from fastinv.experiment import Experiment, Scores
-    from fastinv.models import shadow_edge
 
     _check(args)
+    experiment = Experiment.on(args.data, args.seed)
+    at = _check_with(args, experiment)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    experiment = Experiment.on(args.data, args.seed)
-    at = experiment.split_point(args.split)
-    if isinstance(args.rmle_init, Path):
-        args.rmle_init = _inverse_network_in(args.rmle_init)
-    if args.attack != "inverse_network" and args.architecture == "different":
-        shadow_edge(at)  # refuses a split point that it has no other structure for
     target = experiment.target(args.target_epochs, file=args.target, checkpoint=_checkpoint(args, "target"))
     print(f"{experiment.model.name}: {experiment.accuracy(target):.2%} of the test images classified right")
     model = experiment.model
@@ -130,6 +125,28 @@ def _check(args: argparse.Namespace) -> None:
         make_folder(args.checkpoint)
     for path in filter(None, (args.out, args.target)):
         expect_place(path)
+    expect_apart(args.out, target=args.target, rmle_init=args.rmle_init if isinstance(args.rmle_init, Path) else None)
+
+
+def _check_with(args: argparse.Namespace, experiment: Experiment) -> str:
+    """The same of what depends on the data; the split point."""
+    from fastinv.models import shadow_edge
+    from fastinv.training import Schedule
+
+    fresh = experiment.untrained(args.split)
+    available = len(experiment.half(args.knowledge))
+    if args.images is not None and args.knowledge != "noise" and args.images > available:
+        raise DataError(f"{args.images:,} images asked for, of {available:,} of knowledge {args.knowledge!r}")
+    Schedule(args.target_epochs, 1, 1.0, seed=args.seed)
+    Schedule(args.epochs or 0, args.batch_size or 1, 1.0 if args.lr is None else args.lr, args.optimizer or "adam")
+    if isinstance(args.rmle_init, Path):
+        args.rmle_init = _inverse_network_in(args.rmle_init)
+    if args.attack == "inverse_network":
+        return fresh.at
+    if args.architecture == "different":
+        shadow_edge(fresh.at)  # refuses a split point that it has no other structure for
+    experiment.rmle(fresh, fresh.edge, _given(args, SOLVER, "rmle_"))  # refuses a recipe that cannot work
+    return fresh.at
 
 
 def _attack(args: argparse.Namespace, experiment: Experiment, split: Split) -> Inverter:
