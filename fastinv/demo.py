@@ -62,7 +62,7 @@ class Demo:
     held_out: int = 1000
     batch: int = 256
     drawn: int = 8
-    steps: int = 500
+    steps: int = 300
     progress: bool = True
 
 
@@ -120,7 +120,7 @@ def run(demo: Demo) -> Outcome:
     few, drawn = slice(0, demo.drawn), truth[: demo.drawn]
     solved = _solve(demo, experiment, split, features[few])
     rmle_scores = Scores.of(drawn, solved)
-    print(f"rMLE       {len(drawn)} test images, {demo.steps} steps: {rmle_scores}")
+    print(f"rMLE       {len(drawn)} test images, {demo.steps} steps of L-BFGS: {rmle_scores}")
     rows = [
         Row("truth", drawn),
         Row(f"inverse network at {split.at}", images[few], Scores.of(drawn, images[few]).captions()),
@@ -176,7 +176,8 @@ def _race(demo: Demo, inverter: fastinv.InverseNetwork, decoder: torch.nn.Module
 
 def _solve(demo: Demo, experiment: Experiment, split: Split, features: Pixels) -> Pixels:
     """The images that rMLE recovers, with the compiled solver."""
-    options = {"steps": demo.steps, "lr": 1e-2}
+    # On crops of photographs at ReLU22 300 steps end at 23.9 dB; 500 of Adam at a step size of 1e-2 at 16.1.
+    options = {"steps": demo.steps, "optimizer": "lbfgs", "clamp": (0.0, 1.0)}
     solver = experiment.rmle(split, split.edge, options, attack="rmle")
     path = demo.out / "rmle.finv"
     solver.save(path)

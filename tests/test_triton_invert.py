@@ -17,6 +17,7 @@ import fastinv
 from fastinv import tensors
 from fastinv.backends import cuda_device, cuda_network
 from fastinv.backends.cuda import CudaBackend
+from fastinv.backends.cuda_network import CudaNetwork
 from fastinv.backends.cuda_solver import Batch, CudaSolver
 from fastinv.errors import FeatureError
 from fastinv.export import export
@@ -235,6 +236,36 @@ def test_ctrl_c_between_the_batches_of_rmle_loses_none(where: str, rmle: RMLE, m
     np.testing.assert_array_equal(report.steps, [4, 4, 4, 4, 0, 0])
     np.testing.assert_array_equal(out[:4], whole[:4])
     assert np.isnan(report.objective[4:]).all()
+
+
+def test_what_is_kept_makes_room_for_others(inverse_network: InverseNetwork, rmle: RMLE) -> None:
+    """Before a batch is halved, what does not run gives back its memory; its next call takes it again."""
+    device = torch.empty(0, device=DEVICE).device
+    network = CudaNetwork(inverse_network.network, "float32", device)
+    solver = CudaSolver(dataclasses.replace(rmle, init=0.5), "float32", device, most=4)
+    x = randn(3, 4, 3, 4)
+    init = np.zeros(rmle.image_shape, np.float32)
+
+    def run() -> list[np.ndarray]:
+        out = np.zeros((3, *rmle.image_shape), np.float32)
+        network.run(x, out)
+        return [out, solver.solve(x, init)[0]]
+
+    calls: list[int] = []
+
+    def allocate(images: int) -> int:
+        calls.append(images)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return images
+
+    before = run()
+    assert cuda_device.halving(allocate, 8) == (8, 8)
+    assert calls == [8, 8]
+    for keeper in (network, solver):
+        assert not keeper.release()
+    for found, expected in zip(run(), before, strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_names_of_the_first_gpu(inverse_network: InverseNetwork) -> None:

@@ -13,9 +13,10 @@ import statistics
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fastinv.errors import BackendError
 
@@ -211,8 +212,38 @@ def seconds(launch: Callable[[], None], device: torch.device) -> float:
     return statistics.median(times)
 
 
+class Keeper(Protocol):
+    """What keeps memory on a device for its next call."""
+
+    lock: threading.Lock  # held while it runs
+
+    def release(self) -> bool:
+        """Give the memory back; whether there was any."""
+
+
+_keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
+
+
+def keeps_memory(keeper: Keeper) -> None:
+    """Where memory does not suffice for another, it may be released, unless it runs."""
+    _keepers.add(keeper)
+
+
+def _release_idle() -> bool:
+    """Whether any memory was given back."""
+    found = False
+    for keeper in list(_keepers):
+        if keeper.lock.acquire(blocking=False):  # that of whoever asks is held
+            try:
+                found |= keeper.release()
+            finally:
+                keeper.lock.release()
+    return found
+
+
 def halving(allocate: Callable[[int], Value], images: int) -> tuple[Value, int]:
-    """What `allocate` gives for so many images, or for half as many as often as memory does not suffice.
+    """What `allocate` gives for so many images, or for half as many as often as memory does not suffice, when others
+    have given back what they kept.
 
     Raises:
         BackendError: there is not even room for one image.
@@ -223,9 +254,13 @@ def halving(allocate: Callable[[int], Value], images: int) -> tuple[Value, int]:
         try:
             return allocate(images), images
         except torch.OutOfMemoryError as error:
-            if images == 1:
-                raise BackendError(f"backend 'cuda': the GPU has no room for one image ({error!s:.200})") from error
+            reason = f"{error!s:.200}"
+        released = _release_idle()
         torch.cuda.empty_cache()
+        if released:
+            continue
+        if images == 1:
+            raise BackendError(f"backend 'cuda': the GPU has no room for one image ({reason})")
         warnings.warn(
             f"the GPU has no room for {images:,} images at once: going on with {images // 2:,}", RuntimeWarning, 3
         )

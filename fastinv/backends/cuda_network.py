@@ -19,6 +19,7 @@ from fastinv.backends.cuda_device import (
     flag_on,
     halving,
     isa_of,
+    keeps_memory,
     nothing,
     on_device,
     repeatable,
@@ -97,7 +98,8 @@ class CudaNetwork:
         self._streams: Streams | None = None
         self._upload: Upload | None = None
         self._quantised: tuple[torch.Tensor, ...] = ()
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+        keeps_memory(self)
 
     def run(self, x: Array, out: Array) -> None:
         self._stream(tensors.Source(x, "float32", False), out)
@@ -123,7 +125,7 @@ class CudaNetwork:
         network, count = self._network, len(x)
         with room_for_images(count):
             out = torch.empty((count, *network.output_shape), dtype=getattr(torch, dtype), device=self._device)
-        with self._lock, on_device(self._device):
+        with self.lock, on_device(self._device):
             if self._flag_there is None:
                 self._flag_there = flag_on(self._device)
             if self._unread:
@@ -174,7 +176,7 @@ class CudaNetwork:
         import torch
 
         network = self._network
-        with self._lock, on_device(self._device):
+        with self.lock, on_device(self._device):
             memory = self._ready()  # may lower `_most`
             images = min(self._most, MEASURED_IMAGES)
             features = torch.randn((images, *network.input_shape), dtype=torch.float32, device=self._device)
@@ -240,6 +242,14 @@ class CudaNetwork:
     def _all(self, outside: dict[Buffer, Any]) -> dict[Buffer, Any]:
         return {buffer: outside.get(buffer) for buffer in self._outside}
 
+    def release(self) -> bool:
+        """Give back what is kept for the next call; whether there was anything."""
+        kept = self._memory is not None or self._slots is not None
+        self._memory = self._slots = None
+        self._bound.clear()
+        self._there.clear()
+        return kept
+
     def _ready(self) -> torch.Tensor:
         import torch
 
@@ -271,7 +281,7 @@ class CudaNetwork:
 
     def _stream(self, rows: tensors.Source, out: npt.NDArray[Any]) -> bool:
         """Features from the host, results to it, while the batch between them is computed; False on NaN or Inf."""
-        with self._lock, on_device(self._device):
+        with self.lock, on_device(self._device):
             memory, slots = self._ready(), self._ready_slots()
             self._streams = self._streams or Streams(self._device)
             self._upload = self._upload or Upload(self._device, self._streams)

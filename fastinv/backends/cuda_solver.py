@@ -21,6 +21,7 @@ from fastinv.backends.cuda_device import (
     flag_on,
     halving,
     isa_of,
+    keeps_memory,
     mark,
     nothing,
     on_device,
@@ -124,10 +125,11 @@ class CudaSolver:
         self._batch: Batch | None = None
         self._room: tuple[torch.Tensor, int] | None = None
         self._transfers: tuple[Upload, Download] | None = None
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+        keeps_memory(self)
 
     def solve(self, features: Array, init: Array, progress: Progress | None = None) -> tuple[Array, Report, bool]:
-        with self._lock, on_device(self._device):
+        with self.lock, on_device(self._device):
             kept = Kept(self._zeros(len(features)))
             report, finished = self._from_host(features, "float32", self._objective.shift, init, kept, progress)
         return kept.images.cpu().numpy(), report, finished
@@ -137,7 +139,7 @@ class CudaSolver:
     ) -> tuple[Report, bool] | None:
         if rows.dtype not in RAW_DTYPES or not rows.data.dtype.isnative or (callable(init) and rows.scale is not None):
             return None
-        with self._lock, on_device(self._device), contextlib.suppress(FeatureError):
+        with self.lock, on_device(self._device), contextlib.suppress(FeatureError):
             _, download = self._ready_transfers()
             drain = Drain(out, partial(self._pixels, dtype=out.dtype.name), download)
             return self._from_host(rows.data, rows.dtype, self._shift(rows), init, drain, progress)
@@ -147,7 +149,7 @@ class CudaSolver:
         self, features: torch.Tensor, init: torch.Tensor, dtype: str, progress: Progress | None = None
     ) -> tuple[torch.Tensor, Report, bool]:
         """As `solve_raw`, for float features and a start on this device; the images are there, too."""
-        with self._lock, on_device(self._device):
+        with self.lock, on_device(self._device):
             self._ready()  # may lower `_most`
             kept = Kept(self._zeros(len(features)))
             job = Job(len(features), self._most, Given(features), self._objective.shift, init, kept, progress)
@@ -242,6 +244,12 @@ class CudaSolver:
         )
         _, bias = self._objective.shift
         return scale, zero_point if bias is None else zero_point + bias / scale
+
+    def release(self) -> bool:
+        """Give back what is kept for the next call; whether there was anything."""
+        kept = self._batch is not None or self._room is not None
+        self._batch = self._room = None
+        return kept
 
     def _ready(self) -> Batch:
         if self._batch is None:
