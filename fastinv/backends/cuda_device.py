@@ -35,13 +35,13 @@ def missing(index: int) -> str | None:
 
     The driver is asked before torch is: where there is no GPU, that takes no time and loads nothing.
     """
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install 'fastinv[gpu]' (Linux on x86-64 or ARM64)"
     count = _driver_count()
     if count == 0:
         return "no GPU is to be seen (no NVIDIA driver, or CUDA_VISIBLE_DEVICES hides all)"
     if index >= count:
         return f"there is no GPU {index}: {count} can be seen, from 0"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'fastinv[gpu]' (Linux on x86-64 or ARM64)"
     try:
         import torch
     except ImportError as error:
