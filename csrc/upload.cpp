@@ -49,12 +49,10 @@ namespace {
 constexpr int64_t kShare = 1 << 19;       // bytes of a copy that a thread does at once
 constexpr unsigned kWithoutTiming = 0x2;  // CU_EVENT_DISABLE_TIMING
 
-// Within, the calling thread's context is the stream's: the pool's threads have none, and may have another's next.
+// Within, this is the calling thread's context: the pool's threads have none, and may have another next.
 class InContext {
  public:
-  InContext(const Driver& driver, void* stream) : driver_(driver) {
-    void* context = nullptr;
-    Driver::check(driver_.stream_context(stream, &context), "cuStreamGetCtx");
+  InContext(const Driver& driver, void* context) : driver_(driver) {
     Driver::check(driver_.push_context(context), "cuCtxPushCurrent");
   }
   ~InContext() {
@@ -88,15 +86,20 @@ Upload::Upload(const Kernels& kernels, uint8_t* pinned, int64_t piece, int threa
       gone_(static_cast<size_t>(kPieces * threads)),
       turns_(static_cast<size_t>(threads)) {}
 
-Upload::~Upload() {  // at the program's end the driver may be gone: then these calls fail, and nothing is lost
+Upload::~Upload() {
+  if (context_ == nullptr) return;
+  driver_->push_context(context_);  // at the program's end the driver may be gone: then all fails, and nothing is lost
   for (void* event : gone_) {
     if (event == nullptr) continue;
     driver_->wait_for_event(event);
     driver_->destroy_event(event);
   }
+  void* context = nullptr;
+  driver_->pop_context(&context);
 }
 
 void Upload::send(const void* source, uint64_t there, int64_t bytes, bool rounds, void* stream, const Copy& beside) {
+  if (driver_ != nullptr) Driver::check(driver_->stream_context(stream, &context_), "cuStreamGetCtx");
   const int64_t pieces = (bytes + piece_ - 1) / piece_, all = pieces + shares(beside);
   parallel_ranges(threads_, all, 1, 1, [&](int worker, int64_t unit, int64_t) {
     const int64_t sent = unit * pieces / all;  // of the units before this one
@@ -124,7 +127,7 @@ void Upload::send_piece(int worker, const uint8_t* source, uint64_t there, int64
     std::memcpy(reinterpret_cast<void*>(there), piece, static_cast<size_t>(bytes));
     return;
   }
-  const InContext context(*driver_, stream);
+  const InContext context(*driver_, context_);
   void*& gone = gone_[static_cast<size_t>(place)];
   if (gone == nullptr) {
     Driver::check(driver_->create_event(&gone, kWithoutTiming), "cuEventCreate");

@@ -49,6 +49,7 @@ class Upload {
   const int64_t piece_;
   const int threads_;
   std::unique_ptr<Driver> driver_;
+  void* context_ = nullptr;  // the stream's
   std::vector<void*> gone_;  // for each piece an event, after which it may be filled again
   std::vector<int> turns_;   // for each thread the piece that is next
 };

@@ -100,7 +100,9 @@ def run(demo: Demo) -> Outcome:
     effort = demo.effort or EFFORTS[model.name]
     at = experiment.untrained(demo.split).at
     target = experiment.target(effort.target_epochs, images=effort.images, progress=demo.progress)
-    print(f"target     {model.name}: {experiment.accuracy(target):.1%} of the test images classified right")
+    print(
+        f"target     {model.name}: {experiment.accuracy(target, demo.progress):.1%} of the test images classified right"
+    )
     split = Split(target, at, model.mean, model.std)
 
     decoder = _train(demo, experiment, split, effort)

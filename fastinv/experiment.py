@@ -138,10 +138,10 @@ class Experiment:
             save_tensors({"identity": self._identity(), "weights": module.state_dict()}, file)
         return module
 
-    def accuracy(self, target: nn.Module) -> float:
+    def accuracy(self, target: nn.Module, progress: bool = True) -> float:
         """The fraction of test images that the target puts into their class."""
         model = self.model
-        return accuracy(target, self.test.pixels(), self.test.labels, mean=model.mean, std=model.std)
+        return accuracy(target, self.test.pixels(), self.test.labels, mean=model.mean, std=model.std, progress=progress)
 
     def inverse_network(self, split: Split, module: nn.Module, **provenance: Any) -> InverseNetwork:
         """A trained inverse network, exported."""

@@ -178,14 +178,17 @@ def accuracy(
     *,
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
+    progress: bool = False,
 ) -> float:
     """The fraction of pixels [N, C, H, W] that `model` puts into their class."""
     z, classes = normalised(images, mean, std), class_indices(labels, len(images))
     model = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        right = 0
-        for start, stop in chunks(len(z), 500):
+    right, batch = 0, 500
+    with torch.no_grad(), _bar(-(-len(z) // batch), 0, "accuracy" if progress else False) as bar:
+        for start, stop in chunks(len(z), batch):
             right += int((model(z[start:stop]).argmax(1) == classes[start:stop]).sum())
+            if bar is not None:
+                bar.update()
     return right / max(1, len(z))
 
 

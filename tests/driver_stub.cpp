@@ -109,6 +109,7 @@ int cuEventRecord(void* event, void*) {
 }
 
 int cuEventSynchronize(void* event) {
+  if (current != &context) return kInvalidContext;
   auto* waited = static_cast<Event*>(event);
   std::unique_lock<std::mutex> lock(mutex);
   change.wait(lock, [waited] { return !waited->recorded || waited->done; });
@@ -116,6 +117,7 @@ int cuEventSynchronize(void* event) {
 }
 
 int cuEventDestroy_v2(void* event) {
+  if (current != &context) return kInvalidContext;
   delete static_cast<Event*>(event);
   return 0;
 }

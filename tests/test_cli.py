@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -280,6 +281,24 @@ def test_interrupted_invert_keeps_what_is_done(
     assert not partial.exists()
 
 
+def test_termination_keeps_what_is_done(
+    finv: Path, features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = fastinv.Engine.run, []
+
+    def terminated_at_the_third(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(fastinv.Engine, "run", terminated_at_the_third)
+    assert run("invert", features, "-m", finv, "-o", tmp_path / "o.npy", "--batch-size", 2) == 130
+    assert len(np.load(tmp_path / "o.partial.npy")) == 4
+    assert not list(tmp_path.glob(".*"))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_info_and_invert_load_no_torch(finv: Path, features: Path, tmp_path: Path) -> None:
     script = (
         "import sys; from fastinv.cli import main; code = main(sys.argv[1:]); "
@@ -345,14 +364,14 @@ def test_invert_writes_where_a_link_points(finv: Path, features: Path, tmp_path:
 def test_without_a_terminal(closed: str, finv: Path, features: Path, tmp_path: Path) -> None:
     code = f"import sys; sys.{closed} = None; from fastinv.cli import main; sys.exit(main(sys.argv[1:]))"
     out = tmp_path / "o.npy"
-    command = [sys.executable, "-c", code, "invert", str(features), "-m", str(finv), "-o", str(out)]
+    command = [sys.executable, "-P", "-c", code, "invert", str(features), "-m", str(finv), "-o", str(out)]
     assert subprocess.run(command, check=False, cwd=tmp_path).returncode == 0
     assert out.exists()
 
 
 def test_what_a_terminal_has_no_letters_for(finv: Path) -> None:
     code = "import sys; from fastinv.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "info", str(finv), "--measure"]
+    command = [sys.executable, "-P", "-c", code, "info", str(finv), "--measure"]
     found = subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert b"?s an image" in found.stdout
 

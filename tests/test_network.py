@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from checks import network_of
+from checks import network_of, relative
 
 import fastinv
 from fastinv.backends import torch as torch_backend
@@ -58,7 +58,8 @@ def test_torch_backend_runs_large_networks_in_small_chunks(monkeypatch: pytest.M
     whole = fastinv.compile(network, backend="torch")(x)
     for limit in (1, 3 * sum(int(np.prod(shape)) for shape in network.shapes)):
         monkeypatch.setattr(torch_backend, "MAX_VALUES", limit)
-        np.testing.assert_allclose(fastinv.compile(network, backend="torch")(x), whole, rtol=1e-5, atol=1e-6)
+        # PyTorch may sum in another order.
+        assert relative(fastinv.compile(network, backend="torch")(x), whole) < 1e-6
 
 
 def test_torch_backend_puts_the_number_of_threads_back() -> None:

@@ -1,6 +1,6 @@
 """The command line: `fastinv demo | train | invert | info | bench`, one file each.
 
-Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted, or ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import fastinv
 from fastinv.cli import bench, demo, info, invert, train
@@ -23,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare_streams()
     args = parser().parse_args(argv)
     try:
-        args.run(args)
+        with _termination_as_interruption():
+            args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt as stopped:
         print(f"fastinv {args.command}: {str(stopped) or 'interrupted'}", file=sys.stderr)
@@ -46,6 +50,23 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (until the process ends)
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def _termination_as_interruption() -> Iterator[None]:
+    """What a scheduler ends keeps what is done, as after Ctrl-C."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # others cannot
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
