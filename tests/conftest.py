@@ -10,6 +10,9 @@ from pathlib import Path
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Many small products in the interpreter: OpenBLAS's threads would wait for each other longer than one takes alone.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 import torch
 from checks import ISAS
