@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastinv import tensors
+from fastinv.backends import canonical
 from fastinv.backends.base import Progress
 from fastinv.engine import Engine, Solver, compile, sweep
 from fastinv.errors import BackendError, FeatureError, NetworkError
@@ -135,12 +136,11 @@ def invert(
 def _backend(backend: str | None, device: Any, features: Any) -> str | None:
     """The backend that these arguments of `invert` ask for together."""
     other = str(backend).partition(":")[2]
-    backend = "cuda" if backend == "cuda:0" else backend
     free = backend in (None, "auto")
     if tensors.on_gpu(features):
         index = features.device.index
-        there = f"cuda:{index}" if index else "cuda"
-        if (free or backend == there) and str(device) in ("None", "cuda", f"cuda:{index}"):
+        there = canonical(f"cuda:{index or 0}")
+        if (free or canonical(backend) == there) and str(device) in ("None", "cuda", f"cuda:{index}"):
             return there
         raise FeatureError(
             f"features on {features.device}, but backend {backend!r:.40} and device {str(device)!r:.40}: leave both "
@@ -156,8 +156,7 @@ def _backend(backend: str | None, device: Any, features: Any) -> str | None:
     if kind == "cuda":
         if "" not in (number, other) and number != other:
             raise BackendError(f"device {device!r:.40} does not go with backend {backend!r:.40}: leave one of them out")
-        index = int(number or other or 0)
-        return f"cuda:{index}" if index else "cuda"
+        return f"cuda:{int(number or other or 0)}"
     return "cpu" if free else backend
 
 
@@ -197,8 +196,7 @@ def _load(path: Path) -> Inverter:
 
 def _machine(inverter: Inverter, backend: str | None, precision: str, threads: int | None) -> Engine | Solver:
     """The inverter compiled, from features to pixels, kept by content and by all that decides what runs."""
-    chosen = os.environ.get("FASTINV_BACKEND") if backend in (None, "auto") else backend
-    key = (inverter.fingerprint, chosen, precision, threads, os.environ.get("FASTINV_ISA"))
+    key = (inverter.fingerprint, canonical(backend), precision, threads, os.environ.get("FASTINV_ISA"))
     return _machines.get(key, lambda: _compile(inverter, backend, precision, threads))
 
 

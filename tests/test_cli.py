@@ -475,6 +475,7 @@ def test_train_repeats_keeps_its_target_and_resumes(
     assert run(*common, "-o", tmp_path / "c.finv", "--checkpoint", tmp_path / "state") == 0
     assert run(*common, "-o", tmp_path / "d.finv", "--checkpoint", tmp_path / "state") == 0
     assert len({fastinv.load(tmp_path / f"{name}.finv").fingerprint for name in "abcd"}) == 1
+    assert not list(tmp_path.glob(".*"))  # where the place was tried
     fails(capsys, "another run", *common, "-o", tmp_path / "e.finv", "--checkpoint", tmp_path / "state", "--lr", "0.1")
     fails(capsys, "of the run", *common, "-o", tmp_path / "e.finv", "--target", tmp_path / "target.pt", "--seed", "5")
 

@@ -38,9 +38,7 @@ def select(
     """
     if precision not in PRECISIONS:
         raise BackendError(f"precision {precision!r:.40}, expected one of {', '.join(PRECISIONS)}")
-    if name is None or name == "auto":
-        name = os.environ.get("FASTINV_BACKEND") or "auto"
-    name = "cuda" if name == "cuda:0" else name
+    name = canonical(name)
     backends = _numbered(name)
     for backend in backends:  # the later ones are not asked: that would load torch
         if name in ("auto", backend.name) and _lacks(backend, precision, steps, solver, method) is None:
@@ -52,6 +50,13 @@ def select(
     if name == "auto":
         raise BackendError("no backend can run this: " + "; ".join(f"{n}: {reason}" for n, reason in lacks.items()))
     raise BackendError(f"backend {name!r:.40} is unknown. Backends that can run this here: {able}")
+
+
+def canonical(name: str | None) -> str:
+    """A backend's own name: for None and "auto" what the environment says, for the first GPU's number "cuda"."""
+    if name is None or name == "auto":
+        name = os.environ.get("FASTINV_BACKEND") or "auto"
+    return "cuda" if name == "cuda:0" else name
 
 
 def _numbered(name: str) -> tuple[Backend, ...]:

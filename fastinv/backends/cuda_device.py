@@ -321,10 +321,8 @@ class Streams:
 
     def mark(self, name: str) -> Callable[[], None]:
         """A function that waits for what is on the stream by now."""
-        if not self._streams:
-            return nothing
-        wait: Callable[[], None] = self._of(name).record_event().synchronize
-        return wait
+        with self.on(name):
+            return mark(self._device)
 
     def _of(self, name: str) -> Any:
         import torch

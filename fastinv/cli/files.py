@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -162,8 +163,10 @@ def expect_place(path: Path) -> None:
     if path.is_dir() or not path.parent.is_dir():
         reason = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise FormatError(f"{path}: {reason}; choose another place")
-    with replacing(path.with_name(f".{path.name}.{secrets.token_hex(4)}")) as temporary:
-        temporary.touch()
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise FormatError(f"{path}: cannot write it ({error.strerror}); choose another place") from error
 
 
 def expect_apart(out: Path, **others: Path | None) -> None:
