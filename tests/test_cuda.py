@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ EDGE = Network((1, 4, 5), (Step(Activation("relu"), (0,)),))
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_device, "_driver_count", lambda: 0)
+    monkeypatch.setattr(cuda_device, "DRIVER", "libcuda-that-is-not-there.so")
     missing.cache_clear()
     yield
     missing.cache_clear()
@@ -66,6 +67,27 @@ def test_torch_without_cuda_is_told(monkeypatch: pytest.MonkeyPatch, no_gpu: Non
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "built without CUDA" in missing(1)
     assert "there is no GPU 2: 2 can be seen, from 0" in missing(2)
+
+
+def test_a_fork_is_told(monkeypatch: pytest.MonkeyPatch, no_gpu: None) -> None:
+    monkeypatch.setattr(cuda_device.ctypes, "CDLL", lambda name: SimpleNamespace(cuInit=lambda flags: 3))
+    with pytest.raises(BackendError, match=r"was forked.* start it by 'spawn'.* can run this here: cpu, torch"):
+        fastinv.compile(NETWORK, backend="cuda")
+
+
+def test_a_fork_asks_again() -> None:
+    code = """
+import os
+from fastinv.backends import cuda_device
+
+parent = os.getpid()
+cuda_device._driver_count = lambda: 0 if os.getpid() == parent else None
+assert "no GPU is to be seen" in cuda_device.missing(0)
+if os.fork() == 0:
+    os._exit("was forked" not in cuda_device.missing(0))
+assert os.wait()[1] == 0
+"""
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
 def test_auto_falls_to_the_cpu(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import os
 import statistics
 import threading
 import time
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 DRIVER = "libcuda.so.1"
+NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED, of cuInit after a fork (triton-lang/triton, pull request 10443)
 OLDEST = (8, 0)  # compute capability: the first with bfloat16 and tf32
 
 
@@ -36,6 +38,8 @@ def missing(index: int) -> str | None:
     The driver is asked before torch is: where there is no GPU, that takes no time and loads nothing.
     """
     count = _driver_count()
+    if count is None:
+        return "a process that has used a GPU was forked, and CUDA cannot be used in what is: start it by 'spawn'"
     if count == 0:
         return "no GPU is to be seen (no NVIDIA driver, or CUDA_VISIBLE_DEVICES hides all)"
     if index >= count:
@@ -56,14 +60,19 @@ def missing(index: int) -> str | None:
     return None
 
 
-def _driver_count() -> int:
-    """How many GPUs NVIDIA's driver shows to this process."""
+os.register_at_fork(after_in_child=missing.cache_clear)
+
+
+def _driver_count() -> int | None:
+    """How many GPUs NVIDIA's driver shows to this process; None where it was forked from one that has asked before."""
     try:
         driver = ctypes.CDLL(DRIVER)
     except OSError:
         return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+    status, count = driver.cuInit(0), ctypes.c_int(0)
+    if status == NOT_INITIALIZED:
+        return None
+    if status != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
 
