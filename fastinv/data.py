@@ -6,6 +6,7 @@ class. Images are kept as uint8; `pixels` gives float32 in [0, 1].
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,10 +79,14 @@ def load(source: str | Path, *, size: tuple[int, int] | None = None, seed: int =
     Raises:
         DataError: nothing known is there, or a file is damaged; the message names it.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise DataError(f"load: a {type(source).__name__}, expected the path of a folder")
     folder = Path(source)
     if not folder.is_dir():
         raise DataError(f"{folder}: not a folder; expected one with {_KNOWN}")
-    if size is not None and (len(size) != 2 or min(size) < 1):
+    if size is not None and not (
+        isinstance(size, Sequence) and len(size) == 2 and all(is_whole(n) and n >= 1 for n in size)
+    ):
         raise DataError(f"load: size {size!r:.40}, expected (height, width) in pixels")
     train, test = _read_parts(folder, size, seed)
     if train.image_shape != test.image_shape:
@@ -114,7 +119,13 @@ def _generator(seed: int, *stream: int) -> np.random.Generator:
 
 
 def halves(count: int, seed: int = 0) -> tuple[Indices, Indices]:
-    """The indices of A, which the target trains on, and of B: a seeded permutation of the training set, halved."""
+    """The indices of A, which the target trains on, and of B: a seeded permutation of the training set, halved.
+
+    Raises:
+        DataError: the count of images, or the seed, is no whole number >= 0.
+    """
+    if not (is_whole(count) and count >= 0):
+        raise DataError(f"halves: {count!r:.40} images, expected a whole number >= 0")
     order = _generator(seed).permutation(count)
     return order[: count // 2], order[count // 2 :]
 

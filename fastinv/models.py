@@ -11,6 +11,7 @@ from torch import nn
 
 from fastinv.errors import NetworkError
 from fastinv.ops.base import Shape
+from fastinv.tensors import is_whole
 
 MNIST_NORMALISATION = ((0.5,), (0.5,))
 CIFAR_NORMALISATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -108,15 +109,14 @@ def make_decoder(
     Raises:
         NetworkError: shapes or options that no decoder is for.
     """
-    features, image = tuple(feature_shape), tuple(image_shape)
-    whole = all(isinstance(n, int) and n >= 1 for n in (*features, *image))
-    if len(features) not in (1, 3) or len(image) != 3 or not whole:
+    if not (_is_shape(feature_shape, 1, 3) and _is_shape(image_shape, 3)):
         raise NetworkError(
-            f"make_decoder: features {list(features)} and images {list(image)}, expected [C, H, W] or [D], "
-            "and [C, H, W]"
+            f"make_decoder: features {feature_shape!r:.60} and images {image_shape!r:.60}, "
+            "expected [C, H, W] or [D], and [C, H, W]"
         )
-    if width < 1 or depth < 0:
-        raise NetworkError(f"make_decoder: width {width}, depth {depth}; expected width >= 1, depth >= 0")
+    features, image = (tuple(int(n) for n in shape) for shape in (feature_shape, image_shape))
+    if not (is_whole(width) and width >= 1 and is_whole(depth) and depth >= 0):
+        raise NetworkError(f"make_decoder: width {width!r:.40}, depth {depth!r:.40}; expected width >= 1, depth >= 0")
     if final not in ("none", "sigmoid"):
         raise NetworkError(f"make_decoder: final {final!r:.40}, expected 'none' or 'sigmoid'")
     if kind == "paper":
@@ -130,6 +130,10 @@ def make_decoder(
     decoder = nn.Sequential(*layers)
     initialise(decoder)
     return decoder
+
+
+def _is_shape(shape: object, *dimensions: int) -> bool:
+    return isinstance(shape, Sequence) and len(shape) in dimensions and all(is_whole(n) and n >= 1 for n in shape)
 
 
 def initialise(module: nn.Module) -> None:

@@ -129,7 +129,7 @@ def _expect_layer(model: nn.Module, at: str) -> None:
         return
     folded = {name.casefold(): name for name in names}
     close = [folded[c] for c in difflib.get_close_matches(str(at).casefold(), folded, n=3)]
-    hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(names[:20])}"
+    hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(names[:20]) or 'none'}"
     raise SplitError(f"Split: the model has no layer {at!r:.60}; {hint}")
 
 

@@ -222,8 +222,9 @@ def test_pictures_of_more_than_8_bits_are_refused(tmp_path: Path) -> None:
 def test_folder_resized(tmp_path: Path) -> None:
     write_folder(tmp_path / "one")
     assert load(tmp_path / "one", size=(5, 6))[0].image_shape == (3, 5, 6)
-    with pytest.raises(DataError, match="size"):
-        load(tmp_path / "one", size=(0, 6))
+    for wrong in ((0, 6), (5, 6, 3), (5.5, 6), 5, "56"):
+        with pytest.raises(DataError, match="size"):
+            load(tmp_path / "one", size=wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.write_text("x")])
@@ -231,6 +232,18 @@ def test_nothing_there(tmp_path: Path, make) -> None:
     make(tmp_path / "data")
     with pytest.raises(DataError, match="expected"):
         load(tmp_path / "data")
+
+
+@pytest.mark.parametrize("source", [None, 3, ["data"]])
+def test_no_path(source) -> None:
+    with pytest.raises(DataError, match=r"load: a \w+, expected the path of a folder"):
+        load(source)
+
+
+@pytest.mark.parametrize("count", [-1, 2.5, "10", True])
+def test_wrong_halves(count) -> None:
+    with pytest.raises(DataError, match=r"halves: .* expected a whole number"):
+        halves(count)
 
 
 def test_photographs_need_no_download_and_share_no_pixels() -> None:

@@ -127,6 +127,10 @@ def test_initialisation_is_xavier_with_zero_biases() -> None:
         (((8,), (1, 28, 28)), {"kind": "unet"}, "kind 'unet'"),
         (((8,), (1, 28, 28)), {"final": "tanh"}, "final 'tanh'"),
         (((8,), (1, 28, 28)), {"width": 0}, "width 0"),
+        (((8,), (1, 28, 28)), {"width": "64"}, "width '64'"),
+        (((8,), (1, 28, 28)), {"depth": 1.5}, r"depth 1\.5"),
+        ((8, (1, 28, 28)), {}, "features 8 and images"),
+        (((8,), None), {}, "images None, expected"),
     ],
 )
 def test_wrong_decoders(arguments, options, message: str) -> None:

@@ -189,7 +189,7 @@ class Pair(nn.Module):
         (Branching(), "conv", "cannot trace Branching"),
         ("model", "conv1", "a str, expected"),
         (nn.Sequential(nn.Conv2d(3, 3, 1)), 0, "has no layer 0"),
-        (nn.Bilinear(2, 2, 2), "weight", "has no layer"),
+        (nn.Bilinear(2, 2, 2), "weight", "has no layer 'weight'; it has none"),
         (Unused(), "spare", "never called"),
         (TwoInputs(), "conv", "several inputs"),
     ],
