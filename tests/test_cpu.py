@@ -347,6 +347,16 @@ def test_works_after_fork() -> None:
     assert os.waitstatus_to_exitcode(done[1]) == 0
 
 
+@pytest.mark.parametrize("shape", [(5, 8, 16), (19, 16, 24), (128, 3, 5), (256, 7, 9), (131, 12, 32)])
+@pytest.mark.parametrize("images", [1, 4])
+def test_any_size_is_turned_to_channels_last_and_back(shape: tuple[int, ...], images: int, isa: str) -> None:
+    pool = nn.MaxPool2d(3, 1, 1).eval()
+    x = randn(images, *shape)
+    found = fastinv.compile(export(pool, torch.zeros(2, *shape)), backend="cpu", threads=2)
+    assert [row["op"] for row in found.describe()] == ["layout", "max_pool2d", "layout"]
+    np.testing.assert_array_equal(found(x), pool(torch.from_numpy(x)).numpy())
+
+
 def test_describe_names_a_kernel_for_every_step() -> None:
     plan = fastinv.compile(make_edge("ReLU22"), backend="cpu").describe()
     layers = [row for row in plan if row["op"] != "layout"]

