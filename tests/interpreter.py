@@ -29,7 +29,7 @@ DEVICE = "cpu" if CudaBackend().available() else "cuda"
 
 def _hasten() -> None:
     """Take out of Triton's interpreter what costs time and finds nothing: the longest test took 190 s, and 73 s so."""
-    # Each integer sum once more in 64 bits, to see whether it overflowed. A GPU does not look either.
+    # Each integer sum once more in 64 bits, to see whether it overflowed: what matters of that is seen in the results.
     options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
     interpreter.interpreter_builder.options = options
 

@@ -39,7 +39,7 @@ def missing(index: int) -> str | None:
     """
     count = _driver_count()
     if count is None:
-        return "a process that has used a GPU was forked, and CUDA cannot be used in what is: start it by 'spawn'"
+        return "this process was forked from one that has used a GPU, and cannot use CUDA: start it by 'spawn'"
     if count == 0:
         return "no GPU is to be seen (no NVIDIA driver, or CUDA_VISIBLE_DEVICES hides all)"
     if index >= count:
