@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from fastinv.data_files import Bytes, Indices, read_cifar, read_idx, read_image, read_parquet
 from fastinv.errors import DataError
-from fastinv.tensors import is_whole, normalisation
+from fastinv.tensors import is_shape, is_whole, normalisation
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -84,9 +84,7 @@ def load(source: str | Path, *, size: tuple[int, int] | None = None, seed: int =
     folder = Path(source)
     if not folder.is_dir():
         raise DataError(f"{folder}: not a folder; expected one with {_KNOWN}")
-    if size is not None and not (
-        isinstance(size, Sequence) and len(size) == 2 and all(is_whole(n) and n >= 1 for n in size)
-    ):
+    if size is not None and not is_shape(size, 2):
         raise DataError(f"load: size {size!r:.40}, expected (height, width) in pixels")
     train, test = _read_parts(folder, size, seed)
     if train.image_shape != test.image_shape:

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastinv.errors import NetworkError
 from fastinv.ops.base import Shape
-from fastinv.tensors import is_whole
+from fastinv.tensors import is_shape, is_whole
 
 MNIST_NORMALISATION = ((0.5,), (0.5,))
 CIFAR_NORMALISATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -109,7 +109,7 @@ def make_decoder(
     Raises:
         NetworkError: shapes or options that no decoder is for.
     """
-    if not (_is_shape(feature_shape, 1, 3) and _is_shape(image_shape, 3)):
+    if not (is_shape(feature_shape, 1, 3) and is_shape(image_shape, 3)):
         raise NetworkError(
             f"make_decoder: features {feature_shape!r:.60} and images {image_shape!r:.60}, "
             "expected [C, H, W] or [D], and [C, H, W]"
@@ -130,10 +130,6 @@ def make_decoder(
     decoder = nn.Sequential(*layers)
     initialise(decoder)
     return decoder
-
-
-def _is_shape(shape: object, *dimensions: int) -> bool:
-    return isinstance(shape, Sequence) and len(shape) in dimensions and all(is_whole(n) and n >= 1 for n in shape)
 
 
 def initialise(module: nn.Module) -> None:

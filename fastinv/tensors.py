@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,11 @@ QUANTISED = ("uint8", "int8")
 def is_whole(value: Any) -> bool:
     """Whether it is a whole number, Python's or numpy's."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def is_shape(value: Any, *ranks: int) -> bool:
+    """Whether it is a sequence of whole numbers >= 1, as many as one of `ranks`."""
+    return isinstance(value, Sequence) and len(value) in ranks and all(is_whole(n) and n >= 1 for n in value)
 
 
 def finite(values: Array) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from checks import ISAS, randn, reference, relative
+from checks import randn, reference, relative
 from torch import Tensor, nn
 
 import fastinv
@@ -72,10 +72,9 @@ def check(network: fastinv.Network, images: int = 3) -> fastinv.Engine:
     return alone
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("name", list(NETWORKS))
-def test_every_kind_of_layer(name: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTINV_ISA", isa)
+def test_every_kind_of_layer(name: str) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(*NETWORKS[name]()).eval()
     with torch.no_grad():
@@ -94,9 +93,8 @@ def test_odd_sizes(size: tuple[int, int]) -> None:
     check(export(module, torch.zeros(2, CHANNELS, *size)), images=2)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_strips_that_end_within_a_line(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTINV_ISA", isa)
+@pytest.mark.usefixtures("isa")
+def test_strips_that_end_within_a_line() -> None:
     module = nn.Sequential(conv(padding=1), nn.ReLU(), conv(padding=1)).eval()
     engine = check(export(module, torch.zeros(2, CHANNELS, 128, 105)), images=2)
     assert all(row["strips"] > 1 for row in engine.describe())
