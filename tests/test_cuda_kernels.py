@@ -262,11 +262,12 @@ def test_no_gpu_is_told() -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
-def test_a_driver_that_cannot_run_the_kernels_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gpu", [torch.device("cuda"), torch.device("cuda", 0)], ids=str)
+def test_a_driver_that_cannot_run_the_kernels_is_told(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then Triton's take their place."""
     monkeypatch.setattr(cuda_native, "on_device", lambda device: contextlib.nullcontext())
-    gpu = torch.device("cuda", 0)
-    with pytest.warns(RuntimeWarning, match=r"not for the driver of cuda:0 \(the GPU cannot be used: .* newer driver"):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.warns(RuntimeWarning, match=rf"not for the driver of {gpu} \(the GPU cannot be used: .* newer driver"):
         assert not cuda_native.usable_on(gpu)
     assert not cuda_native.usable_on(gpu)  # told once
     cuda_native._run_on_gpu.cache_clear()

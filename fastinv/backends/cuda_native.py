@@ -52,9 +52,11 @@ def usable_on(device: torch.device) -> bool:
 
 @functools.cache
 def _run_on_gpu(device: torch.device) -> bool:
+    import torch
+
     try:
         with on_device(device):
-            extension().check_device(device.index)
+            extension().check_device(torch.cuda.current_device())  # torch.device("cuda") has no index
     except RuntimeError as error:
         warnings.warn(
             f"fastinv._cuda is built, but not for the driver of {device} ({error!s:.200}): all goes through Triton; "
