@@ -186,7 +186,7 @@ struct PolyphaseOutputArgs {
 
 // ---- correlate in [C, H, W] ----------------------------------------------------------------------------------------
 
-constexpr int kMaxPlanarTaps = 16;  // along a row
+constexpr int kMaxPlanarTaps = 16;  // that reach one output, along each axis
 
 // Rows first_row to first_row + rows of one row phase: output row i·step_y + phase_y reads input rows from i + shift_y,
 // one for each of taps_y. With step_x = 2, channels come in pairs: the even and the odd columns of one channel.

@@ -176,6 +176,7 @@ py::tuple solve(Solver& solver, const FloatArray& features, const FloatArray& in
   float* to = out.mutable_data();
   std::optional<py::error_already_set> raised;
   const auto poll = [&](const Progress& so_far) {
+    const KeepDenormals keep;
     const py::gil_scoped_acquire acquire;
     try {
       if (PyErr_CheckSignals() != 0) throw py::error_already_set();

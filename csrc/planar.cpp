@@ -1,6 +1,7 @@
 #include "planar.h"
 
 #include <algorithm>
+#include <climits>
 
 #include "cost.h"
 
@@ -36,8 +37,9 @@ Window window(const Axis& axis, bool transposed, int phase) {
 
 bool Planar::applies(const Geometry& g) {
   const auto fits = [&g](const Axis& a) { return a.dilation == 1 && (g.transposed || a.stride == 1); };
-  const Axis& x = g.axis[1];
-  return fits(g.axis[0]) && fits(x) && x.kernel < kMaxPlanarTaps && stride_of(x, g.transposed) <= 2;
+  const Axis &y = g.axis[0], &x = g.axis[1];
+  return fits(y) && fits(x) && ceil_div(y.kernel, stride_of(y, g.transposed)) <= kMaxPlanarTaps &&
+         x.kernel < kMaxPlanarTaps && stride_of(x, g.transposed) <= 2;
 }
 
 Planar::Planar(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias)
@@ -78,8 +80,8 @@ void Planar::plan_phase(int row, const WeightAt& weight) {
   const Window y = window(g.axis[0], g.transposed, row);
   Window x[2];  // of the even and the odd columns; their union is what a vector of both reads
   Phase phase = {};
-  int end = 0;
-  phase.shift_x = g.axis[1].in;
+  int end = INT_MIN;  // some column has a tap; where all lie in the padding, this is negative
+  phase.shift_x = INT_MAX;
   for (int p = 0; p < step_x; ++p) {
     x[p] = window(g.axis[1], g.transposed, p);
     if (x[p].tap.empty()) continue;
@@ -90,7 +92,7 @@ void Planar::plan_phase(int row, const WeightAt& weight) {
   phase.shift_y = y.shift;
   phase.taps = planar_taps(block_ * step_x, static_cast<int>(y.tap.size()));
   phase.taps_y = static_cast<int>(round_up(static_cast<int64_t>(y.tap.size()), phase.taps));
-  phase.taps_x = std::max(0, end - phase.shift_x);
+  phase.taps_x = end - phase.shift_x;
   phase.group_weights = int64_t{in} * out * step_x * phase.taps_y * phase.taps_x;
   phase.weights = Buffer(phase.group_weights * g.groups);
   int64_t at = 0;

@@ -18,10 +18,14 @@
 namespace fastinv {
 namespace {
 
+#if defined(__SSE__)
+constexpr unsigned kFlush = 0x8040;  // FTZ and DAZ
+#endif
+
 class FlushDenormals {
  public:
 #if defined(__SSE__)
-  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040u); }  // FTZ and DAZ
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | kFlush); }
   ~FlushDenormals() { _mm_setcsr(before_); }
 
  private:
@@ -77,12 +81,10 @@ class Pool {
  public:
   std::mutex busy;  // held by the caller whose job is running
 
-  // Runs the job on `helpers` pool threads beside the caller. `busy` must be held.
+  // Runs the job on `helpers` pool threads beside the caller, or on as many as can be had. `busy` must be held.
   void run(Job& job, int helpers) {
-    while (started_ < helpers) {
-      const int worker = ++started_;
-      std::thread([this, worker] { serve(worker); }).detach();
-    }
+    start(helpers);
+    helpers = std::min(helpers, started_);
     job_ = &job;
     running_.store(helpers, std::memory_order_relaxed);
     const uint64_t before = call_.load(std::memory_order_relaxed);
@@ -105,6 +107,15 @@ class Pool {
   static constexpr uint64_t kMostHelpers = 1 << 16;
 
  private:
+  void start(int helpers) {
+    try {
+      for (; started_ < helpers; ++started_) {
+        std::thread([this, worker = started_ + 1] { serve(worker); }).detach();
+      }
+    } catch (const std::exception&) {  // a limit on threads or memory: the next call tries again
+    }
+  }
+
   void serve(int worker) {
     uint64_t seen = 0, call = 0;
     const auto called = [&] { return (call = call_) != seen; };
@@ -140,9 +151,29 @@ class Pool {
 // Never destroyed: pool threads may outlive main(). After fork() the child has none of the threads and perhaps a
 // locked mutex, so it leaves the old pool alone and takes a new one.
 Pool* pool = new Pool;
-const int fork_handler = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+std::mutex* workspaces = new std::mutex;
+const int fork_handler = pthread_atfork([] { workspaces->lock(); }, [] { workspaces->unlock(); },
+                                        [] {
+                                          workspaces->unlock();
+                                          pool = new Pool;
+                                        });
 
 }  // namespace
+
+std::mutex& workspaces_mutex() { return *workspaces; }
+
+KeepDenormals::KeepDenormals() {
+#if defined(__SSE__)
+  before_ = _mm_getcsr();
+  _mm_setcsr(before_ & ~kFlush);
+#endif
+}
+
+KeepDenormals::~KeepDenormals() {
+#if defined(__SSE__)
+  _mm_setcsr(before_);
+#endif
+}
 
 void run_team(int threads, const std::function<void(int, int)>& work) {
   Job job;

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <mutex>
 
 namespace fastinv {
 
@@ -12,6 +13,19 @@ namespace fastinv {
 // run as were asked for, never more. Exceptions in `work` are passed on. Denormal numbers are flushed to zero while
 // it runs: they would cost a hundred cycles each in the moments of an optimizer.
 void run_team(int threads, const std::function<void(int worker, int workers)>& work);
+
+// Within, denormal numbers are kept: for what is not ours, called from the work of run_team.
+class KeepDenormals {
+ public:
+  KeepDenormals();
+  ~KeepDenormals();
+
+ private:
+  unsigned before_ = 0;
+};
+
+// Of all pools of workspaces. A fork waits for it: the child never finds it locked, nor a pool half changed.
+std::mutex& workspaces_mutex();
 
 // Calls work(worker, first, last) for stretches [first, last) of n units in a row, on up to `threads` workers
 // (0 <= worker < threads); which worker takes which varies. `most` units at once, or as many as leave every worker

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "threads.h"
 
 namespace fastinv {
 
@@ -19,7 +20,7 @@ class WorkspacePool {
   std::vector<Owned> take(int count, const Make& make) {
     std::vector<Owned> taken;
     {
-      const std::lock_guard<std::mutex> lock(mutex_);
+      const std::lock_guard<std::mutex> lock(workspaces_mutex());
       while (static_cast<int>(taken.size()) < count && !idle_.empty()) {
         taken.push_back(std::move(idle_.back()));
         idle_.pop_back();
@@ -30,12 +31,11 @@ class WorkspacePool {
   }
 
   void give_back(std::vector<Owned> taken) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<std::mutex> lock(workspaces_mutex());
     for (Owned& workspace : taken) idle_.push_back(std::move(workspace));
   }
 
  private:
-  std::mutex mutex_;
   std::vector<Owned> idle_;
 };
 

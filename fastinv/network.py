@@ -137,6 +137,15 @@ class Network:
         return tuple(map(tuple, readers))
 
     @functools.cached_property
+    def live(self) -> frozenset[int]:
+        """The steps that the output depends on."""
+        live: set[int] = set()
+        for index in reversed(range(len(self.steps))):
+            if index == len(self.steps) - 1 or not live.isdisjoint(self.consumers[index + 1]):
+                live.add(index)
+        return frozenset(live)
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over graph and weights: equal networks, equal fingerprints."""
         digest = hashlib.sha256(json.dumps(self.graph(), sort_keys=True).encode())

@@ -24,7 +24,7 @@ Doubles = npt.NDArray[np.float64]
 def simplify(network: Network) -> Network:
     """An equal network with no more steps. Weights are folded in float64 and rounded to float32."""
     graph = _Graph(network.input_shape)
-    live = _live(network)
+    live = network.live
     values = [0]  # in the graph, for each of the network's
     for index, step in enumerate(network.steps):
         if index not in live:
@@ -50,15 +50,6 @@ def with_denormalisation(network: Network, mean: Sequence[float], std: Sequence[
     weights = {"scale": scale, "shift": shift}
     step = Step(Affine(), (len(network.steps),), weights, Activation("clamp", 0.0, 1.0), "denormalise")
     return simplify(Network(network.input_shape, (*network.steps, step)))
-
-
-def _live(network: Network) -> set[int]:
-    """The steps that the output depends on."""
-    live: set[int] = set()
-    for index in reversed(range(len(network.steps))):
-        if index == len(network.steps) - 1 or not live.isdisjoint(network.consumers[index + 1]):
-            live.add(index)
-    return live
 
 
 class _Graph:

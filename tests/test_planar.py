@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from checks import randn, reference, relative, run
+from checks import check_gradient, randn, reference, relative, run
 from torch import nn
 
 import fastinv
@@ -36,6 +36,23 @@ def test_convolution(isa: str, outputs: int, kernel: tuple[int, int]) -> None:
         if kernel[0] <= shape[1] + 2 * padding[0]:
             found = check([nn.Conv2d(shape[0], outputs, kernel, padding=padding)], shape)
             assert found == ["planar"] or outputs > 2
+
+
+@pytest.mark.parametrize("rows", [16, 17, 18, 24, 41])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_tall_kernels(isa: str, outputs: int, rows: int) -> None:
+    """More taps along a column than a tile has room for."""
+    conv = nn.Conv2d(1, outputs, (rows, 3), padding=(rows // 2, 1))
+    assert (check([conv], (1, 48, 20)) == ["planar"]) == (rows <= 16)
+    check([nn.ConvTranspose2d(2, outputs, (rows, 4), 2)], (2, 12, 9))
+    check_gradient(export(conv.eval(), torch.zeros(2, 1, 48, 20)))
+
+
+@pytest.mark.parametrize("padding", [4, 16, 17, 40])
+@pytest.mark.parametrize("shape", [(1, 3, 3), (1, 28, 28)])
+def test_kernels_wholly_in_the_padding(isa: str, shape: tuple[int, ...], padding: int) -> None:
+    assert check([nn.ZeroPad2d(padding), nn.Conv2d(1, 2, 3), nn.ReLU()], shape) == ["planar"]
+    check_gradient(export(nn.Conv2d(1, 1, 3, padding=padding).eval(), torch.zeros(2, *shape)))
 
 
 @pytest.mark.parametrize("outputs", [1, 2, 3])

@@ -193,6 +193,9 @@ class Lowering:
         # The gradient goes back through the two apart: both ways are fast there, and stride 2 is not.
         self.upsampling = {} if differentiable else fused_upsampling(network)
         for index, step in enumerate(network.steps):
+            if index not in network.live:  # nor would any gradient reach it
+                self.values.append(0)
+                continue
             if index in done:  # by the convolution before
                 self.values.append(self.values[max(step.inputs)])
                 continue

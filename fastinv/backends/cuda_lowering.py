@@ -101,6 +101,9 @@ class Lowering:
         done = {add for add, _ in sums.values()}
         upsampling = fused_upsampling(network)
         for index, step in enumerate(network.steps):
+            if index not in network.live:  # nor would any gradient reach it
+                values.append(self.input)
+                continue
             if index in done:  # by the convolution before
                 values.append(values[max(step.inputs)])
                 continue
