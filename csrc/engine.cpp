@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <numeric>
 #include <stdexcept>
 
 #include "arena.h"
@@ -27,13 +28,14 @@ Engine::Engine(Program program, int64_t flops, int threads)
   plan_memory();
   const int64_t bytes = (arena_size_ + stride_.front() + stride_.back()) * int64_t{sizeof(float)};
   if (program_.prefers_abreast() && program_.runs_abreast()) abreast_ = program_.kernels().width;
-  block_ = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(bytes, 1), program_.has_linear() ? kLinearBlock : 1,
-                               kMaxBlock);
-  if (abreast_ > 0) block_ = kMaxBlock;
   if (bytes > 2 * kBlockBytes && abreast_ == 0) {
     auto strips = std::make_unique<const Strips>(program_, kBlockBytes);
     if (strips->count() > 1) strips_ = std::move(strips);
   }
+  // Where other values are larger than the weights, more images would cost more than they save.
+  const bool pays = (strips_ && strips_->first() > 0) || program_.linear_weights() * int64_t{sizeof(float)} > bytes;
+  block_ = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(bytes, 1), pays ? kLinearBlock : 1, kMaxBlock);
+  if (abreast_ > 0) block_ = kMaxBlock;
 }
 
 // Values whose lives do not overlap share memory.
@@ -68,8 +70,22 @@ std::unique_ptr<Engine::Workspace> Engine::make_workspace() const {
   for (Buffer& buffer : workspace->abreast) buffer = Buffer(largest * abreast_);
   for (size_t v = 0; v < offset_.size(); ++v) workspace->abreast_data.push_back(workspace->abreast[v % 2].data());
   workspace->data.resize(offset_.size());
-  if (!strips_) use_arena(*workspace);
+  if (!strips_) {
+    use_arena(*workspace);
+    return workspace;
+  }
+  workspace->windows = Buffer(strips_->window_floats());
+  workspace->before = Buffer(floats_before_strips() * block_);
+  float* at = workspace->before.data();
+  for (int v = 1; v <= strips_->first(); ++v) {
+    workspace->data[static_cast<size_t>(v)] = at;
+    at += stride_[static_cast<size_t>(v)] * block_;
+  }
   return workspace;
+}
+
+int64_t Engine::floats_before_strips() const {
+  return std::accumulate(stride_.begin() + 1, stride_.begin() + 1 + strips_->first(), int64_t{0});
 }
 
 // Images in strips have windows instead, but for those that threads share.
@@ -175,10 +191,12 @@ bool Engine::run(const Source& in, float* out, uint8_t* bytes, int64_t n) {
       w.data.back() += done * out_size;
     }
     if (strips_ && share.count == 1) {
-      if (w.windows.size() == 0) w.windows = Buffer(strips_->window_floats());
+      const auto from = static_cast<size_t>(strips_->first());
+      const Frame frame = {w.data.data(), stride_.data(), scratch};
+      for (size_t k = 0; k < from; ++k) program_.nodes()[k]->forward(frame, images, {});
       std::vector<float*> values(w.data.size());
       for (; done < images; ++done) {
-        strips_->run(w.data.front() + done * in_size, w.data.back() + done * out_size, values.data(), stride_.data(),
+        strips_->run(frame.at(strips_->first(), done), w.data.back() + done * out_size, values.data(), stride_.data(),
                      w.windows.data(), scratch);
       }
     }

@@ -16,7 +16,7 @@ namespace fastinv {
 struct Source {
   const void* data;
   Dtype dtype;
-  std::vector<float> scale, zero_point;  // of quantised types: one for each channel
+  std::vector<float> scale, zero_point;  // of quantised types: one for each channel, or one for all
 
   const void* at(int64_t element) const;
 };
@@ -36,7 +36,7 @@ class Engine {
 
   const Program& program() const { return program_; }
   int64_t workspace_bytes() const {
-    const int64_t values = strips_ ? strips_->window_floats() : arena_size_ * block_;
+    const int64_t values = strips_ ? strips_->window_floats() + floats_before_strips() * block_ : arena_size_ * block_;
     return (values + scratch_floats()) * int64_t{sizeof(float)};
   }
   int64_t block() const { return block_; }
@@ -45,8 +45,9 @@ class Engine {
  private:
   struct Workspace {
     Buffer arena, scratch;
-    Buffer in, out;     // of a block, where the caller's are of another type
-    Buffer windows;     // of strips
+    Buffer in, out;  // of a block, where the caller's are of another type
+    Buffer windows;  // of strips, and values of the block before them
+    Buffer before;
     Buffer abreast[2];  // values of images abreast, in turns: those of a chain
     std::vector<float*> abreast_data;
     std::vector<float*> data;
@@ -56,6 +57,7 @@ class Engine {
   int64_t scratch_floats() const {  // some images of a batch go abreast, others do not
     return std::max(program_.scratch_floats(1), abreast_ > 0 ? program_.scratch_floats(abreast_) : 0);
   }
+  int64_t floats_before_strips() const;  // of one image
   void use_arena(Workspace& workspace) const;
   std::unique_ptr<Workspace> make_workspace() const;
   bool run(const Source& in, float* out, uint8_t* bytes, int64_t n);

@@ -50,6 +50,8 @@ class LinearNode : public Node {
   void prepare_backward() override;
   void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
                 Share) const override;
+  bool shares_backward() const override { return true; }
+  bool shares_image() const override;
   std::string describe() const override;
 
  private:

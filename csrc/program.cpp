@@ -191,10 +191,11 @@ int Program::linear(int input, const float* weight, const float* bias, Shape out
   const Shape in = shape(input);
   // The internal layout of rank 3 keeps the last axis of [C, H, W] apart from its end.
   if (in.size() == 3) throw std::invalid_argument("linear: rank 3 is not supported; reshape to rank 1 or 2 first");
-  has_linear_ = true;
   const int columns = static_cast<int>(in.back()), rows_out = static_cast<int>(output.back());
-  return append<LinearNode>(activation, {input}, std::move(output), element_count(in) / columns, columns, rows_out,
-                            weight, bias, differentiable_);
+  linear_weights_ += int64_t{columns} * rows_out;
+  last_linear_ = append<LinearNode>(activation, {input}, std::move(output), element_count(in) / columns, columns,
+                                    rows_out, weight, bias, differentiable_);
+  return last_linear_;
 }
 
 int Program::max_pool(int input, Shape output, const PoolSpec& spec, Activation activation) {

@@ -74,8 +74,9 @@ class Program {
   void lay_out(int value, const float* from, float* to) const;
   void bring_back(int value, const float* from, float* to) const;
   int output() const { return static_cast<int>(shapes_.size()) - 1; }
-  bool rounds() const { return rounds_; }  // factors of some convolution to bfloat16
-  bool has_linear() const { return has_linear_; }
+  bool rounds() const { return rounds_; }                     // factors of some convolution to bfloat16
+  int64_t linear_weights() const { return linear_weights_; }  // of all linear layers
+  int last_linear() const { return last_linear_; }            // the value that the last one gives; 0 without any
   bool prefers_abreast() const { return abreast_; }
   bool runs_abreast() const;                    // a chain of nodes that can
   bool reveals_nonfinite() const;               // whether no input value that is not finite can hide from the output
@@ -97,7 +98,8 @@ class Program {
   const bool differentiable_;
   const bool abreast_;
   double rounding_;  // squared relative error that factors in bfloat16 may still add
-  bool has_linear_ = false;
+  int64_t linear_weights_ = 0;
+  int last_linear_ = 0;
   bool rounds_ = false;
   std::vector<Shape> shapes_;
   std::vector<bool> channels_last_;

@@ -15,6 +15,7 @@ Strips::Strips(const Program& program, int64_t bytes) : program_(program), reade
       readers_[static_cast<size_t>(inputs[k])].emplace_back(static_cast<int>(n), k);
     }
   }
+  first_ = find_first(bytes);
   const int rows = height(program.output());
   for (int count = 1; count <= rows; count += 1 + count / 4) {
     std::vector<Step> steps = plan(ceil_div(rows, count));
@@ -31,6 +32,20 @@ Strips::Strips(const Program& program, int64_t bytes) : program_(program), reade
     count_ = count;
     if (floats * int64_t{sizeof(float)} <= bytes) break;
   }
+}
+
+// The last linear layer's value, where nothing else is read after it, and what comes before is small.
+int Strips::find_first(int64_t bytes) const {
+  const int last = program_.last_linear();
+  int64_t floats = 0;
+  for (int v = 0; v <= last; ++v) floats += element_count(program_.shapes()[static_cast<size_t>(v)]);
+  if (last == program_.output() || floats * int64_t{sizeof(float)} > bytes) return 0;
+  for (int v = 0; v < last; ++v) {
+    for (const auto& [reader, input] : readers_[static_cast<size_t>(v)]) {
+      if (reader >= last) return 0;
+    }
+  }
+  return last;
 }
 
 // Rows of any image, in either layout: [C, H, W] is kept whole, but can be written and read by rows.
@@ -59,7 +74,7 @@ std::vector<Strips::Step> Strips::plan(int height) const {
 // Steps up to the first `rows` rows of the value, and those that they need.
 void Strips::request(int value, int rows, std::vector<int>* done, std::vector<Step>* steps) const {
   int& ready = (*done)[static_cast<size_t>(value)];
-  if (value == 0 || ready >= rows) return;
+  if (value == first_ || ready >= rows) return;
   const Node& node = *program_.nodes()[static_cast<size_t>(value) - 1];
   const int step = node.row_step() > 0 ? node.row_step() : height(value);
   const int end = std::min<int>(height(value), static_cast<int>(round_up(rows, step)));
@@ -98,8 +113,9 @@ std::vector<Strips::Window> Strips::windows(std::vector<Step>* steps) const {
 
 void Strips::run(float* in, float* out, float** values, const int64_t* stride, float* windows, float* scratch) const {
   const size_t last = windows_.size() - 1;
-  for (size_t v = 1; v < last; ++v) values[v] = windows + windows_[v].offset;
-  values[0] = in;
+  const auto first = static_cast<size_t>(first_);
+  for (size_t v = first + 1; v < last; ++v) values[v] = windows + windows_[v].offset;
+  values[first] = in;
   values[last] = out;
   const Frame frame = {values, stride, scratch};
   for (const Step& step : steps_) {

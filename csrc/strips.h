@@ -1,6 +1,7 @@
 // Images whose values do not fit the cache go through all layers strip by strip, depth first: each layer computes the
 // rows that the next ones need, just before they need them. Of values between the layers only a window is kept, the
-// rows that are still to be read.
+// rows that are still to be read. Linear layers are not among them where others follow: images share their weights, so
+// many together go as far as the last one.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +17,11 @@ class Strips {
   Strips(const Program& program, int64_t bytes);
 
   int count() const { return count_; }
+  int first() const { return first_; }  // the value that strips begin with: 0, or what the last linear layer gives
   int64_t window_floats() const { return window_floats_; }  // of all windows
 
-  // One image. `values` has room for a pointer to every value; `windows` and `scratch` begin on a cache line.
+  // One image, from that value to the output. `values` has room for a pointer to every value; `windows` and `scratch`
+  // begin on a cache line.
   void run(float* in, float* out, float** values, const int64_t* stride, float* windows, float* scratch) const;
 
  private:
@@ -38,7 +41,8 @@ class Strips {
   void request(int value, int rows, std::vector<int>* done, std::vector<Step>* steps) const;
   int height(int value) const;
   Rows rows_read(const Node& node, size_t input, Rows rows) const;
-  bool whole(int value) const { return value == 0 || value == program_.output() || program_.height(value) == 1; }
+  bool whole(int value) const { return value == first_ || value == program_.output() || program_.height(value) == 1; }
+  int find_first(int64_t bytes) const;
 
   const Program& program_;
   std::vector<std::vector<std::pair<int, size_t>>> readers_;  // of each value: nodes, and which input it is
@@ -46,6 +50,7 @@ class Strips {
   std::vector<Window> windows_;
   int64_t window_floats_ = 0;
   int count_ = 1;
+  int first_ = 0;
 };
 
 }  // namespace fastinv

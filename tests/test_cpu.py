@@ -247,16 +247,17 @@ def test_solver_gives_an_image_one_answer(edge: str, optimizer: str, isa: str) -
 POOLED = (
     nn.Sequential(nn.Conv2d(3, 24, 5), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(24, 32, 3), nn.MaxPool2d(2)),
     nn.Sequential(nn.Conv2d(1, 8, 5), nn.MaxPool2d(2), nn.LeakyReLU(), nn.Conv2d(8, 16, 5), nn.MaxPool2d((2, 3))),
+    nn.Sequential(nn.Conv2d(1, 16, 5), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(16 * 23 * 14, 70), nn.Linear(70, 9)),
 )
 
 
-@pytest.mark.parametrize("edge", POOLED, ids=["three channels", "one channel"])
+@pytest.mark.parametrize("edge", POOLED, ids=["three channels", "one channel", "linear"])
 def test_threads_share_an_image(edge: nn.Module, isa: str) -> None:
     """Large images, of which there are fewer than threads: bit for bit as one thread alone."""
     with torch.random.fork_rng():
         torch.manual_seed(4)
         for layer in edge:
-            if isinstance(layer, nn.Conv2d):
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.reset_parameters()
     channels = edge[0].in_channels
     recipe = recipe_for(export(edge.eval(), torch.zeros(2, channels, 99, 61)), steps=6)

@@ -111,6 +111,35 @@ def test_large_images_are_cut_and_small_ones_are_not() -> None:
     assert engine._compiled._engine.workspace_bytes < 6e6
 
 
+@pytest.mark.usefixtures("isa")
+def test_linear_layers_come_before_the_strips() -> None:
+    """All images of a block go through them together; their memory is the windows and what leads there."""
+    torch.manual_seed(0)
+    network = export(make_decoder((40,), (3, 64, 64)).eval(), torch.zeros(2, 40))
+    engine = check(network, images=26)  # blocks of 12 and a rest
+    assert all(row["strips"] > 10 and row["images"] == 12 for row in engine.describe())
+    assert engine._compiled._engine.workspace_bytes < 4e6
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("skips", [False, True])
+def test_what_is_read_before_a_linear_layer_and_after_it(skips: bool) -> None:
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(96, 96)
+            self.convs = nn.Sequential(nn.Upsample(scale_factor=16), nn.Conv2d(6, 64, 3, padding=1), nn.ReLU())
+            self.last = nn.Conv2d(64, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x.flatten(1)).relu().unflatten(1, (6, 4, 4))
+            return self.last(self.convs(y + x if skips else y))
+
+    torch.manual_seed(0)
+    engine = check(export(Skipping().eval(), torch.zeros(2, 6, 4, 4)), images=5)
+    assert all(row["strips"] > 1 for row in engine.describe())
+
+
 def test_bytes_and_quantised_features() -> None:
     torch.manual_seed(0)
     network = export(nn.Sequential(conv(padding=1), nn.Sigmoid()).eval(), torch.zeros(2, CHANNELS, 96, 96))

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "buffer.h"
+#include "cost.h"
 #include "nodes.h"
 
 namespace fastinv {
@@ -9,15 +10,14 @@ namespace fastinv {
 class LinearNode::Matrix {
  public:
   Matrix(const Kernels& kernels, int in, int out, const WeightAt& weight, const float* bias)
-      : kernels_(kernels), in_(in), dot_(out <= kMaxDotOutputs && in >= kernels.width) {
+      : kernels_(kernels), in_(in), out_(out), dot_(out <= kMaxDotOutputs && in >= kernels.width) {
     // A 1×1 correlation over 1×1 images packs the same weights.
-    out_ = out;
     pixels_ = dot_ ? kernels.dot_pixels[out] : kMaxTilePixels;
+    block_ = dot_ ? 1 : kernels.max_vectors * kernels.width;
     const int padded = dot_ ? out : static_cast<int>(round_up(out, kernels.width));
-    const int block = dot_ ? 1 : kernels.max_vectors * kernels.width;
     weights_ = Buffer(int64_t{in} * padded);
     for (int o = 0; o < out; ++o) {
-      const int first = o / block * block, span = std::min(block, padded - first);
+      const int first = o / block_ * block_, span = std::min(block_, padded - first);
       for (int i = 0; i < in; ++i) {
         weights_[int64_t{first} * in + int64_t{i} * span + (o - first)] = weight(0, o, i, 0, 0);
       }
@@ -26,13 +26,33 @@ class LinearNode::Matrix {
     if (bias) std::copy_n(bias, out, bias_.data());
   }
 
-  // Rows first to last: row r is read at in + r·in_step and written at out + r·out_step.
-  void run(const float* in, int64_t in_step, float* out, int64_t out_step, int64_t first, int64_t last, bool accumulate,
-           Activation activation) const {
-    for (int64_t begin = first; begin < last; begin += pixels_) {
+  // So many rows of each image, this share of them: of the outputs, each with its own weights, or where those do not
+  // go round, of the images.
+  void run(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t rows, int64_t images,
+           bool accumulate, Activation activation, Share share) const {
+    const bool by_outputs = blocks() >= share.count;
+    const Share whole = {}, of_images = by_outputs ? whole : share, of_outputs = by_outputs ? share : whole;
+    const int first = static_cast<int>(of_outputs.begin(blocks())) * block_;
+    const int last = std::min(out_, static_cast<int>(of_outputs.end(blocks())) * block_);
+    const int64_t begin = of_images.begin(images), end = of_images.end(images);
+    if (rows == 1) return run_rows(in, in_stride, out, out_stride, begin, end, first, last, accumulate, activation);
+    for (int64_t i = begin; i < end; ++i) {
+      run_rows(in + i * in_stride, in_, out + i * out_stride, out_, 0, rows, first, last, accumulate, activation);
+    }
+  }
+
+  bool dot() const { return dot_; }
+  int blocks() const { return ceil_div(out_, block_); }  // of outputs
+
+ private:
+  // Rows begin to end, outputs first to last: row r is read at in + r·in_step and written at out + r·out_step.
+  void run_rows(const float* in, int64_t in_step, float* out, int64_t out_step, int64_t first_row, int64_t last_row,
+                int first, int last, bool accumulate, Activation activation) const {
+    out += first;
+    for (int64_t begin = first_row; begin < last_row; begin += pixels_) {
       Tile tile = {};
       Run run = {};
-      tile.pixels = static_cast<int32_t>(std::min<int64_t>(pixels_, last - begin));
+      tile.pixels = static_cast<int32_t>(std::min<int64_t>(pixels_, last_row - begin));
       tile.runs = 1;
       run.length = in_;
       for (int p = 0; p < tile.pixels; ++p) {
@@ -41,16 +61,13 @@ class LinearNode::Matrix {
       }
       const TileRow row = {0, 1, begin * in_step, begin * out_step};
       const auto kernel = dot_ ? kernels_.correlate_dot : kernels_.correlate;
-      kernel({in, out, nullptr, &row, 1, &tile, &run, weights_.data(), in_, bias_.data(), out_,
-              accumulate ? out : nullptr, activation});
+      kernel({in, out, nullptr, &row, 1, &tile, &run, weights_.data() + int64_t{first} * in_, in_, bias_.data() + first,
+              last - first, accumulate ? out : nullptr, activation});
     }
   }
 
-  bool dot() const { return dot_; }
-
- private:
   const Kernels& kernels_;
-  int in_, out_, pixels_;
+  int in_, out_, pixels_, block_;
   bool dot_;
   Buffer weights_, bias_;
 };
@@ -64,14 +81,9 @@ LinearNode::LinearNode(const Kernels& kernels, std::vector<int> inputs, int outp
 }
 
 void LinearNode::forward(const Frame& values, int64_t images, Share share) const {
-  if (rows_ == 1) {
-    matrix_->run(values.at(inputs[0]), values.stride[inputs[0]], values.at(output), values.stride[output],
-                 share.begin(images), share.end(images), false, activation);
-    return;
-  }
-  for (int64_t i = share.begin(images); i < share.end(images); ++i) {
-    matrix_->run(values.at(inputs[0], i), in_, values.at(output, i), out_, 0, rows_, false, activation);
-  }
+  const int from = inputs[0], to = output;
+  matrix_->run(values.at(from), values.stride[from], values.at(to), values.stride[to], rows_, images, false, activation,
+               share);
 }
 
 void LinearNode::prepare_backward() {
@@ -80,16 +92,12 @@ void LinearNode::prepare_backward() {
   weight_ = {};
 }
 
-void LinearNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first, Share) const {
+void LinearNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first, Share share) const {
   const int from = output, to = inputs[0];
-  if (rows_ == 1) {
-    gradient_->run(grads.at(from), grads.stride[from], grads.at(to), grads.stride[to], 0, images, !first, {});
-    return;
-  }
-  for (int64_t i = 0; i < images; ++i) {
-    gradient_->run(grads.at(from, i), out_, grads.at(to, i), in_, 0, rows_, !first, {});
-  }
+  gradient_->run(grads.at(from), grads.stride[from], grads.at(to), grads.stride[to], rows_, images, !first, {}, share);
 }
+
+bool LinearNode::shares_image() const { return matrix_->blocks() > 1; }
 
 std::string LinearNode::describe() const { return matrix_->dot() ? "linear dot" : "linear broadcast"; }
 
