@@ -111,9 +111,9 @@ _KNOWN = "IDX files, data_batch_*.bin, train*.parquet and test*.parquet, or one 
 
 
 def _generator(seed: int, *stream: int) -> np.random.Generator:
-    if type(seed) is not int or seed < 0:
+    if not is_whole(seed) or seed < 0:
         raise DataError(f"seed {seed!r:.40}, expected an integer >= 0")
-    return np.random.default_rng((seed, *stream))
+    return np.random.default_rng((int(seed), *stream))
 
 
 def halves(count: int, seed: int = 0) -> tuple[Indices, Indices]:
@@ -148,7 +148,8 @@ def knowledge(
         mean, std: the target's normalisation, for the noise.
 
     Raises:
-        DataError: an unknown kind, or more images asked for than there are.
+        DataError: no data set, an unknown kind, more images asked for than there are, a seed below 0, or a
+            normalisation that is none.
     """
     if not isinstance(dataset, Dataset):
         raise DataError(f"knowledge: a {type(dataset).__name__}, expected a Dataset, such as fastinv.data.load gives")
@@ -159,11 +160,10 @@ def knowledge(
     count = available if n is None else n
     if not (is_whole(count) and count >= 0 and (kind == "noise" or count <= available)):
         raise DataError(f"knowledge: {n!r:.40} images asked for, of {available} of kind {kind!r}")
-    if not {np.size(mean), np.size(std)} <= {1, dataset.image_shape[0]}:
-        raise DataError(f"knowledge: mean {mean!r:.60} and std {std!r:.60}, expected one number or one a channel")
+    numbers = normalisation(mean, std, dataset.image_shape[0], DataError)
     if kind == "noise":
         z = _generator(seed, 1).standard_normal((count, *dataset.image_shape), dtype=np.float32)
-        shift, scale = normalisation(mean, std)
+        shift, scale = (np.asarray(values, np.float32).reshape(-1, 1, 1) for values in numbers)
         noise: npt.NDArray[np.float32] = z * scale + shift
         return noise
     return dataset.pixels((same if kind == "same" else other)[:count])
@@ -281,7 +281,8 @@ def _image_classes(folder: Path, size: tuple[int, int] | None) -> Dataset:
 
 # ---- photographs ---------------------------------------------------------------------------------------------------
 
-PHOTOGRAPHS = (
+PHOTOGRAPHS = "photographs"  # stands where a folder could
+SUBJECTS = (
     "astronaut",
     "chelsea",
     "coffee",
@@ -305,17 +306,18 @@ def photographs(seed: int = 0, *, train: int = 1000, test: int = 150, side: int 
         side: of a crop, in pixels; at most `MAX_SIDE`.
 
     Raises:
-        DataError: numbers of crops below 1, or a side that does not fit.
+        DataError: numbers of crops that are no integers >= 1, a side that does not fit, or a seed below 0.
     """
-    if min(train, test, side) < 1 or side > MAX_SIDE:
+    if not all(is_whole(n) and n >= 1 for n in (train, test, side)) or side > MAX_SIDE:
         raise DataError(
-            f"photographs: {train} and {test} crops of side {side}, expected at least one of each and 1 to {MAX_SIDE}"
+            f"photographs: {train!r:.40} and {test!r:.40} crops of side {side!r:.40}, expected whole numbers, at least "
+            f"one crop of each and a side from 1 to {MAX_SIDE}"
         )
     import skimage.data
 
     rng = _generator(seed)
     parts: tuple[list[Bytes], list[Bytes]] = ([], [])
-    for name in PHOTOGRAPHS:
+    for name in SUBJECTS:
         photograph = np.asarray(getattr(skimage.data, name)(), np.uint8).transpose(2, 0, 1)
         smaller = _halved(photograph)
         border = smaller.shape[2] * 3 // 4
@@ -325,9 +327,9 @@ def photographs(seed: int = 0, *, train: int = 1000, test: int = 150, side: int 
             rows = rng.integers(region.shape[1] - side + 1, size=count)
             columns = rng.integers(region.shape[2] - side + 1, size=count)
             crops += [region[:, y : y + side, x : x + side] for y, x in zip(rows, columns, strict=True)]
-    labels = [np.repeat(np.arange(len(PHOTOGRAPHS)), count) for count in (train, test)]
+    labels = [np.repeat(np.arange(len(SUBJECTS)), count) for count in (train, test)]
     first, second = (
-        Dataset(np.stack(crops), label, PHOTOGRAPHS, f"photographs {part}")
+        Dataset(np.stack(crops), label, SUBJECTS, f"{PHOTOGRAPHS} {part}")
         for crops, label, part in zip(parts, labels, ("train", "test"), strict=True)
     )
     return first, second

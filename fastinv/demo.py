@@ -15,10 +15,11 @@ import torch
 import fastinv
 from fastinv.backends.torch import torch_threads
 from fastinv.benchmark import TOLERANCE, interleaved
-from fastinv.cli.files import make_folder
+from fastinv.data import PHOTOGRAPHS
 from fastinv.errors import BackendError
-from fastinv.experiment import PHOTOGRAPHS, Experiment, Scores
+from fastinv.experiment import Experiment, Scores
 from fastinv.picture import Row, picture
+from fastinv.places import make_folder
 from fastinv.split import Split
 
 REPEAT = 7  # samples of each contender

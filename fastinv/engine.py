@@ -34,7 +34,7 @@ class Engine:
 
     Attributes:
         network: what it runs.
-        backend: the backend's name: "cpu", "torch".
+        backend: the backend's name: "cuda", "cpu", "torch".
         isa: the backend's instruction set.
         precision: what it computes in: float32 in an engine for bfloat16, too, where rounding gains nothing.
         batch_size: how many inputs it takes at once.
@@ -55,7 +55,8 @@ class Engine:
 
         Args:
             x: a numpy array or a torch tensor on the CPU (the result is of the same kind): float32, float16,
-                bfloat16, float64, or uint8 or int8 with `scale`, in any layout.
+                bfloat16, float64, or uint8 or int8 with `scale`, in any layout. The cuda engine takes floats on its
+                own GPU, too, where the result then is.
             scale, zero_point: a quantised q stands for (q - zero_point) * scale; numbers, or one a channel.
 
         Raises:
@@ -246,16 +247,7 @@ class Solver:
     def _start(self, init: Any, count: int) -> Array:
         """A start in pixels as normalised float32 [C, H, W] or [count, C, H, W]."""
         shape = self.recipe.image_shape
-        if isinstance(init, (int, float, np.integer, np.floating)) and not isinstance(init, bool):
-            pixels = np.full(shape, init, np.float64)
-        else:
-            data, dtype, _ = tensors.as_numpy(init, "init")
-            if dtype not in ("float32", "float64") or data.shape not in (shape, (count, *shape)):
-                raise FeatureError(
-                    f"init of shape {list(data.shape)} and dtype {dtype}, expected a number or float32 "
-                    f"pixels {list(shape)} or {[count, *shape]}"
-                )
-            pixels = data.astype(np.float64)
+        pixels = tensors.start_pixels(init, shape, (count, *shape))
         with np.errstate(over="ignore"):
             start: Array = ((pixels - self._mean) / self._std).astype(np.float32, order="C")
         if not np.isfinite(start).all():
@@ -300,10 +292,7 @@ def compile(
             f"compile: a {type(what).__name__}, expected a Network, an InverseNetwork or an RMLE: "
             "export a module first, with fastinv.export(module, example)"
         )
-    if threads is not None and not (tensors.is_whole(threads) and 1 <= threads <= MAX_THREADS):
-        raise BackendError(
-            f"threads {threads!r:.40}, expected an integer from 1 to {MAX_THREADS}, or None for all cores"
-        )
+    expect_choice(backend, precision, threads)
     threads = None if threads is None else int(threads)
     if isinstance(what, RMLE):
         chosen, precision = select(backend, precision, what.edge.steps, solver=True, method=what.method)
@@ -311,6 +300,18 @@ def compile(
     network = what.network if isinstance(what, InverseNetwork) else what
     chosen, precision = select(backend, precision, network.steps)
     return Engine(network, chosen.name, chosen.compile(network, precision, threads), threads)
+
+
+def expect_choice(backend: Any, precision: Any, threads: Any) -> None:
+    """Raise BackendError where these are no names and no number of threads, whatever can be had here."""
+    if not (backend is None or isinstance(backend, str)):
+        raise BackendError(f"backend {backend!r:.40}, expected a name such as 'cpu', or None")
+    if not isinstance(precision, str):
+        raise BackendError(f"precision {precision!r:.40}, expected a name such as 'float32'")
+    if threads is not None and not (tensors.is_whole(threads) and 1 <= threads <= MAX_THREADS):
+        raise BackendError(
+            f"threads {threads!r:.40}, expected an integer from 1 to {MAX_THREADS}, or None for all cores"
+        )
 
 
 def sweep(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastinv.attacks.rmle import PAPER_PRESETS
-from fastinv.data import Dataset, halves, load, photographs
+from fastinv.data import PHOTOGRAPHS, Dataset, halves, load, photographs
 from fastinv.data_files import Indices
 from fastinv.errors import DataError, TrainingError
 from fastinv.export import export
@@ -24,7 +24,6 @@ from fastinv.ops.base import Shape
 from fastinv.split import Split
 from fastinv.training import accuracy, load_tensors, save_tensors, seeded, train_target
 
-PHOTOGRAPHS = "photographs"
 Pixels = npt.NDArray[np.float32]
 
 

@@ -18,7 +18,6 @@ import hashlib
 import math
 import os
 import re
-import secrets
 import stat
 import types
 import typing
@@ -35,6 +34,7 @@ from fastinv.errors import FormatError
 from fastinv.inverters import INVERTERS, Inverter
 from fastinv.network import Network
 from fastinv.ops.base import MAX_RANK
+from fastinv.places import beside
 
 FORMAT = 1
 MAX_HEADER = 2**23  # bytes
@@ -57,7 +57,10 @@ def write(inverter: Inverter, path: str | Path) -> None:
     """
     data = encode(inverter)
     try:
-        _replace(Path(path), data)
+        with beside(path) as temporary, open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
     except (OSError, TypeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error  # without the name of a temporary file
         raise FormatError(f"{path!s:.300}: cannot write the file ({reason}); choose another path") from error
@@ -291,17 +294,3 @@ def _has_type(value: Any, hint: Any) -> bool:
 def _expect(condition: bool, message: str) -> None:
     if not condition:
         raise FormatError(message)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Put `data` at `path` in one step, by way of a temporary sibling."""
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".fastinv-{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fastinv import tensors
 from fastinv.backends import canonical
 from fastinv.backends.base import Progress
-from fastinv.engine import Engine, Solver, compile, sweep
+from fastinv.engine import Engine, Solver, compile, expect_choice, sweep
 from fastinv.errors import BackendError, FeatureError, NetworkError
 from fastinv.inverters import RMLE, InverseNetwork, Inverter, load
 from fastinv.ops.base import Shape
@@ -109,6 +109,7 @@ def invert(
         BackendError: the backend, precision, device or number of threads cannot be had here.
         Interrupted: Ctrl-C; with what was done by then.
     """
+    expect_choice(backend, precision, threads)
     backend = _backend(backend, device, features)
     if dtype not in DTYPES:
         raise FeatureError(f"dtype {dtype!r:.40}, expected one of {', '.join(DTYPES)}")
@@ -220,9 +221,11 @@ def _overlaps_itself(view: npt.NDArray[Any]) -> bool:
 
 def _writable(out: Any, shape: Shape, dtype: str, source: tensors.Source) -> npt.NDArray[Any]:
     """`out` as an array that images can be written to."""
-    view, found, _ = tensors.as_numpy(out, "out")
+    view, found, torch = tensors.as_numpy(out, "out")
     if view.shape != shape or found != dtype:
         raise FeatureError(f"out of shape {list(view.shape)} and dtype {found}, expected {list(shape)} and {dtype}")
+    if torch and out.is_neg():
+        raise FeatureError("out stands for the negative of its memory, as .conj().imag does: pass another tensor")
     if not view.dtype.isnative:
         raise FeatureError("out is of another byte order than this machine's: pass an array of its own")
     if not view.flags.writeable:

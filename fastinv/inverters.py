@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from fastinv import strict_json
-from fastinv.errors import FormatError, NetworkError
+from fastinv import strict_json, tensors
+from fastinv.errors import FeatureError, FormatError, NetworkError
 from fastinv.network import Network
 from fastinv.ops.activation import IDENTITY
 from fastinv.ops.base import Shape, expect
@@ -25,7 +25,6 @@ OPTIMIZERS = (*METHODS, "auto")
 KEEP = ("last", "best")
 SCHEDULES = ("constant", "cosine")
 MAX_ITERATIONS = 10_000_000
-MAX_FLOAT = float(np.finfo(np.float32).max)
 MAX_PROVENANCE = 2**20  # characters of JSON
 MAX_PROVENANCE_DEPTH = 16
 
@@ -70,7 +69,11 @@ class Inverter:
         return hash(self.fingerprint)
 
     def save(self, path: str | Path) -> None:
-        """Write the inverter to a `.finv` file, whole or not at all."""
+        """Write the inverter to a `.finv` file, whole or not at all: a file already there survives a failed write.
+
+        Raises:
+            FormatError: the path cannot be written, or the graph or the weights are too large for a file.
+        """
         from fastinv.finv import write
 
         write(self, path)
@@ -171,26 +174,8 @@ class RMLE(Inverter):
             f"input_shape {self.input_shape!r:.80}, but the edge takes {list(expected)}",
         )
         object.__setattr__(self, "input_shape", expected)
-        for name in ("steps", "patience"):
-            _freeze_number(self, name, int(name == "patience"), MAX_ITERATIONS, integer=True)
-        for name, low, high in (
-            ("lr", 0.0, 1e6),
-            ("tv_weight", 0.0, MAX_FLOAT),
-            ("tv_beta", 1.0, 10.0),
-            ("tolerance", 0.0, MAX_FLOAT),
-            ("eps", 0.0, 1.0),
-            ("momentum", 0.0, 1.0),
-        ):
-            _freeze_number(self, name, low, high)
-        for name, choices in (("optimizer", OPTIMIZERS), ("keep", KEEP), ("schedule", SCHEDULES)):
-            value = getattr(self, name)
-            known = isinstance(value, str) and value in choices
-            expect(known, f"{name} {value!r:.80}, expected one of {', '.join(choices)}")
-        object.__setattr__(self, "betas", _floats("betas", self.betas, (2,)))
-        expect(all(0 <= b < 1 for b in self.betas), f"betas {self.betas}, expected two numbers in [0, 1)")
-        if self.clamp is not None:
-            object.__setattr__(self, "clamp", _floats("clamp", self.clamp, (2,)))
-            expect(self.clamp[0] <= self.clamp[1], f"clamp {self.clamp}, expected (low, high) with low <= high")
+        for name, value in solver_options(**{name: getattr(self, name) for name in SOLVER_OPTIONS}).items():
+            object.__setattr__(self, name, value)
         obstacle = self._obstacle() if self.optimizer == "exact" else None
         expect(obstacle is None, f"optimizer 'exact' needs a quadratic objective, but {obstacle}: take 'adam'")
         object.__setattr__(self, "init", _start(self.init, self.feature_shape, self.input_shape))
@@ -249,6 +234,58 @@ def channelwise(values: tuple[float, ...], shape: Shape) -> npt.NDArray[np.float
     return np.broadcast_to(np.asarray(values, np.float32), shape[:1]).reshape(-1, *[1] * (len(shape) - 1))
 
 
+def start_pixels(init: Any, shape: Shape) -> npt.NDArray[np.float64]:
+    """A start for images [C, H, W], as of `tensors`, but for NetworkError."""
+    try:
+        return tensors.start_pixels(init, shape)
+    except FeatureError as error:
+        raise NetworkError(str(error)) from None
+
+
+WHOLE = {"steps": 0, "patience": 1}  # the least of each
+BOUNDS = {
+    "lr": (0.0, 1e6),
+    "tv_weight": (0.0, tensors.MAX_FLOAT),
+    "tv_beta": (1.0, 10.0),
+    "tolerance": (0.0, tensors.MAX_FLOAT),
+    "eps": (0.0, 1.0),
+    "momentum": (0.0, 1.0),
+}
+CHOICES = {"optimizer": OPTIMIZERS, "keep": KEEP, "schedule": SCHEDULES}
+SOLVER_OPTIONS = (*WHOLE, *BOUNDS, *CHOICES, "betas", "clamp")
+
+
+def solver_options(**options: Any) -> dict[str, Any]:
+    """rMLE's `SOLVER_OPTIONS` in plain types.
+
+    Raises:
+        NetworkError: one of a wrong type or out of range.
+    """
+    found: dict[str, Any] = {}
+    for name, least in WHOLE.items():
+        value = options[name]
+        fits = tensors.is_whole(value) and least <= value <= MAX_ITERATIONS
+        expect(fits, f"{name} {value!r:.80}, expected an integer from {least} to {MAX_ITERATIONS:g}")
+        found[name] = int(value)
+    for name, (low, high) in BOUNDS.items():
+        value = options[name]
+        fits = tensors.is_number(value) and bool(low <= value <= high)  # false for NaN
+        expect(fits, f"{name} {value!r:.80}, expected a number from {low:g} to {high:g}")
+        found[name] = float(value)
+    for name, choices in CHOICES.items():
+        value = options[name]
+        known = isinstance(value, str) and value in choices
+        expect(known, f"{name} {value!r:.80}, expected one of {', '.join(choices)}")
+        found[name] = value
+    betas = found["betas"] = tensors.floats(options["betas"])
+    fits = len(betas) == 2 and all(0 <= b < 1 for b in betas)
+    expect(fits, f"betas {options['betas']!r:.80}, expected two numbers in [0, 1)")
+    clamp = found["clamp"] = None if options["clamp"] is None else tensors.floats(options["clamp"])
+    fits = clamp is None or (len(clamp) == 2 and clamp[0] <= clamp[1])
+    expect(fits, f"clamp {options['clamp']!r:.80}, expected None or two numbers (low, high) with low <= high")
+    return found
+
+
 def _freeze_common(inverter: Any) -> None:
     network = getattr(inverter, inverter.network_field)
     expect(
@@ -258,9 +295,9 @@ def _freeze_common(inverter: Any) -> None:
     )
     shape = inverter.image_shape
     expect(len(shape) == 3, f"images of shape {list(shape)}, expected [C, H, W]")
-    for name in ("mean", "std"):
-        object.__setattr__(inverter, name, _floats(name, getattr(inverter, name), (1, shape[0])))
-    expect(bool((np.float32(inverter.std) > 0).all()), f"std {inverter.std!r:.80}, expected numbers above 0")
+    numbers = tensors.normalisation(inverter.mean, inverter.std, shape[0], NetworkError)
+    for name, values in zip(("mean", "std"), numbers, strict=True):
+        object.__setattr__(inverter, name, values)
     object.__setattr__(inverter, "provenance", _provenance(inverter.provenance))
 
 
@@ -296,44 +333,10 @@ def _start(value: Any, features: Shape, shape: Shape) -> float | npt.NDArray[np.
         fits = (value.feature_shape, value.image_shape) == (features, shape)
         expect(fits, f"init takes features {found}, expected {list(features)} to {list(shape)}")
         return value
-    if isinstance(value, (int, float, np.integer, np.floating)):
-        return _floats("init", value, (1,))[0]
-    try:
-        with np.errstate(over="ignore"):
-            start: npt.NDArray[np.float32] = np.array(value, dtype=np.float32, order="C")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise NetworkError(
-            f"init: {error}; expected a number, an array {list(shape)} of pixels or an InverseNetwork"
-        ) from None
-    expect(
-        start.shape == shape,
-        f"init has shape {list(start.shape)}, expected a number or an array {list(shape)}",
-    )
-    expect(bool(np.isfinite(start).all()), "init holds NaN or Inf; expected pixels")
+    with np.errstate(over="ignore"):
+        start = start_pixels(value, shape).astype(np.float32, order="C")
+    expect(bool(np.isfinite(start).all()), "init holds NaN or Inf (as float32); expected pixels")
+    if tensors.is_number(value):
+        return float(value)
     start.setflags(write=False)
     return start
-
-
-def _floats(name: str, value: Any, lengths: tuple[int, ...]) -> tuple[float, ...]:
-    """`value` as a tuple of numbers that float32 can hold."""
-    try:
-        entries = tuple(value) if np.ndim(value) else (value,)
-        numbers = () if any(isinstance(v, (str, bool)) for v in entries) else tuple(map(float, entries))
-    except (TypeError, ValueError, OverflowError):
-        numbers = ()
-    wanted = " or ".join(map(str, sorted(set(lengths))))
-    expect(
-        len(numbers) in lengths and all(abs(n) <= MAX_FLOAT for n in numbers),
-        f"{name} {value!r:.80}, expected {wanted} finite number(s)",
-    )
-    return numbers
-
-
-def _freeze_number(inverter: Any, name: str, low: float, high: float, *, integer: bool = False) -> None:
-    value = getattr(inverter, name)
-    types = (int, np.integer) if integer else (int, float, np.integer, np.floating)
-    expect(
-        isinstance(value, types) and not isinstance(value, bool) and bool(low <= value <= high),  # false for NaN
-        f"{name} {value!r:.80}, expected {'an integer' if integer else 'a number'} from {low:g} to {high:g}",
-    )
-    object.__setattr__(inverter, name, int(value) if integer else float(value))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import fx, nn
 
@@ -50,9 +51,7 @@ class Split:
             raise SplitError(f"Split: a {type(model).__name__}, expected a torch.nn.Module")
         _expect_layer(model, at)
         self.at = at
-        self.mean, self.std = _numbers("mean", mean), _numbers("std", std)
-        if min(self.std) <= 0:
-            raise SplitError(f"Split: std {self.std}, expected numbers above 0")
+        self.mean, self.std = tensors.normalisation(mean, std, error=SplitError)
         own = copy.deepcopy(model).eval()
         if example is None:
             traced = _trace(own, at)
@@ -77,7 +76,8 @@ class Split:
         data, dtype, is_torch = tensors.as_numpy(images, "images")
         if data.ndim != 4 or dtype not in ("float32", "float64"):
             raise FeatureError(
-                f"images of shape {list(data.shape)} and dtype {dtype}, expected float pixels [N, C, H, W] in [0, 1]"
+                f"images of shape {list(data.shape)} and dtype {dtype}, expected float32 or float64 pixels "
+                "[N, C, H, W] in [0, 1]"
             )
         parts = [self._ask(data[start:stop]) for start, stop in tensors.chunks(len(data), BATCH)]
         result = torch.cat(parts) if parts else self._ask(np.zeros((1, *data.shape[1:])))[:0]
@@ -90,9 +90,9 @@ class Split:
     def __repr__(self) -> str:
         return f"Split(at={self.at!r}, mean={self.mean}, std={self.std})"
 
-    def _ask(self, pixels: Any) -> torch.Tensor:
+    def _ask(self, pixels: npt.NDArray[Any]) -> torch.Tensor:
         """Features of a few images."""
-        x = torch.tensor(pixels, dtype=torch.float32)
+        x = torch.tensor(tensors.as_float32(pixels))
         if not bool(x.isfinite().all()):
             raise FeatureError("images hold NaN or Inf; drop or mend them")
         z = normalise(x, self.mean, self.std)
@@ -114,12 +114,8 @@ def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float])
         FeatureError: as many entries of mean or std as would not fit the channels; they are no finite numbers, or a
             std is not above 0.
     """
-    shift, scale = (torch.from_numpy(v).to(pixels.dtype) for v in tensors.normalisation(mean, std))
-    channels = pixels.shape[1]
-    if not {len(shift), len(scale)} <= {1, channels}:
-        raise FeatureError(
-            f"images of {channels} channels, but {len(shift)} means and {len(scale)} stds; expected one or {channels}"
-        )
+    numbers = tensors.normalisation(mean, std, pixels.shape[1])
+    shift, scale = (torch.tensor(v, dtype=pixels.dtype).reshape(-1, 1, 1) for v in numbers)
     return (pixels - shift) / scale
 
 
@@ -131,16 +127,6 @@ def _expect_layer(model: nn.Module, at: str) -> None:
     close = [folded[c] for c in difflib.get_close_matches(str(at).casefold(), folded, n=3)]
     hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(names[:20]) or 'none'}"
     raise SplitError(f"Split: the model has no layer {at!r:.60}; {hint}")
-
-
-def _numbers(name: str, values: Any) -> tuple[float, ...]:
-    try:
-        numbers = np.atleast_1d(np.asarray(values, np.float64))
-    except (TypeError, ValueError):
-        numbers = np.empty(0)
-    if numbers.ndim != 1 or not len(numbers) or not np.isfinite(numbers).all():
-        raise SplitError(f"Split: {name} {values!r:.80}, expected finite numbers, one for all channels or one for each")
-    return tuple(numbers.tolist())
 
 
 # ---- tracing -------------------------------------------------------------------------------------------------------

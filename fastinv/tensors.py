@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastinv.errors import FeatureError
+from fastinv.errors import FastinvError, FeatureError
 from fastinv.ops.base import Shape
 
 if TYPE_CHECKING:
@@ -23,11 +23,17 @@ Array = npt.NDArray[np.float32]
 FLOAT32 = np.dtype(np.float32)
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 QUANTISED = ("uint8", "int8")
+MAX_FLOAT = float(np.finfo(np.float32).max)
 
 
 def is_whole(value: Any) -> bool:
     """Whether it is a whole number, Python's or numpy's."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number, Python's or numpy's."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def is_shape(value: Any, *ranks: int) -> bool:
@@ -40,22 +46,63 @@ def finite(values: Array) -> bool:
     return bool(np.isfinite(values).all())
 
 
-def normalisation(mean: Any, std: Any) -> tuple[Array, Array]:
-    """A mean and a std, one number or one a channel, each [entries, 1, 1].
+def floats(value: Any) -> tuple[float, ...]:
+    """A number, or a sequence, array or tensor of them, that float32 can hold; empty where it is anything else."""
+    given = value.tolist() if hasattr(value, "tolist") else value
+    entries = [e.tolist() if hasattr(e, "tolist") else e for e in (given if isinstance(given, Sequence) else [given])]
+    return tuple(map(float, entries)) if all(is_number(e) and abs(e) <= MAX_FLOAT for e in entries) else ()
+
+
+def normalisation(
+    mean: Any, std: Any, channels: int | None = None, error: type[FastinvError] = FeatureError
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """A mean and a std, each one number for all channels or one for each.
+
+    Args:
+        channels: of the images; None where they are not known yet.
+        error: what to raise where they are no finite numbers, as many as do not fit the channels, or a std is not
+            above 0.
+    """
+    means, stds = floats(mean), floats(std)
+    for name, value, numbers in (("mean", mean, means), ("std", std, stds)):
+        fits = len(numbers) in (1, channels) if channels is not None else numbers
+        if not fits or (name == "std" and not (np.asarray(numbers, np.float32) > 0).all()):
+            wanted = "one finite number for all channels, or one for each"
+            if channels is not None:
+                wanted = f"{' or '.join(map(str, sorted({1, channels})))} finite number(s)"
+            raise error(f"{name} {value!r:.80}, expected {wanted}{', above 0' if name == 'std' else ''}")
+    return means, stds
+
+
+def start_pixels(init: Any, *shapes: Shape) -> npt.NDArray[np.float64]:
+    """rMLE's start in pixels: a number, for an image of the first of these shapes, or an array of one of them.
 
     Raises:
-        FeatureError: they are no finite numbers, or a std is not above 0.
+        FeatureError: it is neither.
     """
-    found: list[Array] = []
-    for name, value in (("mean", mean), ("std", std)):
-        try:
-            numbers = np.asarray(value, np.float32).reshape(-1, 1, 1)
-        except (TypeError, ValueError):
-            numbers = np.full((1, 1, 1), np.nan, np.float32)
-        if not np.isfinite(numbers).all() or (name == "std" and not (numbers > 0).all()):
-            raise FeatureError(f"{name} {value!r:.80}, expected finite numbers{' above 0' if name == 'std' else ''}")
-        found.append(numbers)
-    return found[0], found[1]
+    if is_number(init):
+        return np.full(shapes[0], init if abs(init) <= MAX_FLOAT else np.nan, np.float64)
+    data, dtype, _ = as_numpy(init, "init", also="a number, ")
+    if dtype not in ("float32", "float64") or data.shape not in shapes:
+        raise FeatureError(
+            f"init of shape {list(data.shape)} and dtype {dtype}, expected a number or float32 pixels "
+            f"{' or '.join(str(list(shape)) for shape in shapes)}"
+        )
+    return data.astype(np.float64)
+
+
+def as_float32(data: npt.NDArray[Any], dtype: str = "") -> Array:
+    """What `as_numpy` gives of any real type as C-contiguous float32: the same memory where it is that already.
+
+    What overflows becomes Inf.
+
+    Args:
+        dtype: "bfloat16" where the data are the bits of these.
+    """
+    with np.errstate(over="ignore"):
+        if dtype == "bfloat16":
+            return (data.astype(np.uint32, order="C") << 16).view(np.float32)
+        return np.require(data, np.float32, ["C", "A"])
 
 
 # Not frozen, with slots, and looked at once: on a small network these microseconds are a good part of a call.
@@ -106,12 +153,9 @@ class Source:
         return values
 
     def _converted(self, rows: npt.NDArray[Any]) -> Array:
-        with np.errstate(over="ignore"):  # what overflows is found as Inf
-            if self.dtype == "bfloat16":
-                values: Array = (rows.astype(np.uint32, order="C") << 16).view(np.float32)
-            else:
-                values = np.require(rows, np.float32, ["C", "A"])
-            if self.scale is not None and self.zero_point is not None:
+        values = as_float32(rows, self.dtype)
+        if self.scale is not None and self.zero_point is not None:
+            with np.errstate(over="ignore"):  # what overflows is found as Inf
                 values = (values - self.zero_point) * self.scale
         return values
 
@@ -185,8 +229,14 @@ def _as_it_is(x: torch.Tensor) -> bool:
     )
 
 
-def as_numpy(x: Any, what: str) -> tuple[npt.NDArray[Any], str, bool]:
+def as_numpy(x: Any, what: str, also: str = "") -> tuple[npt.NDArray[Any], str, bool]:
     """`x` as an array of the same memory (bfloat16 as uint16), its dtype's name, and whether it is a torch tensor.
+
+    Where a tensor stands for the negative or the conjugate of its memory, it is an array of its own.
+
+    Args:
+        what: the name of `x` in errors.
+        also: what else could have been given, in errors.
 
     Raises:
         FeatureError: neither a numpy array nor a dense torch tensor on the CPU.
@@ -210,7 +260,7 @@ def as_numpy(x: Any, what: str) -> tuple[npt.NDArray[Any], str, bool]:
     if isinstance(x, np.ndarray):
         dtype = x.dtype.name
         return np.asarray(x.view(np.uint16) if dtype == "bfloat16" else x), dtype, False
-    raise FeatureError(f"{what}: a {type(x).__name__}, expected a numpy array or a torch tensor")
+    raise FeatureError(f"{what}: a {type(x).__name__}, expected {also}a numpy array or a torch tensor")
 
 
 def allocate(shape: Shape, dtype: str, torch: bool) -> tuple[Any, npt.NDArray[Any]]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-import secrets
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,10 +20,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastinv import tensors
 from fastinv.backends.torch import torch_threads
 from fastinv.errors import FastinvError, TrainingError
+from fastinv.places import beside, try_beside
 from fastinv.split import normalise
-from fastinv.tensors import chunks
+from fastinv.tensors import chunks, is_number, is_whole
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -58,16 +60,17 @@ class Schedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (type(self.epochs) is int and self.epochs >= 0):
-            raise TrainingError(f"epochs {self.epochs!r}, expected an integer >= 0")
-        if not (type(self.batch_size) is int and self.batch_size >= 1):
-            raise TrainingError(f"batch_size {self.batch_size!r}, expected an integer >= 1")
-        if not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr) and self.lr > 0):
-            raise TrainingError(f"lr {self.lr!r}, expected a number above 0")
-        if self.optimizer not in OPTIMIZERS:
+        for name, least in (("epochs", 0), ("batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not (is_whole(value) and value >= least) or (name == "seed" and value >= 2**32):
+                most = " and below 2**32" if name == "seed" else ""
+                raise TrainingError(f"{name} {value!r:.40}, expected an integer >= {least}{most}")
+            object.__setattr__(self, name, int(value))  # numpy's are no JSON, of which a checkpoint's identity is made
+        if not (is_number(self.lr) and 0 < self.lr < math.inf):
+            raise TrainingError(f"lr {self.lr!r:.40}, expected a number above 0")
+        object.__setattr__(self, "lr", float(self.lr))
+        if not isinstance(self.optimizer, str) or self.optimizer not in OPTIMIZERS:
             raise TrainingError(f"optimizer {self.optimizer!r:.40}, expected one of {', '.join(OPTIMIZERS)}")
-        if not (type(self.seed) is int and 0 <= self.seed < 2**32):
-            raise TrainingError(f"seed {self.seed!r}, expected an integer from 0 to 2**32 - 1")
 
 
 def fit(
@@ -91,8 +94,8 @@ def fit(
         data: what the samples are made of; a checkpoint of other data is refused.
 
     Raises:
-        TrainingError: no samples, shapes that do not go together, a loss that is no number, NaN or Inf, or a
-            checkpoint of another run.
+        TrainingError: no samples, shapes that do not go together, a loss that is no number, NaN or Inf or has no
+            gradient, a checkpoint of another run, or one that cannot be written.
     """
     if count == 0:
         raise TrainingError("no samples to train on; pass at least one image")
@@ -103,6 +106,7 @@ def fit(
     first = 0
     identity = ""
     if checkpoint is not None:
+        _expect_place(checkpoint)
         identity = _identity(module, schedule, count, data)
         first = _resume(Path(checkpoint), identity, module, optimizer)
     with _bar(total, first * batches, progress) as bar:
@@ -130,20 +134,31 @@ def fit(
 
 def _step(optimizer: torch.optim.Optimizer, loss: BatchLoss, indices: torch.Tensor, epoch: int) -> float:
     optimizer.zero_grad()
-    try:
+    with _told("a batch cannot be computed"):
         value = loss(indices)
-    except FastinvError:
-        raise
-    except RuntimeError as error:
-        raise TrainingError(f"a batch cannot be computed ({error!s:.300}); do the modules and the data fit?") from error
-    if not isinstance(value, torch.Tensor) or value.ndim:
-        raise TrainingError(f"the loss is {value!r:.80}, expected a tensor of one number, such as a mean")
+    if not isinstance(value, torch.Tensor) or value.ndim or not value.requires_grad:
+        raise TrainingError(
+            f"the loss is {value!r:.80}, expected a tensor of one number with a gradient, such as a mean of what the "
+            "module gives"
+        )
     found = float(value.detach())
     if not math.isfinite(found):
         raise TrainingError(f"training diverged: the loss became {found} in epoch {epoch + 1}; lower lr")
-    value.backward()  # type: ignore[no-untyped-call]
+    with _told("a batch has no gradient"):
+        value.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return found
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """What torch makes of modules and data that do not fit, as a TrainingError."""
+    try:
+        yield
+    except FastinvError:
+        raise
+    except RuntimeError as error:
+        raise TrainingError(f"{what} ({error!s:.300}); do the modules and the data fit?") from error
 
 
 def train_target(
@@ -160,8 +175,24 @@ def train_target(
     progress: bool = False,
     checkpoint: str | Path | None = None,
 ) -> nn.Module:
-    """Train a classifier on pixels [N, C, H, W] and labels [N] with cross-entropy (paper: Adam, lr 1e-3)."""
-    z, classes = normalised(images, mean, std), class_indices(labels, len(images))
+    """Train a classifier in place with cross-entropy (paper: Adam, lr 1e-3).
+
+    Args:
+        model: normalised images [N, C, H, W] to logits [N, K].
+        images, labels: pixels [N, C, H, W] and class indices [N].
+        mean, std: the model's normalisation.
+        epochs, batch_size, lr, seed, progress, checkpoint: as of `fastinv.train_inverse_network`.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        TrainingError: arguments that do not go together, divergence, or a checkpoint of another run or place.
+        FeatureError: images that are no array or tensor, or a normalisation that does not fit them.
+    """
+    z = normalised(images, mean, std)
+    classes = class_indices(labels, len(z))
+    model = trainable("model", model)
 
     def loss(indices: torch.Tensor) -> torch.Tensor:
         return cross_entropy(model(z[indices]), classes[indices])
@@ -180,13 +211,30 @@ def accuracy(
     std: Sequence[float] = (1.0,),
     progress: bool = False,
 ) -> float:
-    """The fraction of pixels [N, C, H, W] that `model` puts into their class."""
-    z, classes = normalised(images, mean, std), class_indices(labels, len(images))
+    """The fraction of images that `model` puts into their class; 0 of none.
+
+    Args:
+        model: normalised images [N, C, H, W] to logits [N, K]; it is copied, and asked in eval mode.
+        images, labels: pixels [N, C, H, W] and class indices [N].
+        mean, std: the model's normalisation.
+        progress: whether to show a progress bar.
+
+    Raises:
+        TrainingError: no module, or one that does not take the images or gives no logits for the labels.
+        FeatureError: images that are no array or tensor, or a normalisation that does not fit them.
+    """
+    z = normalised(images, mean, std)
+    classes = class_indices(labels, len(z))
+    if not isinstance(model, nn.Module):
+        raise TrainingError(f"model: {type(model).__name__}, expected a torch.nn.Module")
     model = copy.deepcopy(model).eval()
     right, batch = 0, 500
     with torch.no_grad(), _bar(-(-len(z) // batch), 0, "accuracy" if progress else False) as bar:
         for start, stop in chunks(len(z), batch):
-            right += int((model(z[start:stop]).argmax(1) == classes[start:stop]).sum())
+            with _told("the model cannot be asked"):
+                logits = model(z[start:stop])
+            _expect_logits(logits, classes[start:stop])
+            right += int((logits.argmax(1) == classes[start:stop]).sum())
             if bar is not None:
                 bar.update()
     return right / max(1, len(z))
@@ -198,12 +246,17 @@ def cross_entropy(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
     Raises:
         TrainingError: logits of another shape, or classes they have no entry for.
     """
-    if logits.ndim != 2 or len(logits) != len(classes) or int(classes.max()) >= logits.shape[1]:
-        raise TrainingError(
-            f"logits {list(logits.shape)} for {len(classes)} labels up to {int(classes.max())}, expected "
-            f"[{len(classes)}, K] with K > {int(classes.max())}"
-        )
+    _expect_logits(logits, classes)
     return nn.functional.cross_entropy(logits, classes)
+
+
+def _expect_logits(logits: Any, classes: torch.Tensor) -> None:
+    shape = list(logits.shape) if isinstance(logits, torch.Tensor) else f"of type {type(logits).__name__}"
+    count, highest = len(classes), int(classes.max())
+    if not isinstance(shape, list) or len(shape) != 2 or shape[0] != count or highest >= shape[1]:
+        raise TrainingError(
+            f"logits {shape} for {count} labels up to {highest}, expected [{count}, K] with K > {highest}"
+        )
 
 
 def trainable(what: str, given: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -223,14 +276,15 @@ def normalised(images: Any, mean: Sequence[float], std: Sequence[float]) -> torc
 
     Raises:
         TrainingError: not a batch of finite float images.
+        FeatureError: no array or tensor on the CPU, or a normalisation that does not fit.
     """
-    pixels = torch.as_tensor(images).detach() if isinstance(images, (np.ndarray, torch.Tensor)) else None
-    if pixels is None or pixels.ndim != 4 or not pixels.is_floating_point():
-        found = type(images).__name__ if pixels is None else f"{list(pixels.shape)} {pixels.dtype}"
-        raise TrainingError(f"images: {found}, expected float pixels [N, C, H, W]")
-    if not bool(pixels.isfinite().all()):
+    data, dtype, _ = tensors.as_numpy(images, "images")
+    if data.ndim != 4 or dtype not in tensors.FLOATS:
+        raise TrainingError(f"images: {list(data.shape)} {dtype}, expected float pixels [N, C, H, W]")
+    pixels = tensors.as_float32(data, dtype)
+    if not tensors.finite(pixels):
         raise TrainingError("images hold NaN or Inf; drop or mend them")
-    return normalise(pixels.float(), mean, std)
+    return normalise(torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()), mean, std)
 
 
 def class_indices(labels: Any, count: int) -> torch.Tensor:
@@ -239,15 +293,17 @@ def class_indices(labels: Any, count: int) -> torch.Tensor:
     Raises:
         TrainingError: another number of labels, or no whole numbers >= 0.
     """
-    found = np.asarray(labels)
-    if found.dtype.kind not in "iuf":
-        raise TrainingError(f"labels of dtype {found.dtype}, expected {count} whole numbers >= 0")
-    classes = torch.as_tensor(found)
-    if classes.shape != (count,) or classes.is_floating_point() or (count and int(classes.min()) < 0):
+    try:
+        found = np.asarray(labels)
+    except (TypeError, ValueError, RuntimeError) as error:  # lists of several lengths, tensors on a GPU
+        raise TrainingError(f"labels: {error!s:.120}; expected {count} whole numbers >= 0") from None
+    whole = found.dtype.kind in "iu" and found.shape == (count,)
+    classes = found.astype(np.int64) if whole else np.array([-1])  # of uint64 too large ones become negative
+    if (classes < 0).any():
         raise TrainingError(
-            f"labels of shape {list(classes.shape)} and dtype {classes.dtype}, expected {count} whole numbers >= 0"
+            f"labels of shape {list(found.shape)} and dtype {found.dtype}, expected {count} whole numbers >= 0"
         )
-    return classes.long()
+    return torch.from_numpy(classes)
 
 
 @contextmanager
@@ -264,18 +320,23 @@ def save_tensors(state: Mapping[str, Any], path: str | Path) -> None:
     Raises:
         TrainingError: the place cannot be written to.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with beside(path) as temporary, open(temporary, "xb") as file:
             torch.save(dict(state), file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
     except OSError as error:
-        raise TrainingError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise TrainingError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+
+
+def _expect_place(path: str | Path) -> None:
+    """Raise TrainingError where no file can be written to `path`."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TrainingError(f"checkpoint: a {type(path).__name__}, expected the path of a file")
+    try:
+        try_beside(path)
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 
 
 def load_tensors(path: str | Path) -> Any:
@@ -285,9 +346,15 @@ def load_tensors(path: str | Path) -> Any:
         TrainingError: the file is missing or damaged.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types
-        raise TrainingError(f"{path}: cannot be read ({error!s:.120}); delete it or name another file") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it refuses it warns, too
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read ({error.strerror or error}); name another file") from None
+    except Exception as error:  # it has no common base; of more than tensors it says how to run what is in the file
+        raise TrainingError(
+            f"{path}: cannot be read: cut off, or no file of tensors, as training writes them; name another file"
+        ) from error
 
 
 def _identity(module: nn.Module, schedule: Schedule, count: int, data: Sequence[torch.Tensor]) -> str:

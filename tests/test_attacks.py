@@ -12,7 +12,16 @@ from fastinv.attacks.inverse_network import Features
 from fastinv.backends.torch import torch_threads
 from fastinv.errors import FeatureError, TrainingError
 from fastinv.models import lenet5
-from fastinv.training import Schedule, accuracy, fit, train_target
+from fastinv.training import (
+    Schedule,
+    accuracy,
+    class_indices,
+    fit,
+    load_tensors,
+    normalised,
+    save_tensors,
+    train_target,
+)
 
 NORM = {"mean": (0.5,), "std": (0.5,)}
 IMAGES = np.random.default_rng(0).random((24, 1, 28, 28)).astype(np.float32)
@@ -113,17 +122,27 @@ def test_divergence_is_an_error(split: fastinv.Split) -> None:
     [
         ({"epochs": -1}, "epochs -1"),
         ({"epochs": 1.5}, "epochs 1.5"),
+        ({"epochs": True}, "epochs True"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"lr": 0.0}, "lr 0.0"),
         ({"lr": float("nan")}, "lr nan"),
         ({"optimizer": "rmsprop"}, "optimizer 'rmsprop'"),
         ({"seed": 1.0}, "seed 1.0"),
         ({"seed": -1}, "seed -1"),
+        ({"seed": 2**32}, "seed 4294967296, expected an integer >= 0 and below"),
+        ({"optimizer": ["adam"]}, "optimizer"),
     ],
 )
 def test_wrong_schedules(changes: dict, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         Schedule(**{"epochs": 1, "batch_size": 1, "lr": 0.1, **changes})
+
+
+def test_numpy_s_numbers_make_a_schedule(tmp_path) -> None:
+    schedule = Schedule(np.int64(1), np.int32(2), np.float32(0.5), seed=np.uint8(3))
+    assert schedule == Schedule(1, 2, 0.5, seed=3)
+    module = nn.Linear(2, 1)
+    fit(module, lambda i: module(torch.zeros(len(i), 2)).mean(), 3, schedule, checkpoint=tmp_path / "run.pt")
 
 
 def test_losses_that_cannot_be_descended() -> None:
@@ -132,11 +151,35 @@ def test_losses_that_cannot_be_descended() -> None:
         fit(module, lambda i: module(torch.zeros(len(i), 2)), 3, Schedule(1, 2, 0.1))
     with pytest.raises(TrainingError, match="a batch cannot be computed"):
         fit(module, lambda i: module(torch.zeros(len(i), 5)).mean(), 3, Schedule(1, 2, 0.1))
+    with pytest.raises(TrainingError, match="with a gradient"):
+        fit(module, lambda i: module(torch.zeros(len(i), 2)).mean().detach(), 3, Schedule(1, 2, 0.1))
+    once = module(torch.zeros(2)).sum()
+    with pytest.raises(TrainingError, match="a batch has no gradient"):  # twice through what is freed
+        fit(module, lambda i: once * once, 3, Schedule(1, 2, 0.1))
 
 
-def test_a_checkpoint_that_cannot_be_written(split: fastinv.Split, tmp_path) -> None:
-    with pytest.raises(TrainingError, match="cannot be written"):
-        fastinv.train_inverse_network(split, IMAGES, epochs=1, checkpoint=tmp_path / "none" / "run.pt")
+@pytest.mark.parametrize(("place", "message"), [("none/run.pt", "cannot be written"), (5, "checkpoint: a int")])
+def test_a_checkpoint_that_cannot_be_written_is_told_before_training(tmp_path, place, message: str) -> None:
+    module = nn.Linear(2, 1)
+    checkpoint = tmp_path / place if isinstance(place, str) else place
+    with pytest.raises(TrainingError, match=message):
+        fit(module, lambda i: pytest.fail("it trains"), 3, Schedule(1, 1, 0.1), checkpoint=checkpoint)
+
+
+def test_a_link_to_a_checkpoint_stays_one(tmp_path) -> None:
+    link = tmp_path / "link.pt"
+    link.symlink_to(tmp_path / "run.pt")
+    save_tensors({"x": torch.ones(2)}, link)
+    assert link.is_symlink()
+    assert load_tensors(tmp_path / "run.pt")["x"].sum() == 2
+
+
+def test_a_file_that_is_no_checkpoint_is_told_in_our_own_words(tmp_path) -> None:
+    torch.save(nn.Linear(2, 1), tmp_path / "module.pt")
+    with pytest.raises(TrainingError, match=r"module\.pt: cannot be read: cut off, or no file of tensors.*[^.]$"):
+        load_tensors(tmp_path / "module.pt")
+    with pytest.raises(TrainingError, match=r"\(No such file or directory\); name another file"):
+        load_tensors(tmp_path / "none.pt")
 
 
 def test_progress_is_shown_where_asked_for(split: fastinv.Split, capfd) -> None:
@@ -289,6 +332,9 @@ def test_a_shadow_fits_queried_features(split: fastinv.Split) -> None:
         ({"labels": LABELS[:3]}, "expected 24 whole numbers"),
         ({"labels": LABELS.astype(float)}, "whole numbers"),
         ({"labels": LABELS - 1}, "whole numbers"),
+        ({"labels": [[1, 2], [3]]}, "labels: .* whole numbers"),
+        ({"labels": (LABELS - 1).astype(np.uint64)}, "whole numbers"),
+        ({"seed": "x"}, "seed 'x'"),
         ({"loss": "hinge"}, "loss 'hinge'"),
         ({"labels": LABELS + 1}, "labels up to 10"),
         ({"architecture": nn.ReLU()}, "that can be trained"),
@@ -301,6 +347,15 @@ def test_wrong_shadows(split: fastinv.Split, options: dict, message: str) -> Non
     arguments = {"cloud": split.cloud, "images": IMAGES, "labels": LABELS, "architecture": edge, **options}
     with pytest.raises(TrainingError, match=message):
         fastinv.train_shadow(epochs=1, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["<", ">"])
+def test_training_data_of_any_byte_order_and_layout(kind: str) -> None:
+    expected = normalised(IMAGES, **NORM)
+    for images in (IMAGES.astype(f"{kind}f4"), IMAGES.astype(f"{kind}f8"), IMAGES[:, :, :, ::-1].copy()[:, :, :, ::-1]):
+        assert torch.equal(normalised(images, **NORM), expected)
+    for dtype in ("i4", "u8"):
+        assert torch.equal(class_indices(LABELS.astype(kind + dtype), 24), torch.arange(24) % 10)
 
 
 def test_shadows_repeat_and_resume_for_the_same_cloud_only(split: fastinv.Split, tmp_path) -> None:
@@ -330,6 +385,20 @@ def test_a_target_learns() -> None:
     assert accuracy(model, images, labels, **NORM) > 0.98
     with pytest.raises(TrainingError, match="labels up to 2"):
         train_target(model, images, labels + 1, epochs=1, **NORM)
+
+
+@pytest.mark.parametrize("use", [train_target, accuracy])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (None, "model: NoneType, expected"),
+        (nn.Conv2d(3, 2, 1), "expected input.*; do the modules and the data fit"),
+        (nn.Conv2d(1, 2, 1), r"logits \[24, 2, 28, 28\] for 24 labels"),
+    ],
+)
+def test_wrong_classifiers(use, model, message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        use(model, IMAGES, LABELS)
 
 
 def test_accuracy_is_that_of_eval_mode() -> None:

@@ -436,7 +436,8 @@ def test_train(
 ) -> None:
     out = tmp_path / "out.finv"
     common = ["--data", digits, "--attack", attack, "--target-epochs", 1, "--seed", 3, "--score", 4, "-o", out]
-    common += ["--rmle-steps", 2] + ([] if attack == "rmle" else ["--epochs", 1])
+    common += [] if attack == "inverse_network" else ["--rmle-steps", 2]
+    common += [] if attack == "rmle" else ["--epochs", 1]
     assert run("train", *common, *options) == 0
     inverter = fastinv.load(out)
     assert (inverter.kind, inverter.feature_shape, inverter.image_shape) == (kind, (16, 8, 8), (1, 28, 28))
@@ -489,7 +490,18 @@ def test_train_refuses_before_it_trains(digits: Path, tmp_path: Path, capsys: py
     fails(capsys, "lr 0.0", *common, "--lr", "0")
     fails(capsys, "tv_beta 0.5", *common, "--attack", "rmle", "--rmle-tv-beta", "0.5")
     fails(capsys, "optimizer 'exact'", *common, "--attack", "rmle", "--rmle-optimizer", "exact", "--split", "ReLU2")
+    for attack, option, value in (
+        ("inverse_network", "--rmle-steps", 3),
+        ("inverse_network", "--architecture", "same"),
+        ("rmle", "--kind", "residual"),
+        ("rmle", "--images", 9),
+        ("shadow", "--width", 3),
+    ):
+        fails(capsys, f"{option} is of --attack", *common, "--attack", attack, option, value)
+    new = tmp_path / "new"
+    fails(capsys, "the file of the target, too", *common[:3], "--target", new, "-o", tmp_path / "." / ".." / new)
     assert not target.exists()
+    assert not new.exists()
     kept = _file(target).read_bytes()
     fails(capsys, "the file of the target, too", *common[:-1], target)
     assert target.read_bytes() == kept

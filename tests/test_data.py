@@ -260,6 +260,9 @@ def test_wrong_photographs() -> None:
         photographs(side=400)
     with pytest.raises(DataError, match="0 and 150 crops"):
         photographs(train=0)
+    for wrong in ({"side": "x"}, {"side": 8.0}, {"train": 1.5}):
+        with pytest.raises(DataError, match="crops"):
+            photographs(**wrong)
     with pytest.raises(DataError, match="seed -1"):
         photographs(-1)
     assert photographs(train=1, test=1, side=MAX_SIDE)[1].image_shape == (3, MAX_SIDE, MAX_SIDE)
@@ -281,13 +284,14 @@ def test_knowledge() -> None:
     assert abs(z.mean()) < 0.02
     assert abs(z.std() - 1) < 0.02
     assert len(fastinv.knowledge(data, "noise")) == len(a)
+    np.testing.assert_array_equal(fastinv.knowledge(data, "same", seed=np.int64(3)), data.pixels(a))
 
 
 @pytest.mark.parametrize(("kind", "n"), [("all", None), ("same", 6), ("same", -1), ("distribution", 1.5)])
 def test_wrong_knowledge(kind: str, n) -> None:
     with pytest.raises(DataError, match="knowledge"):
         fastinv.knowledge(dataset(), kind, n)
-    with pytest.raises(DataError, match="one a channel"):
+    with pytest.raises(DataError, match=r"mean .* expected 1 finite number"):
         fastinv.knowledge(dataset(), "noise", mean=(0.1, 0.2, 0.3))
     with pytest.raises(DataError, match=r"seed 1\.5"):
         fastinv.knowledge(dataset(), "same", seed=1.5)  # type: ignore[arg-type]

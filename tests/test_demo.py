@@ -11,8 +11,9 @@ from PIL import Image
 
 import fastinv
 from fastinv import benchmark, demo
+from fastinv.data import PHOTOGRAPHS
 from fastinv.errors import BackendError, DataError, FeatureError, FormatError, SplitError, TrainingError
-from fastinv.experiment import PHOTOGRAPHS, Experiment, Scores
+from fastinv.experiment import Experiment, Scores
 from fastinv.models import cifar_net
 from fastinv.picture import GAP, LINE, TILE, Row, picture
 

@@ -312,7 +312,8 @@ def test_wrong_scales(dtype: str, options: dict[str, Any], message: str) -> None
         ({"backend": "cuda:77"}, BackendError, "'cuda:77': .* can run this here: cpu, torch"),
         ({"backend": "cuda:x"}, BackendError, "'cuda:x' is unknown"),
         ({"backend": "tpu"}, BackendError, "'tpu' is unknown"),
-        ({"backend": 3}, BackendError, "3 is unknown"),
+        ({"backend": 3}, BackendError, "backend 3, expected a name"),
+        ({"backend": ["cpu"]}, BackendError, r"backend \['cpu'\], expected a name"),
         ({"precision": "int4"}, BackendError, "precision 'int4', expected one of auto, float32"),
         ({"precision": None}, BackendError, "precision None"),
         (

@@ -169,6 +169,8 @@ def broken() -> nn.Module:
         (nn.Conv2d(3, 3, 1).eval(), np.zeros((2, 3, 4, 4)), "ndarray, expected a float tensor"),
         (nn.Conv2d(3, 3, 1).eval(), torch.zeros(2, 3, 4, 4, dtype=torch.int64), "int64, expected a float tensor"),
         (nn.Conv2d(3, 3, 1).eval(), torch.randn(1, 3, 4, 4), "N >= 2"),
+        (nn.Conv2d(3, 3, 1).eval(), torch.full((2, 3, 4, 4), torch.nan), "the example holds NaN or Inf"),
+        (nn.Conv2d(3, 3, 1).eval(), torch.zeros(2, 3, 4, 4, device="meta"), "on meta, expected a dense one on cpu"),
         (nn.Conv2d(3, 3, 1), torch.randn(2, 3, 4, 4), r"training mode; call module.eval\(\)"),
         (broken(), torch.randn(2, 3, 4, 4), "bias holds NaN or Inf"),
         (Function(lambda x: x.reshape(1, -1)).eval(), torch.randn(2, 3, 4, 4), "reshapes the batch axis away"),

@@ -188,6 +188,7 @@ def readonly() -> np.ndarray:
         ([0.0], "float32", "out: a list"),
         (torch.zeros(2, *IMAGE, device="meta"), "float32", "out on device 'meta'"),
         (torch.zeros(2, *IMAGE).bfloat16(), "float32", "dtype bfloat16"),
+        (torch.zeros(2, *IMAGE, dtype=torch.complex64).conj().imag, "float32", "the negative of its memory"),
     ],
 )
 def test_wrong_out(out: Any, dtype: str, message: str) -> None:
@@ -379,6 +380,12 @@ def test_the_cache_is_bounded(compilations: list[Any]) -> None:
     assert len(compilations) == 9
     fastinv.invert(x, inverse_network(0))
     assert len(compilations) == 10
+
+
+@pytest.mark.parametrize("name", ["backend", "precision", "threads"])
+def test_lists_are_no_choice(name: str) -> None:
+    with pytest.raises(BackendError, match=rf"{name} \['cpu'\], expected"):
+        fastinv.invert(features(1), inverse_network(), **{name: ["cpu"]})
 
 
 def test_what_fails_is_not_kept(compilations: list[Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fastinv import RMLE, InverseNetwork, Network, NetworkError, Step
 from fastinv.inverters import channelwise
@@ -57,6 +58,10 @@ def test_arguments_become_plain_and_frozen() -> None:
         inverter.steps = 4  # type: ignore[misc]
     with pytest.raises(TypeError):
         inverter.provenance["a"] = 1  # type: ignore[index]
+
+
+def test_a_start_of_torch_is_taken() -> None:
+    assert rmle(init=torch.zeros(SHAPE)) == rmle(init=np.zeros(SHAPE, ">f8"))
 
 
 def test_equal_content_is_equal() -> None:
@@ -147,17 +152,21 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"schedule": "linear"}, "schedule 'linear', expected one of constant, cosine"),
     ({"keep": "first"}, "keep 'first', expected one of last, best"),
     ({"betas": (0.9, 1.0)}, "betas .* in"),
-    ({"betas": 0.9}, "betas 0.9, expected 2"),
+    ({"betas": 0.9}, "betas 0.9, expected two"),
     ({"clamp": (1, 0)}, "clamp .* low <= high"),
-    ({"clamp": 1}, "clamp 1, expected 2"),
-    ({"init": True}, "init True"),
-    ({"init": float("inf")}, "init inf"),
+    ({"clamp": 1}, "clamp 1, expected None or two"),
+    ({"init": True}, "init: a bool"),
+    ({"init": float("inf")}, "init holds NaN or Inf"),
+    ({"init": 10**400}, "init holds NaN or Inf"),
     ({"init": None}, "init"),
-    ({"init": "grey"}, "init: .* expected a number, an array"),
-    ({"init": np.zeros((4, 5))}, r"init has shape \[4, 5\], expected a number or an array \[3, 4, 5\]"),
+    ({"init": "grey"}, "init: a str, expected a number, a numpy array"),
+    ({"init": np.zeros((4, 5))}, r"init of shape \[4, 5\] .* expected a number or float32 pixels \[3, 4, 5\]"),
     ({"init": [[1, 2], [3]]}, "init: "),
     ({"init": np.full(SHAPE, np.nan)}, "init holds NaN or Inf"),
     ({"init": np.full(SHAPE, 1e300)}, "init holds NaN or Inf"),
+    ({"init": np.zeros(SHAPE, complex)}, "dtype complex128, expected"),
+    ({"init": np.full(SHAPE, "1")}, "dtype str32, expected"),
+    ({"init": np.ma.masked_array(np.zeros(SHAPE), True)}, "init: a masked array"),
     ({"init": InverseNetwork(Network((4, 4, 5), ()))}, r"init takes features .* expected"),
     ({"init": EDGE}, "init: "),
     ({"provenance": None}, "provenance is a NoneType"),

@@ -166,8 +166,16 @@ def test_rmle_of_nothing_and_without_steps() -> None:
         ({"tv_beta": 0.5}, NetworkError, r"tv_beta 0\.5"),
         ({"patience": 0}, NetworkError, "patience"),
         ({"start": torch.zeros(1, 4, 4)}, NetworkError, "the start does not fit"),
-        ({"init": np.zeros((1, 4, 4))}, NetworkError, "the start does not fit"),
-        ({"features": torch.zeros(1, 1, 4, 4)}, FeatureError, "but the edge gives"),
+        ({"init": np.zeros((1, 4, 4))}, NetworkError, r"init of shape \[1, 4, 4\]"),
+        ({"init": "x"}, NetworkError, "init: a str"),
+        ({"std": 0}, NetworkError, r"std 0, expected 1 finite number\(s\), above 0"),
+        ({"mean": "a"}, NetworkError, "mean 'a'"),
+        ({"clamp": (1, 0)}, NetworkError, r"clamp \(1, 0\)"),
+        ({"tv_weight": float("nan")}, NetworkError, "tv_weight nan"),
+        ({"lr": float("nan")}, NetworkError, "lr nan"),
+        ({"steps": 1.5}, NetworkError, r"steps 1\.5"),
+        ({"betas": (2, 2)}, NetworkError, r"betas \(2, 2\)"),
+        ({"input_shape": 9}, NetworkError, "input_shape 9"),
         ({"features": torch.full((1, 1, 3, 3), torch.nan)}, FeatureError, "NaN or Inf"),
         ({"features": np.zeros((1, 1, 3, 3))}, FeatureError, "expected a float tensor"),
     ],
@@ -176,6 +184,14 @@ def test_rmle_refuses_what_makes_no_sense(options: dict, error: type, message: s
     arguments = {"edge": nn.Identity(), "features": torch.zeros(1, 1, 3, 3), "input_shape": (1, 3, 3)}
     with pytest.raises(error, match=message):
         rmle(**(arguments | options))
+
+
+@pytest.mark.parametrize("features", [(2, 1, 1, 1), (2, 1, 4, 4), (2, 9)])
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs", "exact"])
+def test_rmle_refuses_features_of_another_shape(optimizer: str, features: tuple[int, ...]) -> None:
+    """Those, too, that would broadcast over what the edge gives."""
+    with pytest.raises(FeatureError, match=r"but the edge gives \[1, 3, 3\]"):
+        rmle(nn.Identity(), torch.zeros(features), (1, 3, 3), optimizer=optimizer, clamp=None)
 
 
 @pytest.mark.parametrize("clamp", [None, (0.0, 1.0)])

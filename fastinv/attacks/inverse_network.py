@@ -57,7 +57,10 @@ def train_inverse_network(
 
     Raises:
         TrainingError: arguments that do not go together, a query that gives no usable features, divergence, or a
-            checkpoint of another run.
+            checkpoint of another run or that cannot be written.
+        FeatureError: images or features that are no array or tensor on the CPU, a normalisation that does not fit the
+            images, features with NaN or Inf, or, from a `Split`, images that its model does not take.
+        NetworkError: a `kind`, `width` or `depth` that no decoder has.
     """
     if (pairs is None) == (query is None or images is None):
         raise TrainingError("train_inverse_network: pass a query and images, or pairs=(images, features), not both")

@@ -15,8 +15,9 @@ import torch
 
 from fastinv.backends.base import Report
 from fastinv.errors import FeatureError, NetworkError
-from fastinv.inverters import KEEP, METHODS, SCHEDULES
+from fastinv.inverters import METHODS, solver_options, start_pixels
 from fastinv.ops.base import Shape
+from fastinv.tensors import is_shape, normalisation
 
 # The paper's recipes by split point. λ and β are not fixed by it: β 2 is the published code's, λ was chosen on
 # training images.
@@ -97,34 +98,48 @@ def rmle(
         The normalised images z [N, C, H, W] and a report; its objective is that of the returned iterate.
 
     Raises:
-        NetworkError: options out of range, or a start of another shape.
+        NetworkError: options of a wrong type or out of range, or a start that does not fit.
         FeatureError: features that hold NaN or Inf, or are not what the edge gives.
     """
-    if optimizer not in METHODS or keep not in KEEP:
-        raise NetworkError(f"rmle: optimizer {optimizer!r}, keep {keep!r}; expected {METHODS} and {KEEP}")
-    if schedule not in SCHEDULES:
-        raise NetworkError(f"rmle: schedule {schedule!r}, expected one of {SCHEDULES}")
+    solver_options(
+        steps=steps,
+        lr=lr,
+        tv_weight=tv_weight,
+        tv_beta=tv_beta,
+        optimizer=optimizer,
+        clamp=clamp,
+        keep=keep,
+        tolerance=tolerance,
+        patience=patience,
+        betas=betas,
+        eps=eps,
+        momentum=momentum,
+        schedule=schedule,
+    )
+    if optimizer not in METHODS:
+        raise NetworkError(f"rmle: optimizer {optimizer!r}, expected one of {', '.join(METHODS)}")
+    if not is_shape(input_shape, 3):
+        raise NetworkError(f"rmle: input_shape {input_shape!r:.80}, expected (C, H, W)")
     if optimizer == "exact" and (clamp is not None or (tv_weight > 0 and tv_beta != 2)):
         raise NetworkError(f"rmle: clamp {clamp}, tv_beta {tv_beta}; 'exact' needs None and 2, and an affine edge")
-    if steps < 0 or min(lr, tv_weight, tolerance) < 0 or tv_beta < 1 or patience < 1:
-        raise NetworkError(
-            f"rmle: steps {steps}, lr {lr}, tv_weight {tv_weight}, tolerance {tolerance}, tv_beta {tv_beta}, patience "
-            f"{patience}; expected the first four >= 0, the others >= 1"
-        )
     if not isinstance(features, torch.Tensor) or features.ndim < 2 or not features.is_floating_point():
         raise FeatureError(f"rmle: features {features!r:.80}, expected a float tensor [N, ...]")
     if not bool(features.isfinite().all()):
         raise FeatureError("rmle: features hold NaN or Inf; drop or mend these images")
     count, dtype = len(features), features.dtype
-    means, stds = (torch.as_tensor(v, dtype=dtype).reshape(-1, 1, 1) for v in (mean, std))
+    numbers = normalisation(mean, std, input_shape[0], NetworkError)
+    means, stds = (torch.tensor(v, dtype=dtype).reshape(-1, 1, 1) for v in numbers)
+    if start is None:
+        start = (torch.from_numpy(start_pixels(init, tuple(input_shape))).to(dtype) - means) / stds
     try:
-        if start is None:
-            pixels = torch.as_tensor(np.array(init), dtype=dtype).expand(tuple(input_shape))
-            start = (pixels - means) / stds
         z = start.to(dtype).expand(count, *input_shape).clone().requires_grad_(True)
     except RuntimeError as error:
         raise NetworkError(f"rmle: the start does not fit {count} images {list(input_shape)} ({error})") from None
     bounds = None if clamp is None else [(bound - means) / stds for bound in clamp]
+    with torch.no_grad():
+        seen = edge(z[:1])
+    if seen.shape != features[:1].shape:
+        raise FeatureError(f"rmle: features {list(features.shape[1:])}, but the edge gives {list(seen.shape[1:])}")
 
     if optimizer == "lbfgs":
         return _lbfgs(edge, features, z.detach(), tv_weight, tv_beta, bounds, steps, tolerance, patience)
@@ -142,10 +157,7 @@ def rmle(
     best_value = torch.full((count,), torch.inf, dtype=dtype)
     best = z.detach().clone()
     for step in range(steps + 1):
-        seen = edge(z)
-        if seen.shape != features.shape:
-            raise FeatureError(f"rmle: features {list(features.shape)}, but the edge gives {list(seen.shape)}")
-        value = (seen - features).flatten(1).square().sum(dim=1)
+        value = (edge(z) - features).flatten(1).square().sum(dim=1)
         if tv_weight > 0:
             value = value + tv_weight * total_variation(z, tv_beta)
         found = value.detach()

@@ -55,8 +55,11 @@ def train_shadow(
         The shadow, in eval mode: normalised images to features.
 
     Raises:
-        TrainingError: arguments that do not go together, divergence, or a checkpoint of another run.
+        TrainingError: arguments that do not go together, divergence, or a checkpoint of another run or that cannot be
+            written.
+        FeatureError: images that are no array or tensor on the CPU, or a normalisation that does not fit them.
     """
+    schedule = Schedule(epochs, batch_size, lr, optimizer, seed)
     z = normalised(images, mean, std)
     classes = class_indices(labels, len(z))
     criterion = _criterion(loss)
@@ -69,7 +72,6 @@ def train_shadow(
     def batch_loss(indices: torch.Tensor) -> torch.Tensor:
         return criterion(frozen(shadow(z[indices])), classes[indices])
 
-    schedule = Schedule(epochs, batch_size, lr, optimizer, seed)
     bar = "shadow" if progress else False
     data = (z, classes, *frozen.state_dict().values())
     return fit(shadow, batch_loss, len(z), schedule, progress=bar, checkpoint=checkpoint, data=data)
@@ -104,8 +106,10 @@ def fit_shadow(
         The shadow, in eval mode: normalised images to features.
 
     Raises:
-        TrainingError: as `train_shadow`.
+        TrainingError: as `train_shadow`, or a query that gives no usable features.
+        FeatureError: as `train_inverse_network`.
     """
+    schedule = Schedule(epochs, batch_size, lr, optimizer, seed)
     mean = getattr(query, "mean", (0.0,)) if mean is None else mean
     std = getattr(query, "std", (1.0,)) if std is None else std
     z = normalised(images, mean, std)
@@ -122,7 +126,6 @@ def fit_shadow(
             )
         return nn.functional.mse_loss(found, wanted)
 
-    schedule = Schedule(epochs, batch_size, lr, optimizer, seed)
     bar = "shadow" if progress else False
     data = (z, features[slice(0, 8)])
     return fit(shadow, batch_loss, len(z), schedule, progress=bar, checkpoint=checkpoint, data=data)

@@ -25,7 +25,8 @@ class Report:
     Attributes:
         objective: the rMLE objective of the returned image, float64 [N]; None for an inverse network.
         steps: optimizer steps taken, int64 [N]; one (a forward pass) for an inverse network.
-        converged: whether the tolerance was met, bool [N]; always true for an inverse network.
+        converged: whether it was done before its steps were, bool [N]: by the tolerance, or with "lbfgs" and "exact"
+            because nothing was left to do; always true for an inverse network.
         backend: the backend that ran.
         isa: its instruction set.
     """

@@ -1,7 +1,8 @@
 """The compiled CPU backend: lowers networks to kernel launches of `fastinv._core`.
 
-`LOWERINGS` is the one table that says how each op becomes launches. The core keeps images channels last, [H, W, C];
-everything it is given here is already in that order.
+`LOWERINGS` is the one table that says how each op becomes launches. A program takes and gives images as [C, H, W];
+between its nodes they lie so or channels last, [H, W, C], as the core chooses (`csrc/program.h`). Of the order of
+elements in a `gather` it is told as if all lay channels last.
 """
 
 from __future__ import annotations

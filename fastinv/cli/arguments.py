@@ -60,7 +60,7 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         default="float32",
-        help="what to compute in: float32, bfloat16, on a GPU float16 and tf32; auto: the fastest exact enough",
+        help=PRECISION,
     )
     parser.add_argument("--threads", type=threads, help="threads to use; all cores where left out")
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from fastinv.cli.arguments import integer
+from fastinv.data import PHOTOGRAPHS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_data_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
-        default="photographs",
+        default=PHOTOGRAPHS,
         help="a folder with MNIST (IDX), CIFAR-10 (binary batches or Parquet) or images by class; photographs: crops "
         "of those that scikit-image ships",
     )

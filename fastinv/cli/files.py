@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import numpy.typing as npt
 
 from fastinv.errors import FormatError
 from fastinv.ops.base import Shape
+from fastinv.places import beside, try_beside
 
 SUFFIXES = (".npy", ".npz", ".safetensors", ".pt")
 
@@ -132,30 +130,14 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
         raise FormatError(f"{path}: is {'a file' if folder else 'a folder'}; choose another place")
     if folder and path.exists() and any(path.iterdir()):
         raise FormatError(f"{path}: the folder is not empty; choose a new one")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        if folder:
-            temporary.mkdir()
-        yield temporary
-        os.replace(temporary, path)
+        with beside(path) as temporary:
+            if folder:
+                temporary.mkdir()
+            yield temporary
     except OSError as error:
         reason = error.strerror or error
         raise FormatError(f"{path}: cannot write it ({reason}); choose another place") from error
-    finally:
-        with suppress(OSError):
-            shutil.rmtree(temporary) if folder else temporary.unlink()
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder, and those above it, where there is none.
-
-    Raises:
-        FormatError: it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FormatError(f"{path}: cannot make the folder ({error.strerror}); choose another") from None
 
 
 def expect_place(path: Path) -> None:
@@ -164,16 +146,22 @@ def expect_place(path: Path) -> None:
         reason = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise FormatError(f"{path}: {reason}; choose another place")
     try:
-        tempfile.TemporaryFile(dir=path.parent).close()
+        try_beside(path)
     except OSError as error:
         raise FormatError(f"{path}: cannot write it ({error.strerror}); choose another place") from error
 
 
 def expect_apart(out: Path, **others: Path | None) -> None:
-    """Raise FormatError where writing `out` would destroy what is read."""
+    """Raise FormatError where writing `out` would destroy what is read, or written there, too."""
     for name, path in others.items():
-        if path is not None and out.exists() and path.exists() and out.samefile(path):
+        if path is not None and _same(out, path):
             raise FormatError(f"{out}: is the file of the {name.replace('_', ' ')}, too; choose another place")
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether both names are of one file, which there may not be yet."""
+    same = os.path.realpath(one) == os.path.realpath(other)
+    return same or (one.exists() and other.exists() and one.samefile(other))
 
 
 def check_png(shape: Shape) -> None:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastinv.cli.arguments import integer, plural, positive, start, threads
 from fastinv.cli.demo import add_data_argument
-from fastinv.cli.files import expect_apart, expect_place, make_folder
-from fastinv.errors import DataError
+from fastinv.cli.files import expect_apart, expect_place
+from fastinv.data import KNOWLEDGE
+from fastinv.errors import DataError, TrainingError
 from fastinv.inverters import OPTIMIZERS, SCHEDULES
+from fastinv.places import make_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +31,16 @@ ATTACKS = {
 }
 TRAINING = ("epochs", "batch_size", "lr", "optimizer")  # options of the attacks' training
 SOLVER = ("steps", "lr", "tv_weight", "tv_beta", "optimizer", "schedule", "init")  # options of rMLE
+DECODER = ("kind", "width", "depth")  # options of an inverse network
+LEARNED = ("knowledge", "images", *TRAINING)
+RMLE_OPTIONS = tuple(f"rmle_{name}" for name in SOLVER)
+OPTIONS = {  # of each attack
+    "inverse_network": (*LEARNED, *DECODER),
+    "rmle": RMLE_OPTIONS,
+    "shadow": (*LEARNED, "architecture", *RMLE_OPTIONS),
+    "fit_shadow": (*LEARNED, "architecture", *RMLE_OPTIONS),
+}
+DEFAULTS = {"knowledge": "distribution", "kind": "paper", "architecture": "same"}  # where they are left out
 SCORED = {"inverse_network": 1000}  # test images that are recovered and scored
 SCORED_RMLE = 8
 
@@ -54,16 +66,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     attack.add_argument("--attack", choices=ATTACKS, default="inverse_network", help="which of these")
     attack.add_argument(
         "--knowledge",
-        choices=("same", "distribution", "noise"),
-        default="distribution",
-        help="the attacker's images: the target's own, others like them, or Gaussian noise",
+        choices=KNOWLEDGE,
+        help="the attacker's images: the target's own, others like them, or Gaussian noise; left out: distribution",
     )
     attack.add_argument("--images", type=positive, help="how many of them; all where left out")
-    attack.add_argument("--kind", choices=("paper", "residual"), default="paper", help="of inverse network")
-    attack.add_argument("--width", type=positive, default=64, help="channels of a residual inverse network")
-    attack.add_argument("--depth", type=positive, default=4, help="blocks of a residual inverse network")
+    attack.add_argument("--kind", choices=("paper", "residual"), help="of inverse network; left out: paper")
     attack.add_argument(
-        "--architecture", choices=("same", "different"), default="same", help="of a shadow: the edge's or another"
+        "--width",
+        type=positive,
+        help="channels of a residual inverse network, and the fewest where the paper has none for the split point; "
+        "left out: 64",
+    )
+    attack.add_argument("--depth", type=positive, help="blocks of a residual inverse network; left out: 4")
+    attack.add_argument(
+        "--architecture",
+        choices=("same", "different"),
+        help="of a shadow: the edge's or another; left out: same",
     )
     attack.add_argument("--epochs", type=integer, help="of the inverse network or shadow; left out: its own default")
     attack.add_argument("--batch-size", type=positive, help="likewise")
@@ -118,7 +136,14 @@ def _inverse_network_in(path: Path) -> Inverter:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Find out before the training, not after it, what cannot work."""
+    """Find out before the training, not after it, what cannot work; fill in what was left out."""
+    own = OPTIONS[args.attack]
+    for name in sorted({name for options in OPTIONS.values() for name in options}.difference(own)):
+        if getattr(args, name) is not None:
+            others = " or ".join(attack for attack, options in OPTIONS.items() if name in options)
+            option = name.replace("_", "-")
+            raise TrainingError(f"--{option} is of --attack {others}, not of {args.attack}: leave one of them out")
+    vars(args).update({name: value for name, value in DEFAULTS.items() if getattr(args, name) is None})
     if args.attack == "shadow" and args.knowledge == "noise":
         raise DataError("noise has no labels, which a shadow needs: pass --knowledge same or distribution")
     if args.checkpoint is not None:
@@ -168,8 +193,8 @@ def _inverse_network(
 ) -> nn.Module:
     import fastinv
 
-    shape = {"kind": args.kind, "width": args.width, "depth": args.depth}
-    return fastinv.train_inverse_network(split, _images(args, experiment), progress=True, **shape, **training)
+    options = _given(args, DECODER) | training
+    return fastinv.train_inverse_network(split, _images(args, experiment), progress=True, **options)
 
 
 def _shadow(args: argparse.Namespace, experiment: Experiment, split: Split, training: dict[str, Any]) -> nn.Module:

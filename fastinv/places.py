@@ -1,0 +1,46 @@
+"""Places for what is written: a file or folder takes the place of another whole, or leaves it as it was."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fastinv.errors import FormatError
+
+
+@contextmanager
+def beside(path: str | Path) -> Iterator[Path]:
+    """A name for a new file or folder that takes the place of `path` when all went well; a link there stays one.
+
+    What the system refuses is raised as it comes, an OSError.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".fastinv-{secrets.token_hex(8)}.tmp")  # fits where a long name of `path` does
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+
+
+def try_beside(path: str | Path) -> None:
+    """Raise the OSError that writing `beside` this path would meet."""
+    tempfile.TemporaryFile(dir=Path(os.path.realpath(path)).parent).close()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, where there is none.
+
+    Raises:
+        FormatError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot make the folder ({error.strerror}); choose another") from None
