@@ -200,10 +200,10 @@ void Polyphase::run_plain(const Phase& phase, const Operands& x, int64_t first, 
 void Polyphase::run(const Operands& operands, Share share, float* scratch) const {
   const Axis& rows = geometry_.axis[0];
   const int64_t row = int64_t{geometry_.in_channels} * geometry_.axis[1].in, size = row * rows.in;
-  const int64_t group = std::max<int64_t>(1, kGroupFloats / size);
-  // Of images that are larger than that, bands of rows; they begin with a tile in every phase.
+  // Images go in groups; of those that are larger than that, bands of rows, which begin with a tile in every phase.
   const int step = 2 * form_.outputs;
   const int64_t band = std::min<int64_t>(rows.out, round_up(std::max<int64_t>(1, 2 * kGroupFloats / row), step));
+  const int64_t group = band < rows.out ? 1 : std::max<int64_t>(1, kGroupFloats / size);
   Operands some = operands;
   for (int64_t first = 0; first < operands.images; first += group) {
     some.images = std::min(group, operands.images - first);
