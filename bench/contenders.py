@@ -31,6 +31,7 @@ from fastinv.inverters import RMLE
 
 Call = Callable[..., Any]
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}  # relative, against float64
+COMPARED = 16  # images of a batch, at most
 
 
 @dataclass(frozen=True)
@@ -260,9 +261,14 @@ def tolerance(contender: Contender, subject: Subject) -> float:
     return TOLERANCES[contender.precision] if subject.recipe is None else SOLVER_TOLERANCE
 
 
-def error(subject: Subject, x: torch.Tensor, result: Any, images: int = 16) -> float:
+def spread(count: int) -> torch.Tensor:
+    """Which images of so many are compared: some from the first to the last."""
+    return torch.linspace(0, count - 1, min(COMPARED, count)).long()
+
+
+def error(subject: Subject, x: torch.Tensor, result: Any) -> float:
     """Relative difference from float64, on images from the first to the last."""
-    chosen = torch.linspace(0, len(x) - 1, min(images, len(x))).long()
+    chosen = spread(len(x))
     expected = subject.run_eager(x[chosen], torch.float64)
     found = torch.as_tensor(result)[chosen].double()
     return float((found - expected).norm() / expected.norm().clamp_min(1e-30))

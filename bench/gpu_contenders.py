@@ -16,6 +16,7 @@ from fastinv.benchmark import Subject
 from fastinv.engine import Engine, compile
 
 Call = Callable[[torch.Tensor], Any]
+Build = Callable[[Subject, torch.Tensor, str], Call]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # of features and of peers; others: float32
 
 
@@ -32,7 +33,13 @@ def eager(subject: Subject, x: torch.Tensor, precision: str) -> Call:
 
 
 def compiled(subject: Subject, x: torch.Tensor, precision: str) -> Call:
+    """As one CUDA graph, which copies its inputs to where they were at its capture."""
     return torch.compile(eager(subject, x, precision), mode="max-autotune", dynamic=False)
+
+
+def compiled_plain(subject: Subject, x: torch.Tensor, precision: str) -> Call:
+    """Without a graph: it reads its inputs where they are, as fastinv does."""
+    return torch.compile(eager(subject, x, precision), mode="max-autotune-no-cudagraphs", dynamic=False)
 
 
 def _step(subject: Subject, precision: str) -> tuple[Callable[..., Any], torch.Tensor]:
@@ -85,6 +92,7 @@ def _loop(subject: Subject, x: torch.Tensor, precision: str, wrap: Callable[[Any
         t.add_(1)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             advance()
@@ -106,5 +114,7 @@ def _loop(subject: Subject, x: torch.Tensor, precision: str, wrap: Callable[[Any
     return call
 
 
-NETWORK_CONTENDERS = {"fastinv": ours, "eager": eager, "torch.compile": compiled}
+NETWORK_CONTENDERS = {
+    "fastinv": ours, "eager": eager, "torch.compile": compiled, "torch.compile, no graphs": compiled_plain,
+}  # fmt: skip
 SOLVER_CONTENDERS = {"fastinv": ours, "eager, captured": captured, "torch.compile, captured": compiled_step}

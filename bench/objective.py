@@ -34,6 +34,7 @@ from fastinv.attacks.inverse_network import train_inverse_network
 from fastinv.backends.torch import torch_threads
 from fastinv.benchmark import Subject
 from fastinv.cli.arguments import positive, table
+from fastinv.cli.files import expect_place, replacing
 from fastinv.data import MAX_SIDE, photographs
 from fastinv.engine import Solver, compile
 from fastinv.export import export
@@ -190,7 +191,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)), help="of each contender")
     result.add_argument("--peers", help="as in eager,torch.compile; all where left out")
     result.add_argument("--repeat", type=positive, default=5, help="bursts of each, in turns; medians count")
-    result.add_argument("--json", metavar="FILE", type=Path, help="write the results there, too")
+    result.add_argument("--json", metavar="FILE", type=Path, help="write the results there, too, after every case")
     return result
 
 
@@ -200,6 +201,8 @@ def main() -> int:
     cases = choose(list(benchmark.solvers(args.steps)), args.case)
     if not cases:
         arguments.error(f"--case: no name holds {' or '.join(args.case)}")
+    if args.json is not None:
+        expect_place(args.json)
     try:
         peers = list(present(SOLVER_PEERS if args.peers is None else named(args.peers, SOLVER_PEERS)))
     except ValueError as unknown_peer:
@@ -212,9 +215,10 @@ def main() -> int:
         found = measure(subject, args.batch, args.threads, peers, args.repeat, args.steps, start)
         print(f"\n{subject.name}, batch {args.batch}\n{as_table(found)}", flush=True)
         rows += found
+        if args.json is not None:
+            with replacing(args.json) as temporary:
+                temporary.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
         forget()
-    if args.json is not None:
-        args.json.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
     return 0
 
 

@@ -73,6 +73,12 @@ def _run(stages: list[Stage], images: int, outside: dict[Buffer, torch.Tensor]) 
         launch()
 
 
+def expect_close(found: np.ndarray, expected: np.ndarray, within: float) -> None:
+    """Fails with the error that there is: of a run on a GPU nothing but the message may be left."""
+    error = relative(found, expected)
+    assert error < within, f"relative error {error:.3g}, expected less than {within:.3g}"
+
+
 def rounded(x: np.ndarray, precision: str) -> np.ndarray:
     """As values are stored in this precision: what a kernel cannot see is not its error."""
     return torch.from_numpy(x).to(getattr(torch, PRECISIONS[precision].dtype)).float().numpy()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,10 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastinv
-from fastinv import benchmark
 from fastinv.backends import BACKENDS, cuda_device, cuda_host, cuda_native, select
 from fastinv.backends.cuda import CudaBackend
-from fastinv.backends.cuda_device import halving, missing
+from fastinv.backends.cuda_device import halving, missing, room_for_images
 from fastinv.backends.cuda_host import Copy
 from fastinv.backends.cuda_lowering import PRECISIONS
 from fastinv.backends.cuda_plan import ALIGNMENT, Arena, Buffer, Stage, bucket, place
@@ -151,14 +147,22 @@ def test_batches_come_in_powers_of_two() -> None:
     assert [bucket(n, 100) for n in (1, 2, 3, 64, 65, 100)] == [1, 2, 4, 64, 100, 100]
 
 
-def test_out_of_memory_halves_the_batch() -> None:
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("no room"),
+    torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),  # pinned
+    RuntimeError("CUDA driver error: out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_out_of_memory_halves_the_batch(error: RuntimeError) -> None:
     cuda_device._release_idle()  # what other tests' engines keep is given back first
     asked = []
 
     def allocate(images: int) -> str:
         asked.append(images)
         if images > 100:
-            raise torch.OutOfMemoryError("no room")
+            raise error
         return "memory"
 
     with pytest.warns(RuntimeWarning, match="no room for") as told:
@@ -167,6 +171,23 @@ def test_out_of_memory_halves_the_batch() -> None:
     assert "no room for 500 images at once: going on with 250" in str(told[1].message)
     with pytest.warns(RuntimeWarning), pytest.raises(BackendError, match="no room for one image"):
         halving(lambda images: allocate(1000), 4)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_no_room_for_all_images_is_told(error: RuntimeError) -> None:
+    with pytest.raises(BackendError, match="no room for the images of 1,234 features"), room_for_images(1234):
+        raise error
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError("CUDA error: illegal memory access"), ValueError("memory")])
+def test_other_errors_stay_what_they_are(error: Exception) -> None:
+    def allocate(images: int) -> None:
+        raise error
+
+    with pytest.raises(type(error), match="memory"):
+        halving(allocate, 8)
+    with pytest.raises(type(error), match="memory"), room_for_images(8):
+        raise error
 
 
 @pytest.mark.filterwarnings("error")
@@ -295,111 +316,6 @@ def test_a_second_gpu() -> None:
         assert there.device == torch.device("cuda", 1)
         np.testing.assert_allclose(there.cpu().numpy(), first, atol=1e-6)
         assert torch.cuda.current_device() == 0
-
-
-# ---- bench/gpu.py ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
-    return importlib.import_module("gpu")
-
-
-def test_the_gpu_script_says_what_it_lacks(script, no_gpu: None, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu.py"])
-    assert script.main() == 1
-    message = capsys.readouterr().err
-    assert message.startswith("bench/gpu.py needs an NVIDIA GPU: ")
-    assert "Triton is not installed" in message or "no GPU is to be seen" in message
-
-
-def test_the_gpu_script_refuses_an_unknown_precision(script, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--precision", "float32,int3"])
-    with pytest.raises(SystemExit):
-        script.main()
-    assert "--precision int3, expected some of bfloat16, float16" in capsys.readouterr().err
-
-
-def test_the_gpu_script_begins_with_the_most_telling(script) -> None:
-    """Every case comes in one precision before any comes in a second one."""
-    runs = [
-        (subject.name, subject.recipe is not None, precision) for subject, precision in script.runs(script.PRECISIONS)
-    ]
-    cases = len(list(benchmark.decoders())) + len(list(benchmark.solvers()))
-    assert len({name for name, _, _ in runs[:cases]}) == cases
-    assert {(solves, precision) for _, solves, precision in runs[:cases]} == {(False, "bfloat16"), (True, "float32")}
-    assert len(set(runs)) == len(runs) == 4 * cases - len(list(benchmark.solvers()))
-
-
-def test_the_gpu_script_runs_tests_side_by_side(script, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no pytest-xdist
-    bodies = {
-        "right": "assert True",
-        "skipped": "import pytest; pytest.skip()",
-        "wrong": "assert 1 == 2",
-        "slow": "import time; time.sleep(60)",
-    }
-    files = {name: tmp_path / f"test_{name}.py" for name in bodies}
-    for name, file in files.items():
-        file.write_text(f"def test() -> None:\n    {bodies[name]}\n")
-    assert script.run_tests([files["right"], files["skipped"]], 60) == "passed"
-    assert script.run_tests([files["right"], files["wrong"]], 60) == "FAILED: test_wrong.py failed"
-    told = capsys.readouterr().out
-    assert "assert 1 == 2" in told
-    assert "FAILED" in told.partition("short test summary")[0]  # as it came
-    assert script.run_tests([files["slow"]], 0.5) == "FAILED: test_slow.py took too long"
-
-
-def test_the_gpu_script_compares_like_with_like(script, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With contenders and times made up here, on the CPU."""
-    subject = next(benchmark.decoders())
-    x = torch.randn(5, *subject.network.input_shape)
-    times = iter([1e-3, 4e-3, 2e-3])
-    monkeypatch.setattr(script, "inputs_of", lambda subject, batch, dtype: [x.to(dtype)])
-    monkeypatch.setattr(script, "batch_of", lambda subject: 5)
-    monkeypatch.setattr(script, "seconds_of", lambda call, inputs, repeat: next(times))
-    contenders = {
-        "fastinv": lambda subject, x, precision: subject.eager,
-        "eager": lambda subject, x, precision: subject.eager,
-        "wrong": lambda subject, x, precision: lambda x: subject.eager(x) + 1,
-        "absent": lambda subject, x, precision: 1 / 0,
-        "torch.compile": lambda subject, x, precision: subject.eager,
-    }
-    monkeypatch.setattr(script, "NETWORK_CONTENDERS", contenders)
-    top = script.Ceilings(memory=1e12, products={"float32": 5 * subject.flops / 0.5e-3}, host=1e12)
-    *notes, ours, eager, compiled = script.measure(subject, "float32", top, 3)
-    assert "wrong is wrong by" in notes[0]
-    assert "absent cannot run it: ZeroDivisionError" in notes[1]
-    assert [row.ratio for row in (ours, eager, compiled)] == [2.0, 0.5, 1.0]
-    assert ours.percent_of_roofline == pytest.approx(50)
-    assert ours.images_per_second == pytest.approx(5000)
-    assert "fastinv" in script.as_table([ours])
-
-
-def test_the_gpu_script_times_the_way_from_host_to_host(script, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the cpu backend in the GPU's place, and a host so slow that it is the limit."""
-    subject = next(benchmark.decoders())
-    monkeypatch.setattr(script, "HOSTED", 6)
-    monkeypatch.setattr(script, "compile", lambda network, backend, precision: fastinv.compile(network, "cpu"))
-    bytes_in = 4 * 6 * 8 * 24 * 24
-    top = script.Ceilings(memory=1e12, products={"float32": 1e15}, host=bytes_in / 1e-3)
-    row = script.host_to_host(subject, "float32", top, 3)
-    assert row.error < 1e-4
-    assert row.percent_of_roofline == pytest.approx(100 * 1e-3 / row.seconds)
-    monkeypatch.setattr(script, "compile", lambda network, backend, precision: lambda x: x)
-    assert "host to host" in script.host_to_host(subject, "float32", top, 3)
-
-
-def test_the_gpu_script_tells_the_launches(script, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = next(benchmark.decoders())
-    monkeypatch.setattr(script, "compile", lambda network, backend, precision: fastinv.compile(network, "cpu"))
-    told = script.launches(subject, "float32")
-    assert told.startswith("MNIST conv1, float32: launches, ns an image: ")
-    total, *each = [float(number) for number in re.findall(r"\d+\.\d", told)]
-    assert total == pytest.approx(sum(each), abs=0.1 * len(each))
-    monkeypatch.setattr(script, "compile", lambda network, backend, precision: 1 / 0)
-    assert "launches: ZeroDivisionError" in script.launches(subject, "float32")
 
 
 def test_an_extension_that_cannot_be_loaded_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from checks import exported, randn, reference, relative
+from checks import exported, randn, reference
 from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
 pytest.importorskip("fastinv._cuda", reason="the kernels in CUDA C++ are not built: no nvcc, or FASTINV_CUDA=OFF")
 
 from fastinv.kernels.triton import launch
-from interpreter import DEVICE, network_on, rounded
+from interpreter import DEVICE, expect_close, network_on, rounded
 
 from fastinv.backends import cuda_layers
 
@@ -73,4 +73,4 @@ def test_copies_give_the_same(
     for copy in np.split(found, COPIES):
         np.testing.assert_array_equal(copy, found[:IMAGES])
     for image, expected in zip(found, reference(network, x), strict=False):
-        assert relative(image, expected) < TOLERANCES[precision]
+        expect_close(image, expected, TOLERANCES[precision])

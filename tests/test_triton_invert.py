@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -266,6 +268,33 @@ def test_what_is_kept_makes_room_for_others(inverse_network: InverseNetwork, rml
         assert not keeper.release()
     for found, expected in zip(run(), before, strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_what_is_not_used_any_more_gives_back_its_memory_at_once(inverse_network: InverseNetwork, rmle: RMLE) -> None:
+    """Without the garbage collector, which may come late."""
+    device = torch.empty(0, device=DEVICE).device
+    gc.collect()
+    gc.disable()
+    try:
+        x, out = randn(3, 4, 3, 4), np.zeros((3, *rmle.image_shape), np.float32)
+        kept: list[weakref.ref] = []
+        # The first reads features where they are, and writes images where they are to be; the other does neither.
+        for compiled, values, results in ((inverse_network.network, x, out), (rmle.edge, out, np.zeros_like(x))):
+            network = CudaNetwork(compiled, "float32", device)
+            network.run(values, results)
+            for _ in range(2):  # the second is a graph
+                network.run_there(torch.from_numpy(values).to(device), "float32")
+            kept += map(weakref.ref, (network, network._memory, network._slots[0].features))
+            del network
+        for optimizer in ("adam", "lbfgs"):
+            recipe = dataclasses.replace(rmle, init=0.5, steps=2, optimizer=optimizer)
+            solver = CudaSolver(recipe, "float32", device, most=4)
+            solver.solve(x, np.zeros(rmle.image_shape, np.float32))
+            kept += map(weakref.ref, (solver, solver._batch, solver._batch._memory))
+            del solver
+        assert [reference() for reference in kept] == [None] * len(kept)
+    finally:
+        gc.enable()
 
 
 def test_names_of_the_first_gpu(inverse_network: InverseNetwork) -> None:

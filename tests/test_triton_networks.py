@@ -12,8 +12,8 @@ pytest.importorskip("triton", reason="Triton is not installed: it is there for L
 
 from interpreter import DEVICE, check_features, check_solver, network_on, recipe_for, solver_on
 
-from fastinv import tensors
-from fastinv.backends import cuda_native, cuda_network
+from fastinv import _core, tensors
+from fastinv.backends import cuda_host, cuda_native, cuda_network
 from fastinv.benchmark import DECODERS
 from fastinv.errors import FeatureError
 from fastinv.export import export
@@ -162,6 +162,30 @@ def test_an_image_has_one_answer_in_any_batch() -> None:
         network_on(network, most=most).run(x, out)
         np.testing.assert_array_equal(out, whole)
     network_on(network).run(x[:0], whole[:0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_many_pieces_and_batches_give_what_one_gives(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch takes more pieces of pinned memory than there are at once; the last is not full."""
+    count, most, piece = 35, 8, 32
+    network, recipe = small_edge(), recipe_for(small_edge(), steps=1)
+    start = randn(*recipe.input_shape)
+
+    def results(batch: int) -> list[np.ndarray]:
+        x, features = (randn(count, *shape).astype(dtype) for shape in (network.input_shape, network.output_shape))
+        out, images = np.empty((count, *network.output_shape), np.float32), np.empty_like(x, np.float32)
+        assert network_on(network, most=batch).run_raw(tensors.source(x, x.shape[1:]), out)
+        found = solver_on(recipe, most=2 * batch).solve_raw(tensors.source(features, features.shape[1:]), start, images)
+        assert found is not None
+        return [out, images, found[0].objective]
+
+    one = results(count)
+    monkeypatch.setattr(cuda_host, "PIECE", piece)
+    least = most * np.dtype(dtype).itemsize * min(np.prod(s) for s in (network.input_shape, network.output_shape))
+    assert least > piece * _core.Upload.pieces * cuda_host.MOST_THREADS
+    assert count > 4 * most
+    for found, expected in zip(results(most), one, strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "uint8", "int8"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,13 +16,7 @@ import numpy.typing as npt
 
 from fastinv import _core
 from fastinv.backends.base import Array, Progress, Report, Start
-from fastinv.backends.cpu_fusion import (
-    chain_of_small_convolutions,
-    doubling,
-    fused_sums,
-    fused_upsampling,
-    upsampling_convolution,
-)
+from fastinv.backends.fusion import chain_of_small_convolutions, fused
 from fastinv.errors import BackendError
 from fastinv.inverters import METHODS
 from fastinv.network import Network, Step
@@ -36,7 +29,6 @@ from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.max_pool2d import MaxPool2d
 from fastinv.ops.rearrange import Rearrange
 from fastinv.ops.resample import Resample
-from fastinv.ops.upsample import Upsample
 from fastinv.tensors import Source
 
 if TYPE_CHECKING:
@@ -187,47 +179,17 @@ class Lowering:
         isa = _isa()
         abreast = not differentiable and chain_of_small_convolutions(network, _core.vector_width(isa))
         self.program: _core.Program = _core.Program(isa, list(network.input_shape), differentiable, abreast, bfloat16)
-        self.values = [0]  # the program's value for every value of the network
+        values = {0: 0}  # the program's value for values of the network
         self.launches: list[int] = []  # the step behind every launch
-        sums = fused_sums(network)
-        done = {add for add, _ in sums.values()}
-        # The gradient goes back through the two apart: both ways are fast there, and stride 2 is not.
-        self.upsampling = {} if differentiable else fused_upsampling(network)
-        for index, step in enumerate(network.steps):
-            if index not in network.live:  # nor would any gradient reach it
-                self.values.append(0)
-                continue
-            if index in done:  # by the convolution before
-                self.values.append(self.values[max(step.inputs)])
-                continue
-            if index in self.upsampling.values():  # by the convolution that follows
-                self.values.append(self.values[step.inputs[0]])
-                continue
-            shapes = [network.shapes[i] for i in step.inputs]
-            values = [self.values[i] for i in step.inputs]
-            if index in sums:
-                add, other = sums[index]
-                step = replace(step, activation=network.steps[add].activation)
-                values.append(self.values[other])
-            if index in self.upsampling:
-                step = self._upsampled(step, network.steps[self.upsampling[index]])
-            lower = LOWERINGS[step.op.name]
-            self.values.append(lower(self, step, values, shapes, network.shapes[index + 1]))
-            self.launches += [index] * (self.values[-1] - len(self.launches))
-        last = self.program.finish(self.values[-1])
+        # The gradient goes back through upsampling and convolution apart: both are fast that way, and stride 2 is not.
+        for part in fused(network, upsampling=not differentiable):
+            inputs = [values[i] for i in part.inputs]
+            lower = LOWERINGS[part.step.op.name]
+            value = lower(self, part.step, inputs, part.shapes, network.shapes[part.number + 1])
+            values |= dict.fromkeys(part.results, value)
+            self.launches += [part.number] * (value - len(self.launches))
+        last = self.program.finish(values[len(network.steps)])
         self.launches += [len(network.steps) - 1] * (last - len(self.launches))
-
-    def _upsampled(self, step: Step, before: Step) -> Step:
-        """The convolution, with the upsampling before it, as one transposed convolution."""
-        assert isinstance(step.op, Conv2d)
-        assert isinstance(before.op, Upsample)
-        factors = doubling(before.op, self.network.shapes[before.inputs[0]])
-        assert factors is not None
-        weight, padding = upsampling_convolution(
-            step.weights["weight"], (step.op.padding[0], step.op.padding[2]), factors, step.op.groups
-        )
-        op = ConvTranspose2d(stride=factors, padding=padding, groups=step.op.groups)
-        return replace(step, op=op, weights={"weight": weight, "bias": step.weights["bias"]})
 
     def rearrange(self, value: int, index: npt.NDArray[np.int64], source: Shape, target: Shape, act: Activation) -> int:
         """Elements in a new order; `index` holds positions in the row-major input, shaped as the output.

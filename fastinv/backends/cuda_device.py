@@ -250,6 +250,14 @@ def _release_idle() -> bool:
     return found
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory did not suffice. Only PyTorch's own allocator says so by a type; where CUDA does, of memory that
+    is pinned or a graph's, the message does: "CUDA error: out of memory"."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
 def halving(allocate: Callable[[int], Value], images: int) -> tuple[Value, int]:
     """What `allocate` gives for so many images, or for half as many as often as memory does not suffice, when others
     have given back what they kept.
@@ -262,7 +270,9 @@ def halving(allocate: Callable[[int], Value], images: int) -> tuple[Value, int]:
     while True:
         try:
             return allocate(images), images
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             reason = f"{error!s:.200}"
         released = _release_idle()
         torch.cuda.empty_cache()
@@ -283,11 +293,11 @@ def room_for_images(count: int) -> Iterator[None]:
     Raises:
         BackendError: memory does not suffice.
     """
-    import torch
-
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise BackendError(
             f"backend 'cuda': the GPU has no room for the images of {count:,} features: pass fewer at once, or "
             f"features on the host, whose images go there as they come ({error!s:.200})"

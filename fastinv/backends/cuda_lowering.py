@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from fastinv.backends.cpu_fusion import doubling, fused_sums, fused_upsampling, upsampling_convolution
 from fastinv.backends.cuda_nodes import (
     ConvolutionNode,
     GatherNode,
@@ -31,6 +30,7 @@ from fastinv.backends.cuda_plan import Buffer, Ending, Stage
 from fastinv.backends.cuda_tuning import tuned
 from fastinv.backends.cuda_window import use_windows
 from fastinv.backends.cuda_window_halves import in_halves
+from fastinv.backends.fusion import fused
 from fastinv.network import Network, Step
 from fastinv.ops.activation import IDENTITY, Activation
 from fastinv.ops.affine import Affine
@@ -41,7 +41,6 @@ from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.max_pool2d import MaxPool2d
 from fastinv.ops.rearrange import Rearrange
 from fastinv.ops.resample import Resample
-from fastinv.ops.upsample import Upsample
 
 SMALL_GROUP = 16  # channels: groups with fewer, in or out, would leave tiles of a matrix product empty
 
@@ -96,33 +95,13 @@ class Lowering:
         self._own_slope: set[Buffer] = set()  # results whose activation's slope their node takes care of
         self.steps: list[tuple[int, ...]] = []  # those behind every node
         self.input = Buffer(math.prod(network.input_shape), input_dtype or numbers.dtype)
-        values = [self.input]
-        sums = fused_sums(network)
-        done = {add for add, _ in sums.values()}
-        upsampling = fused_upsampling(network)
-        for index, step in enumerate(network.steps):
-            if index not in network.live:  # nor would any gradient reach it
-                values.append(self.input)
-                continue
-            if index in done:  # by the convolution before
-                values.append(values[max(step.inputs)])
-                continue
-            if index in upsampling.values():  # by the convolution that follows
-                values.append(values[step.inputs[0]])
-                continue
-            shapes = [network.shapes[i] for i in step.inputs]
-            inputs = [values[i] for i in step.inputs]
-            if index in sums:
-                add, other = sums[index]
-                step = replace(step, activation=network.steps[add].activation)
-                inputs.append(values[other])
-            if index in upsampling:
-                before = network.steps[upsampling[index]]
-                shapes = [network.shapes[before.inputs[0]]]
-                step = _upsampled(step, before, shapes[0])
-            values.append(self._value(step, inputs, shapes, network.shapes[index + 1]))
-            self.steps += [(index,)] * (len(self.nodes) - len(self.steps))
-        self.output = values[-1]
+        values = {0: self.input}
+        for part in fused(network):
+            inputs = [values[i] for i in part.inputs]
+            value = self._value(part.step, inputs, part.shapes, network.shapes[part.number + 1])
+            values |= dict.fromkeys(part.results, value)
+            self.steps += [(part.number,)] * (len(self.nodes) - len(self.steps))
+        self.output = values[len(network.steps)]
         if not differentiable:  # the way back needs what lies between
             join_pairs(self.nodes, self.steps, self.output)
             use_windows(self.nodes)
@@ -173,11 +152,7 @@ class Lowering:
 
     def backward(self, seed: Callable[[Buffer, Ending], Stage]) -> tuple[list[Stage], Buffer]:
         """The stages from the gradient of the output, which `seed` writes, to that of the input, and its buffer."""
-        needed, nodes = {self.output}, []  # what the output depends on
-        for node in reversed(self.nodes):
-            if node.output in needed:
-                needed.update(node.inputs)
-                nodes.append(node)
+        nodes = self.nodes[::-1]
         endings = {node.output: node.ending for node in nodes if node.output not in self._own_slope}
         left = Counter([self.output, *(source for node in nodes for source in node.inputs)])
         gradients: dict[Buffer, Buffer] = {}
@@ -202,19 +177,6 @@ def _known_from_result(activation: Activation) -> bool:
     from fastinv.kernels.triton.epilogue import FROM_RESULT
 
     return activation.kind in FROM_RESULT and not (activation.kind == "leaky_relu" and activation.a < 0)
-
-
-def _upsampled(step: Step, before: Step, shape: Shape) -> Step:
-    """The convolution, with the upsampling of [C, H, W] before it, as one transposed convolution."""
-    assert isinstance(step.op, Conv2d)
-    assert isinstance(before.op, Upsample)
-    factors = doubling(before.op, shape)
-    assert factors is not None
-    weight, padding = upsampling_convolution(
-        step.weights["weight"], (step.op.padding[0], step.op.padding[2]), factors, step.op.groups
-    )
-    op = ConvTranspose2d(stride=factors, padding=padding, groups=step.op.groups)
-    return replace(step, op=op, weights={"weight": weight, "bias": step.weights["bias"]})
 
 
 # ---- one function per op: (lowering, step, inputs, their shapes, output shape) -> the buffer of the result -----------

@@ -184,7 +184,7 @@ class CudaNetwork:
             outside = {self._features: features, self._results: results, self._flag: flag_on(self._device)}
             # In turn, so that each reads what those before have written.
             launches = self._arena.bind(images, memory, self._all(outside))
-            taken = [seconds(launch, self._device) / images for launch in launches]
+            taken = [0.0 if launch is nothing else seconds(launch, self._device) / images for launch in launches]
         stages = zip(self._arena.stages, taken, strict=True)
         return [next(t for stage, t in stages if node.output in stage.writes) for node in self._lowering.nodes]
 
@@ -194,19 +194,21 @@ class CudaNetwork:
 
         to, network = self._lowering, self._network
         reader = self._reader()
+        # Of `self` the stages must keep nothing: a network that is not used any more is to free its memory at once.
+        given, made, noted = self._features, self._results, (self._scale, self._zero_point, self._flag)
 
         def features(tensors: Any) -> Any:
-            flag, scale, zero_point = (tensors(b) for b in (self._flag, self._scale, self._zero_point))
-            sizes = door(network.input_shape)
             if reader is not None and reader.takes(tensors):
                 return nothing
-            return launch_channels_last(tensors(self._features), tensors(to.input), *sizes, scale, zero_point, flag)
+            return launch_channels_last(
+                tensors(given), tensors(to.input), *door(network.input_shape), *map(tensors, noted)
+            )
 
         def results(tensors: Any) -> Any:
-            return launch_channels_first(tensors(to.output), tensors(self._results), *door(network.output_shape))
+            return launch_channels_first(tensors(to.output), tensors(made), *door(network.output_shape))
 
         always = reader is not None and reader.kernel.takes_all
-        first = [] if always else [Stage(features, (self._features,), (to.input,))]
+        first = [] if always else [Stage(features, (given,), (to.input,))]
         last = to.nodes[-1] if to.nodes else None
         read = {source for node in to.nodes for source in node.inputs}
         if (
@@ -218,10 +220,10 @@ class CudaNetwork:
             and network.output_shape[0] <= FEW
         ):  # it can write the results where they are to be
             pixels, channels = door(network.output_shape)
-            last.output = self._results
+            last.output = made
             last.out_strides = (pixels * channels, network.output_shape[2], 1, pixels)
             return [*first, *to.forward()]
-        return [*first, *to.forward(), Stage(results, (to.output,), (self._results,))]
+        return [*first, *to.forward(), Stage(results, (to.output,), (made,))]
 
     def _reader(self) -> ConvolutionNode | None:
         """The node that reads the features where they are: where a kernel can, and nothing else reads them."""

@@ -68,7 +68,7 @@ class ConvolutionNode:
         def make(tensors: Any) -> Any:
             out, epilogue = tensors(self.output), self.ending.epilogue(tensors)
             if self.door is None or not self.takes(tensors):
-                return self.kernel.launch(tensors(self.inputs[0]), out, epilogue, None, self.out_strides)
+                return self.kernel.launch(tensors(self.inputs[0]), out, epilogue, self.out_strides)
             features, *beside = map(tensors, (self.door.features, *self.door.beside))
             return self.kernel.launch_planar(features, out, epilogue, self.out_strides, *beside)
 

@@ -69,7 +69,7 @@ class SmallTail:
         kinds = (torch.float32, torch.bfloat16, torch.float16)
         return features.dtype in kinds and features.data_ptr() % 16 == 0 and scale is None
 
-    def launch(self, x: Any, out: Any, epilogue: Any, x_strides: Any = None, out_strides: Any = None) -> Any:
+    def launch(self, x: Any, out: Any, epilogue: Any, out_strides: Any = None) -> Any:
         """As `Convolution.launch`, of the two; x is contiguous."""
         return self._launch(x, out, epilogue, None, channels_last=True)
 

@@ -145,14 +145,12 @@ class CudaSolver:
             return self._from_host(rows.data, rows.dtype, self._shift(rows), init, drain, progress)
         return None
 
-    def solve_there(
-        self, features: torch.Tensor, init: torch.Tensor, dtype: str, progress: Progress | None = None
-    ) -> tuple[torch.Tensor, Report, bool]:
+    def solve_there(self, features: torch.Tensor, init: torch.Tensor, dtype: str) -> tuple[torch.Tensor, Report, bool]:
         """As `solve_raw`, for float features and a start on this device; the images are there, too."""
         with self.lock, on_device(self._device):
             self._ready()  # may lower `_most`
             kept = Kept(self._zeros(len(features)))
-            job = Job(len(features), self._most, Given(features), self._objective.shift, init, kept, progress)
+            job = Job(len(features), self._most, Given(features), self._objective.shift, init, kept, None)
             report, finished = self._solve(job)
             with room_for_images(len(features)):
                 return self._pixels(kept.images, dtype), report, finished
@@ -283,16 +281,26 @@ class CudaSolver:
 
         most = max(arena.bytes(images) for arena in self._arenas.values())
         memory = torch.empty(max(1, most), dtype=torch.uint8, device=self._device)
-        return Batch(self, {buffer: tensor(buffer) for buffer in self._outside}, memory)
+        return Batch(self, {buffer: tensor(buffer) for buffer in self._outside}, memory, images)
 
 
 class Batch:
-    """Tensors for the images that are solved at once, and the launches on them."""
+    """Tensors for the images that are solved at once, `most` of them, and the launches on them.
 
-    def __init__(self, solver: CudaSolver, tensors: dict[Buffer, torch.Tensor], memory: torch.Tensor) -> None:
-        self._solver = solver
+    It does not keep the solver, which keeps it: one that is not used any more is to free its memory at once.
+    """
+
+    def __init__(
+        self, solver: CudaSolver, tensors: dict[Buffer, torch.Tensor], memory: torch.Tensor, most: int
+    ) -> None:
+        self._recipe = solver._recipe
+        self._device = solver._device
+        self._objective = solver._objective
+        self._method = solver._method
+        self._arenas = solver._arenas
         self._tensors = tensors
         self._memory = memory
+        self._most = most
         self._runs: dict[int, dict[str, Callable[[], None]]] = {}
         self._images = 0
 
@@ -301,26 +309,25 @@ class Batch:
         order; a feature that is NaN or Inf sets the flag to 1."""
         from fastinv.kernels.triton.layout import launch_channels_last
 
-        solver, count = self._solver, len(features)
-        objective = solver._objective
-        self._images = bucket(count, solver._most)
+        count, objective = len(features), self._objective
+        self._images = bucket(count, self._most)
         self._capture()
         target = self._tensors[objective.target]
         target[count : self._images].zero_()
-        shape = solver._recipe.feature_shape
+        shape = self._recipe.feature_shape
         launch_channels_last(features, target[:count], *door(shape), *shift, flag)()
         self._run("prepare")
-        channels, height, width = solver._recipe.input_shape
+        channels, height, width = self._recipe.input_shape
         images = self._tensors[objective.z][:count].view(count, height, width, channels)
         images.copy_(starts.permute(0, 2, 3, 1))
-        if "best" in solver._method.state:
+        if "best" in self._method.state:
             self._of("best")[:count] = self._tensors[objective.z][:count]
         self._of("running")[:count] = 1
         self._run("begin")
 
     def solve(self, progress: Progress | None, done: int, steps_done: int, meanwhile: Callable[[], None]) -> bool:
         """Take all steps; False when Ctrl-C cut them short. `meanwhile` is called when the first are on their way."""
-        method = self._solver._method
+        method = self._method
         look = LOOK if method.other is not None else LOOK_SOON
         finished, reached = True, nothing
         try:
@@ -332,10 +339,10 @@ class Batch:
                     meanwhile()
                 if turn % look == look - 1:
                     reached()  # not further ahead than to the look before, or Ctrl-C would be heard at the end
-                    reached = mark(self._solver._device)
+                    reached = mark(self._device)
                     if not self._look(progress, done, steps_done):
                         break
-            wait(self._solver._device)
+            wait(self._device)
         except KeyboardInterrupt:
             finished = False
         self._run("end")
@@ -345,13 +352,12 @@ class Batch:
         """Images z [count, C, H, W], objectives, steps, and which have converged."""
         import torch
 
-        solver = self._solver
-        z, value = self._tensors[solver._method.result], self._of("value")
-        if solver._recipe.keep == "best" and "best_value" in solver._method.state:
+        z, value = self._tensors[self._method.result], self._of("value")
+        if self._recipe.keep == "best" and "best_value" in self._method.state:
             better = self._of("best_value") < value
             z = torch.where(better, self._of("best"), z)
             value = torch.where(better, self._of("best_value"), value)
-        channels, height, width = solver._recipe.input_shape
+        channels, height, width = self._recipe.input_shape
         images = z[:count].reshape(count, height, width, channels).permute(0, 3, 1, 2)
         # Together: every copy to the host is waited for.
         numbers = torch.stack([value, self._of("taken"), self._of("running")])[..., 0].cpu().numpy()
@@ -359,42 +365,42 @@ class Batch:
         return images, found, taken.astype(np.int64), running == 0
 
     def _of(self, name: str) -> torch.Tensor:
-        return self._tensors[(self._solver._method.state | self._solver._objective.report)[name]]
+        return self._tensors[(self._method.state | self._objective.report)[name]]
 
     def _look(self, progress: Progress | None, done: int, steps_done: int) -> bool:
         """Tell how things stand; whether any image still runs."""
         if progress is not None:
             progress(done, steps_done + int(self._of("taken")[: self._images].sum()))
-        return not self._solver._method.ends_early or bool((self._of("running")[: self._images] == 1).any())
+        return not self._method.ends_early or bool((self._of("running")[: self._images] == 1).any())
 
     def _capture(self) -> None:
         """The parts of the method for so many images, as graphs. They are run once, on whatever there is: before a
         batch is loaded."""
         if self._images not in self._runs:
             self._of("running").zero_()
-            device = self._solver._device
-            self._runs[self._images] = {name: repeatable(part, device) for name, part in self._launches().items()}
+            launches = self._launches()
+            self._runs[self._images] = {name: repeatable(part, self._device) for name, part in launches.items()}
 
     def _run(self, part: str) -> None:
         self._runs[self._images][part]()
 
     def _launches(self) -> dict[str, list[Callable[[], None]]]:
         """Those of every part of the method; a turn that leaves z elsewhere is followed by one that brings it back."""
-        solver, images = self._solver, self._images
+        images = self._images
         here = {buffer: tensor[:images] for buffer, tensor in self._tensors.items()}
-        bound = {name: arena.bind(images, self._memory, here) for name, arena in solver._arenas.items()}
-        z, other = solver._objective.z, solver._method.other
+        bound = {name: arena.bind(images, self._memory, here) for name, arena in self._arenas.items()}
+        z, other = self._objective.z, self._method.other
         if other is not None:
             there = here | {z: here[other], other: here[z]}
-            bound["turn"] += solver._arenas["turn"].bind(images, self._memory, there)
-        bound["prepare"].insert(0, partial(self._clear, here))
-        return bound
+            bound["turn"] += self._arenas["turn"].bind(images, self._memory, there)
+        target, unknown = self._objective.target, {"value": math.nan, "best_value": math.inf}
+        first = {buffer: unknown.get(name, 0) for name, buffer in (self._method.state | self._objective.report).items()}
 
-    def _clear(self, tensors: dict[Buffer, torch.Tensor]) -> None:
-        """Set to 0 all but the features; what is not known yet to NaN or Inf."""
-        method, objective = self._solver._method, self._solver._objective
-        unknown = {"value": math.nan, "best_value": math.inf}
-        first = {buffer: unknown.get(name, 0) for name, buffer in (method.state | objective.report).items()}
-        for buffer, tensor in tensors.items():
-            if buffer is not objective.target:
-                tensor.fill_(first.get(buffer, 0))
+        def clear() -> None:
+            """Set to 0 all but the features; what is not known yet to NaN or Inf."""
+            for buffer, tensor in here.items():
+                if buffer is not target:
+                    tensor.fill_(first.get(buffer, 0))
+
+        bound["prepare"].insert(0, clear)
+        return bound

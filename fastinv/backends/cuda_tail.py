@@ -94,7 +94,7 @@ class Tail:
         """Whether `launch_planar` can read them."""
         return features.dtype == self.weight.dtype and features.data_ptr() % 16 == 0 and scale is None
 
-    def launch(self, x: Any, out: Any, epilogue: Any, x_strides: Any = None, out_strides: Any = None) -> Any:
+    def launch(self, x: Any, out: Any, epilogue: Any, out_strides: Any = None) -> Any:
         """As `Convolution.launch`, of the two; x is contiguous."""
         return self._launch(x, out, epilogue, out_strides, None, channels_last=True)
 
@@ -110,7 +110,7 @@ class Tail:
         from fastinv.kernels.triton.geometry import strides
 
         if self.other is not None and self.planar() is None and are_few(len(x), x.device):
-            return self.other.launch(x, out, epilogue, None, out_strides)
+            return self.other.launch(x, out, epilogue, out_strides)
         height, width, _ = self.input_shape
         out_n, out_y, out_x, out_c = out_strides or strides(2 * height, 2 * width, self.outputs)
         tail = _sized(self.input_shape)

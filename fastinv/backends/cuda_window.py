@@ -67,13 +67,12 @@ class WindowConvolution:
         """As `Weights.planar`."""
         return self.other.planar()
 
-    def launch(self, x: Any, out: Any, epilogue: Any, x_strides: Any = None, out_strides: Any = None) -> Any:
+    def launch(self, x: Any, out: Any, epilogue: Any, out_strides: Any = None) -> Any:
         """As `Convolution.launch`."""
         import torch
 
-        strided = x_strides is not None or out_strides is not None
-        if strided or out.dtype != self.weight.dtype or are_few(len(x), x.device):
-            return self.other.launch(x, out, epilogue, x_strides, out_strides)
+        if out_strides is not None or out.dtype != self.weight.dtype or are_few(len(x), x.device):
+            return self.other.launch(x, out, epilogue, out_strides)
         layer = _sized(self.other)
         tensors = {"x": x, "weights": self.tiles, "bias": self.other.bias, "addend": epilogue.addend, "out": out}
         numbers = {"images": len(x), "float16": int(self.weight.dtype is torch.float16), **finish_of(epilogue)}

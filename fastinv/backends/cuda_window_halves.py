@@ -80,13 +80,12 @@ class HalvedConvolution:
         """As `Weights.planar`."""
         return self.other.planar()
 
-    def launch(self, x: Any, out: Any, epilogue: Any, x_strides: Any = None, out_strides: Any = None) -> Any:
+    def launch(self, x: Any, out: Any, epilogue: Any, out_strides: Any = None) -> Any:
         """As `Convolution.launch`."""
         kinds = FINISHES if epilogue.saved is None else SLOPES_FROM_SIGN
-        strided = x_strides is not None or out_strides is not None
-        other = strided or out.dtype != self.weight.dtype or epilogue.kind not in kinds
+        other = out_strides is not None or out.dtype != self.weight.dtype or epilogue.kind not in kinds
         if other or are_few(len(x), x.device, FEW):
-            return self.other.launch(x, out, epilogue, x_strides, out_strides)
+            return self.other.launch(x, out, epilogue, out_strides)
         return launching(functools.partial(_run, list(self._layers(x, out, epilogue))), x.device)
 
     def _layers(self, x: Any, out: Any, epilogue: Any) -> Iterator[_cuda.HalvedLayer]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from fastinv.kernels.triton.epilogue import put
-from fastinv.kernels.triton.geometry import Geometry
+from fastinv.kernels.triton.geometry import Geometry, phase_of
 from fastinv.kernels.triton.halves import add_product
 from fastinv.kernels.triton.launch import ceil_div
 
@@ -61,11 +61,7 @@ def _boxes_kernel(
         tile_n = tile % column_tiles
         phase = phases + tile // column_tiles % PHASES * PHASE
         box = tile // (column_tiles * PHASES)
-        row, column = tl.load(phase), tl.load(phase + 1)
-        rows, columns = tl.load(phase + 2), tl.load(phase + 3)
-        taps_y, taps_x = tl.load(phase + 4), tl.load(phase + 5)
-        first_y, first_x = tl.load(phase + 6), tl.load(phase + 7)
-        begin = tl.load(phase + 8)
+        row, column, rows, columns, taps_y, taps_x, first_y, first_x, begin = phase_of(phase)
         i0 = box // tiles_x % tiles_y * BY
         j0 = box % tiles_x * BX
         n0 = box // (tiles_x * tiles_y) * BI

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from fastinv.kernels.triton.boxes import _boxes_kernel, box_for, turned
 from fastinv.kernels.triton.epilogue import Epilogue, put
-from fastinv.kernels.triton.geometry import Geometry, Weights, packed
+from fastinv.kernels.triton.geometry import Geometry, Weights, packed, phase_of
 from fastinv.kernels.triton.halves import add_product, halved
 from fastinv.kernels.triton.launch import Launch, ceil_div, copies_boxes, power_of_two, processors
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -98,11 +98,8 @@ def _convolution_kernel(
     tile_n = rest % column_tiles
     group = rest // column_tiles % groups
     phase = phases + rest // (column_tiles * groups) * PHASE
-    row, column = tl.load(phase), tl.load(phase + 1)
-    rows, columns = tl.load(phase + 2), tl.load(phase + 3)
-    taps_y, taps_x = tl.load(phase + 4), tl.load(phase + 5)
-    first_y, first_x = tl.load(phase + 6), tl.load(phase + 7)
-    w += tl.load(phase + 8)
+    row, column, rows, columns, taps_y, taps_x, first_y, first_x, begin = phase_of(phase)
+    w += begin
 
     m = tile_m * BM + tl.arange(0, BM)
     inside = m < images * rows * columns
@@ -236,16 +233,16 @@ class Convolution(Weights, Tiled):
         super().__init__(geometry, weight.shape, matrix, offsets, bias, device, dtype)
         self.precision = precision
 
-    def launch(self, x: Any, out: Any, epilogue: Epilogue, x_strides: Any = None, out_strides: Any = None) -> Launch:
-        """For x [N, H, W, C] and out [N, OH, OW, O], contiguous where no strides, in elements, are given.
+    def launch(self, x: Any, out: Any, epilogue: Epilogue, out_strides: Any = None) -> Launch:
+        """For x [N, H, W, C], contiguous, and out [N, OH, OW, O] with these strides, in elements; without, contiguous.
 
         A uint8 `out` gets round(255 · y).
         """
         if self.tile.boxes:
-            return self._launch_boxes(x, out, epilogue, x_strides, out_strides)
+            return self._launch_boxes(x, out, epilogue, out_strides)
         geometry, tile = self.geometry, self.tile
         columns = ceil_div(self.outputs, tile.n)
-        args, constants = self.arguments(x, out, epilogue, x_strides, out_strides)
+        args, constants = self.arguments(x, out, epilogue, out_strides)
         args |= {
             "pitch": self.weight.shape[1], "halfway": self.halfway, "column_tiles": columns, "groups": self.groups,
         }  # fmt: skip
@@ -256,13 +253,13 @@ class Convolution(Weights, Tiled):
         programs = ceil_div(len(x) * geometry.largest, tile.m) * columns * self.groups * geometry.count
         return Launch(_convolution_kernel, programs, args, constants, tile.warps, tile.stages)
 
-    def _launch_boxes(self, x: Any, out: Any, epilogue: Epilogue, x_strides: Any, out_strides: Any) -> Launch:
+    def _launch_boxes(self, x: Any, out: Any, epilogue: Epilogue, out_strides: Any) -> Launch:
         geometry, tile = self.geometry, self.tile
         box = box_for(geometry, tile.m)
         boxes = [ceil_div(size, part) for size, part in zip((len(x), *geometry.most), box, strict=True)]
         columns = ceil_div(self.outputs, tile.n)
         tiles = math.prod(boxes) * geometry.count * columns
-        given, constants = self.arguments(x, out, epilogue, x_strides, out_strides)
+        given, constants = self.arguments(x, out, epilogue, out_strides)
         args = {name: value for name, value in given.items() if name in _boxes_kernel.arg_names}
         args |= {
             **self.described(x, given, box, tile), "tiles": tiles, "tiles_y": boxes[1], "tiles_x": boxes[2],

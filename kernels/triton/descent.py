@@ -25,7 +25,7 @@ def _advance_kernel(
     """An image that runs on is given its next step. WATCHED: its objective decides, too.
 
     z, best (KEEP: of the lowest objective): float32 [N, size]; value, best_value: float64 [N]; calm (evaluations in a
-    row within the tolerance), running (`RUNNING`, …), taken (steps): int32 [N].
+    row within the tolerance), running (see `objective.py`), taken (steps): int32 [N].
     """
     n = tl.program_id(0)
     if tl.load(running + n) == 1:

@@ -256,9 +256,9 @@ class DirectConvolution(Weights):
         """Whether `launch_planar` can read them: always."""
         return True
 
-    def launch(self, x: Any, out: Any, epilogue: Epilogue, x_strides: Any = None, out_strides: Any = None) -> Launch:
+    def launch(self, x: Any, out: Any, epilogue: Epilogue, out_strides: Any = None) -> Launch:
         """As `Convolution.launch`."""
-        return self._launch(x, out, epilogue, x_strides, out_strides)
+        return self._launch(x, out, epilogue, out_strides)
 
     def launch_planar(
         self, x: Any, out: Any, epilogue: Epilogue, out_strides: Any, scale: Any, zero_point: Any, flag: Any
@@ -266,20 +266,20 @@ class DirectConvolution(Weights):
         """For x [N, C, H, W], contiguous, of any type; scale, zero point and flag as in `layout.py`."""
         height, width, channels = self.input_shape
         x_strides = channels * height * width, width, 1, height * width
-        return self._launch(x, out, epilogue, x_strides, out_strides, scale, zero_point, flag)
+        return self._launch(x, out, epilogue, out_strides, x_strides, scale, zero_point, flag)
 
     def _launch(
         self,
         x: Any,
         out: Any,
         epilogue: Epilogue,
-        x_strides: Any,
         out_strides: Any,
+        x_strides: Any = None,
         scale: Any = None,
         zero_point: Any = None,
         flag: Any = None,
     ) -> Launch:
-        given, constants = self.arguments(x, out, epilogue, x_strides, out_strides)
+        given, constants = self.arguments(x, out, epilogue, out_strides, x_strides)
         down, across = self.reaches
         args = {name: value for name, value in given.items() if name in _direct_kernel.arg_names}
         args |= {

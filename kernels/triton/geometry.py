@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import triton
+import triton.language as tl
 from fastinv.kernels.triton.epilogue import Epilogue
 
 Pair = tuple[int, int]
 Weight = npt.NDArray[np.float32]
 
-PHASE = 10  # integers that a kernel reads for each phase: see `Geometry.table`
+PHASE = 9  # integers that a kernel reads for each phase: see `Geometry.table`
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Geometry:
     def table(self, offsets: list[int]) -> npt.NDArray[np.int32]:
         """[phases, PHASE]: row, column, rows, columns, taps down and across, first row and column, weights' place."""
         rows = [
-            (y.row, x.row, y.rows, x.rows, len(y.taps), len(x.taps), y.first, x.first, offset, 0)
+            (y.row, x.row, y.rows, x.rows, len(y.taps), len(x.taps), y.first, x.first, offset)
             for (y, x), offset in zip(self.phases(), offsets, strict=True)
         ]
         return np.array(rows, np.int32)
@@ -133,7 +135,7 @@ class Weights:
         return 2 * taps * self.groups * self.outputs * self.inputs
 
     def arguments(
-        self, x: Any, out: Any, epilogue: Epilogue, x_strides: Any, out_strides: Any
+        self, x: Any, out: Any, epilogue: Epilogue, out_strides: Any, x_strides: Any = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arguments and constants of all kernels; strides that are None are those of contiguous tensors."""
         geometry = self.geometry
@@ -154,6 +156,14 @@ class Weights:
             "PHASE": PHASE, "PHASES": geometry.count, "KIND": epilogue.kind, "BYTES": out.dtype.itemsize == 1,
         }  # fmt: skip
         return args, constants
+
+
+@triton.jit
+def phase_of(phase):
+    """A phase's numbers, from where they begin in `Geometry.table`."""
+    row, column, rows, columns = tl.load(phase), tl.load(phase + 1), tl.load(phase + 2), tl.load(phase + 3)
+    taps_y, taps_x, first_y, first_x = tl.load(phase + 4), tl.load(phase + 5), tl.load(phase + 6), tl.load(phase + 7)
+    return row, column, rows, columns, taps_y, taps_x, first_y, first_x, tl.load(phase + 8)
 
 
 def strides(height: int, width: int, channels: int) -> tuple[int, int, int, int]:

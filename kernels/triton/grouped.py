@@ -8,7 +8,7 @@ import numpy as np
 import triton
 import triton.language as tl
 from fastinv.kernels.triton.epilogue import Epilogue, put
-from fastinv.kernels.triton.geometry import Geometry, Weights
+from fastinv.kernels.triton.geometry import Geometry, Weights, phase_of
 from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
 
 
@@ -27,17 +27,15 @@ def _grouped_kernel(
     """
     rest = tl.program_id(0) % (column_tiles * PHASES)
     phase = phases + rest // column_tiles * PHASE
-    row, column = tl.load(phase), tl.load(phase + 1)
-    rows, columns = tl.load(phase + 2), tl.load(phase + 3)
-    taps_y, taps_x = tl.load(phase + 4), tl.load(phase + 5)
-    w += tl.load(phase + 8)
+    row, column, rows, columns, taps_y, taps_x, first_y, first_x, begin = phase_of(phase)
+    w += begin
     m = tl.program_id(0) // (column_tiles * PHASES) * BM + tl.arange(0, BM)
     inside = m < images * rows * columns
     n = m // (rows * columns)
     i = m // columns % rows
     j = m % columns
-    y = i * stride_y + tl.load(phase + 6)
-    x0 = j * stride_x + tl.load(phase + 7)
+    y = i * stride_y + first_y
+    x0 = j * stride_x + first_x
     o = rest % column_tiles * BO + tl.arange(0, BO)
     total = groups * outputs
     first = o // outputs * channels
@@ -65,9 +63,9 @@ class GroupedConvolution(Weights):
         offsets = [0, *np.cumsum([part.size for part in parts])[:-1].tolist()]
         super().__init__(geometry, weight.shape, np.concatenate(parts), offsets, bias, device, dtype)
 
-    def launch(self, x: Any, out: Any, epilogue: Epilogue, x_strides: Any = None, out_strides: Any = None) -> Launch:
+    def launch(self, x: Any, out: Any, epilogue: Epilogue, out_strides: Any = None) -> Launch:
         """As `Convolution.launch`."""
-        args, constants = self.arguments(x, out, epilogue, x_strides, out_strides)
+        args, constants = self.arguments(x, out, epilogue, out_strides)
         geometry, outputs = self.geometry, self.groups * self.outputs
         wide = min(64, power_of_two(outputs))
         tile = {"BM": 2048 // wide, "BO": wide}

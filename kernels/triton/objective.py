@@ -11,7 +11,7 @@ from fastinv.kernels.triton.epilogue import Epilogue, finish
 from fastinv.kernels.triton.launch import Launch, ceil_div, power_of_two
 
 BLOCK = 1024  # elements of a program
-RUNNING, CONVERGED, FINISHED = 1, 0, 2  # what `running` says of an image, for all methods
+# What `running` says of an image, for all methods: 1 it runs on, 0 it has converged, 2 it goes no further.
 ROOT = 1e-12  # under the root of the total variation, for β < 2
 
 

@@ -325,12 +325,12 @@ class Pair(Tiled):
         counts = {s: down.tiles(s[0]) * across.tiles(s[1]) for s in shapes}
         return min((s for s in shapes if counts[s]), key=lambda s: (counts[s], -s[1]))
 
-    def launch(self, x: Any, out: Any, epilogue: Epilogue, x_strides: Any = None, out_strides: Any = None) -> Launch:
+    def launch(self, x: Any, out: Any, epilogue: Epilogue, out_strides: Any = None) -> Launch:
         """As `Convolution.launch`, from the first layer's x to the last layer's out."""
         first, last, tile = self.first, self.last, self.tile
         (down, across), (tiles_y, tiles_x) = self.covers, self.tiles
         out_strides = out_strides or strides(*last.geometry.outputs, last.outputs)
-        args, constants = first.arguments(x, out, epilogue, x_strides, out_strides)
+        args, constants = first.arguments(x, out, epilogue, out_strides)
         args |= {
             "last_w": self.weight, "last_bias": last.bias, "sources": self.sources,
             "between_a": self.between[1], "between_b": self.between[2],

@@ -1,14 +1,17 @@
-"""Steps that the cpu backend does together: what a convolution can take over from its neighbours."""
+"""Steps that compiled backends do together: what a convolution can take over from its neighbours."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fastinv.network import Network
+from fastinv.network import Network, Step
 from fastinv.ops.activation import IDENTITY
 from fastinv.ops.base import Pair, Shape
 from fastinv.ops.conv2d import Conv2d
@@ -16,6 +19,49 @@ from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.upsample import Upsample
 
 Weight = npt.NDArray[np.float32]
+
+
+class Part(NamedTuple):
+    """A step, and what it has taken over from its neighbours.
+
+    Attributes:
+        number: which step of the network.
+        step: with the activation of the addition, as a transposed convolution where there was an upsampling before it.
+        inputs: values of the network, last the one that is added.
+        shapes: of the step's own inputs.
+        results: values of the network that its result stands for.
+    """
+
+    number: int
+    step: Step
+    inputs: tuple[int, ...]
+    shapes: list[Shape]
+    results: list[int]
+
+
+def fused(network: Network, *, upsampling: bool = True) -> Iterator[Part]:
+    """The network's steps in their order, as far as its output depends on them.
+
+    Args:
+        upsampling: whether convolutions take over the upsampling before them.
+    """
+    sums, doubled = _sums(network), _upsampling(network) if upsampling else {}
+    taken = {*(add for add, _ in sums.values()), *doubled.values()}
+    for index, step in enumerate(network.steps):
+        if index in taken or index not in network.live:  # no gradient would reach the latter
+            continue
+        inputs, results = step.inputs, [index + 1]
+        if index in doubled:
+            before = network.steps[doubled[index]]
+            inputs = before.inputs
+            step = _upsampled(step, before, network.shapes[inputs[0]])
+        shapes = [network.shapes[value] for value in inputs]
+        if index in sums:
+            add, other = sums[index]
+            step = replace(step, activation=network.steps[add].activation)
+            inputs = (*inputs, other)
+            results.append(add + 1)
+        yield Part(index, step, inputs, shapes, results)
 
 
 SMALL_BYTES = 512 * 1024  # of a layer's images abreast, in and out: half of the smallest L2
@@ -32,7 +78,7 @@ def chain_of_small_convolutions(network: Network, width: int) -> bool:
     )
 
 
-def fused_sums(network: Network) -> dict[int, tuple[int, int]]:
+def _sums(network: Network) -> dict[int, tuple[int, int]]:
     """Convolutions that can do the addition which follows: the step, to the addition's and the value it adds."""
     uses = _uses(network)
     found = {}
@@ -51,7 +97,7 @@ def fused_sums(network: Network) -> dict[int, tuple[int, int]]:
     return found
 
 
-def fused_upsampling(network: Network) -> dict[int, int]:
+def _upsampling(network: Network) -> dict[int, int]:
     """Convolutions of an image that nearest upsampling has doubled: the step, to the upsampling's."""
     uses = _uses(network)
     found = {}
@@ -67,13 +113,13 @@ def fused_upsampling(network: Network) -> dict[int, int]:
             and step.op.stride == step.op.dilation == (1, 1)
             and step.op.padding[0] < step.weights["weight"].shape[2]
             and step.op.padding[2] < step.weights["weight"].shape[3]
-            and doubling(before.op, network.shapes[before.inputs[0]]) is not None
+            and _doubling(before.op, network.shapes[before.inputs[0]]) is not None
         ):
             found[index] = value - 1
     return found
 
 
-def doubling(op: Upsample, shape: Shape) -> Pair | None:
+def _doubling(op: Upsample, shape: Shape) -> Pair | None:
     """How often an image [C, H, W] has each row and column repeated: once or twice; None for other upsampling."""
     if op.mode != "nearest":
         return None
@@ -86,7 +132,19 @@ def doubling(op: Upsample, shape: Shape) -> Pair | None:
     return (factors[0], factors[1])
 
 
-def upsampling_convolution(weight: Weight, padding: Pair, factors: Pair, groups: int) -> tuple[Weight, Pair]:
+def _upsampled(step: Step, before: Step, shape: Shape) -> Step:
+    """The convolution, with the upsampling of [C, H, W] before it, as one transposed convolution."""
+    assert isinstance(step.op, Conv2d)
+    assert isinstance(before.op, Upsample)
+    factors = _doubling(before.op, shape)
+    assert factors is not None
+    top, _, left, _ = step.op.padding
+    weight, padding = _transposed(step.weights["weight"], (top, left), factors, step.op.groups)
+    op = ConvTranspose2d(stride=factors, padding=padding, groups=step.op.groups)
+    return replace(step, op=op, weights={"weight": weight, "bias": step.weights["bias"]})
+
+
+def _transposed(weight: Weight, padding: Pair, factors: Pair, groups: int) -> tuple[Weight, Pair]:
     """Weight and padding of the transposed convolution, of stride `factors`, that upsampling and convolution make.
 
     Output o of an axis is Σ_t w[t] · x[⌊(o + t − p) / s⌋]: input i counts with Σ w[t] over the t for which
