@@ -223,7 +223,7 @@ int main() {
     if (width < 56) check_window(height, width, 128, 1, 8, false);
     if (width < 56) check_window(height, width, 128, 4, 72, true);
   }
-  for (const auto& [height, width] : {std::pair{8, 8}, {11, 8}, {16, 16}, {5, 16}, {1, 32}, {7, 32}, {3, 64}}) {
+  for (const auto& [height, width] : {std::pair{8, 8}, {11, 8}, {5, 16}, {1, 32}, {3, 32}, {2, 64}}) {
     check_halves(height, width, 64, false);
     check_halves(height, width, 48, true);
   }

@@ -187,7 +187,7 @@ def exact_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("exact_rows")
 @pytest.mark.parametrize("method", ["adam", "lbfgs", "exact"])
-@pytest.mark.parametrize("name", ["conv", "two"])
+@pytest.mark.parametrize("name", ["conv", "stride 2"])
 def test_an_image_has_one_answer_in_any_batch(method: str, name: str) -> None:
     network = edge_of(name)
     recipe = recipe_for(network, optimizer=method, steps=5, tolerance=0.01 if method == "lbfgs" else 0.0)
