@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from gpu_worker import END
+
 NO_GPU = ("test_triton_ahead_of_time", "test_cuda_sanitized", "test_cuda_bench")  # tests that need none
 TESTS = sorted(
     path
@@ -27,7 +29,6 @@ TESTS = sorted(
     if path.stem not in NO_GPU
 )
 STUCK = 60  # seconds of a test, after which it is told where it is, or ended where pytest-timeout is installed
-END = 10  # seconds that a process may take to end when it is killed: longer where its GPU is stuck
 FAILURE = 1500  # characters of a failure that are printed as it comes
 NO_TESTS = 5  # pytest's exit code for a file that is skipped as a whole
 

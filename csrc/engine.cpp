@@ -70,25 +70,27 @@ std::unique_ptr<Engine::Workspace> Engine::make_workspace() const {
   for (Buffer& buffer : workspace->abreast) buffer = Buffer(largest * abreast_);
   for (size_t v = 0; v < offset_.size(); ++v) workspace->abreast_data.push_back(workspace->abreast[v % 2].data());
   workspace->data.resize(offset_.size());
-  if (!strips_) {
-    use_arena(*workspace);
-    return workspace;
-  }
-  workspace->windows = Buffer(strips_->window_floats());
-  workspace->before = Buffer(floats_before_strips() * block_);
-  float* at = workspace->before.data();
+  if (!strips_) use_arena(*workspace);
+  return workspace;
+}
+
+// Images in strips have windows, and memory for what comes before them.
+void Engine::use_strips(Workspace& workspace) const {
+  if (workspace.windows.size() > 0) return;
+  workspace.windows = Buffer(strips_->window_floats());
+  workspace.before = Buffer(floats_before_strips() * block_);
+  float* at = workspace.before.data();
   for (int v = 1; v <= strips_->first(); ++v) {
-    workspace->data[static_cast<size_t>(v)] = at;
+    workspace.data[static_cast<size_t>(v)] = at;
     at += stride_[static_cast<size_t>(v)] * block_;
   }
-  return workspace;
 }
 
 int64_t Engine::floats_before_strips() const {
   return std::accumulate(stride_.begin() + 1, stride_.begin() + 1 + strips_->first(), int64_t{0});
 }
 
-// Images in strips have windows instead, but for those that threads share.
+// Those that threads share have all values there.
 void Engine::use_arena(Workspace& workspace) const {
   if (workspace.arena.size() > 0) return;
   workspace.arena = Buffer::for_work(arena_size_ * block_);
@@ -191,6 +193,7 @@ bool Engine::run(const Source& in, float* out, uint8_t* bytes, int64_t n) {
       w.data.back() += done * out_size;
     }
     if (strips_ && share.count == 1) {
+      use_strips(w);
       const auto from = static_cast<size_t>(strips_->first());
       const Frame frame = {w.data.data(), stride_.data(), scratch};
       for (size_t k = 0; k < from; ++k) program_.nodes()[k]->forward(frame, images, {});

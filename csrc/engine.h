@@ -45,10 +45,9 @@ class Engine {
  private:
   struct Workspace {
     Buffer arena, scratch;
-    Buffer in, out;  // of a block, where the caller's are of another type
-    Buffer windows;  // of strips, and values of the block before them
-    Buffer before;
-    Buffer abreast[2];  // values of images abreast, in turns: those of a chain
+    Buffer in, out;          // of a block, where the caller's are of another type
+    Buffer windows, before;  // of strips, and a block's values before them
+    Buffer abreast[2];       // values of images abreast, in turns: those of a chain
     std::vector<float*> abreast_data;
     std::vector<float*> data;
   };
@@ -59,6 +58,7 @@ class Engine {
   }
   int64_t floats_before_strips() const;  // of one image
   void use_arena(Workspace& workspace) const;
+  void use_strips(Workspace& workspace) const;
   std::unique_ptr<Workspace> make_workspace() const;
   bool run(const Source& in, float* out, uint8_t* bytes, int64_t n);
   bool shares_images(int64_t n) const;

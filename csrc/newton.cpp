@@ -65,7 +65,7 @@ void Solver::newton(Workspace& w, Call& call, int64_t first, int64_t count) cons
   }
   const auto is_done = [](const Image& image) { return image.done; };
   while (!std::all_of(images, images + count, is_done)) {
-    inverse_->run(0, 1, static_cast<int>(count), gradients, 0, corrections, 0, nullptr);
+    inverse_->run(1, static_cast<int>(count), gradients, 0, corrections, 0, nullptr);
     for (int64_t i = 0; i < count; ++i) {
       Image& image = images[i];
       if (image.done) continue;

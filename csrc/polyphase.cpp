@@ -178,7 +178,7 @@ void Polyphase::run_tiles(const Phase& phase, const Operands& operands, int64_t 
   for (int64_t begin = first; begin < last; begin += phase.chunk) {
     const int count = static_cast<int>(std::min<int64_t>(phase.chunk, last - begin));
     transform_inputs(phase, operands, begin, count, scratch);
-    phase.product->run(0, phase.positions, count, scratch, phase.in_stride, products, phase.out_stride,
+    phase.product->run(phase.positions, count, scratch, phase.in_stride, products, phase.out_stride,
                        products + phase.positions * phase.out_stride);
     transform_outputs(phase, operands, products, begin, count);
   }

@@ -52,17 +52,16 @@ void Product::set(int matrix, int in, int out, double value) {
 
 int64_t Product::scratch_floats(int rows) const { return bfloat16_ ? rows * round_up(in_, 2) / 2 : 0; }
 
-void Product::run(int first, int matrices, int rows, const float* from, int64_t from_step, float* to, int64_t to_step,
+void Product::run(int matrices, int rows, const float* from, int64_t from_step, float* to, int64_t to_step,
                   float* scratch, bool abreast) const {
   if (bfloat16_) {
     for (int k = 0; k < matrices; ++k) {
       kernels_.bfloat16_product({from + k * from_step, to + k * to_step, reinterpret_cast<uint16_t*>(scratch),
-                                 reinterpret_cast<const uint16_t*>(weights_.data()) + (first + k) * size_, rows, in_,
-                                 out_});
+                                 reinterpret_cast<const uint16_t*>(weights_.data()) + k * size_, rows, in_, out_});
     }
     return;
   }
-  if (!abreast) return kernels_.product({from, from_step, to, to_step, weights(first), matrices, rows, in_, out_});
+  if (!abreast) return kernels_.product({from, from_step, to, to_step, weights(0), matrices, rows, in_, out_});
   constexpr int kMostTiles = 64;  // at once
   const int tiles = ceil_div(rows, kMaxTilePixels);
   TileRow tile[kMostTiles];
@@ -81,7 +80,7 @@ void Product::run(int first, int matrices, int rows, const float* from, int64_t 
                                   count,
                                   tiles_.data(),
                                   runs_.data(),
-                                  weights(first + k),
+                                  weights(k),
                                   in_,
                                   nullptr,
                                   out_,

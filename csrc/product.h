@@ -15,11 +15,11 @@ class Product {
 
   void set(int matrix, int in, int out, double value);
 
-  // For each of so many matrices from `first` on: rows [row][in] at `from` to [row][out] at `to`, from_step and to_step
-  // floats on for the next matrix. `scratch` has scratch_floats(rows) floats. Abreast, each number of a row is a
+  // For each of the first so many matrices: rows [row][in] at `from` to [row][out] at `to`, from_step and to_step
+  // floats on for the next one. `scratch` has scratch_floats(rows) floats. Abreast, each number of a row is a
   // vector, one for each image; not with bfloat16.
-  void run(int first, int matrices, int rows, const float* from, int64_t from_step, float* to, int64_t to_step,
-           float* scratch, bool abreast = false) const;
+  void run(int matrices, int rows, const float* from, int64_t from_step, float* to, int64_t to_step, float* scratch,
+           bool abreast = false) const;
   int64_t scratch_floats(int rows) const;
 
   // The float32 weights of a matrix, in blocks of channels as `correlate` takes them; not with bfloat16.

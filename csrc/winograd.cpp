@@ -183,8 +183,7 @@ void Winograd::run_tiles(const Operands& operands, int64_t first, int64_t last, 
   for (; first < last; first += chunk.tiles) {
     const int count = static_cast<int>(std::min<int64_t>(chunk.tiles, last - first));
     transform_inputs(operands, chunk, first, count, scratch);
-    product_.run(0, kPositions, count, scratch, chunk.in_stride, products, chunk.out_stride, nullptr,
-                 operands.lanes > 1);
+    product_.run(kPositions, count, scratch, chunk.in_stride, products, chunk.out_stride, nullptr, operands.lanes > 1);
     if (adjoint_) {
       add_outputs(operands, chunk, products, first, count, rows);
     } else {

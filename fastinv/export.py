@@ -60,9 +60,10 @@ def _check(module: Any, example: Any) -> None:
     if not isinstance(example, torch.Tensor) or not example.is_floating_point():
         found = str(example.dtype) if isinstance(example, torch.Tensor) else type(example).__name__
         raise NetworkError(f"export: the example is {found}, expected a float tensor [N >= 2, ...]")
-    if example.device.type != "cpu" or example.layout is not torch.strided:
-        raise NetworkError(f"export: the example is {example.layout} on {example.device}, expected a dense one on cpu")
-    if not bool(example.isfinite().all()):
+    if example.device.type != "cpu" or example.layout is not torch.strided or example.is_nested:
+        layout = "nested" if example.is_nested else example.layout
+        raise NetworkError(f"export: the example is {layout} on {example.device}, expected a dense one on cpu")
+    if not bool(example.detach().double().isfinite().all()):
         raise NetworkError("export: the example holds NaN or Inf; pass another, such as torch.zeros(2, ...)")
     if example.ndim < 2 or len(example) < 2:
         raise NetworkError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -19,7 +20,7 @@ def beside(path: str | Path) -> Iterator[Path]:
 
     What the system refuses is raised as it comes, an OSError.
     """
-    target = Path(os.path.realpath(path))
+    target = _real(path)
     temporary = target.with_name(f".fastinv-{secrets.token_hex(8)}.tmp")  # fits where a long name of `path` does
     try:
         yield temporary
@@ -31,7 +32,14 @@ def beside(path: str | Path) -> Iterator[Path]:
 
 def try_beside(path: str | Path) -> None:
     """Raise the OSError that writing `beside` this path would meet."""
-    tempfile.TemporaryFile(dir=Path(os.path.realpath(path)).parent).close()
+    tempfile.TemporaryFile(dir=_real(path).parent).close()
+
+
+def _real(path: str | Path) -> Path:
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:  # a NUL in it
+        raise OSError(errno.EINVAL, str(error)) from None
 
 
 def make_folder(path: Path) -> None:

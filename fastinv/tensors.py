@@ -47,9 +47,19 @@ def finite(values: Array) -> bool:
 
 
 def floats(value: Any) -> tuple[float, ...]:
-    """A number, or a sequence, array or tensor of them, that float32 can hold; empty where it is anything else."""
-    given = value.tolist() if hasattr(value, "tolist") else value
-    entries = [e.tolist() if hasattr(e, "tolist") else e for e in (given if isinstance(given, Sequence) else [given])]
+    """A number, or a sequence, array or tensor of them, that float32 can hold; empty where it is anything else.
+
+    In an array or tensor they may stand in columns or planes of their own, as in [C, 1, 1].
+    """
+    try:
+        if hasattr(value, "shape") and math.prod(value.shape[1:]) == 1:
+            value = value.reshape(-1)
+        given = value.tolist() if hasattr(value, "tolist") else value
+        entries = [
+            e.tolist() if hasattr(e, "tolist") else e for e in (given if isinstance(given, Sequence) else [given])
+        ]
+    except (TypeError, ValueError, RuntimeError):  # of tensors without values
+        return ()
     return tuple(map(float, entries)) if all(is_number(e) and abs(e) <= MAX_FLOAT for e in entries) else ()
 
 
@@ -78,17 +88,21 @@ def start_pixels(init: Any, *shapes: Shape) -> npt.NDArray[np.float64]:
     """rMLE's start in pixels: a number, for an image of the first of these shapes, or an array of one of them.
 
     Raises:
-        FeatureError: it is neither.
+        FeatureError: it is neither, or holds NaN or Inf, or what is that in float32.
     """
     if is_number(init):
-        return np.full(shapes[0], init if abs(init) <= MAX_FLOAT else np.nan, np.float64)
-    data, dtype, _ = as_numpy(init, "init", also="a number, ")
-    if dtype not in ("float32", "float64") or data.shape not in shapes:
-        raise FeatureError(
-            f"init of shape {list(data.shape)} and dtype {dtype}, expected a number or float32 pixels "
-            f"{' or '.join(str(list(shape)) for shape in shapes)}"
-        )
-    return data.astype(np.float64)
+        pixels = np.full(shapes[0], (floats(init) or (np.nan,))[0], np.float64)
+    else:
+        data, dtype, _ = as_numpy(init, "init", also="a number, ")
+        if dtype not in FLOATS or data.shape not in shapes:
+            raise FeatureError(
+                f"init of shape {list(data.shape)} and dtype {dtype}, expected a number or float pixels "
+                f"{' or '.join(str(list(shape)) for shape in shapes)}"
+            )
+        pixels = as_float32(data, dtype).astype(np.float64) if dtype == "bfloat16" else data.astype(np.float64)
+    if not (np.abs(pixels) <= MAX_FLOAT).all():
+        raise FeatureError("init holds NaN or Inf (as float32); expected pixels")
+    return pixels
 
 
 def as_float32(data: npt.NDArray[Any], dtype: str = "") -> Array:

@@ -106,9 +106,12 @@ def fit(
     first = 0
     identity = ""
     if checkpoint is not None:
-        _expect_place(checkpoint)
+        if not isinstance(checkpoint, (str, os.PathLike)):
+            raise TrainingError(f"checkpoint: a {type(checkpoint).__name__}, expected the path of a file")
         identity = _identity(module, schedule, count, data)
         first = _resume(Path(checkpoint), identity, module, optimizer)
+        if first < schedule.epochs:
+            _expect_place(checkpoint)
     with _bar(total, first * batches, progress) as bar:
         for epoch in range(first, schedule.epochs):
             with seeded(schedule.seed * 1_000_003 + epoch):  # each epoch by itself, so that a resumed run repeats
@@ -331,8 +334,6 @@ def save_tensors(state: Mapping[str, Any], path: str | Path) -> None:
 
 def _expect_place(path: str | Path) -> None:
     """Raise TrainingError where no file can be written to `path`."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TrainingError(f"checkpoint: a {type(path).__name__}, expected the path of a file")
     try:
         try_beside(path)
     except OSError as error:

@@ -158,7 +158,10 @@ def test_losses_that_cannot_be_descended() -> None:
         fit(module, lambda i: once * once, 3, Schedule(1, 2, 0.1))
 
 
-@pytest.mark.parametrize(("place", "message"), [("none/run.pt", "cannot be written"), (5, "checkpoint: a int")])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("none/run.pt", "cannot be written"), ("\0", "cannot be written"), (5, "checkpoint: a int")],
+)
 def test_a_checkpoint_that_cannot_be_written_is_told_before_training(tmp_path, place, message: str) -> None:
     module = nn.Linear(2, 1)
     checkpoint = tmp_path / place if isinstance(place, str) else place

@@ -357,7 +357,11 @@ def in_a_child(check: Callable[[], bool]) -> None:
     """Assert in a fork of this process."""
     pid = os.fork()
     if pid == 0:
-        os._exit(0 if check() else 1)
+        code = 1
+        try:
+            code = 0 if check() else 1
+        finally:
+            os._exit(code)  # or pytest would go on twice
     deadline = time.monotonic() + 20
     while (done := os.waitpid(pid, os.WNOHANG)) == (0, 0):
         if time.monotonic() > deadline:
@@ -402,10 +406,10 @@ def test_works_after_a_fork_amid_the_calls_of_other_threads() -> None:
 def test_threads_that_cannot_be_started_are_done_without() -> None:
     """Now, and where they can be later."""
     code = """
+import os
 import resource
 import numpy as np
 import fastinv
-from fastinv.backends.cpu import CpuBackend
 from fastinv.network import Network, Step
 from fastinv.ops.conv2d import Conv2d
 
@@ -414,10 +418,13 @@ engine = fastinv.compile(Network((4, 32, 32), (Step(Conv2d(), (0,), weights),)),
 x = np.ones((256, 4, 32, 32), np.float32)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 before = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_STACK, (8 * 2**20, -1))
 resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20, before[1]))  # room for some ten stacks
 first = engine(x)
+few = len(os.listdir("/proc/self/task"))
 resource.setrlimit(resource.RLIMIT_AS, before)
 assert (first == 36).all() and (engine(x) == 36).all()
+assert few < len(os.listdir("/proc/self/task"))
 """
     subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=60)
 

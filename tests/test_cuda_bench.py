@@ -219,6 +219,7 @@ def test_what_came_before_it_was_lost_is_given(worker) -> None:
 def test_a_process_ends_with_all_that_it_has_started(worker, tmp_path: Path) -> None:
     file = tmp_path / "pid"
     command = ["sh", "-c", f"sleep 1000 & echo $! > {file}.new; mv {file}.new {file}; wait"]
+    assert list(worker.each(range, 1, seconds=60)) == [0]  # it has begun
     with pytest.raises(importlib.import_module("gpu_worker").Lost):
         list(worker.each(subprocess.check_output, command, seconds=5))
     assert has_ended(int(file.read_text()))
@@ -264,7 +265,7 @@ def test_tests_run_side_by_side(checks, tmp_path: Path, monkeypatch: pytest.Monk
     told = capsys.readouterr().out
     assert "assert 1 == 2" in told
     assert "FAILED" in told.partition("short test summary")[0]  # as it came
-    assert checks.run_tests([files["slow"]], 8) == "FAILED: test_slow.py took too long"
+    assert checks.run_tests([files["slow"]], 20) == "FAILED: test_slow.py took too long"
     told = capsys.readouterr().out
     assert re.search(r'test_slow\.py", line 2 in test', told), told  # where it is stuck
     assert has_ended(int((tmp_path / "pid").read_text()))

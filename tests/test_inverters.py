@@ -61,7 +61,13 @@ def test_arguments_become_plain_and_frozen() -> None:
 
 
 def test_a_start_of_torch_is_taken() -> None:
-    assert rmle(init=torch.zeros(SHAPE)) == rmle(init=np.zeros(SHAPE, ">f8"))
+    for zeros in (torch.zeros(SHAPE, dtype=torch.bfloat16), np.zeros(SHAPE, np.float16), np.zeros(SHAPE, ">f8")):
+        assert rmle(init=zeros) == rmle(init=torch.zeros(SHAPE))
+    assert rmle(init=np.float16(0.5)) == rmle(init=0.5)
+
+
+def test_a_mean_may_stand_in_planes() -> None:
+    assert rmle(mean=np.ones((3, 1, 1))) == rmle(mean=torch.ones(3, 1, 1)) == rmle(mean=(1, 1, 1))
 
 
 def test_equal_content_is_equal() -> None:
@@ -157,10 +163,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"clamp": 1}, "clamp 1, expected None or two"),
     ({"init": True}, "init: a bool"),
     ({"init": float("inf")}, "init holds NaN or Inf"),
+    ({"mean": torch.zeros(3, device="meta")}, "mean tensor"),
     ({"init": 10**400}, "init holds NaN or Inf"),
     ({"init": None}, "init"),
     ({"init": "grey"}, "init: a str, expected a number, a numpy array"),
-    ({"init": np.zeros((4, 5))}, r"init of shape \[4, 5\] .* expected a number or float32 pixels \[3, 4, 5\]"),
+    ({"init": np.zeros((4, 5))}, r"init of shape \[4, 5\] .* expected a number or float pixels \[3, 4, 5\]"),
     ({"init": [[1, 2], [3]]}, "init: "),
     ({"init": np.full(SHAPE, np.nan)}, "init holds NaN or Inf"),
     ({"init": np.full(SHAPE, 1e300)}, "init holds NaN or Inf"),

@@ -168,6 +168,8 @@ def test_rmle_of_nothing_and_without_steps() -> None:
         ({"start": torch.zeros(1, 4, 4)}, NetworkError, "the start does not fit"),
         ({"init": np.zeros((1, 4, 4))}, NetworkError, r"init of shape \[1, 4, 4\]"),
         ({"init": "x"}, NetworkError, "init: a str"),
+        ({"init": float("nan")}, NetworkError, "init holds NaN or Inf"),
+        ({"init": np.full((1, 3, 3), np.inf)}, NetworkError, "init holds NaN or Inf"),
         ({"std": 0}, NetworkError, r"std 0, expected 1 finite number\(s\), above 0"),
         ({"mean": "a"}, NetworkError, "mean 'a'"),
         ({"clamp": (1, 0)}, NetworkError, r"clamp \(1, 0\)"),

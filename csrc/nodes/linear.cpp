@@ -26,15 +26,16 @@ class LinearNode::Matrix {
     if (bias) std::copy_n(bias, out, bias_.data());
   }
 
-  // So many rows of each image, this share of them: of the outputs, each with its own weights, or where those do not
-  // go round, of the images.
+  // So many rows of each image, this share of them: of the outputs, each with its own weights; of the images where
+  // these go round and those do not.
   void run(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t rows, int64_t images,
            bool accumulate, Activation activation, Share share) const {
-    const bool by_outputs = blocks() >= share.count;
+    const bool by_outputs = blocks() >= share.count || images < share.count;
     const Share whole = {}, of_images = by_outputs ? whole : share, of_outputs = by_outputs ? share : whole;
     const int first = static_cast<int>(of_outputs.begin(blocks())) * block_;
     const int last = std::min(out_, static_cast<int>(of_outputs.end(blocks())) * block_);
     const int64_t begin = of_images.begin(images), end = of_images.end(images);
+    if (first >= last) return;
     if (rows == 1) return run_rows(in, in_stride, out, out_stride, begin, end, first, last, accumulate, activation);
     for (int64_t i = begin; i < end; ++i) {
       run_rows(in + i * in_stride, in_, out + i * out_stride, out_, 0, rows, first, last, accumulate, activation);
@@ -46,13 +47,13 @@ class LinearNode::Matrix {
 
  private:
   // Rows begin to end, outputs first to last: row r is read at in + r·in_step and written at out + r·out_step.
-  void run_rows(const float* in, int64_t in_step, float* out, int64_t out_step, int64_t first_row, int64_t last_row,
-                int first, int last, bool accumulate, Activation activation) const {
+  void run_rows(const float* in, int64_t in_step, float* out, int64_t out_step, int64_t begin, int64_t end, int first,
+                int last, bool accumulate, Activation activation) const {
     out += first;
-    for (int64_t begin = first_row; begin < last_row; begin += pixels_) {
+    for (; begin < end; begin += pixels_) {
       Tile tile = {};
       Run run = {};
-      tile.pixels = static_cast<int32_t>(std::min<int64_t>(pixels_, last_row - begin));
+      tile.pixels = static_cast<int32_t>(std::min<int64_t>(pixels_, end - begin));
       tile.runs = 1;
       run.length = in_;
       for (int p = 0; p < tile.pixels; ++p) {

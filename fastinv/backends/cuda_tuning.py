@@ -8,10 +8,8 @@ C++. All tiles add up the same products in the same order.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fastinv.backends.cuda_device import gpu_name, on_device, seconds
 from fastinv.errors import BackendError
 from fastinv.network import Network
+from fastinv.places import beside
 
 if TYPE_CHECKING:
     import torch
@@ -88,19 +87,15 @@ def write_measured(fresh: Measured) -> None:
     old = read_measured()  # one that is broken is replaced
     content = {"version": VERSION, "tiles": old.tiles | fresh.tiles, "native": old.native | fresh.native}
     text = json.dumps(content, indent=1, sort_keys=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        with beside(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise BackendError(
             f"the measured tiles cannot be written to {path} ({error.strerror or error}): set XDG_CACHE_HOME to a "
             "folder that can"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def key_of(gpu: str, kernel: Any) -> str:
