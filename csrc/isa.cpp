@@ -4,8 +4,10 @@
 
 namespace fastinv {
 
-#ifdef FASTINV_X86
+#ifdef FASTINV_HAS_avx512
 extern const Kernels kernels_avx512;
+#endif
+#ifdef FASTINV_HAS_avx2
 extern const Kernels kernels_avx2;
 #endif
 extern const Kernels kernels_portable;
@@ -13,9 +15,11 @@ extern const Kernels kernels_portable;
 const std::vector<Isa>& isas() {
   // __builtin_cpu_supports asks the operating system too (XGETBV), not only the processor.
   static const std::vector<Isa> list = {
-#ifdef FASTINV_X86
+#ifdef FASTINV_HAS_avx512
       {&kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+#endif
+#ifdef FASTINV_HAS_avx2
       {&kernels_avx2,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif
@@ -25,7 +29,7 @@ const std::vector<Isa>& isas() {
 }
 
 bool has_bfloat16(const Kernels& kernels) {
-#ifdef FASTINV_X86
+#ifdef FASTINV_HAS_avx512
   return kernels.bfloat16_product && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
