@@ -85,7 +85,7 @@ def test_the_matrix_has_the_total_variation() -> None:
         ("full", {"lr": 0.5, "clamp": (0.1, 0.8), "mean": (0.5, 0.4), "std": (0.5, 0.3)}),
         ("column", {"tv_beta": 1.0, "steps": 4}),
         ("valid", {"optimizer": "sgd", "lr": 1e-3, "momentum": 0.5, "schedule": "cosine"}),
-        ("valid", {"lr": 0.3, "steps": 12, "tolerance": 0.2, "patience": 2}),
+        ("conv", {"lr": 0.3, "steps": 12, "tolerance": 0.2, "patience": 2}),
         ("conv", {"lr": 1.5, "keep": "best"}),
         ("conv", {"steps": 0}),
     ],
@@ -121,7 +121,7 @@ def test_exact_steps_are_a_limit(name: str, steps: int) -> None:
 
 
 def test_exact_where_the_start_explains_the_features() -> None:
-    network = edge_of("two")
+    network = edge_of("stride 2")
     zero = np.zeros((1, *SHAPE), np.float32)
     features = reference(network, zero).astype(np.float32)
     z, report, _ = solver_on(recipe_for(network, optimizer="exact", steps=10)).solve(features, zero)
@@ -203,7 +203,7 @@ def test_an_image_has_one_answer_in_any_batch(method: str, name: str) -> None:
 @pytest.mark.parametrize("method", ["lbfgs", "exact"])
 def test_what_ctrl_c_leaves(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastinv.backends.cuda_solver.LOOK_SOON", 4)
-    network = edge_of("two")
+    network = edge_of("stride 2")
     start, features = randn(5, *SHAPE), randn(5, *network.output_shape, seed=1)
     recipe = recipe_for(network, optimizer=method, steps=40)
     z, report, finished = solver_on(recipe, most=4).solve(features, start, InterruptAt(1))
