@@ -269,9 +269,12 @@ def spread(count: int) -> torch.Tensor:
 def error(subject: Subject, x: torch.Tensor, result: Any) -> float:
     """Relative difference from float64, on images from the first to the last."""
     chosen = spread(len(x))
-    expected = subject.run_eager(x[chosen], torch.float64)
-    found = torch.as_tensor(result)[chosen].double()
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+    return difference(torch.as_tensor(result)[chosen], subject.run_eager(x[chosen], torch.float64))
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative, from what is float64."""
+    return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def forget() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from contenders import forget, spread
+from contenders import difference, forget, spread
 from gpu_contenders import DTYPES, NETWORK_CONTENDERS, SOLVER_CONTENDERS, Build, Call
 from gpu_results import HOST_TO_HOST, Ceilings, Row
 
@@ -208,11 +208,6 @@ def inputs_of(subject: Subject, batch: int, dtype: torch.dtype) -> list[torch.Te
         with torch.no_grad():
             found = [torch.cat([edge(part) for part in x.split(256)]) for x in found]
     return [x.to(dtype) for x in found]
-
-
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative, from what is float64."""
-    return float((found.double() - expected).norm() / expected.norm())
 
 
 def seconds_of(call: Call, inputs: Sequence[torch.Tensor], repeat: int) -> float:

@@ -34,7 +34,7 @@ from fastinv.errors import FormatError
 from fastinv.inverters import INVERTERS, Inverter
 from fastinv.network import Network
 from fastinv.ops.base import MAX_RANK
-from fastinv.places import beside
+from fastinv.places import new_file
 
 FORMAT = 1
 MAX_HEADER = 2**23  # bytes
@@ -57,10 +57,8 @@ def write(inverter: Inverter, path: str | Path) -> None:
     """
     data = encode(inverter)
     try:
-        with beside(path) as temporary, open(temporary, "xb") as file:
+        with new_file(path) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
     except (OSError, TypeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error  # without the name of a temporary file
         raise FormatError(f"{path!s:.300}: cannot write the file ({reason}); choose another path") from error

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastinv import tensors
 from fastinv.backends.torch import torch_threads
 from fastinv.errors import FastinvError, TrainingError
-from fastinv.places import beside, try_beside
+from fastinv.places import new_file, try_beside
 from fastinv.split import normalise
 from fastinv.tensors import chunks, is_number, is_whole
 
@@ -324,10 +324,8 @@ def save_tensors(state: Mapping[str, Any], path: str | Path) -> None:
         TrainingError: the place cannot be written to.
     """
     try:
-        with beside(path) as temporary, open(temporary, "xb") as file:
+        with new_file(path) as file:
             torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
     except OSError as error:
         raise TrainingError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
 
