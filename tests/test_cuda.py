@@ -190,6 +190,56 @@ def test_other_errors_stay_what_they_are(error: Exception) -> None:
         raise error
 
 
+def graph_that_fails(at: str, error: RuntimeError | None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is called of CUDA graphs from now on; `at` raises the error."""
+    calls: list[str] = []
+
+    def reach(name: str) -> None:
+        calls.append(name)
+        if error is not None and name == at:
+            raise error
+
+    class Graph:
+        def capture_begin(self, capture_error_mode: str) -> None:
+            reach("begin")
+
+        def capture_end(self) -> None:
+            reach("end")
+
+        def replay(self) -> None:
+            reach("replay")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    return calls
+
+
+def test_launches_become_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = graph_that_fails("never", None, monkeypatch)
+    replay = cuda_device._captured(lambda: calls.append("launch"))
+    assert calls == ["begin", "launch", "end"]
+    replay()
+    assert calls == ["begin", "launch", "end", "replay"]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("at", ["begin", "end"])
+def test_where_there_is_no_memory_for_a_graph(at: str, error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph_that_fails(at, error, monkeypatch)
+    with pytest.warns(RuntimeWarning, match="no room for a CUDA graph: launching one by one"):
+        assert cuda_device._captured(lambda: None) is None
+
+
+def test_a_capture_is_ended_whatever_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = graph_that_fails("never", None, monkeypatch)
+
+    def launch() -> None:
+        raise RuntimeError("CUDA error: illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        cuda_device._captured(launch)
+    assert calls == ["begin", "end"]
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("dtype", ["float32", "uint16", "int8"])
 def test_copies_on_the_host(dtype: str) -> None:

@@ -169,12 +169,32 @@ def repeatable(launches: Sequence[Callable[[], None]], device: torch.device) -> 
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             run()
-        side.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # Captures are on one stream of the process, of whichever device was first, if they are not given one. Other
-        # threads of the program may allocate meanwhile, as a data loader's that pins memory does.
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            side.synchronize()
+            return _captured(run) or run
+
+
+def _captured(run: Callable[[], None]) -> Callable[[], None] | None:
+    """What replays the launches of `run` as a CUDA graph, captured on the current stream; None where there is no memory
+    for one, with a warning.
+
+    Not by `torch.cuda.graph`, which waits for the whole device first and empties PyTorch's cache, the caller's memory,
+    too: the launches allocate nothing.
+    """
+    import torch
+
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # Other threads of the program may allocate meanwhile, as a data loader's that pins memory does.
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
             run()
+        finally:
+            graph.capture_end()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        warnings.warn(f"the GPU has no room for a CUDA graph: launching one by one ({error!s:.200})", RuntimeWarning, 3)
+        return None
     return graph.replay
 
 
