@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from fastinv import _core
 from fastinv.backends.base import Array, Progress, Report, Start
+from fastinv.backends.compiled import RAW_DTYPES, channels_last, timed
 from fastinv.backends.fusion import chain_of_small_convolutions, fused
 from fastinv.errors import BackendError
 from fastinv.inverters import METHODS
@@ -52,9 +53,6 @@ ACTIVATION_CODES = {  # the order of ActivationKind in csrc/kernels.h
         )
     )
 }
-
-
-RAW_DTYPES = ("float32", "float16", "bfloat16", "uint8", "int8")
 
 
 class CpuBackend:
@@ -106,11 +104,7 @@ class CpuNetwork:
 
     def describe(self, measure: bool = False) -> list[dict[str, Any]]:
         plan = _describe(self._network, self._launches, self._engine)
-        if measure:
-            for row, seconds in zip(plan, self._engine.profile(PROFILE_SECONDS), strict=True):
-                row["seconds"] = seconds
-                row["gflops"] = row["flops"] / seconds / 1e9 if seconds > 0 else 0.0
-        return plan
+        return timed(plan, self._engine.profile(PROFILE_SECONDS)) if measure else plan
 
 
 class CpuSolver:
@@ -197,8 +191,8 @@ class Lowering:
         Nothing is launched where the order in memory stays the same.
         """
         position = np.empty(index.size, np.int64)  # where each element of the row-major input lies
-        position[_internal(np.arange(index.size).reshape(source)).ravel()] = np.arange(index.size)
-        order = position[_internal(index.reshape(target)).ravel()]
+        position[channels_last(np.arange(index.size).reshape(source)).ravel()] = np.arange(index.size)
+        order = position[channels_last(index.reshape(target)).ravel()]
         if np.array_equal(order, np.arange(order.size)):
             if act is IDENTITY or act == IDENTITY:
                 # The value keeps its own shape in the program; a later step may need the new one.
@@ -220,11 +214,6 @@ def _plain(array: npt.NDArray[Any]) -> bool:
     """Whether the core can read or write the array where it is."""
     flags = array.flags
     return flags.c_contiguous and flags.aligned and array.dtype.isnative
-
-
-def _internal(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """[C, H, W] as it lies in the core, [H, W, C]; other ranks as they are."""
-    return array.transpose(1, 2, 0) if array.ndim == 3 else array
 
 
 def _isa() -> str:
@@ -335,7 +324,7 @@ def _affine(to: Lowering, step: Step, values: list[int], shapes: list[Shape], ou
     per_channel = len(shape) == 3 and scale.shape[1:] == (1, 1)
     target = shape[:1] if per_channel else shape  # channels are innermost: one entry for each is enough
     arrays = (np.broadcast_to(w.reshape(-1) if per_channel else w, target) for w in (scale, shift))
-    scale, shift = (np.ascontiguousarray(_internal(w)).ravel() for w in arrays)
+    scale, shift = (np.ascontiguousarray(channels_last(w)).ravel() for w in arrays)
     return to.program.affine(values[0], scale, shift, encode(step.activation))
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from fastinv import tensors
 from fastinv.backends.base import Array
+from fastinv.backends.compiled import RAW_DTYPES, timed
 from fastinv.backends.cuda_describe import plan_of
 from fastinv.backends.cuda_device import (
     Streams,
@@ -46,12 +47,11 @@ STREAMED_IMAGES = 1024  # at once from the host: a call's last such batch overla
 STREAMED_BYTES = 2**24  # of their results, in pinned memory
 MEASURED_IMAGES = 1024  # at most
 STREAMED_BATCHES = 64  # of one call
-FEW = 64  # channels that a convolution can write in the user's order: with more, the addresses spill
+PLANAR_CHANNELS = 64  # that a convolution can write in the user's order: with more, the addresses spill
 PLACES = 32  # of features and results on the device for which there are graphs
 MOST_ELEMENTS = 2**31 - 1  # of a tensor: the kernels' offsets are 32-bit
 
 NOT_FINITE = "features hold NaN or Inf: drop or mend these images"
-RAW_DTYPES = ("float32", "float16", "bfloat16", "uint8", "int8")
 
 
 @dataclass(eq=False)
@@ -166,10 +166,7 @@ class CudaNetwork:
 
     def describe(self, measure: bool = False) -> list[dict[str, Any]]:
         plan = plan_of(self._network, self._lowering)
-        if measure:
-            for row, taken in zip(plan, self._measured(), strict=True):
-                row |= {"seconds": taken, "gflops": row["flops"] / taken / 1e9 if taken > 0 else 0.0}
-        return plan
+        return timed(plan, self._measured()) if measure else plan
 
     def _measured(self) -> list[float]:
         """Seconds that every node takes for one image, of a large batch of random features."""
@@ -217,7 +214,7 @@ class CudaNetwork:
             and to.output not in read
             and last.ending.addend is None
             and len(network.output_shape) == 3
-            and network.output_shape[0] <= FEW
+            and network.output_shape[0] <= PLANAR_CHANNELS
         ):  # it can write the results where they are to be
             pixels, channels = door(network.output_shape)
             last.output = made

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fastinv.backends.compiled import channels_last
 from fastinv.backends.cuda_plan import Buffer, Ending, Stage
 from fastinv.ops.base import Shape
 
@@ -172,21 +173,16 @@ def _gather(kernel: Any, sources: tuple[Buffer | None, ...], target: Buffer, end
 # ---- places of elements: an image [C, H, W] lies as [H, W, C], all else in row-major order ---------------------------
 
 
-def internal(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """[C, H, W] as it lies in memory, [H, W, C]; other ranks as they are."""
-    return array.transpose(1, 2, 0) if array.ndim == 3 else array
-
-
 def places(shape: Shape) -> Index:
     """For every element of a value of this shape, where it lies."""
     result = np.empty(shape, np.int64)
-    internal(result)[...] = np.arange(result.size).reshape(internal(result).shape)
+    channels_last(result)[...] = np.arange(result.size).reshape(channels_last(result).shape)
     return result
 
 
 def listed(values: Index) -> Index:
     """An array of the shape of a value, in the order of that value's memory."""
-    return internal(values).ravel()
+    return channels_last(values).ravel()
 
 
 def inverse(index: Index, size: int) -> Index:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 INPUTS, BETWEEN = 16, 8  # channels
 SIDE, WIDE, OUT = 8, 12, 28  # pixels across
 TAPS = 5
-FEW = 4  # channels of a thread
+SHARE = 4  # channels of a thread
 LAST = 8  # weights of a channel and a row of taps, with what fills them up
 
 
@@ -90,11 +90,11 @@ class SmallTail:
 
 
 def _packed(first: ConvolutionNode, last: ConvolutionNode) -> Any:
-    """[input channel, row of taps, BETWEEN / FEW, FEW, tap] of the first layer, [channel, row of taps, LAST] of the
+    """[input channel, row of taps, BETWEEN / SHARE, SHARE, tap] of the first layer, [channel, row of taps, LAST] of the
     last, and their biases, [BETWEEN] and [4]."""
     import torch
 
-    to_between = first.weight[0].reshape(BETWEEN // FEW, FEW, INPUTS, TAPS, TAPS).transpose(2, 3, 0, 1, 4)
+    to_between = first.weight[0].reshape(BETWEEN // SHARE, SHARE, INPUTS, TAPS, TAPS).transpose(2, 3, 0, 1, 4)
     to_image = np.pad(last.weight[0, 0], [(0, 0), (0, 0), (0, LAST - TAPS)])
     device = first.kernel.weight.device
     parts = [torch.from_numpy(np.array(part, np.float32, order="C")).to(device) for part in (to_between, to_image)]

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastinv.backends.base import Array, Progress, Report, Start
+from fastinv.backends.compiled import RAW_DTYPES
 from fastinv.backends.cuda_device import (
     Streams,
     flag_on,
@@ -31,7 +32,7 @@ from fastinv.backends.cuda_device import (
 )
 from fastinv.backends.cuda_host import Download, Drain, Feed, Given, Kept, Upload, finite
 from fastinv.backends.cuda_methods import Objective, method_of
-from fastinv.backends.cuda_network import MOST_IMAGES, NOT_FINITE, RAW_DTYPES, door, fitting, of_channels
+from fastinv.backends.cuda_network import MOST_IMAGES, NOT_FINITE, door, fitting, of_channels
 from fastinv.backends.cuda_plan import Arena, Buffer, bucket
 from fastinv.errors import BackendError, FeatureError
 from fastinv.inverters import RMLE, channelwise
