@@ -29,6 +29,7 @@ from fastinv.ops.activation import Activation
 from fastinv.ops.linear import Linear
 
 NETWORK = Network((4,), (Step(Linear(), (0,), {"weight": randn(3, 4), "bias": randn(3)}),))
+CPU = torch.device("cpu")
 EDGE = Network((1, 4, 5), (Step(Activation("relu"), (0,)),))
 
 
@@ -157,25 +158,29 @@ OUT_OF_MEMORY = [
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def test_out_of_memory_halves_the_batch(error: RuntimeError) -> None:
     cuda_device._release_idle()  # what other tests' engines keep is given back first
-    asked = []
+    asked: list[int | str] = []
+    keeper = SimpleNamespace(release=lambda: asked.append("release"))
 
-    def allocate(images: int) -> str:
+    def attempt(images: int) -> str:
         asked.append(images)
         if images > 100:
             raise error
-        return "memory"
+        return "done"
 
     with pytest.warns(RuntimeWarning, match="no room for") as told:
-        assert halving(allocate, 1000) == ("memory", 62)
-    assert asked == [1000, 500, 250, 125, 62]
+        assert halving(attempt, 1000, keeper, CPU) == "done"
+    assert asked == [1000, "release", 500, "release", 250, "release", 125, "release", 62]
     assert "no room for 500 images at once: going on with 250" in str(told[1].message)
     with pytest.warns(RuntimeWarning), pytest.raises(BackendError, match="no room for one image"):
-        halving(lambda images: allocate(1000), 4)
+        halving(lambda images: attempt(1000), 4, keeper, CPU)
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def test_no_room_for_all_images_is_told(error: RuntimeError) -> None:
-    with pytest.raises(BackendError, match="no room for the images of 1,234 features"), room_for_images(1234):
+    with (
+        pytest.raises(BackendError, match="no room for the images of 1,234 features on the GPU: pass fewer"),
+        room_for_images(1234),
+    ):
         raise error
 
 
@@ -185,59 +190,9 @@ def test_other_errors_stay_what_they_are(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error), match="memory"):
-        halving(allocate, 8)
+        halving(allocate, 8, SimpleNamespace(), CPU)
     with pytest.raises(type(error), match="memory"), room_for_images(8):
         raise error
-
-
-def graph_that_fails(at: str, error: RuntimeError | None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is called of CUDA graphs from now on; `at` raises the error."""
-    calls: list[str] = []
-
-    def reach(name: str) -> None:
-        calls.append(name)
-        if error is not None and name == at:
-            raise error
-
-    class Graph:
-        def capture_begin(self, capture_error_mode: str) -> None:
-            reach("begin")
-
-        def capture_end(self) -> None:
-            reach("end")
-
-        def replay(self) -> None:
-            reach("replay")
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    return calls
-
-
-def test_launches_become_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = graph_that_fails("never", None, monkeypatch)
-    replay = cuda_device._captured(lambda: calls.append("launch"))
-    assert calls == ["begin", "launch", "end"]
-    replay()
-    assert calls == ["begin", "launch", "end", "replay"]
-
-
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("at", ["begin", "end"])
-def test_where_there_is_no_memory_for_a_graph(at: str, error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph_that_fails(at, error, monkeypatch)
-    with pytest.warns(RuntimeWarning, match="no room for a CUDA graph: launching one by one"):
-        assert cuda_device._captured(lambda: None) is None
-
-
-def test_a_capture_is_ended_whatever_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = graph_that_fails("never", None, monkeypatch)
-
-    def launch() -> None:
-        raise RuntimeError("CUDA error: illegal memory access")
-
-    with pytest.raises(RuntimeError, match="illegal"):
-        cuda_device._captured(launch)
-    assert calls == ["begin", "end"]
 
 
 @pytest.mark.filterwarnings("error")

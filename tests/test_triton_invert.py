@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-import weakref
 
 import numpy as np
 import pytest
@@ -19,8 +17,8 @@ import fastinv
 from fastinv import tensors
 from fastinv.backends import cuda_device, cuda_network
 from fastinv.backends.cuda import CudaBackend
-from fastinv.backends.cuda_network import CudaNetwork
-from fastinv.backends.cuda_solver import Batch, CudaSolver
+from fastinv.backends.cuda_batch import Batch
+from fastinv.backends.cuda_solver import CudaSolver
 from fastinv.errors import FeatureError
 from fastinv.export import export
 from fastinv.inverters import RMLE, InverseNetwork, Inverter
@@ -238,63 +236,6 @@ def test_ctrl_c_between_the_batches_of_rmle_loses_none(where: str, rmle: RMLE, m
     np.testing.assert_array_equal(report.steps, [4, 4, 4, 4, 0, 0])
     np.testing.assert_array_equal(out[:4], whole[:4])
     assert np.isnan(report.objective[4:]).all()
-
-
-def test_what_is_kept_makes_room_for_others(inverse_network: InverseNetwork, rmle: RMLE) -> None:
-    """Before a batch is halved, what does not run gives back its memory; its next call takes it again."""
-    device = torch.empty(0, device=DEVICE).device
-    network = CudaNetwork(inverse_network.network, "float32", device)
-    solver = CudaSolver(dataclasses.replace(rmle, init=0.5), "float32", device, most=4)
-    x = randn(3, 4, 3, 4)
-    init = np.zeros(rmle.image_shape, np.float32)
-
-    def run() -> list[np.ndarray]:
-        out = np.zeros((3, *rmle.image_shape), np.float32)
-        network.run(x, out)
-        return [out, solver.solve(x, init)[0]]
-
-    calls: list[int] = []
-
-    def allocate(images: int) -> int:
-        calls.append(images)
-        if len(calls) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return images
-
-    before = run()
-    assert cuda_device.halving(allocate, 8) == (8, 8)
-    assert calls == [8, 8]
-    for keeper in (network, solver):
-        assert not keeper.release()
-    for found, expected in zip(run(), before, strict=True):
-        np.testing.assert_array_equal(found, expected)
-
-
-def test_what_is_not_used_any_more_gives_back_its_memory_at_once(inverse_network: InverseNetwork, rmle: RMLE) -> None:
-    """Without the garbage collector, which may come late."""
-    device = torch.empty(0, device=DEVICE).device
-    gc.collect()
-    gc.disable()
-    try:
-        x, out = randn(3, 4, 3, 4), np.zeros((3, *rmle.image_shape), np.float32)
-        kept: list[weakref.ref] = []
-        # The first reads features where they are, and writes images where they are to be; the other does neither.
-        for compiled, values, results in ((inverse_network.network, x, out), (rmle.edge, out, np.zeros_like(x))):
-            network = CudaNetwork(compiled, "float32", device)
-            network.run(values, results)
-            for _ in range(2):  # the second is a graph
-                network.run_there(torch.from_numpy(values).to(device), "float32")
-            kept += map(weakref.ref, (network, network._memory, network._slots[0].features))
-            del network
-        for optimizer in ("adam", "lbfgs"):
-            recipe = dataclasses.replace(rmle, init=0.5, steps=2, optimizer=optimizer)
-            solver = CudaSolver(recipe, "float32", device, most=4)
-            solver.solve(x, np.zeros(rmle.image_shape, np.float32))
-            kept += map(weakref.ref, (solver, solver._batch, solver._batch._memory))
-            del solver
-        assert [reference() for reference in kept] == [None] * len(kept)
-    finally:
-        gc.enable()
 
 
 def test_names_of_the_first_gpu(inverse_network: InverseNetwork) -> None:

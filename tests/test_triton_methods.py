@@ -202,7 +202,7 @@ def test_an_image_has_one_answer_in_any_batch(method: str, name: str) -> None:
 @pytest.mark.usefixtures("exact_rows")
 @pytest.mark.parametrize("method", ["lbfgs", "exact"])
 def test_what_ctrl_c_leaves(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastinv.backends.cuda_solver.LOOK_SOON", 4)
+    monkeypatch.setattr("fastinv.backends.cuda_batch.LOOK_SOON", 4)
     network = edge_of("stride 2")
     start, features = randn(5, *SHAPE), randn(5, *network.output_shape, seed=1)
     recipe = recipe_for(network, optimizer=method, steps=40)

@@ -88,7 +88,7 @@ def test_rmle_options(options) -> None:
 
 
 def test_rmle_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastinv.backends.cuda_solver.LOOK", 2)
+    monkeypatch.setattr("fastinv.backends.cuda_batch.LOOK", 2)
     told: list[tuple[int, int]] = []
     solver = solver_on(recipe_for(small_edge(), steps=8), most=4)
     start, features = randn(3, 2, 6, 8), randn(3, 4, 3, 4)
@@ -97,7 +97,7 @@ def test_rmle_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rmle_keeps_what_ctrl_c_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastinv.backends.cuda_solver.LOOK", 2)
+    monkeypatch.setattr("fastinv.backends.cuda_batch.LOOK", 2)
     recipe = recipe_for(small_edge(), steps=8)
     start, features = randn(5, 2, 6, 8), randn(5, 4, 3, 4)
     z, report, finished = solver_on(recipe, most=4).solve(features, start, InterruptAt(4))

@@ -5,9 +5,10 @@ What does the work is imported when it is asked for: where there is no GPU, list
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from fastinv.backends.cuda_device import missing
+from fastinv.backends.cuda_device import missing, room_for
 from fastinv.inverters import METHODS
 from fastinv.network import Network, Step
 
@@ -48,12 +49,14 @@ class CudaBackend:
     def compile(self, network: Network, precision: str, threads: int | None) -> CudaNetwork:
         from fastinv.backends.cuda_network import CudaNetwork
 
-        return CudaNetwork(network, precision, self._device())
+        with room_for_weights():
+            return CudaNetwork(network, precision, self._device())
 
     def compile_solver(self, recipe: RMLE, precision: str, threads: int | None) -> CudaSolver:
         from fastinv.backends.cuda_solver import CudaSolver
 
-        return CudaSolver(recipe, precision, self._device(), self.name)
+        with room_for_weights():
+            return CudaSolver(recipe, precision, self._device(), self.name)
 
     def tune(self, network: Network, precision: str, solver: bool) -> Measured:
         """Measure the tiles of a network's matrix products, or of an edge's both ways, and keep them for later runs.
@@ -72,3 +75,8 @@ class CudaBackend:
         import torch
 
         return torch.device("cuda", self.index)
+
+
+def room_for_weights() -> AbstractContextManager[None]:
+    """What is allocated within is a compiled network's."""
+    return room_for("the network's weights on the GPU", "free memory there, or take another GPU or backend='cpu'")

@@ -170,31 +170,15 @@ def repeatable(launches: Sequence[Callable[[], None]], device: torch.device) -> 
         with torch.cuda.stream(side):
             run()
             side.synchronize()
-            return _captured(run) or run
-
-
-def _captured(run: Callable[[], None]) -> Callable[[], None] | None:
-    """What replays the launches of `run` as a CUDA graph, captured on the current stream; None where there is no memory
-    for one, with a warning.
-
-    Not by `torch.cuda.graph`, which waits for the whole device first and empties PyTorch's cache, the caller's memory,
-    too: the launches allocate nothing.
-    """
-    import torch
-
-    graph = torch.cuda.CUDAGraph()
-    try:
-        # Other threads of the program may allocate meanwhile, as a data loader's that pins memory does.
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            run()
-        finally:
-            graph.capture_end()
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        warnings.warn(f"the GPU has no room for a CUDA graph: launching one by one ({error!s:.200})", RuntimeWarning, 3)
-        return None
+            graph = torch.cuda.CUDAGraph()
+            # Not by `torch.cuda.graph`, which waits for the whole device first and empties PyTorch's cache, the
+            # caller's memory, too: the launches allocate nothing. Other threads of the program may allocate meanwhile,
+            # as a data loader's that pins memory does.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                run()
+            finally:
+                graph.capture_end()
     return graph.replay
 
 
@@ -278,9 +262,10 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
-def halving(allocate: Callable[[int], Value], images: int) -> tuple[Value, int]:
-    """What `allocate` gives for so many images, or for half as many as often as memory does not suffice, when others
-    have given back what they kept.
+def halving(attempt: Callable[[int], Value], images: int, keeper: Keeper, device: torch.device) -> Value:
+    """What `attempt` gives with so many images at once, or with half as many as often as memory does not suffice: for
+    tensors, for what PyTorch and Triton load, or for CUDA graphs. Before another one `keeper`, whose attempt it is,
+    gives back what it has taken, and others who do not run what they keep.
 
     Raises:
         BackendError: there is not even room for one image.
@@ -289,11 +274,13 @@ def halving(allocate: Callable[[int], Value], images: int) -> tuple[Value, int]:
 
     while True:
         try:
-            return allocate(images), images
+            return attempt(images)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             reason = f"{error!s:.200}"
+        wait_for_all(device)  # graphs and memory are in use until then
+        keeper.release()
         released = _release_idle()
         torch.cuda.empty_cache()
         if released:
@@ -307,8 +294,11 @@ def halving(allocate: Callable[[int], Value], images: int) -> tuple[Value, int]:
 
 
 @contextmanager
-def room_for_images(count: int) -> Iterator[None]:
-    """What is allocated within is for all images of a call.
+def room_for(what: str, instead: str) -> Iterator[None]:
+    """What is allocated within is needed whole.
+
+    Args:
+        what: that is, and `instead` what to do where there is no room for it.
 
     Raises:
         BackendError: memory does not suffice.
@@ -318,10 +308,15 @@ def room_for_images(count: int) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise BackendError(
-            f"backend 'cuda': the GPU has no room for the images of {count:,} features: pass fewer at once, or "
-            f"features on the host, whose images go there as they come ({error!s:.200})"
-        ) from error
+        raise BackendError(f"backend 'cuda': no room for {what}: {instead} ({error!s:.200})") from error
+
+
+def room_for_images(count: int) -> AbstractContextManager[None]:
+    """What is allocated within is for all images of a call whose features are on the device."""
+    return room_for(
+        f"the images of {count:,} features on the GPU",
+        "pass fewer at once, or features on the host, whose images go there as they come",
+    )
 
 
 class Streams:

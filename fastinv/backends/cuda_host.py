@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from fastinv import _core, tensors
 from fastinv.backends.base import Array
-from fastinv.backends.cuda_device import DRIVER, Streams, nothing
+from fastinv.backends.cuda_device import DRIVER, Streams, nothing, room_for
 from fastinv.errors import BackendError
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ class Upload:
 
         self.streams = streams
         threads, gpu = min(_core.available_threads(), MOST_THREADS), device.type == "cuda"
-        pinned = torch.empty(_core.Upload.pieces * threads * PIECE, dtype=torch.uint8, device="cpu", pin_memory=gpu)
+        with room_for_pinned_pieces():
+            pinned = torch.empty(_core.Upload.pieces * threads * PIECE, dtype=torch.uint8, device="cpu", pin_memory=gpu)
         self._way = _core.Upload(pinned.numpy(), threads, DRIVER if gpu else "")
 
     def send(self, source: npt.NDArray[Any], there: torch.Tensor, beside: Copy | None = None) -> None:
@@ -87,10 +89,11 @@ class Download:
         import torch
 
         self.streams = streams
-        self._pieces = [
-            torch.empty(PIECE_BACK, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
-            for _ in range(PIECES_BACK)
-        ]
+        with room_for_pinned_pieces():
+            self._pieces = [
+                torch.empty(PIECE_BACK, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+                for _ in range(PIECES_BACK)
+            ]
         self._waits = [nothing] * PIECES_BACK
 
     def fetch(self, there: torch.Tensor, target: npt.NDArray[Any]) -> None:
@@ -206,6 +209,11 @@ class Drain:
             start, stop, images = self._last
             self._download.fetch(images, self._target[start:stop])
             self._last = None
+
+
+def room_for_pinned_pieces() -> AbstractContextManager[None]:
+    """What is allocated within is pinned memory that no smaller batch would do without."""
+    return room_for("pinned memory, through which features and images pass", "free memory on the host")
 
 
 def finite(values: Array) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ from fastinv.backends.cuda_device import (
 from fastinv.backends.cuda_host import Copy, Upload
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.backends.cuda_nodes import ConvolutionNode, Door
-from fastinv.backends.cuda_plan import Arena, Buffer, Stage, bucket
+from fastinv.backends.cuda_plan import MOST_IMAGES, Arena, Buffer, Stage, bucket, fitting
 from fastinv.errors import FeatureError
 from fastinv.network import Network
 from fastinv.ops.base import Shape
@@ -40,16 +40,14 @@ from fastinv.ops.base import Shape
 if TYPE_CHECKING:
     import torch
 
+Value = TypeVar("Value")
 
-MOST_IMAGES = 4096  # at once
-MOST_BYTES = 2**32  # of the arena and of all that goes with a batch
 STREAMED_IMAGES = 1024  # at once from the host: a call's last such batch overlaps with nothing
 STREAMED_BYTES = 2**24  # of their results, in pinned memory
 MEASURED_IMAGES = 1024  # at most
 STREAMED_BATCHES = 64  # of one call
 PLANAR_CHANNELS = 64  # that a convolution can write in the user's order: with more, the addresses spill
 PLACES = 32  # of features and results on the device for which there are graphs
-MOST_ELEMENTS = 2**31 - 1  # of a tensor: the kernels' offsets are 32-bit
 
 NOT_FINITE = "features hold NaN or Inf: drop or mend these images"
 
@@ -89,7 +87,7 @@ class CudaNetwork:
         self._memory: torch.Tensor | None = None  # the arena, for `_most` images
         # One slot is filled and emptied while the other is computed on, with so many images at once.
         self._slots: tuple[Slot, Slot] | None = None
-        self._streamed = min(self._most, STREAMED_IMAGES, max(1, STREAMED_BYTES // doors[1].bytes(1)))
+        self._most_streamed = min(STREAMED_IMAGES, max(1, STREAMED_BYTES // doors[1].bytes(1)))
         self._bound: dict[tuple[Any, ...], Any] = {}
         # Runs of what lies on the device, by its place, the last used last: a graph, or None where there was but one.
         self._there: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
@@ -134,10 +132,7 @@ class CudaNetwork:
             self._unread = True
             start = 0
             while start < count:
-                memory = self._ready()  # may lower `_most`
-                stop = min(start + self._most, count)
-                self._run_part(x[start:stop], out[start:stop], memory)
-                start = stop
+                start = self._within_memory(self._run_from, start, x, out)
             wait(self._device)  # the arena is free again, too
             wrong = bool(self._flag_there.item())
             if wrong:
@@ -146,6 +141,12 @@ class CudaNetwork:
         if wrong:
             raise FeatureError(NOT_FINITE)
         return out
+
+    def _run_from(self, start: int, x: torch.Tensor, out: torch.Tensor) -> int:
+        """As many as there is memory for at once, from `start` on; where the next begin."""
+        stop = min(start + self._most, len(x))
+        self._run_part(x[start:stop], out[start:stop], self._ready())
+        return stop
 
     def _run_part(self, x: torch.Tensor, out: torch.Tensor, memory: torch.Tensor) -> None:
         key = (len(x), x.data_ptr(), x.dtype, out.data_ptr(), out.dtype)
@@ -166,22 +167,23 @@ class CudaNetwork:
 
     def describe(self, measure: bool = False) -> list[dict[str, Any]]:
         plan = plan_of(self._network, self._lowering)
-        return timed(plan, self._measured()) if measure else plan
+        if measure:
+            with self.lock, on_device(self._device):
+                return timed(plan, self._within_memory(self._measured))
+        return plan
 
     def _measured(self) -> list[float]:
         """Seconds that every node takes for one image, of a large batch of random features."""
         import torch
 
-        network = self._network
-        with self.lock, on_device(self._device):
-            memory = self._ready()  # may lower `_most`
-            images = min(self._most, MEASURED_IMAGES)
-            features = torch.randn((images, *network.input_shape), dtype=torch.float32, device=self._device)
-            results = torch.empty((images, *network.output_shape), dtype=torch.float32, device=self._device)
-            outside = {self._features: features, self._results: results, self._flag: flag_on(self._device)}
-            # In turn, so that each reads what those before have written.
-            launches = self._arena.bind(images, memory, self._all(outside))
-            taken = [0.0 if launch is nothing else seconds(launch, self._device) / images for launch in launches]
+        network, memory = self._network, self._ready()
+        images = min(self._most, MEASURED_IMAGES)
+        features = torch.randn((images, *network.input_shape), dtype=torch.float32, device=self._device)
+        results = torch.empty((images, *network.output_shape), dtype=torch.float32, device=self._device)
+        outside = {self._features: features, self._results: results, self._flag: flag_on(self._device)}
+        # In turn, so that each reads what those before have written.
+        launches = self._arena.bind(images, memory, self._all(outside))
+        taken = [0.0 if launch is nothing else seconds(launch, self._device) / images for launch in launches]
         stages = zip(self._arena.stages, taken, strict=True)
         return [next(t for stage, t in stages if node.output in stage.writes) for node in self._lowering.nodes]
 
@@ -214,6 +216,7 @@ class CudaNetwork:
             and to.output not in read
             and last.ending.addend is None
             and len(network.output_shape) == 3
+            and network.shapes[to.steps[-1][-1] + 1] == network.output_shape  # no reshape that launches nothing since
             and network.output_shape[0] <= PLANAR_CHANNELS
         ):  # it can write the results where they are to be
             pixels, channels = door(network.output_shape)
@@ -249,21 +252,30 @@ class CudaNetwork:
         self._there.clear()
         return kept
 
+    def _within_memory(self, work: Callable[..., Value], *arguments: Any) -> Value:
+        """What `work` gives, with as many images at once as there is memory for; it begins again with fewer."""
+
+        def attempt(images: int) -> Value:
+            self._most = images
+            return work(*arguments)
+
+        return halving(attempt, self._most, self, self._device)
+
     def _ready(self) -> torch.Tensor:
         import torch
 
-        def allocate(images: int) -> torch.Tensor:
-            return torch.empty(max(1, self._arena.bytes(images)), dtype=torch.uint8, device=self._device)
-
         if self._memory is None:
-            fresh, self._most = halving(allocate, self._most)
-            self._memory, self._streamed = fresh, min(self._streamed, self._most)
+            self._memory = torch.empty(max(1, self._arena.bytes(self._most)), dtype=torch.uint8, device=self._device)
         return self._memory
+
+    @property
+    def _streamed(self) -> int:
+        """Images at once from the host."""
+        return min(self._most, self._most_streamed)
 
     def _ready_slots(self) -> tuple[Slot, Slot]:
         if self._slots is None:
-            fresh, self._streamed = halving(lambda images: (self._slot(images), self._slot(images)), self._streamed)
-            self._slots = fresh
+            self._slots = self._slot(self._streamed), self._slot(self._streamed)
         return self._slots
 
     def _slot(self, images: int) -> Slot:
@@ -281,35 +293,38 @@ class CudaNetwork:
     def _stream(self, rows: tensors.Source, out: npt.NDArray[Any]) -> bool:
         """Features from the host, results to it, while the batch between them is computed; False on NaN or Inf."""
         with self.lock, on_device(self._device):
-            memory, slots = self._ready(), self._ready_slots()
             self._streams = self._streams or Streams(self._device)
             self._upload = self._upload or Upload(self._device, self._streams)
-            self._streams.begin()
-            with self._streams.on("compute"):
-                scale = self._constants(rows)
-            rounds = rows.dtype == "float32" and self._lowering.numbers.dtype == "bfloat16"
-            sent = "bfloat16" if rounds else rows.dtype
-            good = True
-            try:
-                for number, (start, stop) in enumerate(tensors.chunks(len(rows), self._streamed)):
-                    slot = slots[number % 2]
-                    finite, results = _wait(slot, out)
-                    good &= finite
-                    self._send(slot, memory, rows.data[start:stop], sent, scale, out.dtype.name, results)
-                    slot.rows = (start, stop)
-                for slot in sorted(slots, key=lambda slot: slot.rows):
-                    finite, results = _wait(slot, out)
-                    good &= finite
-                    if results is not None:
-                        results.make()
-            except BaseException:  # what is still on its way is not to be the next call's
-                for name in ("in", "compute", "out"):
-                    self._streams.mark(name)()
-                for slot in slots:
-                    slot.wait = None
-                    slot.flag.zero_()
-                raise
-            return good
+            return self._within_memory(self._stream_all, rows, out, self._streams)
+
+    def _stream_all(self, rows: tensors.Source, out: npt.NDArray[Any], streams: Streams) -> bool:
+        memory, slots = self._ready(), self._ready_slots()
+        streams.begin()
+        with streams.on("compute"):
+            scale = self._constants(rows)
+        rounds = rows.dtype == "float32" and self._lowering.numbers.dtype == "bfloat16"
+        sent = "bfloat16" if rounds else rows.dtype
+        good = True
+        try:
+            for number, (start, stop) in enumerate(tensors.chunks(len(rows), self._streamed)):
+                slot = slots[number % 2]
+                finite, results = _wait(slot, out)
+                good &= finite
+                self._send(slot, memory, rows.data[start:stop], sent, scale, out.dtype.name, results)
+                slot.rows = (start, stop)
+            for slot in sorted(slots, key=lambda slot: slot.rows):
+                finite, results = _wait(slot, out)
+                good &= finite
+                if results is not None:
+                    results.make()
+        except BaseException:  # what is still on its way is not to be the next call's
+            for name in ("in", "compute", "out"):
+                streams.mark(name)()
+            for slot in slots:
+                slot.wait = None
+                slot.flag.zero_()
+            raise
+        return good
 
     def _send(
         self,
@@ -377,14 +392,6 @@ class CudaNetwork:
         for tensor, values in zip(self._quantised, (rows.scale, rows.zero_point), strict=True):
             tensor.copy_(torch.from_numpy(of_channels(values, shape)))
         return self._quantised
-
-
-def fitting(arenas: Iterable[Arena], outside: Iterable[Buffer], most: int) -> int:
-    """As many images as the kernels' offsets and a modest amount of memory allow; the arenas share theirs."""
-    arenas, outside = list(arenas), list(outside)
-    by_memory = MOST_BYTES // (max(a.bytes(64) for a in arenas) // 64 + sum(b.bytes(64) for b in outside) // 64 + 1)
-    largest = max(*(arena.largest() for arena in arenas), *(buffer.elements for buffer in outside))
-    return max(1, min(most, by_memory, MOST_ELEMENTS // largest))
 
 
 def door(shape: Shape) -> tuple[int, int]:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNMENT = 256  # bytes: a whole number of cache lines, and more than any vector load asks for
+MOST_IMAGES = 4096  # at once
+MOST_BYTES = 2**32  # of the arena and of all that goes with a batch
+MOST_ELEMENTS = 2**31 - 1  # of a tensor: the kernels' offsets are 32-bit
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +127,14 @@ class Arena:
 
     def _layout(self, images: int) -> tuple[list[int], int]:
         return place([(buffer.bytes(images), *span) for buffer, span in self._spans.items()])
+
+
+def fitting(arenas: Iterable[Arena], outside: Iterable[Buffer], most: int) -> int:
+    """As many images as the kernels' offsets and a modest amount of memory allow; the arenas share theirs."""
+    arenas, outside = list(arenas), list(outside)
+    by_memory = MOST_BYTES // (max(a.bytes(64) for a in arenas) // 64 + sum(b.bytes(64) for b in outside) // 64 + 1)
+    largest = max(*(arena.largest() for arena in arenas), *(buffer.elements for buffer in outside))
+    return max(1, min(most, by_memory, MOST_ELEMENTS // largest))
 
 
 def bucket(images: int, most: int) -> int:
