@@ -17,7 +17,9 @@ from fastinv.network import Network, Step
 from fastinv.ops import OPS
 from fastinv.ops.activation import Activation
 from fastinv.ops.add import Add
+from fastinv.ops.affine import Affine
 from fastinv.ops.conv2d import Conv2d
+from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.mul import Mul
 from fastinv.ops.permute import Permute
 from fastinv.ops.upsample import Upsample
@@ -52,6 +54,28 @@ def test_forward(case, precision: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_gradient(case, precision: str) -> None:
     check_gradient(network_of(case), precision)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("bound", [0.7, 0.9, 1.0])  # bfloat16 rounds the first two to less, float16 the second
+def test_no_gradient_beyond_the_bounds_of_hardtanh(bound: float, precision: str) -> None:
+    same = {"scale": np.ones((1, 1, 1), np.float32), "shift": np.zeros((1, 1, 1), np.float32)}
+    network = Network((1, 1, 4), (Step(Affine(), (0,), same, Activation("hardtanh", -bound, bound)),))
+    z = np.array([-3, -0.5, 0.5, 3], np.float32).reshape(1, 1, 1, 4)
+    np.testing.assert_array_equal(gradient(network, z, 0 * z, precision).ravel(), [0, -1, 1, 0])
+
+
+@pytest.mark.parametrize(
+    "op", [Conv2d((3, 3), (1, 1, 1, 1)), ConvTranspose2d((3, 3), (1, 1), (2, 2))], ids=["convolution", "transposed"]
+)
+def test_products_of_nothing_at_all(op: Conv2d | ConvTranspose2d) -> None:
+    """No input counts for any output, or no output for any input."""
+    side = 2 if isinstance(op, Conv2d) else 1
+    shape = (32, 16, 1, 1) if isinstance(op, Conv2d) else (16, 32, 1, 1)
+    network = Network((16, side, side), (Step(op, (0,), {"weight": randn(*shape), "bias": randn(32)}),))
+    x = randn(2, 16, side, side)
+    assert relative(forward(network, x, "float32"), reference(network, x)) < 1e-5
+    check_gradient(network)
 
 
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, Activation("leaky_relu", -0.5)], ids=lambda a: f"{a.kind}-{a.a}")

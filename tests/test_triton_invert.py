@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from checks import randn, reference, relative
+from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
 
@@ -137,6 +138,30 @@ def test_an_engine_takes_what_is_on_the_gpu(inverse_network: InverseNetwork, the
     x = torch.from_numpy(randn(3, 4, 3, 4)).to(DEVICE)
     assert relative(engine(x).cpu().numpy(), fastinv.compile(inverse_network, backend="cpu")(x.cpu().numpy())) < 1e-5
     assert engine.describe()[0]["op"] == "conv_transpose2d"
+
+
+@pytest.mark.parametrize(
+    ("shape", "layers"),
+    [
+        ((5,), [nn.Linear(5, 12), nn.Sigmoid(), nn.Unflatten(1, (1, 3, 4))]),
+        ((5,), [nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 12), nn.Unflatten(1, (3, 2, 2))]),
+        ((16, 4, 4), [nn.Conv2d(16, 1, 3, padding=1), nn.Flatten(), nn.Unflatten(1, (1, 8, 2))]),
+        ((2, 3, 3), [nn.Conv2d(2, 6, 3), nn.Flatten(), nn.Unflatten(1, (1, 2, 3))]),
+    ],
+)
+def test_a_reshape_at_the_end(shape: tuple[int, ...], layers: list[nn.Module]) -> None:
+    """It launches nothing, but what is before it has other channels: nothing may be written beyond the results."""
+    torch.manual_seed(0)
+    network = _export(*layers, shape=shape)
+    compiled = cuda_network.CudaNetwork(network, "float32", torch.empty(0, device=DEVICE).device)
+    x = torch.from_numpy(randn(3, *shape)).to(DEVICE)
+    whole = torch.full((9, *network.output_shape), 7.0, device=DEVICE)
+    out = whole[3:6]
+    compiled._flag_there = cuda_device.flag_on(x.device)
+    compiled._run_part(x, out, compiled._ready())
+    assert relative(out.cpu().numpy(), reference(network, x.cpu().numpy())) < 1e-5
+    assert (whole[:3] == 7).all()
+    assert (whole[6:] == 7).all()
 
 
 def test_wrong_features_on_the_gpu(inverse_network: InverseNetwork, rmle: RMLE, there: None) -> None:

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,6 +41,9 @@ from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.max_pool2d import MaxPool2d
 from fastinv.ops.rearrange import Rearrange
 from fastinv.ops.resample import Resample
+
+if TYPE_CHECKING:
+    import torch
 
 SMALL_GROUP = 16  # channels: groups with fewer, in or out, would leave tiles of a matrix product empty
 
@@ -109,7 +112,7 @@ class Lowering:
     def _value(self, step: Step, inputs: list[Buffer], shapes: list[Shape], shape: Shape) -> Buffer:
         lower = LOWERINGS[step.op.name]
         activation = step.activation
-        if self.differentiable and not _known_from_result(activation):  # then its argument is kept
+        if self.differentiable and not _known_from_result(activation, self.dtype):  # then its argument is kept
             value = lower(self, replace(step, activation=IDENTITY), inputs, shapes, shape)
             return self.activated(value, activation)
         return lower(self, step, inputs, shapes, shape)
@@ -173,9 +176,15 @@ class Lowering:
         return stages, gradients[self.input]
 
 
-def _known_from_result(activation: Activation) -> bool:
+def _known_from_result(activation: Activation, dtype: torch.dtype) -> bool:
+    """Whether the activation's slope can be told from its result, as it is kept."""
+    import torch
+
     from fastinv.kernels.triton.epilogue import FROM_RESULT
 
+    bounds = torch.tensor((activation.a, activation.b))
+    if activation.kind == "hardtanh" and not torch.equal(bounds.to(dtype).float(), bounds):
+        return False  # what is held at a bound would be rounded to the inside
     return activation.kind in FROM_RESULT and not (activation.kind == "leaky_relu" and activation.a < 0)
 
 

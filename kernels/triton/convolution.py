@@ -220,7 +220,8 @@ class Convolution(Weights, Tiled):
         self.flat = channels % 16 != 0 and channels < 64
         products = taps * channels if self.flat else channels
         whole = channels * dtype.itemsize % 16 == 0
-        self.boxes = groups == 1 and not self.flat and geometry.stride == (1, 1) and whole and copies_boxes(device)
+        plain = taps > 0 and groups == 1 and geometry.stride == (1, 1)
+        self.boxes = plain and not self.flat and whole and copies_boxes(device)
         self.tile = tile_for(outputs, products, dtype.itemsize, precision, self.flat, self.boxes)
         inputs = None if self.flat else self.tile.k
         # Between groups the weights are rounded up to `tile.n`.
