@@ -53,7 +53,7 @@ def test_sums(isa: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (5, 3), (2, 4)])
-@pytest.mark.parametrize("factors", [(2, 2), (1, 2), (2, 1)])
+@pytest.mark.parametrize("factors", [(2, 2), (1, 2), (2, 1), (3, 3), (4, 1)])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_upsampling(isa: str, kernel: tuple[int, int], factors: tuple[int, int], groups: int) -> None:
     for padding in {(0, 0), (kernel[0] // 2, kernel[1] - 1)}:
@@ -75,7 +75,7 @@ class ReadTwice(nn.Module):
     "module",
     [
         ReadTwice(),
-        nn.Sequential(nn.Upsample(scale_factor=3), nn.Conv2d(4, 4, 3)),
+        nn.Sequential(nn.Upsample(scale_factor=5), nn.Conv2d(4, 4, 3)),
         nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(4, 4, 3)),
         nn.Sequential(nn.Upsample(size=(11, 11)), nn.Conv2d(4, 4, 3)),
         nn.Sequential(nn.Upsample(scale_factor=2), nn.ReLU(), nn.Conv2d(4, 4, 3)),

@@ -124,8 +124,10 @@ def test_a_value_that_several_steps_read() -> None:
     assert len(Lowering(network, "cpu", PRECISIONS["float32"]).nodes) == 5
 
 
-def test_upsampling_goes_into_the_convolution() -> None:
-    network = Network((5, 4, 6), (Step(Upsample((8, 12)), (0,)), conv((1,), 7, 5, kind="relu")))
+@pytest.mark.parametrize("repeats", [(2, 2), (3, 1), (4, 3)])
+def test_upsampling_goes_into_the_convolution(repeats: tuple[int, int]) -> None:
+    size = (4 * repeats[0], 6 * repeats[1])
+    network = Network((5, 4, 6), (Step(Upsample(size), (0,)), conv((1,), 7, 5, kind="relu")))
     assert len(Lowering(network, "cpu", PRECISIONS["float32"]).nodes) == 1
     x = randn(2, 5, 4, 6)
     assert relative(forward(network, x, "float32"), reference(network, x)) < 1e-5

@@ -45,14 +45,14 @@ def fused(network: Network, *, upsampling: bool = True) -> Iterator[Part]:
     Args:
         upsampling: whether convolutions take over the upsampling before them.
     """
-    sums, doubled = _sums(network), _upsampling(network) if upsampling else {}
-    taken = {*(add for add, _ in sums.values()), *doubled.values()}
+    sums, enlarged = _sums(network), _upsampling(network) if upsampling else {}
+    taken = {*(add for add, _ in sums.values()), *enlarged.values()}
     for index, step in enumerate(network.steps):
         if index in taken or index not in network.live:  # no gradient would reach the latter
             continue
         inputs, results = step.inputs, [index + 1]
-        if index in doubled:
-            before = network.steps[doubled[index]]
+        if index in enlarged:
+            before = network.steps[enlarged[index]]
             inputs = before.inputs
             step = _upsampled(step, before, network.shapes[inputs[0]])
         shapes = [network.shapes[value] for value in inputs]
@@ -64,6 +64,7 @@ def fused(network: Network, *, upsampling: bool = True) -> Iterator[Part]:
         yield Part(index, step, inputs, shapes, results)
 
 
+MOST_REPEATS = 4  # of a row or column: the weights grow by its square
 SMALL_BYTES = 512 * 1024  # of a layer's images abreast, in and out: half of the smallest L2
 
 
@@ -98,7 +99,7 @@ def _sums(network: Network) -> dict[int, tuple[int, int]]:
 
 
 def _upsampling(network: Network) -> dict[int, int]:
-    """Convolutions of an image that nearest upsampling has doubled: the step, to the upsampling's."""
+    """Convolutions of an image that nearest upsampling has enlarged: the step, to the upsampling's."""
     uses = _uses(network)
     found = {}
     for index, step in enumerate(network.steps):
@@ -113,20 +114,22 @@ def _upsampling(network: Network) -> dict[int, int]:
             and step.op.stride == step.op.dilation == (1, 1)
             and step.op.padding[0] < step.weights["weight"].shape[2]
             and step.op.padding[2] < step.weights["weight"].shape[3]
-            and _doubling(before.op, network.shapes[before.inputs[0]]) is not None
+            and _repeats(before.op, network.shapes[before.inputs[0]]) is not None
         ):
             found[index] = value - 1
     return found
 
 
-def _doubling(op: Upsample, shape: Shape) -> Pair | None:
-    """How often an image [C, H, W] has each row and column repeated: once or twice; None for other upsampling."""
+def _repeats(op: Upsample, shape: Shape) -> Pair | None:
+    """How often an image [C, H, W] has each row and column repeated; None where that is too often, or no repetition."""
     if op.mode != "nearest":
         return None
     factors = []
     for axis, size in enumerate(shape[1:]):
         factor = op.output_size[axis] // size
-        if factor not in (1, 2) or not np.array_equal(op.source(axis, size), np.arange(factor * size) // factor):
+        if not 1 <= factor <= MOST_REPEATS or not np.array_equal(
+            op.source(axis, size), np.arange(factor * size) // factor
+        ):
             return None
         factors.append(factor)
     return (factors[0], factors[1])
@@ -136,7 +139,7 @@ def _upsampled(step: Step, before: Step, shape: Shape) -> Step:
     """The convolution, with the upsampling of [C, H, W] before it, as one transposed convolution."""
     assert isinstance(step.op, Conv2d)
     assert isinstance(before.op, Upsample)
-    factors = _doubling(before.op, shape)
+    factors = _repeats(before.op, shape)
     assert factors is not None
     top, _, left, _ = step.op.padding
     weight, padding = _transposed(step.weights["weight"], (top, left), factors, step.op.groups)
@@ -148,8 +151,8 @@ def _transposed(weight: Weight, padding: Pair, factors: Pair, groups: int) -> tu
     """Weight and padding of the transposed convolution, of stride `factors`, that upsampling and convolution make.
 
     Output o of an axis is Σ_t w[t] · x[⌊(o + t − p) / s⌋]: input i counts with Σ w[t] over the t for which
-    0 <= o + t − p − s·i < s. That is a transposed convolution of kernel k − 1 + s and padding k − 1 − p. Doubling a
-    3×3 convolution this way leaves 4 products of each output pixel instead of 9.
+    0 <= o + t − p − s·i < s. That is a transposed convolution of kernel k − 1 + s and padding k − 1 − p. Before a 3×3
+    convolution this leaves 4 products of each output pixel instead of 9.
 
     Args:
         weight: of the convolution, [O, I / groups, kh, kw].
