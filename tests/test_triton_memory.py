@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checks import exported, randn, relative
+from checks import exported, randn, reference, relative
 from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
@@ -21,8 +21,9 @@ from interpreter import DEVICE
 from fastinv.backends import cuda_batch, cuda_device, cuda_network
 from fastinv.backends.cuda_batch import Batch
 from fastinv.backends.cuda_network import CudaNetwork
-from fastinv.backends.cuda_plan import Arena
+from fastinv.backends.cuda_plan import MOST_BYTES, Arena
 from fastinv.backends.cuda_solver import CudaSolver
+from fastinv.benchmark import decoders, solvers
 from fastinv.inverters import RMLE
 
 NETWORK = exported((4, 3, 4), nn.ConvTranspose2d(4, 2, 2, stride=2), nn.Tanh())
@@ -172,3 +173,39 @@ def test_what_is_not_used_any_more_gives_back_its_memory_at_once() -> None:
         assert [reference() for reference in kept] == [None] * len(kept)
     finally:
         gc.enable()
+
+
+def test_batches_of_about_the_same_size_share_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device(DEVICE)
+    network = CudaNetwork(NETWORK, "float32", device, most=8)
+    made = graphs_of_few_images(cuda_network, 8, monkeypatch)
+    for count in (5, 8, 7, 1):
+        x = randn(count, 4, 3, 4)
+        out = np.empty((count, *NETWORK.output_shape), np.float32)
+        network.run(x, out)
+        assert relative(out, reference(NETWORK, x)) < 1e-5
+    assert made == [8, 1]
+    solver = CudaSolver(dataclasses.replace(RECIPE, steps=1), "float32", device, most=8)
+    start = torch.zeros(RECIPE.image_shape, device=DEVICE)
+    made = graphs_of_few_images(cuda_batch, 8, monkeypatch)
+    for count in (3, 4):
+        solver.solve_there(torch.from_numpy(randn(count, *EDGE.output_shape)).to(DEVICE), start, "float32")
+    assert set(made) == {4}
+    assert len(made) == len(solver._arenas)
+
+
+def test_what_a_call_takes_stays_under_the_cap() -> None:
+    """Of the benchmarks' networks and solvers: the arena, and all else that grows with the batch."""
+    held = []
+    for subject in (*decoders(), *solvers()):
+        if subject.recipe is None:
+            network = CudaNetwork(subject.network, "bfloat16", torch.device(DEVICE))
+            doors = sum(int(np.prod(shape)) for shape in (subject.network.input_shape, subject.network.output_shape))
+            held.append(network._arena.bytes(network._most) + 2 * 4 * doors * network._most)
+        else:
+            solver = CudaSolver(subject.recipe, "float32", torch.device(DEVICE))
+            arena = max(arena.bytes(solver._most) for arena in solver._arenas.values())
+            outside = sum(buffer.bytes(solver._most) for buffer in solver._outside)
+            held.append(arena + outside + 4 * solver._features * -(-solver._most // 2))
+    assert max(held) <= MOST_BYTES
+    assert max(held) > 0.9 * MOST_BYTES  # the largest are held down by it
