@@ -22,9 +22,10 @@ from typing import Any
 from gpu_worker import END
 
 NO_GPU = ("test_triton_ahead_of_time", "test_cuda_sanitized", "test_cuda_bench")  # tests that need none
+DOORS = ("test_engine", "test_exact", "test_invert", "test_rmle")  # tests of every backend that there is
 TESTS = sorted(
     path
-    for pattern in ("test_triton*.py", "test_cuda*.py", "test_upload.py")
+    for pattern in ("test_triton*.py", "test_cuda*.py", "test_upload.py", *(f"{name}.py" for name in DOORS))
     for path in (Path(__file__).parents[1] / "tests").glob(pattern)
     if path.stem not in NO_GPU
 )
@@ -90,6 +91,17 @@ def _run(command: Sequence[str | Path], name: str, seconds: float) -> str | None
 # ---- the plugin ------------------------------------------------------------------------------------------------------
 
 _failed = False
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Of the tests of every backend only those of this one."""
+
+    def elsewhere(item: Any) -> bool:
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        return item.path.stem in DOORS and backend != "cuda"
+
+    config.hook.pytest_deselected(items=[item for item in items if elsewhere(item)])
+    items[:] = [item for item in items if not elsewhere(item)]
 
 
 def pytest_runtest_logreport(report: Any) -> None:

@@ -17,6 +17,7 @@ from fastinv.engine import Engine, compile
 
 Call = Callable[[torch.Tensor], Any]
 Build = Callable[[Subject, torch.Tensor, str], Call]
+DEVICE = "cuda"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # of features and of peers; others: float32
 
 
@@ -28,7 +29,7 @@ def ours(subject: Subject, x: torch.Tensor, precision: str) -> Call:
 
 
 def eager(subject: Subject, x: torch.Tensor, precision: str) -> Call:
-    module = copy.deepcopy(subject.eager).to("cuda", x.dtype, memory_format=torch.channels_last)
+    module = copy.deepcopy(subject.eager).to(DEVICE, x.dtype, memory_format=torch.channels_last)
     return lambda x: module(x.contiguous(memory_format=torch.channels_last))
 
 
@@ -47,7 +48,7 @@ def _step(subject: Subject, precision: str) -> tuple[Callable[..., Any], torch.T
     recipe = subject.recipe
     assert recipe is not None
     dtype = DTYPES.get(precision, torch.float32)
-    edge = copy.deepcopy(subject.eager).requires_grad_(False).to("cuda", dtype, memory_format=torch.channels_last)
+    edge = copy.deepcopy(subject.eager).requires_grad_(False).to(DEVICE, dtype, memory_format=torch.channels_last)
     beta1, beta2 = recipe.betas
 
     def objective(z: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -62,7 +63,7 @@ def _step(subject: Subject, precision: str) -> tuple[Callable[..., Any], torch.T
         size = recipe.lr / (1 - beta1**t)
         return z - size * first / ((second / (1 - beta2**t)).sqrt() + recipe.eps), first, second
 
-    return step, torch.tensor(recipe.init, device="cuda")
+    return step, torch.tensor(recipe.init, device=DEVICE)
 
 
 def captured(subject: Subject, x: torch.Tensor, precision: str) -> Call:
@@ -82,7 +83,7 @@ def _loop(subject: Subject, x: torch.Tensor, precision: str, wrap: Callable[[Any
     step = wrap(plain)
     steps = subject.recipe.steps if subject.recipe else 0
     z = start.expand(len(x), *start.shape).contiguous(memory_format=torch.channels_last)
-    first, second, t = torch.zeros_like(z), torch.zeros_like(z), torch.ones((), device="cuda")
+    first, second, t = torch.zeros_like(z), torch.zeros_like(z), torch.ones((), device=DEVICE)
     target, origin = x.float(), z.clone()
 
     def advance() -> None:
@@ -91,6 +92,23 @@ def _loop(subject: Subject, x: torch.Tensor, precision: str, wrap: Callable[[Any
             old.copy_(new)
         t.add_(1)
 
+    replay = graph_of(advance)
+
+    def call(features: torch.Tensor) -> torch.Tensor:
+        target.copy_(features)
+        z.copy_(origin)
+        first.zero_()
+        second.zero_()
+        t.fill_(1)
+        for _ in range(steps):
+            replay()
+        return z.clamp(0, 1)
+
+    return call
+
+
+def graph_of(advance: Callable[[], None]) -> Callable[[], None]:
+    """It as a CUDA graph, captured after some runs on another stream, as PyTorch's documentation has it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -100,18 +118,7 @@ def _loop(subject: Subject, x: torch.Tensor, precision: str, wrap: Callable[[Any
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         advance()
-
-    def call(features: torch.Tensor) -> torch.Tensor:
-        target.copy_(features)
-        z.copy_(origin)
-        first.zero_()
-        second.zero_()
-        t.fill_(1)
-        for _ in range(steps):
-            graph.replay()
-        return z.clamp(0, 1)
-
-    return call
+    return graph.replay
 
 
 NETWORK_CONTENDERS = {

@@ -232,12 +232,35 @@ def test_what_is_not_asked_for_any_more_is_ended(worker) -> None:
     assert list(worker.each(range, 2, seconds=60)) == [0, 1]
 
 
+# ---- gpu_contenders.py -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solves", [False, True])
+def test_peers_compute_what_fastinv_does(solves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, without CUDA graphs, and with nothing compiled."""
+    contenders = importlib.import_module("gpu_contenders")
+    difference = importlib.import_module("contenders").difference
+    monkeypatch.setattr(contenders, "DEVICE", "cpu")
+    monkeypatch.setattr(contenders, "graph_of", lambda advance: advance)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    subject = next(benchmark.solvers(steps=3) if solves else benchmark.decoders())
+    x = subject.inputs(4)
+    expected = subject.run_eager(x, torch.float64)
+    peers = dict(contenders.SOLVER_CONTENDERS if solves else contenders.NETWORK_CONTENDERS)
+    del peers["fastinv"]
+    for build in peers.values():
+        with torch.set_grad_enabled(solves):
+            call = build(subject, x, "float32")
+            for _ in range(2):  # from the start again
+                assert difference(call(x), expected) < 1e-4
+
+
 # ---- gpu_checks.py ---------------------------------------------------------------------------------------------------
 
 
 def test_tests_that_need_a_gpu_run_there(checks) -> None:
     names = {path.stem for path in checks.TESTS}
-    assert {"test_cuda", "test_cuda_tail", "test_upload", "test_triton"} < names
+    assert {"test_cuda", "test_cuda_tail", "test_upload", "test_triton", *checks.DOORS} < names
     assert not set(checks.NO_GPU) & names
     assert all((Path(__file__).parent / f"{name}.py").exists() for name in checks.NO_GPU)
 
@@ -269,6 +292,20 @@ def test_tests_run_side_by_side(checks, tmp_path: Path, monkeypatch: pytest.Monk
     told = capsys.readouterr().out
     assert re.search(r'test_slow\.py", line 2 in test', told), told  # where it is stuck
     assert has_ended(int((tmp_path / "pid").read_text()))
+
+
+def test_of_tests_of_every_backend_those_of_the_gpu_run(checks, tmp_path: Path, capsys) -> None:
+    body = """
+import pytest
+
+@pytest.mark.parametrize("backend", ["cuda", "cpu"])
+def test_one(backend): assert backend == "cuda"
+
+def test_two(): assert False
+"""
+    files = files_of(tmp_path, invert=body, other="def test(): pass")
+    assert checks.run_tests(list(files.values()), 60) == "passed"
+    assert "2 passed" in capsys.readouterr().out
 
 
 LOST = """
