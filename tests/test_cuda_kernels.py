@@ -232,6 +232,7 @@ def test_images_that_are_done_are_left_alone(name: str, processors: int, monkeyp
         (nn.Conv2d(1, 32, 7), (1, 20, 20), {}),
         (nn.Conv2d(1, 8, 5), (1, 28, 28), {"tolerance": 1e-3}),
         (nn.Conv2d(1, 8, 5), (1, 28, 28), {"keep": "best"}),
+        (two_layers(), (1, 16, 16), {"lr": 2000.0}),
         (nn.Sequential(nn.Conv2d(1, 8, 5), nn.ReLU()), (1, 28, 28), {}),
         (two_layers(), (1, 30, 28), {}),
         (two_layers(), (1, 64, 64), {}),
