@@ -70,10 +70,11 @@ def test_flops_of_a_known_layer() -> None:
 @pytest.mark.parametrize("case", [p for p in CASES if isinstance(p.values[0].op, Resample)])
 def test_resampling_is_two_matrices(case: Case) -> None:
     assert isinstance(case.op, Resample)
-    (x,), _ = tensors(case, 2)
-    rows, columns = (torch.from_numpy(case.op.weights_along(axis, x.shape[2 + axis])) for axis in (0, 1))
+    (x,), weights = tensors(case, 2)
+    matrices = case.op.matrices(case.inputs[0], {key: w.float().numpy() for key, w in weights.items()})
+    rows, columns = map(torch.from_numpy, matrices)
     torch.testing.assert_close(
-        torch.einsum("ih,nchw,jw->ncij", rows, x, columns), case.op.reference([x], {}), rtol=1e-6, atol=1e-6
+        torch.einsum("ih,nchw,jw->ncij", rows, x, columns), case.op.reference([x], weights), rtol=1e-6, atol=1e-6
     )
 
 

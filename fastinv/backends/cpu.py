@@ -295,7 +295,7 @@ def _max_pool(to: Lowering, step: Step, values: list[int], shapes: list[Shape], 
 def _resample(to: Lowering, step: Step, values: list[int], shapes: list[Shape], output: Shape) -> int:
     op = step.op
     assert isinstance(op, Resample)
-    rows, columns = (op.weights_along(axis, shapes[0][1 + axis]).astype(np.float32) for axis in (0, 1))
+    rows, columns = (matrix.astype(np.float32) for matrix in op.matrices(shapes[0], step.weights))
     return to.program.resample(values[0], rows, columns, encode(step.activation))
 
 
@@ -342,6 +342,7 @@ LOWERINGS: dict[str, Lower] = {
     "avg_pool2d": _resample,
     "adaptive_avg_pool2d": _resample,
     "upsample": _resample,
+    "separable": _resample,
     "pixel_shuffle": _rearrange,
     "reshape": _rearrange,
     "permute": _rearrange,

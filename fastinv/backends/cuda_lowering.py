@@ -285,7 +285,7 @@ def _resample(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Shape
 
     op = step.op
     assert isinstance(op, Resample)
-    rows, columns = (op.weights_along(axis, shapes[0][1 + axis]) for axis in (0, 1))
+    rows, columns = op.matrices(shapes[0], step.weights)
     kernel, back = (Resampling(r, c, shape[0], to.device) for r, c in ((rows, columns), (rows.T, columns.T)))
     return to.add(ResampleNode(tuple(inputs), to.buffer(math.prod(shape)), kernel, back, Ending(step.activation)))
 
@@ -374,6 +374,7 @@ LOWERINGS: dict[str, Lower] = {
     "avg_pool2d": _resample,
     "adaptive_avg_pool2d": _resample,
     "upsample": _resample,
+    "separable": _resample,
     "pixel_shuffle": _rearrange,
     "reshape": _rearrange,
     "permute": _rearrange,

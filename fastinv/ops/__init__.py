@@ -15,6 +15,7 @@ from fastinv.ops.mul import Mul
 from fastinv.ops.permute import Permute
 from fastinv.ops.pixel_shuffle import PixelShuffle
 from fastinv.ops.reshape import Reshape
+from fastinv.ops.separable import Separable
 from fastinv.ops.upsample import Upsample
 
 OPS: dict[str, type[Op]] = {
@@ -27,6 +28,7 @@ OPS: dict[str, type[Op]] = {
         AvgPool2d,
         AdaptiveAvgPool2d,
         Upsample,
+        Separable,
         PixelShuffle,
         Add,
         Mul,

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from fastinv.ops.base import MAX_ATTRIBUTE, Case, Pair, Shape, expect
-from fastinv.ops.resample import Matrix, Resample, window_means
+from fastinv.ops.resample import Matrix, SizedResample, window_means
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class AdaptiveAvgPool2d(Resample):
+class AdaptiveAvgPool2d(SizedResample):
     """[C, H, W] to [C, *output_size]; window i of n runs from ⌊i·H/n⌋ to ⌈(i+1)·H/n⌉."""
 
     name: ClassVar[str] = "adaptive_avg_pool2d"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from fastinv.ops.base import Case, Pair, Shape, expect
-from fastinv.ops.resample import Matrix, Resample, window_means
+from fastinv.ops.resample import Matrix, SizedResample, window_means
 from fastinv.ops.window import expect_window, pooled_size
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AvgPool2d(Resample):
+class AvgPool2d(SizedResample):
     """Mean of every window of [C, H, W]; PyTorch's rules for padding and `ceil_mode`.
 
     The sum is divided by `divisor` where given, else by the window's size, with (`count_include_pad`) or without

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastinv.ops.base import MAX_ATTRIBUTE, Case, Pair, Shape, expect
-from fastinv.ops.resample import Matrix, Resample
+from fastinv.ops.resample import Matrix, SizedResample
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,7 @@ SMALL = 128  # rows + columns: up to here PyTorch's nearest copies or doubles wh
 
 
 @dataclass(frozen=True)
-class Upsample(Resample):
+class Upsample(SizedResample):
     """[C, H, W] to [C, *output_size], by PyTorch's rules.
 
     `scales` are the factors that positions are computed with; None takes the ratio of the sizes. `align_corners`
