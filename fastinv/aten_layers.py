@@ -17,6 +17,7 @@ from fastinv.ops.linear import Linear
 from fastinv.ops.max_pool2d import MaxPool2d
 from fastinv.ops.pixel_shuffle import PixelShuffle
 from fastinv.ops.reshape import Reshape
+from fastinv.ops.separable import Separable
 from fastinv.ops.upsample import Upsample
 
 
@@ -66,6 +67,26 @@ def conv2d(
     bias = torch.zeros(len(weight)) if bias is None else bias
     op = Conv2d(_pair(stride), (top, bottom, left, right), dilation, groups)
     return to.emit(op, [x], weight=weight, bias=bias)
+
+
+def conv1d(
+    to: Conversion,
+    x: Value,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Value:
+    """conv2d of an image of one row."""
+    if len(x.shape) != 2 or holds((weight, bias), Value):
+        to.unsupported("conv1d of anything but [N, C, L], or with computed weights")
+    image = to.emit(Reshape((x.shape[0], 1, x.shape[1])), [x])
+    length = padding if isinstance(padding, str) else (0, _pair(padding)[0])
+    along = ((1, _pair(stride)[0]), length, (1, _pair(dilation)[0]))
+    y = conv2d(to, image, weight[:, :, None], bias, *along, groups)
+    return to.emit(Reshape((y.shape[0], y.shape[2])), [y])
 
 
 def conv_transpose2d(
@@ -132,6 +153,20 @@ def max_pool2d(
     return to.emit(op, [x])
 
 
+def max_pool2d_with_indices(to: Conversion, x: Value, *args: Any, **kwargs: Any) -> list[Any]:
+    return [max_pool2d(to, x, *args, **kwargs), None]
+
+
+def adaptive_max_pool2d(to: Conversion, x: Value, output_size: Any) -> list[Any]:
+    expect_image(to, x, "adaptive_max_pool2d")
+    kernel = []
+    for wanted, size in zip(_pair(output_size), x.shape[1:], strict=True):
+        if size % wanted:
+            to.unsupported(f"an adaptive max pool from {size} to {wanted} pixels, which do not divide evenly")
+        kernel.append(size // wanted)
+    return [max_pool2d(to, x, kernel), None]
+
+
 def avg_pool2d(
     to: Conversion,
     x: Value,
@@ -152,16 +187,6 @@ def adaptive_avg_pool2d(to: Conversion, x: Value, output_size: Any) -> Value:
     sizes = [output_size] * 2 if isinstance(output_size, int) else output_size
     target = tuple(size if wanted is None else wanted for wanted, size in zip(sizes, x.shape[1:], strict=True))
     return to.emit(AdaptiveAvgPool2d((target[0], target[1])), [x])
-
-
-def mean(to: Conversion, x: Value, axes: Sequence[int] | None, keepdim: bool = False, dtype: Any = None) -> Value:
-    expect_image(to, x, "mean")
-    reduced = [axis_of(to, x, axis) for axis in axes or range(4)]
-    if 0 in reduced:
-        to.unsupported("a mean over channels")
-    height, width = (1 if axis in reduced else x.shape[axis] for axis in (1, 2))
-    pooled = to.emit(AdaptiveAvgPool2d((height, width)), [x])
-    return pooled if keepdim else to.emit(Reshape(to.result_shape()), [pooled])
 
 
 def upsample(mode: str) -> Callable[..., Value]:
@@ -194,16 +219,43 @@ def _upsampled(
     return to.emit(Upsample((height, width), mode, any(corners), factors), [x])
 
 
-def expand(to: Conversion, x: Value, *_: Any, **__: Any) -> Value:
-    """A view of one row or column as many: the nearest upsampling of it."""
-    target = to.result_shape()
-    if target == x.shape:
-        return x
-    if len(x.shape) != 3 or len(target) != 3 or target[0] != x.shape[0]:
-        to.unsupported("an expansion of anything but rows and columns")
-    return to.emit(Upsample((target[1], target[2])), [x])
-
-
 def pixel_shuffle(to: Conversion, x: Value, factor: int) -> Value:
     expect_image(to, x, "pixel_shuffle")
     return to.emit(PixelShuffle(factor), [x])
+
+
+def unfold(to: Conversion, x: Value, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Value:
+    """A depthwise convolution with an output for each place of the window."""
+    expect_image(to, x, "unfold")
+    c, (kh, kw) = x.shape[0], _pair(kernel)
+    weight = torch.eye(kh * kw).reshape(kh * kw, 1, kh, kw).repeat(c, 1, 1, 1)
+    y = conv2d(to, x, weight, None, stride, padding, dilation, c)
+    return to.emit(Reshape((y.shape[0], y.shape[1] * y.shape[2])), [y])
+
+
+# Interpolations that are whatever matrices PyTorch computes: the call by its sizes, and the dtype it is made in.
+RESIZES: dict[str, tuple[Callable[..., torch.Tensor], torch.dtype]] = {
+    "_upsample_nearest_exact2d": (torch.ops.aten._upsample_nearest_exact2d, torch.float32),  # rounds positions
+    "upsample_bicubic2d": (torch.ops.aten.upsample_bicubic2d, torch.float64),
+    "_upsample_bilinear2d_aa": (torch.ops.aten._upsample_bilinear2d_aa, torch.float64),
+    "_upsample_bicubic2d_aa": (torch.ops.aten._upsample_bicubic2d_aa, torch.float64),
+}
+
+
+def resize(plain: tuple[Callable[..., torch.Tensor], torch.dtype]) -> Callable[..., Value]:
+    """(x, output_size, [align_corners,] scale_factors): what becomes of the rows of an identity is the matrix."""
+    call, dtype = plain
+
+    def converter(to: Conversion, x: Value, output_size: Any, *rest: Any) -> Value:
+        expect_image(to, x, "interpolate")
+        *corners, scales = rest
+        factors = (None, None) if scales is None or output_size is not None else scales
+        matrices = {}
+        for key, size, count, factor in zip(
+            ("rows", "columns"), x.shape[1:], to.result_shape()[1:], factors, strict=True
+        ):
+            unit = torch.eye(size, dtype=dtype)[:, None, :, None].repeat(1, 1, 1, 2)  # one column alone goes wrong
+            matrices[key] = call(unit, [count, 2], *corners, factor, None)[:, 0, :, 0].mT
+        return to.emit(Separable(), [x], **matrices)
+
+    return converter

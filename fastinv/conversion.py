@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -95,6 +96,11 @@ class Conversion:
         args = self._resolve(node.args)
         kwargs = self._resolve(node.kwargs)
         name = str(node.target)
+        if node.target is operator.getitem:
+            piece = args[0][args[1]]
+            if piece is None and node.users:
+                self.unsupported("the positions of maxima")
+            return piece
         if holds((args, kwargs), SYMBOLS) and name not in RESHAPES:
             self.unsupported(f"the operation {name} on the batch size, which must not change what one image gives")
         if not holds((args, kwargs), Value):

@@ -1,0 +1,331 @@
+"""From aten calls to steps: what works along axes, and what moves elements. `fastinv.aten` lists them.
+
+What picks, repeats, leaves out or sums along an axis is one thing: y's axis is a constant matrix times x's axis.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastinv.aten_arithmetic import linear_map
+from fastinv.aten_layers import axis_of, expect_image
+from fastinv.conversion import Conversion, Value, holds
+from fastinv.errors import NetworkError
+from fastinv.ops.adaptive_avg_pool2d import AdaptiveAvgPool2d
+from fastinv.ops.base import Shape
+from fastinv.ops.concat import Concat
+from fastinv.ops.conv2d import Conv2d
+from fastinv.ops.linear import Linear
+from fastinv.ops.max_pool2d import MaxPool2d
+from fastinv.ops.permute import Permute
+from fastinv.ops.reshape import Reshape
+from fastinv.ops.separable import Separable
+from fastinv.ops.upsample import Upsample
+
+Pieces = list[Any]  # of a call with several results: values, or None for one that cannot be exported
+
+
+def along(to: Conversion, x: Value, axis: int, matrix: torch.Tensor) -> Value:
+    """`matrix` times the axis (without the batch), all else by itself."""
+    before, size, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+    count = len(matrix)
+    if count == size and torch.equal(matrix, torch.eye(size, dtype=matrix.dtype)):
+        return x
+    shape = (*before, count, *after)
+    if len(x.shape) == 3 and axis > 0:
+        return to.emit(Separable(), [x], **{"rows" if axis == 1 else "columns": matrix})
+    if math.prod(before) == 1 and after:  # a 1×1 convolution, in which the axis is the channels
+        image = reshaped(to, x, (size, *(after if len(after) == 2 else (1, math.prod(after)))))
+        weights = {"weight": matrix[:, :, None, None], "bias": torch.zeros(count)}
+        return reshaped(to, to.emit(Conv2d(), [image], **weights), shape)
+    image = reshaped(to, x, (math.prod(before), size, math.prod(after)))
+    return reshaped(to, to.emit(Separable(), [image], rows=matrix), shape)
+
+
+def take(to: Conversion, x: Value, axis: int, index: torch.Tensor) -> Value:
+    """Element k of the result's axis is element index[k] of x's."""
+    if index.numel() == 0:
+        to.unsupported("a slice that leaves nothing")
+    return along(to, x, axis, torch.eye(x.shape[axis])[index])
+
+
+def positions(x: Value, axis: int) -> torch.Tensor:
+    """0, 1, … along the axis: what an operation does with them, `take` does with x."""
+    return torch.arange(x.shape[axis])
+
+
+def reshaped(to: Conversion, x: Value, shape: Shape) -> Value:
+    return x if x.shape == tuple(shape) else to.emit(Reshape(tuple(shape)), [x])
+
+
+# ---- other shapes and orders ---------------------------------------------------------------------------------------
+
+
+def reshape(to: Conversion, x: Value, *_: Any, **__: Any) -> Value:
+    """flatten, view, reshape, unflatten, squeeze, unsqueeze: torch has worked out the shape."""
+    target = to.result_shape()
+    if math.prod(target) != math.prod(x.shape):
+        raise NetworkError(
+            f"export: module {to.place() or '(top)'!r} moves elements between images (to {list(target)})"
+        )
+    return to.emit(Reshape(target), [x])
+
+
+def reordered(to: Conversion, x: Value, *args: Any, **kwargs: Any) -> Value:
+    """permute, transpose, movedim, …: torch says where the axes of a tensor whose sizes tell them apart go."""
+    assert to.node is not None
+    assert callable(to.node.target)
+    sizes = to.node.target(torch.empty(*range(len(x.shape) + 1), device="meta"), *args, **kwargs).shape
+    if sizes[0] != 0:
+        to.unsupported("a permutation that moves the batch axis")
+    return to.emit(Permute(tuple(size - 1 for size in sizes[1:])), [x])
+
+
+def expand(to: Conversion, x: Value, *_: Any, **__: Any) -> Value:
+    """A view of axes of size 1 as many; of rows and columns the nearest upsampling."""
+    target = to.result_shape()
+    if len(target) != len(x.shape):
+        to.unsupported("an expansion to more axes")
+    if len(target) == 3 and target[1:] != x.shape[1:]:
+        x = to.emit(Upsample((target[1], target[2])), [x])
+    for axis, size in enumerate(target):
+        if size != x.shape[axis]:
+            x = take(to, x, axis, torch.zeros(size, dtype=torch.int64))
+    return x
+
+
+def channel_shuffle(to: Conversion, x: Value, groups: int) -> Value:
+    expect_image(to, x, "channel_shuffle")
+    c, h, w = x.shape
+    turned = to.emit(Permute((1, 0, 2, 3)), [reshaped(to, x, (groups, c // groups, h, w))])
+    return reshaped(to, turned, x.shape)
+
+
+def pixel_unshuffle(to: Conversion, x: Value, factor: int) -> Value:
+    expect_image(to, x, "pixel_unshuffle")
+    c, h, w = x.shape
+    blocks = reshaped(to, x, (c, h // factor, factor, w // factor, factor))
+    turned = to.emit(Permute((0, 2, 4, 1, 3)), [blocks])
+    return reshaped(to, turned, (c * factor**2, h // factor, w // factor))
+
+
+# ---- parts ---------------------------------------------------------------------------------------------------------
+
+
+def slice_(to: Conversion, x: Value, axis: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
+    whole = start in (None, 0) and (end is None or end == sys.maxsize) and step == 1
+    if whole:  # as of the batch in x[:, 2]
+        return x
+    axis = axis_of(to, x, axis)
+    return take(to, x, axis, positions(x, axis)[start:end:step])
+
+
+def narrow(to: Conversion, x: Value, axis: int, start: int, length: int) -> Value:
+    axis = axis_of(to, x, axis)
+    return take(to, x, axis, positions(x, axis).narrow(0, start, length))
+
+
+def select(to: Conversion, x: Value, axis: int, position: int) -> Value:
+    axis = axis_of(to, x, axis)
+    return _without(to, take(to, x, axis, positions(x, axis)[position].reshape(1)), [axis])
+
+
+def index_select(to: Conversion, x: Value, axis: int, index: Any) -> Value:
+    if holds(index, Value):
+        to.unsupported("an index that is computed")
+    return take(to, x, axis_of(to, x, axis), index)
+
+
+def index(to: Conversion, x: Value, indices: Sequence[Any]) -> Value:
+    """x[:, [2, 0, 1]]: one axis by a list of positions."""
+    given = [axis for axis, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or indices[given[0]].ndim != 1 or indices[given[0]].dtype is torch.bool:
+        to.unsupported("an index that is not one list of positions")
+    return index_select(to, x, given[0], indices[given[0]])
+
+
+def split(how: Callable[..., Any]) -> Callable[..., Pieces]:
+    def converter(to: Conversion, x: Value, size: Any, axis: int = 0) -> Pieces:
+        axis = axis_of(to, x, axis)
+        return [take(to, x, axis, index) for index in how(positions(x, axis), size)]
+
+    return converter
+
+
+def unbind(to: Conversion, x: Value, axis: int = 0) -> Pieces:
+    axis = axis_of(to, x, axis)
+    return [_without(to, take(to, x, axis, index), [axis]) for index in positions(x, axis)[:, None]]
+
+
+def _without(to: Conversion, x: Value, axes: Sequence[int]) -> Value:
+    """x without these axes, whose size is 1."""
+    return reshaped(to, x, tuple(size for axis, size in enumerate(x.shape) if axis not in axes))
+
+
+# ---- other orders and repetitions along an axis --------------------------------------------------------------------
+
+
+def flip(to: Conversion, x: Value, axes: Sequence[int]) -> Value:
+    for axis in [axis_of(to, x, axis) for axis in axes]:
+        x = take(to, x, axis, positions(x, axis).flip(0))
+    return x
+
+
+def roll(to: Conversion, x: Value, shifts: Sequence[int], axes: Sequence[int] = ()) -> Value:
+    if len(axes) != len(shifts):
+        to.unsupported("a roll of the flattened tensor")
+    for axis, shift in zip([axis_of(to, x, axis) for axis in axes], shifts, strict=True):
+        x = take(to, x, axis, positions(x, axis).roll(shift))
+    return x
+
+
+def repeat(to: Conversion, x: Value, counts: Sequence[int]) -> Value:
+    if len(counts) != len(x.shape) + 1 or counts[0] != 1 or min(counts) < 1:
+        to.unsupported("a repetition of the batch, along new axes, or zero times")
+    for axis, count in enumerate(counts[1:]):
+        x = x if count == 1 else to.emit(Concat(axis), [x] * count)
+    return x
+
+
+def repeat_interleave(to: Conversion, x: Value, count: int, axis: int | None = None, **_: Any) -> Value:
+    if axis is None or not isinstance(count, int):
+        to.unsupported("repeat_interleave of the flattened tensor, or by different counts")
+    axis = axis_of(to, x, axis)
+    return take(to, x, axis, positions(x, axis).repeat_interleave(count))
+
+
+def stack(to: Conversion, values: Sequence[Any], axis: int = 0) -> Value:
+    if not all(isinstance(v, Value) for v in values):
+        to.unsupported("joining computed values with constants")
+    shape = to.result_shape()
+    place = axis % (len(shape) + 1) - 1
+    if place < 0:
+        to.unsupported("an operation along the batch axis")
+    single = [reshaped(to, v, (*shape[:place], 1, *shape[place + 1 :])) for v in values]
+    return single[0] if len(single) == 1 else to.emit(Concat(place), single)
+
+
+def cat(to: Conversion, values: Sequence[Any], axis: int = 0) -> Value:
+    if not all(isinstance(v, Value) for v in values):
+        to.unsupported("joining computed values with constants")
+    return values[0] if len(values) == 1 else to.emit(Concat(axis_of(to, values[0], axis)), values)
+
+
+def pad(to: Conversion, x: Value, padding: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:
+    """Zeros around rows and columns are a depthwise 1×1 convolution that copies: `simplify` folds it into the next."""
+    pairs = list(zip(padding[::2], padding[1::2], strict=True))  # from the last axis on
+    if len(pairs) > len(x.shape):
+        to.unsupported("padding of the batch axis")
+    if mode == "constant" and value:
+        if not math.isfinite(value):
+            to.unsupported("padding with an infinite constant")
+        shifted = pad(to, linear_map(to, x, 1.0, -value), padding)
+        return linear_map(to, shifted, 1.0, value)
+    for back, (low, high) in enumerate(pairs):
+        axis = len(x.shape) - 1 - back
+        if mode != "constant":
+            line = positions(x, axis).double()[None, None]
+            x = take(to, x, axis, F.pad(line, (low, high), mode).flatten().long())
+        elif min(low, high) < 0 or (max(low, high) > 0 and (len(x.shape) != 3 or axis == 0)):
+            x = along(to, x, axis, F.pad(torch.eye(x.shape[axis]), (0, 0, low, high)))
+            pairs[back] = (0, 0)
+    if mode != "constant" or not any(map(any, pairs)):
+        return x
+    (left, right), (top, bottom) = (*pairs, (0, 0))[:2]
+    weights = {"weight": torch.ones(x.shape[0], 1, 1, 1), "bias": torch.zeros(x.shape[0])}
+    return to.emit(Conv2d(padding=(top, bottom, left, right), groups=x.shape[0]), [x], **weights)
+
+
+# ---- sums, means and maxima ----------------------------------------------------------------------------------------
+
+
+def _axes_of(to: Conversion, x: Value, axes: Any) -> list[int]:
+    """The axes that a reduction is over; none given are all, the batch among them."""
+    given = [axes] if isinstance(axes, int) else axes or range(len(x.shape) + 1)
+    return sorted(axis_of(to, x, axis) for axis in given)
+
+
+def mean(to: Conversion, x: Value, axes: Any, keepdim: bool = False, **_: Any) -> Value:
+    return _total(to, x, _axes_of(to, x, axes), keepdim, mean=True)
+
+
+def sum_(to: Conversion, x: Value, axes: Any, keepdim: bool = False, **_: Any) -> Value:
+    return _total(to, x, _axes_of(to, x, axes), keepdim, mean=False)
+
+
+def _total(to: Conversion, x: Value, axes: list[int], keepdim: bool, mean: bool) -> Value:
+    left = list(axes)
+    if mean and len(x.shape) == 3 and left != [0]:  # of rows and columns: a pool
+        height, width = (1 if axis in axes else x.shape[axis] for axis in (1, 2))
+        x = to.emit(AdaptiveAvgPool2d((height, width)), [x])
+        left = [axis for axis in left if axis == 0]
+    for axis in left:
+        x = along(to, x, axis, torch.full((1, x.shape[axis]), 1 / x.shape[axis] if mean else 1.0))
+    return x if keepdim else _without(to, x, axes)
+
+
+def amax(to: Conversion, x: Value, axes: Any = (), keepdim: bool = False) -> Value:
+    """A max pool over all of each axis. Of several that are largest the first gets the gradient."""
+    axes = _axes_of(to, x, axes)
+    shape = x.shape
+    for axis in axes:
+        size = shape[axis]
+        image = reshaped(to, x, (math.prod(shape[:axis]), size, math.prod(shape[axis + 1 :])))
+        shape = (*shape[:axis], 1, *shape[axis + 1 :])
+        x = reshaped(to, to.emit(MaxPool2d((size, 1), (1, 1)), [image]), shape)
+    return x if keepdim else _without(to, x, axes)
+
+
+def max_along(to: Conversion, x: Value, axis: int, keepdim: bool = False) -> Pieces:
+    return [amax(to, x, axis, keepdim), None]
+
+
+# ---- products with constants ---------------------------------------------------------------------------------------
+
+
+def matmul(to: Conversion, a: Any, b: Any) -> Value:
+    constant = b if isinstance(a, Value) else a
+    if isinstance(constant, Value):
+        to.unsupported("a product of two computed values")
+    if constant.ndim != 2:
+        to.unsupported("a product with anything but a matrix")
+    if isinstance(a, Value):
+        return to.emit(Linear(), [a], weight=constant.mT, bias=torch.zeros(constant.shape[1]))
+    if len(b.shape) < 2:
+        to.unsupported("a product along the batch axis")
+    return along(to, b, len(b.shape) - 2, constant)
+
+
+def addmm(to: Conversion, bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Value:
+    if not isinstance(x, Value) or holds((bias, weight), Value):
+        to.unsupported("addmm of anything but one computed value and constants")
+    bias = (beta * bias).expand(weight.shape[1]) if bias.numel() == 1 else (beta * bias).reshape(-1)
+    if len(bias) != weight.shape[1]:
+        to.unsupported("addmm that differs from image to image")
+    return to.emit(Linear(), [x], weight=alpha * weight.mT, bias=bias)
+
+
+def einsum(to: Conversion, equation: str, operands: Sequence[Any], **_: Any) -> Value:
+    """A matrix times one axis: nchw,oc->nohw."""
+    sides = equation.replace(" ", "").split("->")
+    names = sides[0].split(",")
+    if len(sides) != 2 or len(names) != 2 or "." in equation or isinstance(operands[0], type(operands[1])):
+        to.unsupported(f"the einsum {equation}")
+    first = 0 if isinstance(operands[0], Value) else 1
+    x, matrix = operands[first], operands[1 - first]
+    read, (named, result) = names[first], (names[1 - first], sides[1])
+    summed = [n for n in named if n in read and n not in result]
+    added = [n for n in named if n not in read]
+    expected = {(added[0] if n == summed[0] else n) for n in read} if summed and added else set()
+    if len(named) != 2 or not expected or {*result} != expected or len(result) != len(read) or read[0] != result[0]:
+        to.unsupported(f"the einsum {equation}")
+    axis = axis_of(to, x, read.index(summed[0]))
+    y = along(to, x, axis, matrix if named[0] == added[0] else matrix.mT)
+    order = [added[0] if n == summed[0] else n for n in read]
+    return to.emit(Permute(tuple(order.index(n) - 1 for n in result[1:])), [y])

@@ -1,0 +1,186 @@
+"""What models of other people's write beside layers: each becomes steps that compute the same, forward and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import check_gradient, relative
+from torch import nn
+
+import fastinv
+from fastinv.backends.torch import as_module
+from fastinv.network import Network
+
+CONSTANT = torch.linspace(-1, 1, 42)
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+class InPlace(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        F.hardswish(y, inplace=True)
+        return F.mish(y, inplace=True) + x
+
+
+class Prelu(nn.Module):
+    """A slope for each of 6 channels, or of several."""
+
+    def __init__(self, *slopes: float) -> None:
+        super().__init__()
+        self.prelu = nn.PReLU(len(slopes))
+        self.prelu.weight.data = torch.tensor(slopes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.prelu(x)
+
+
+def each(text: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function of x that is written there."""
+    return lambda x: eval(text, {"torch": torch, "F": F, "c": CONSTANT.to(x.dtype), "x": x})
+
+
+# Of x [N, 6, 8, 10].
+FUNCTIONS = (
+    "x[:, :, :, :]",
+    "x[:]",
+    "x[:, :4]",
+    "x[:, -2:]",
+    "x[:, 1::2]",
+    "x[:, 2]",
+    "x[..., 3]",
+    "x[:, :, 1:-1, 2:-3]",
+    "x[..., ::2, 1::3]",
+    "x[:, [5, 0, 3, 3]]",
+    "x[..., [2, 1]]",
+    "x.index_select(2, torch.tensor([1, 1, 0]))",
+    "x.narrow(2, 3, 4)",
+    "torch.cat(x.chunk(4, 1)[::-1], 1)",
+    "torch.cat([F.relu(part) for part in x.split([1, 2, 3], 1)], 1)",
+    "torch.cat(x.tensor_split(3, 2)[1:], 2)",
+    "torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1)",
+    "x.unbind(1)[2] * x.unbind(1)[4]",
+    "torch.stack([x, x * 2], 2).flatten(1, 2)",
+    "torch.stack([x, x * 2], -1)",
+    "x.flip(1)",
+    "x.flip(2, 3)",
+    "x.roll((1, -3), (3, 1))",
+    "x.repeat(1, 2, 1, 3)",
+    "x.repeat_interleave(2, 2)",
+    "x.repeat_interleave(3, dim=1)",
+    "x[:, :1].expand(-1, 5, -1, -1)",
+    "x.movedim(1, 3).swapaxes(1, 2)",
+    "F.channel_shuffle(x, 3)",
+    "F.pixel_unshuffle(x, 2)",
+    "F.unfold(x, (3, 2), padding=1, stride=2)",
+    "F.pad(x, (1, 2, 3, 0), mode='reflect')",
+    "F.pad(x, (1, 2, 3, 0), mode='replicate')",
+    "F.pad(x, (1, 2, 3, 0), mode='circular')",
+    "F.pad(x, (-1, 2, 3, -4))",
+    "F.pad(x, (0, 0, 0, 0, 2, 3))",
+    "F.pad(x, (1, 0, 2, 1), value=0.7)",
+    "F.pad(x.flatten(1), (2, 1))",
+    "x.flatten(1)[:, 100:300:7]",
+    "x.flatten(2)[:, :, 3:50]",
+    "x.flatten(2)[:, 1:5]",
+    "x.view(-1, 2, 3, 8, 10)[:, 1]",
+    "x.view(-1, 2, 3, 8, 10)[:, :, 1:]",
+    "x.mean(-1).mean(-1)",
+    "x.flatten(2).mean(2)",
+    "x.flatten(2).mean(1)",
+    "x.mean(1, keepdim=True)",
+    "x.mean((1, 2))",
+    "x.sum((2, 3))",
+    "x.sum(1)",
+    "x.sum(-1, keepdim=True)",
+    "x.amax(1, keepdim=True)",
+    "x.amax((2, 3))",
+    "x.max(2)[0] + x.max(dim=2).values",
+    "F.adaptive_max_pool2d(x, 1)",
+    "F.adaptive_max_pool2d(x, (4, 5))",
+    "F.max_pool2d(x, 3, 2, return_indices=True)[0]",
+    "x @ c[:40].reshape(10, 4)",
+    "c[:16].reshape(2, 8) @ x",
+    "x.flatten(1) @ c.repeat(80)[:960].reshape(480, 2)",
+    "torch.addmm(c[:4], x.flatten(2)[:, 0, :3], c[:12].reshape(3, 4), beta=2, alpha=0.5)",
+    "torch.einsum('nchw,oc->nohw', x, c.reshape(7, 6))",
+    "torch.einsum('co,nchw->nhwo', c.reshape(6, 7), x)",
+    "torch.einsum('bchw,hk->bckw', x, c[:24].reshape(8, 3))",
+    "F.conv1d(x.flatten(2), c[:36].reshape(4, 3, 3), stride=2, padding=1, dilation=2, groups=2)",
+    "F.conv1d(x[:, 0], c[:24].reshape(1, 8, 3), c[:1], padding='same')",
+    "F.interpolate(x, scale_factor=2, mode='nearest-exact')",
+    "F.interpolate(x, size=(5, 23), mode='nearest-exact')",
+    "F.interpolate(x, scale_factor=(1.7, 0.6), mode='bicubic')",
+    "F.interpolate(x, size=(5, 17), mode='bicubic', align_corners=True)",
+    "F.interpolate(x, size=(3, 4), mode='bilinear', antialias=True)",
+    "F.interpolate(x, scale_factor=0.4, mode='bicubic', antialias=True)",
+    "F.hardswish(4 * x)",
+    "F.hardsigmoid(4 * x)",
+    "F.mish(x)",
+    "F.logsigmoid(9 * x)",
+    "F.rrelu(x)",
+    "F.glu(x, 1)",
+    "F.glu(x)",
+    "F.glu(x.flatten(1))",
+    "x.abs()",
+    "x**2 + x**3 - x.pow(4) + x.square() + x**1",
+    "torch.maximum(x, x.flip(3)) - torch.min(x, 0.5 * x)",
+    "torch.maximum(x, torch.tensor(0.3)) + torch.minimum(c[:10], x)",
+)
+MODULES = {
+    "prelu": Prelu(0.3),
+    "prelu-of-one-slope": Prelu(*[-0.4] * 6),
+    "prelu-of-channels": Prelu(0.3, 0.0, 1.0, -0.5, 2.0, 0.25),
+    "in-place": InPlace(),
+    "reflecting": nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"),
+    "circular": nn.Conv2d(6, 4, (3, 5), padding=(1, 2), padding_mode="circular"),
+    "replicating": nn.Conv2d(6, 4, 5, padding=2, padding_mode="replicate"),
+    "channel-shuffle": nn.Sequential(nn.Conv2d(6, 8, 1), nn.ChannelShuffle(4), nn.GLU(1)),
+}
+PATTERNS = {**{text: Function(each(text)) for text in FUNCTIONS}, **MODULES}
+SHAPE = (6, 8, 10)
+
+
+@pytest.fixture(scope="module")
+def exported() -> Callable[[str], Network]:
+    networks: dict[str, Network] = {}
+
+    def export(name: str) -> Network:
+        if name not in networks:
+            networks[name] = fastinv.export(PATTERNS[name].eval(), torch.randn(2, *SHAPE))
+        return networks[name]
+
+    return export
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_reference_equals_module(name: str, exported: Callable[[str], Network]) -> None:
+    x = torch.randn(3, *SHAPE, dtype=torch.float64, requires_grad=True)
+    module = copy.deepcopy(PATTERNS[name]).double()
+    expected = module(x)
+    found = as_module(exported(name), torch.float64)(x)
+    assert relative(found.detach().numpy(), expected.detach().numpy()) < 1e-6
+    direction = torch.randn_like(expected)
+    (expected_gradient,) = torch.autograd.grad(expected, x, direction)
+    (gradient,) = torch.autograd.grad(found, x, direction)
+    assert relative(gradient.numpy(), expected_gradient.numpy()) < 1e-6
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_compiled_equals_reference(name: str, exported: Callable[[str], Network]) -> None:
+    network = exported(name)
+    x = torch.randn(3, *SHAPE)
+    expected = as_module(network, torch.float64)(x.double())
+    assert relative(fastinv.compile(network, backend="cpu")(x.numpy()), expected.detach().numpy()) < 1e-5
+    check_gradient(network)
