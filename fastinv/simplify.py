@@ -17,12 +17,19 @@ from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.linear import Linear
 from fastinv.ops.permute import Permute
 from fastinv.ops.reshape import Reshape
+from fastinv.ops.separable import Separable
 
 Doubles = npt.NDArray[np.float64]
 
 
 def simplify(network: Network) -> Network:
     """An equal network with no more steps. Weights are folded in float64 and rounded to float32."""
+    merged = _merged(network)
+    picked = _picked_early(merged)
+    return merged if picked is merged else _merged(picked)
+
+
+def _merged(network: Network) -> Network:
     graph = _Graph(network.input_shape)
     live = network.live
     values = [0]  # in the graph, for each of the network's
@@ -67,12 +74,21 @@ class _Graph:
             if _is_identity(step, self.shapes[inputs[0]]):
                 self.readers[inputs[0]] += readers - 1
                 return inputs[0]
+            producer = self._only_producer(inputs)
+            swapped = None if producer is None else _permute_later(producer, step)
+            if swapped is not None:
+                first, step = swapped
+                before = self.inputs[inputs[0] - 1]
+                self.steps[inputs[0] - 1] = None
+                result = first.op.shape([self.shapes[before[0]]], first.weight_shapes)
+                inputs = [self.add(first, before, result, 1)]
+                continue
             merged = self._merged(step, inputs)
             if merged is None:
                 break
-            producer = inputs[0] - 1
-            step, inputs = merged, self.inputs[producer]
-            self.steps[producer] = None
+            value = inputs[0]
+            step, inputs = merged, self.inputs[value - 1]
+            self.steps[value - 1] = None
         self.steps.append(step)
         self.inputs.append(inputs)
         self.shapes.append(shape)
@@ -81,18 +97,24 @@ class _Graph:
 
     def _merged(self, step: Step, inputs: list[int]) -> Step | None:
         """One step for `step` and the producer of its input, by the first rewrite that fits; None where none does."""
+        value, producer = inputs[0], self._only_producer(inputs)
+        if producer is None:
+            return None
+        before = self.shapes[self.inputs[value - 1][0]]
+        for rewrite in REWRITES:
+            merged = rewrite(producer, step, before, self.shapes[value])
+            if merged is not None:
+                return dataclasses.replace(merged, source=_sources(producer, step))
+        return None
+
+    def _only_producer(self, inputs: list[int]) -> Step | None:
+        """The step whose result is the one input of another, which alone reads it."""
         value = inputs[0]
         if len(inputs) != 1 or value == 0 or self.readers[value] != 1:
             return None
         producer = self.steps[value - 1]
         assert producer is not None, "a step that went into a later one has no reader left"
-        before = self.shapes[self.inputs[value - 1][0]]
-        for rewrite in REWRITES:
-            merged = rewrite(producer, step, before, self.shapes[value])
-            if merged is not None:
-                source = " + ".join(dict.fromkeys(s.source for s in (producer, step) if s.source))
-                return dataclasses.replace(merged, source=source)
-        return None
+        return producer
 
     def network(self) -> Network:
         """The steps that are left, with their values numbered anew."""
@@ -104,6 +126,10 @@ class _Graph:
                 steps.append(dataclasses.replace(step, inputs=inputs))
                 numbers[value] = len(steps)
         return Network(self.shapes[0], tuple(steps))
+
+
+def _sources(*steps: Step) -> str:
+    return " + ".join(dict.fromkeys(step.source for step in steps if step.source))
 
 
 def _is_identity(step: Step, shape: Shape) -> bool:
@@ -179,8 +205,79 @@ def _compose_rearrangements(producer: Step, step: Step, before: Shape, between: 
     return None
 
 
+def _compose_separable(producer: Step, step: Step, before: Shape, between: Shape) -> Step | None:
+    """Two crops, or the sums of rows and columns."""
+    if not isinstance(step.op, Separable) or not isinstance(producer.op, Separable) or producer.activation != IDENTITY:
+        return None
+    weights = {key: matrix.astype(np.float64) for key, matrix in producer.weights.items()}
+    for key, matrix in step.weights.items():
+        weights[key] = matrix.astype(np.float64) @ weights[key] if key in weights else matrix.astype(np.float64)
+    return _with_weights(producer, step, **weights)
+
+
 Rewrite = Callable[[Step, Step, Shape, Shape], Step | None]
-REWRITES: tuple[Rewrite, ...] = (_fuse_activation, _fold_affine, _fold_padding, _compose_rearrangements)
+REWRITES: tuple[Rewrite, ...] = (
+    _fuse_activation,
+    _fold_affine,
+    _fold_padding,
+    _compose_rearrangements,
+    _compose_separable,
+)
+
+
+# ---- rewrites of other forms ---------------------------------------------------------------------------------------
+
+
+def _permute_later(producer: Step, step: Step) -> tuple[Step, Step] | None:
+    """An equal step before the permutation that puts the channels last, and the permutation after it.
+
+    A linear layer over the channels is a 1×1 convolution then; where the channels are put back the permutation goes.
+    """
+    permute, op = producer.op, step.op
+    if not isinstance(permute, Permute) or len(permute.axes) != 3 or permute.axes[2] != 0:
+        return None
+    if producer.activation != IDENTITY:
+        return None
+    if isinstance(op, Linear):
+        weights = {"weight": step.weights["weight"][:, :, None, None], "bias": step.weights["bias"]}
+        return dataclasses.replace(step, op=Conv2d(), weights=weights), producer
+    if isinstance(op, Affine):
+        back = np.argsort(permute.axes)
+        weights = {key: weight.transpose(back) for key, weight in step.weights.items()}
+        return dataclasses.replace(step, weights=weights), producer
+    return (step, producer) if isinstance(op, Activation) else None
+
+
+def _picked_early(network: Network) -> Network:
+    """Convolutions of which every reader picks some channels: each reader's own computes those, and no others."""
+    steps = list(network.steps)
+    for index, step in enumerate(network.steps[:-1]):
+        readers = network.consumers[index + 1]
+        picks = [_picks(network.steps[reader]) for reader in readers]
+        if not isinstance(step.op, Conv2d) or step.op.groups != 1 or not readers:
+            continue
+        if any(pick is None for pick in picks) or sum(map(len, picks)) > len(step.weights["bias"]):  # type: ignore[arg-type]
+            continue
+        if step.activation != IDENTITY and any(network.steps[reader].activation != IDENTITY for reader in readers):
+            continue
+        for reader, pick in zip(readers, picks, strict=True):
+            picker = network.steps[reader]
+            steps[reader] = dataclasses.replace(
+                step,
+                weights={key: weight[pick] for key, weight in step.weights.items()},
+                activation=step.activation if picker.activation == IDENTITY else picker.activation,
+                source=_sources(step, picker),
+            )
+    return Network(network.input_shape, tuple(steps)) if steps != list(network.steps) else network
+
+
+def _picks(step: Step) -> npt.NDArray[np.intp] | None:
+    """The channels that a step copies, if that is all it does: a 1×1 convolution of zeros and ones."""
+    if step.op != Conv2d() or step.weights["weight"].shape[2:] != (1, 1) or step.weights["bias"].any():
+        return None
+    weight = step.weights["weight"][:, :, 0, 0]
+    alone = ((weight == 1).sum(1) == 1) & ((weight != 0).sum(1) == 1)
+    return weight.argmax(1) if alone.all() else None
 
 
 def _channel_axis(step: Step, shape: Shape) -> int | None:

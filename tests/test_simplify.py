@@ -16,11 +16,13 @@ from fastinv.network import MAX_STEPS, Network, Step
 from fastinv.ops.activation import IDENTITY, Activation
 from fastinv.ops.add import Add
 from fastinv.ops.affine import Affine
+from fastinv.ops.concat import Concat
 from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.linear import Linear
 from fastinv.ops.permute import Permute
 from fastinv.ops.reshape import Reshape
+from fastinv.ops.separable import Separable
 from fastinv.simplify import simplify, with_denormalisation
 
 RNG = np.random.default_rng(0)
@@ -169,3 +171,59 @@ def test_the_longest_chain_takes_no_time() -> None:
     assert time.monotonic() - begin < 10  # a quadratic pass takes minutes
     assert len(simpler.steps) == 1
     assert simpler.steps[0].weights["shift"].item() == MAX_STEPS / 2
+
+
+def separable(**shapes: tuple[int, int]) -> tuple[Separable, dict[str, np.ndarray]]:
+    return Separable(), {key: RNG.standard_normal(shape) for key, shape in shapes.items()}
+
+
+def picking(inputs: int, *channels: int) -> tuple[Conv2d, dict[str, np.ndarray]]:
+    return Conv2d(), {"weight": np.eye(inputs)[[*channels]][:, :, None, None], "bias": np.zeros(len(channels))}
+
+
+def linear(out: int, inputs: int) -> tuple[Linear, dict[str, np.ndarray]]:
+    return Linear(), {"weight": RNG.standard_normal((out, inputs)), "bias": RNG.standard_normal(out)}
+
+
+def test_separable_maps_compose() -> None:
+    layers = separable(rows=(4, 6)), separable(columns=(2, 5)), separable(rows=(7, 4), columns=(3, 2))
+    network = check(chain((3, 6, 5), *layers, Activation("relu")), "separable")
+    assert {key: w.shape for key, w in network.steps[0].weights.items()} == {"rows": (7, 6), "columns": (3, 5)}
+    check(chain((3, 6, 5), layers[0], Activation("relu"), layers[1]), "separable", "separable")
+
+
+def test_linear_layers_between_permutations_are_convolutions() -> None:
+    last, first = Permute((1, 2, 0)), Permute((2, 0, 1))
+    layers = last, linear(8, 3), Activation("gelu"), linear(3, 8), affine(1, 1, 3), first
+    network = check(chain((3, 5, 4), *layers), "conv2d", "conv2d")
+    assert network.steps[0].activation == Activation("gelu")
+    # Whichever way round rows and columns are; a permutation that nothing undoes stays, behind.
+    check(chain((3, 5, 4), Permute((2, 1, 0)), linear(4, 3), affine(4, 5, 1), Permute((2, 1, 0))), "conv2d", "affine")
+    check(chain((3, 5, 4), last, linear(4, 3), Reshape((80,))), "conv2d", "permute", "reshape")
+    # Not where the linear layer is over rows, or where another step reads the permuted image.
+    check(chain((3, 5, 4), Permute((0, 2, 1)), linear(4, 5)), "permute", "linear")
+    shared = Network((3, 3, 3), (Step(last, (0,)), Step(linear(3, 3)[0], (1,), linear(3, 3)[1]), Step(Add(), (1, 2))))
+    check(shared, "permute", "linear", "add")
+
+
+def picked(first: tuple[int, ...], second: tuple[int, ...], **producer) -> Network:
+    op, weights = conv(6, 4, 3, **producer)
+    picks = [picking(6, *channels) for channels in (first, second)]
+    return Network(
+        (4, 6, 5),
+        (
+            Step(op, (0,), weights, Activation("relu")),
+            *(Step(op, (1,), weights) for op, weights in picks),
+            Step(Concat(), (2, 3)),
+        ),
+    )
+
+
+def test_channels_are_picked_early() -> None:
+    network = check(picked((0, 3, 1), (5, 2)), "conv2d", "conv2d", "concat")
+    assert [step.weights["bias"].shape for step in network.steps[:2]] == [(3,), (2,)]
+    assert network.steps[0].activation == Activation("relu")
+    check(
+        picked((0, 3, 1, 4), (5, 2, 1)), "conv2d", "conv2d", "conv2d", "concat"
+    )  # one of them would be computed twice
+    check(picked((0, 1), (4, 5), groups=2), "conv2d", "conv2d", "conv2d", "concat")
