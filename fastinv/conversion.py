@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -12,7 +14,6 @@ from torch.fx import Node
 
 from fastinv.errors import NetworkError, UnsupportedOp
 from fastinv.network import Network, Step
-from fastinv.ops import OPS
 from fastinv.ops.activation import Activation
 from fastinv.ops.base import Op, Shape
 from fastinv.simplify import simplify
@@ -143,9 +144,16 @@ class Conversion:
     def unsupported(self, what: str) -> NoReturn:
         """Raise UnsupportedOp for the node being converted."""
         raise UnsupportedOp(
-            f"export: {what}, in module {self.place() or '(top)'!r}, cannot be exported; supported ops are "
-            f"{', '.join(OPS)} and the usual activations. Replace it, or cut the model elsewhere"
+            f"export: {what}, in module {self.place() or '(top)'!r}{self._line()}, cannot be exported; README.md says "
+            "what can. Replace it, or cut the model elsewhere; an inverse network (black-box) needs no exported edge"
         )
+
+    def _line(self) -> str:
+        """Where the node being converted was called: the innermost line that is not PyTorch's own."""
+        trace = self.node.meta.get("stack_trace") or "" if self.node is not None else ""
+        own = str(Path(torch.__file__).parent)
+        lines = [f"{path}:{line}" for path, line in re.findall(r'File "(.+?)", line (\d+)', trace) if own not in path]
+        return f" ({lines[-1]})" if lines else ""
 
     def result_shape(self) -> Shape:
         """The node's own result shape without the batch axis, as torch traced it."""

@@ -6,8 +6,13 @@ is turned into steps by its converter in `fastinv.aten.CONVERTERS`; then `simpli
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
+import logging
 import math
+import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fastinv.errors import FastinvError, NetworkError, UnsupportedOp
@@ -38,7 +43,7 @@ def export(module: torch.nn.Module, example: torch.Tensor) -> Network:
     example = example.detach().float()
     batch = torch.export.Dim("batch", min=2)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
     except FastinvError:
         raise
@@ -52,11 +57,27 @@ def export(module: torch.nn.Module, example: torch.Tensor) -> Network:
     return network
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What goes to stderr within is shown only if nothing is raised: torch.export prints its graph before it raises."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            yield
+    finally:
+        logger.setLevel(level)
+    sys.stderr.write(said.getvalue())
+
+
 def _check(module: Any, example: Any) -> None:
     import torch
 
     if not isinstance(module, torch.nn.Module):
         raise NetworkError(f"export: a {type(module).__name__}, expected a torch.nn.Module")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise NetworkError("export: a TorchScript module cannot be exported; pass the nn.Module it was made from")
     if not isinstance(example, torch.Tensor) or not example.is_floating_point():
         found = str(example.dtype) if isinstance(example, torch.Tensor) else type(example).__name__
         raise NetworkError(f"export: the example is {found}, expected a float tensor [N >= 2, ...]")

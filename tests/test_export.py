@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -161,6 +162,10 @@ def test_unsupported_operations_are_named(module: nn.Module, named: str) -> None
     with pytest.raises(UnsupportedOp, match=named) as caught:
         fastinv.export(model, torch.randn(2, 3, 4, 4))
     assert "in module '1.0" in str(caught.value)
+    if isinstance(module, Function):
+        line = Function.forward.__code__.co_firstlineno + 1
+        assert f"test_export.py:{line})" in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 def broken() -> nn.Module:
@@ -190,6 +195,24 @@ def broken() -> nn.Module:
 def test_wrong_arguments(module, example, message: str) -> None:
     with pytest.raises(NetworkError, match=message):
         fastinv.export(module, example)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("compile", [torch.jit.script, lambda module: torch.jit.trace(module, torch.zeros(2, 3, 4, 4))])
+def test_torchscript_is_refused(compile) -> None:
+    with pytest.raises(NetworkError, match=r"TorchScript module cannot be exported; pass the nn\.Module"):
+        fastinv.export(compile(nn.Conv2d(3, 3, 1).eval()), torch.zeros(2, 3, 4, 4))
+
+
+def test_nothing_but_the_error_is_said(capfd) -> None:
+    with pytest.raises(NetworkError, match="must not branch on values"):
+        fastinv.export(Function(lambda x: x if x.sum() > 0 else -x).eval(), torch.randn(2, 3, 4, 4))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_a_forward_says_is_kept(capsys) -> None:
+    fastinv.export(Function(lambda x: (print("tracing", file=sys.stderr), x)[1]).eval(), torch.randn(2, 3, 4, 4))
+    assert "tracing\n" in capsys.readouterr().err
 
 
 def test_randomness_is_found_out() -> None:
