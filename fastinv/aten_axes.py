@@ -24,6 +24,7 @@ from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.linear import Linear
 from fastinv.ops.max_pool2d import MaxPool2d
 from fastinv.ops.permute import Permute
+from fastinv.ops.resample import MAX_MATRIX
 from fastinv.ops.reshape import Reshape
 from fastinv.ops.separable import Separable
 from fastinv.ops.upsample import Upsample
@@ -35,8 +36,6 @@ def along(to: Conversion, x: Value, axis: int, matrix: torch.Tensor) -> Value:
     """`matrix` times the axis (without the batch), all else by itself."""
     before, size, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
     count = len(matrix)
-    if count == size and torch.equal(matrix, torch.eye(size, dtype=matrix.dtype)):
-        return x
     shape = (*before, count, *after)
     if len(x.shape) == 3 and axis > 0:
         return to.emit(Separable(), [x], **{"rows" if axis == 1 else "columns": matrix})
@@ -50,9 +49,32 @@ def along(to: Conversion, x: Value, axis: int, matrix: torch.Tensor) -> Value:
 
 def take(to: Conversion, x: Value, axis: int, index: torch.Tensor) -> Value:
     """Element k of the result's axis is element index[k] of x's."""
-    if index.numel() == 0:
+    size, count = x.shape[axis], len(index)
+    index = index % size
+    if count == 0:
         to.unsupported("a slice that leaves nothing")
-    return along(to, x, axis, torch.eye(x.shape[axis])[index])
+    if count == size and torch.equal(index, positions(x, axis)):
+        return x
+    block = _block(index, size) if len(x.shape) in (1, 2) else 1
+    if block > 1:  # a small matrix that takes whole blocks
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        blocks = take(to, reshaped(to, x, (*before, size // block, block, *after)), axis, index[::block] // block)
+        return reshaped(to, blocks, (*before, count, *after))
+    if count * size > MAX_MATRIX:
+        to.unsupported(f"picking {count} of {size} elements, which lie in no order,")
+    matrix = torch.zeros(count, size)
+    matrix[torch.arange(count), index] = 1
+    return along(to, x, axis, matrix)
+
+
+def _block(index: torch.Tensor, size: int) -> int:
+    """The largest number of elements side by side that the index takes together, each time from a multiple of it."""
+    whole = math.gcd(size, len(index))
+    for block in (b for b in range(whole, 1, -1) if whole % b == 0):
+        blocks = index.reshape(-1, block)
+        if bool((blocks[:, 0] % block == 0).all()) and torch.equal(blocks, blocks[:, :1] + torch.arange(block)):
+            return block
+    return 1
 
 
 def positions(x: Value, axis: int) -> torch.Tensor:
@@ -145,6 +167,8 @@ def index_select(to: Conversion, x: Value, axis: int, index: Any) -> Value:
 def index(to: Conversion, x: Value, indices: Sequence[Any]) -> Value:
     """x[:, [2, 0, 1]]: one axis by a list of positions."""
     given = [axis for axis, index in enumerate(indices) if index is not None]
+    if holds(indices, Value):
+        to.unsupported("an index that is computed")
     if len(given) != 1 or indices[given[0]].ndim != 1 or indices[given[0]].dtype is torch.bool:
         to.unsupported("an index that is not one list of positions")
     return index_select(to, x, given[0], indices[given[0]])
@@ -273,8 +297,11 @@ def _total(to: Conversion, x: Value, axes: list[int], keepdim: bool, mean: bool)
 def amax(to: Conversion, x: Value, axes: Any = (), keepdim: bool = False) -> Value:
     """A max pool over all of each axis. Of several that are largest the first gets the gradient."""
     axes = _axes_of(to, x, axes)
-    shape = x.shape
-    for axis in axes:
+    shape, left = x.shape, list(axes)
+    if len(shape) == 3 and 0 not in axes:
+        height, width = (shape[axis] if axis in axes else 1 for axis in (1, 2))
+        x, left = to.emit(MaxPool2d((height, width), (1, 1)), [x]), []
+    for axis in left:
         size = shape[axis]
         image = reshaped(to, x, (math.prod(shape[:axis]), size, math.prod(shape[axis + 1 :])))
         shape = (*shape[:axis], 1, *shape[axis + 1 :])

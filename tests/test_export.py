@@ -146,6 +146,8 @@ def test_functions(function) -> None:
         (nn.LPPool2d(2, 2), "aten.sign"),
         (Function(lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2)), "the positions of maxima"),
         (Function(lambda x: x[:, :0]), "leaves nothing"),
+        (Function(lambda x: x[:, torch.tensor([True, False, True])]), "not one list of positions"),
+        (Function(lambda x: x.repeat(1, 500, 30, 1).flatten(1)[:, ::2]), "which lie in no order"),
         (Function(lambda x: x.roll(1)), "flattened"),
         (Function(lambda x: x.repeat(2, 1, 1, 1)), "repetition of the batch"),
         (Function(lambda x: x @ x), "product of two computed values"),

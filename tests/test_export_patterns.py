@@ -93,6 +93,9 @@ FUNCTIONS = (
     "F.pad(x.flatten(1), (2, 1))",
     "x.flatten(1)[:, 100:300:7]",
     "x.flatten(2)[:, :, 3:50]",
+    "x.flatten(2)[:, :, 40:60]",
+    "x.flatten(1)[:, 320:]",
+    "x.flatten(1).unflatten(1, (2, 240)).flip(1)",
     "x.flatten(2)[:, 1:5]",
     "x.view(-1, 2, 3, 8, 10)[:, 1]",
     "x.view(-1, 2, 3, 8, 10)[:, :, 1:]",
@@ -106,6 +109,9 @@ FUNCTIONS = (
     "x.sum(-1, keepdim=True)",
     "x.amax(1, keepdim=True)",
     "x.amax((2, 3))",
+    "x.amax((1, 3), keepdim=True)",
+    "x.amax(3)",
+    "x.flatten(2).amax(2)",
     "x.max(2)[0] + x.max(dim=2).values",
     "F.adaptive_max_pool2d(x, 1)",
     "F.adaptive_max_pool2d(x, (4, 5))",
@@ -175,6 +181,13 @@ def test_reference_equals_module(name: str, exported: Callable[[str], Network]) 
     (expected_gradient,) = torch.autograd.grad(expected, x, direction)
     (gradient,) = torch.autograd.grad(found, x, direction)
     assert relative(gradient.numpy(), expected_gradient.numpy()) < 1e-6
+
+
+def test_long_vectors_are_cut_into_blocks() -> None:
+    network = fastinv.export(Function(each("F.glu(x)")).eval(), torch.randn(2, 20_000))
+    assert network.parameters < 20
+    x = torch.randn(3, 20_000)
+    assert relative(fastinv.compile(network, backend="cpu")(x.numpy()), F.glu(x).numpy()) < 1e-6
 
 
 @pytest.mark.parametrize("name", PATTERNS)
