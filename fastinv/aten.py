@@ -51,7 +51,6 @@ def _named(converter: Callable[..., Any], *calls: str) -> dict[str, Callable[...
 def _table() -> dict[str, Callable[..., Any]]:
     table: dict[str, Callable[..., Any]] = {
         **ACTIVATIONS,
-        **_named(layers.conv1d, "conv1d.default", "conv1d.padding"),
         **_named(layers.conv2d, "conv2d.default", "conv2d.padding"),
         **_named(layers.conv_transpose2d, "conv_transpose2d.input"),
         **_named(layers.linear, "linear.default"),
@@ -109,6 +108,8 @@ def _table() -> dict[str, Callable[..., Any]]:
     for name in ("add", "sub", "mul", "div"):
         converter = getattr(arithmetic, name)
         table |= _named(converter, *(f"{name}{end}.{kind}" for end in ("", "_") for kind in ("Tensor", "Scalar")))
+    for name, converter in layers.LAYERS_1D.items():
+        table |= _named(converter, name)
     for name, plain in layers.RESIZES.items():
         table |= _named(layers.resize(plain), f"{name}.vec")
     return table | _named(arithmetic.neg, "neg.default", "neg_.default")

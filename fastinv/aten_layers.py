@@ -69,26 +69,6 @@ def conv2d(
     return to.emit(op, [x], weight=weight, bias=bias)
 
 
-def conv1d(
-    to: Conversion,
-    x: Value,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Value:
-    """conv2d of an image of one row."""
-    if len(x.shape) != 2 or holds((weight, bias), Value):
-        to.unsupported("conv1d of anything but [N, C, L], or with computed weights")
-    image = to.emit(Reshape((x.shape[0], 1, x.shape[1])), [x])
-    length = padding if isinstance(padding, str) else (0, _pair(padding)[0])
-    along = ((1, _pair(stride)[0]), length, (1, _pair(dilation)[0]))
-    y = conv2d(to, image, weight[:, :, None], bias, *along, groups)
-    return to.emit(Reshape((y.shape[0], y.shape[2])), [y])
-
-
 def conv_transpose2d(
     to: Conversion,
     x: Value,
@@ -259,3 +239,37 @@ def resize(plain: tuple[Callable[..., torch.Tensor], torch.dtype]) -> Callable[.
         return to.emit(Separable(), [x], **matrices)
 
     return converter
+
+
+# ---- vectors of channels [C, L] ------------------------------------------------------------------------------------
+
+
+def in_one_row(layer: Callable[..., Value], *across: int | None) -> Callable[..., Value]:
+    """A 1-d layer as the 2-d one on images of one row; `across` is what each argument is along the other axis."""
+
+    def converter(to: Conversion, x: Value, *args: Any) -> Value:
+        if len(x.shape) != 2:
+            to.unsupported("a 1-d layer of anything but [N, C, L]")
+        image = to.emit(Reshape((x.shape[0], 1, x.shape[1])), [x])
+        y = layer(to, image, *(_in_one_row(argument, a) for argument, a in zip(args, across, strict=False)))
+        return to.emit(Reshape((y.shape[0], y.shape[2])), [y])
+
+    return converter
+
+
+def _in_one_row(argument: Any, across: int | None) -> Any:
+    if isinstance(argument, torch.Tensor) and argument.ndim == 3:
+        return argument[:, :, None]
+    if across is None or isinstance(argument, str) or argument == []:
+        return argument
+    return (across, _pair(argument)[0])
+
+
+LAYERS_1D: dict[str, Callable[..., Value]] = {
+    "conv1d.default": in_one_row(conv2d, None, None, 1, 0, 1, None),
+    "conv1d.padding": in_one_row(conv2d, None, None, 1, 0, 1, None),
+    "conv_transpose1d.default": in_one_row(conv_transpose2d, None, None, 1, 0, 0, None, 1),
+    "max_pool1d.default": in_one_row(max_pool2d, 1, 1, 0, 1, None),
+    "avg_pool1d.default": in_one_row(avg_pool2d, 1, 1, 0, None, None),
+    "adaptive_avg_pool1d.default": in_one_row(adaptive_avg_pool2d, 1),
+}

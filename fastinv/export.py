@@ -48,8 +48,9 @@ def export(module: torch.nn.Module, example: torch.Tensor) -> Network:
     except FastinvError:
         raise
     except Exception as error:  # torch.export raises many types
+        said = " ".join(str(error).split())
         raise NetworkError(
-            f"torch.export cannot trace {type(module).__name__} for any batch size ({error!s:.300}); its forward "
+            f"torch.export cannot trace {type(module).__name__} for any batch size ({said:.300}); its forward "
             "must not branch on values or on the batch size, nor mix images"
         ) from error
     network = convert(program, tuple(example.shape[1:]))

@@ -106,6 +106,48 @@ def mobilenet_v2_prefix() -> nn.Module:
     )
 
 
+class ShuffleUnit(nn.Module):
+    """ShuffleNetV2's block: half of the channels go on as they are, then all are shuffled."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        half = channels // 2
+        self.branch = nn.Sequential(
+            nn.Conv2d(half, half, 1, bias=False),
+            nn.BatchNorm2d(half),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(half, half, 3, 1, 1, groups=half, bias=False),
+            nn.BatchNorm2d(half),
+            nn.Conv2d(half, half, 1, bias=False),
+            nn.BatchNorm2d(half),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        as_it_is, other = x.chunk(2, dim=1)
+        n, c, h, w = x.shape
+        y = torch.cat((as_it_is, self.branch(other)), dim=1)
+        return y.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+
+class MobileUnit(nn.Module):
+    """MobileNetV3's block, with Hardswish and a hard gate."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.Hardswish())
+        self.depthwise = nn.Conv2d(hidden, hidden, 5, 1, 2, groups=hidden, bias=False)
+        self.norm = nn.BatchNorm2d(hidden)
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(hidden, 8, 1), nn.ReLU(), nn.Conv2d(8, hidden, 1), nn.Hardsigmoid()
+        )
+        self.project = nn.Sequential(nn.Conv2d(hidden, channels, 1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.hardswish(self.norm(self.depthwise(self.expand(x))), inplace=True)
+        return x + self.project(y * self.gate(y))
+
+
 class UNet(nn.Module):
     """Two levels joined by concatenation."""
 
@@ -195,6 +237,11 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet18-prefix": (lambda: ResNet18(2), (3, 32, 32)),
     "vgg16-bn-prefix": (vgg16_bn_prefix, (3, 32, 32)),
     "mobilenet-v2-prefix": (mobilenet_v2_prefix, (3, 32, 32)),
+    "shuffle-net-v2-units": (
+        lambda: nn.Sequential(nn.Conv2d(3, 12, 3, 2, 1), *map(ShuffleUnit, (12, 12))),
+        (3, 15, 12),
+    ),
+    "mobile-net-v3-unit": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), MobileUnit(8, 20)), (3, 11, 14)),
     "u-net": (UNet, (3, 12, 16)),
     "squeeze-excite": (SqueezeExcite, (3, 9, 11)),
     "pre-activation": (PreActivation, (3, 8, 10)),

@@ -60,7 +60,18 @@ def test_compiled_equals_module(name: str, isa: str, exported: dict[str, Network
     assert relative(engine(x).numpy(), expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["resnet18-prefix", "mobilenet-v2-prefix", "u-net", "squeeze-excite", "mlp-decoder"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18-prefix",
+        "mobilenet-v2-prefix",
+        "shuffle-net-v2-units",
+        "mobile-net-v3-unit",
+        "u-net",
+        "squeeze-excite",
+        "mlp-decoder",
+    ],
+)
 def test_compiled_gradient(name: str, exported: dict[str, Network]) -> None:
     check_gradient(exported[name])
 
