@@ -54,7 +54,7 @@ def _table() -> dict[str, Callable[..., Any]]:
         **_named(layers.conv2d, "conv2d.default", "conv2d.padding"),
         **_named(layers.conv_transpose2d, "conv_transpose2d.input"),
         **_named(layers.linear, "linear.default"),
-        **_named(layers.batch_norm, "batch_norm.default"),
+        **_named(layers.batch_norm, "batch_norm.default", "instance_norm.default"),
         **_named(layers.max_pool2d, "max_pool2d.default"),
         **_named(layers.max_pool2d_with_indices, "max_pool2d_with_indices.default"),
         **_named(layers.adaptive_max_pool2d, "adaptive_max_pool2d.default"),

@@ -253,7 +253,14 @@ def pad(to: Conversion, x: Value, padding: Sequence[int], mode: str = "constant"
         return linear_map(to, shifted, 1.0, value)
     for back, (low, high) in enumerate(pairs):
         axis = len(x.shape) - 1 - back
-        if mode != "constant":
+        if (
+            mode == "circular" and min(low, high) >= 0
+        ):  # joined: the gradient of one matrix would reach across the image
+            index = positions(x, axis)
+            ends = [index[index.numel() - low :], index[:high]]
+            before, after = ([take(to, x, axis, end)] if end.numel() else [] for end in ends)
+            x = cat(to, [*before, x, *after], axis + 1)
+        elif mode != "constant":
             line = positions(x, axis).double()[None, None]
             x = take(to, x, axis, F.pad(line, (low, high), mode).flatten().long())
         elif min(low, high) < 0 or (max(low, high) > 0 and (len(x.shape) != 3 or axis == 0)):

@@ -106,8 +106,9 @@ def batch_norm(
     eps: float,
     cudnn: bool = False,
 ) -> Value:
+    """Also instance norm, whose running statistics are used in the same way."""
     if training or mean is None or variance is None:
-        to.unsupported("batch norm on the statistics of the batch")
+        to.unsupported("a norm on the statistics of its input")
     scale = 1 / (variance.double() + eps).sqrt()
     if weight is not None:
         scale = scale * weight

@@ -155,6 +155,7 @@ def test_functions(function) -> None:
         (nn.AdaptiveMaxPool2d(3), "do not divide evenly"),
         (nn.ConstantPad2d(1, -torch.inf), "padding with an infinite constant"),
         (nn.LPPool2d(2, 2), "aten.sign"),
+        (nn.InstanceNorm2d(3), "a norm on the statistics of its input"),
         (Function(lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2)), "the positions of maxima"),
         (Function(lambda x: x[:, :0]), "leaves nothing"),
         (Function(lambda x: x[:, torch.tensor([True, False, True])]), "not one list of positions"),

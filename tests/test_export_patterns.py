@@ -87,6 +87,7 @@ FUNCTIONS = (
     "F.pad(x, (1, 2, 3, 0), mode='reflect')",
     "F.pad(x, (1, 2, 3, 0), mode='replicate')",
     "F.pad(x, (1, 2, 3, 0), mode='circular')",
+    "F.pad(x, (0, 4, 2, 0), mode='circular')",
     "F.pad(x, (-1, 2, 3, -4))",
     "F.pad(x, (0, 0, 0, 0, 2, 3))",
     "F.pad(x, (1, 0, 2, 1), value=0.7)",
@@ -148,11 +149,21 @@ FUNCTIONS = (
     "torch.maximum(x, x.flip(3)) - torch.min(x, 0.5 * x)",
     "torch.maximum(x, torch.tensor(0.3)) + torch.minimum(c[:10], x)",
 )
+
+
+def tracking() -> nn.Module:
+    norm = nn.InstanceNorm2d(6, affine=True, track_running_stats=True)
+    for value in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+        value.uniform_(0.5, 2)
+    return norm
+
+
 MODULES = {
     "prelu": Prelu(0.3),
     "prelu-of-one-slope": Prelu(*[-0.4] * 6),
     "prelu-of-channels": Prelu(0.3, 0.0, 1.0, -0.5, 2.0, 0.25),
     "in-place": InPlace(),
+    "instance-norm": tracking(),
     "reflecting": nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"),
     "circular": nn.Conv2d(6, 4, (3, 5), padding=(1, 2), padding_mode="circular"),
     "replicating": nn.Conv2d(6, 4, 5, padding=2, padding_mode="replicate"),
@@ -177,7 +188,7 @@ def exported() -> Callable[[str], Network]:
 @pytest.mark.parametrize("name", PATTERNS)
 def test_reference_equals_module(name: str, exported: Callable[[str], Network]) -> None:
     x = torch.randn(3, *SHAPE, dtype=torch.float64, requires_grad=True)
-    module = copy.deepcopy(PATTERNS[name]).double()
+    module = copy.deepcopy(PATTERNS[name]).eval().double()
     expected = module(x)
     found = as_module(exported(name), torch.float64)(x)
     assert relative(found.detach().numpy(), expected.detach().numpy()) < 1e-6
