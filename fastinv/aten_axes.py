@@ -39,6 +39,10 @@ def along(to: Conversion, x: Value, axis: int, matrix: torch.Tensor) -> Value:
     shape = (*before, count, *after)
     if len(x.shape) == 3 and axis > 0:
         return to.emit(Separable(), [x], **{"rows" if axis == 1 else "columns": matrix})
+    if len(before) == 1 and math.prod(after) ** 2 > MAX_MATRIX:
+        order = (1, 0, *range(2, len(x.shape)))
+        turned = along(to, to.emit(Permute(order), [x]), 0, matrix)
+        return to.emit(Permute(order), [turned])
     if math.prod(before) == 1 and after:  # a 1×1 convolution, in which the axis is the channels
         image = reshaped(to, x, (size, *(after if len(after) == 2 else (1, math.prod(after)))))
         weights = {"weight": matrix[:, :, None, None], "bias": torch.zeros(count)}

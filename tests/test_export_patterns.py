@@ -205,6 +205,12 @@ def test_long_vectors_are_cut_into_blocks() -> None:
     assert relative(fastinv.compile(network, backend="cpu")(x.numpy()), F.glu(x).numpy()) < 1e-6
 
 
+def test_an_axis_before_large_planes() -> None:
+    network = fastinv.export(Function(each("x[:, :, 1:]")).eval(), torch.randn(2, 2, 3, 80, 80))
+    x = torch.randn(3, 2, 3, 80, 80)
+    assert torch.equal(fastinv.compile(network, backend="cpu")(x), x[:, :, 1:])
+
+
 @pytest.mark.parametrize("name", PATTERNS)
 def test_compiled_equals_reference(name: str, exported: Callable[[str], Network]) -> None:
     network = exported(name)

@@ -26,6 +26,7 @@ from fastinv.ops.pixel_shuffle import PixelShuffle
 from fastinv.ops.rearrange import Rearrange
 from fastinv.ops.resample import Resample
 from fastinv.ops.reshape import Reshape
+from fastinv.ops.separable import Separable
 from fastinv.ops.upsample import Upsample
 
 CASES = [pytest.param(case, id=f"{op.name}-{case.name}") for op in OPS.values() for case in op.cases()]
@@ -138,6 +139,10 @@ def test_wrong_attributes(make, message: str) -> None:
         ("concat", [(3, 4, 4)], {}, "two or more"),
         ("affine", [(3, 4, 4)], {"scale": (4, 1, 1), "shift": (4, 1, 1)}, "does not broadcast"),
         ("affine", [(3, 4, 4)], {"scale": (3, 1, 1), "shift": (1, 1, 1)}, "shift"),
+        ("separable", [(3, 4, 5)], {}, "no weights"),
+        ("separable", [(3, 4, 5)], {"rows": (4,)}, "expected rank 2"),
+        ("separable", [(3, 4, 5)], {"rows": (2, 5)}, r"rows has shape \[2, 5\], expected \[2, 4\]"),
+        ("separable", [(3, 4, 5)], {"columns": (2, 5), "bias": (3,)}, "weights"),
         ("activation", [(3,)], {"weight": (3,)}, "weights"),
     ],
 )
@@ -214,6 +219,8 @@ def test_huge_attributes_allocate_nothing() -> None:
         Upsample((2**16, 1)).shape([(1, 2**16, 1)], {})
     with pytest.raises(NetworkError, match="too large"):
         Conv2d((2**16, 2**16), (2**16,) * 4).shape([(1, 1, 1)], {"weight": (1, 1, 1, 1), "bias": (1,)})
+    with pytest.raises(NetworkError, match="too large"):
+        Separable().shape([(1, 1, 2**16)], {"rows": (1, 1)})
 
 
 def test_windows_of_nothing_but_padding_are_refused() -> None:

@@ -31,6 +31,7 @@ class Separable(Resample):
         expected = {}
         for axis, key in enumerate(("rows", "columns")):
             if key not in weights:
+                expect_matrix(self, sizes[axis], sizes[axis])  # backends are given the identity
                 continue
             given = tuple(weights[key])
             expect(len(given) == 2 and min(given) >= 1, f"separable: {key} has shape {list(given)}, expected rank 2")
