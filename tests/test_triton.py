@@ -6,10 +6,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from checks import ACTIVATIONS, CASES, network_of, randn, reference, reference_gradient, relative
 
 pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
 
+from fastinv.kernels.triton import pool
+from fastinv.kernels.triton.epilogue import Epilogue
 from interpreter import DEVICE, forward, gradient, rounded
 
 from fastinv.backends.cuda_lowering import LOWERINGS, PRECISIONS, Lowering
@@ -144,3 +147,31 @@ def test_an_order_that_stays_is_no_launch() -> None:
     x = randn(2, 4, 1, 3)
     np.testing.assert_array_equal(forward(network, x, "float32"), x)
     assert len(Lowering(network, "cpu", PRECISIONS["float32"]).nodes) < 2
+
+
+def test_max_pool_of_many_taps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a place that 16 bits do not hold: a global max pool of 224 × 224 has 50,176."""
+    if DEVICE == "cpu":  # all but the last taps see padding, and the interpreter takes a minute for them
+        monkeypatch.setattr(pool, "range", lambda start, stop: range(stop - 2, stop), raising=False)
+    taps = 2**15 + 1
+    kernel = pool.MaxPool((1, 2), (1, 1), 1, (1, taps), (1, 1), (0, taps - 2), (1, 1))
+    x, out, back = (torch.tensor([row], device=DEVICE) for row in ([1.0, 2.0], [0.0], [0.0, 0.0]))
+    place = torch.zeros(1, 1, dtype=getattr(torch, kernel.tap_dtype), device=DEVICE)
+    kernel.launch(x, out, place, Epilogue())()
+    kernel.launch_backward(torch.full_like(out, 3.0), place, back, Epilogue())()
+    assert (out.item(), place.item(), back.tolist()) == (2.0, taps - 1, [[0.0, 3.0]])
+    assert pool.MaxPool((8, 8), (1, 1), 1, (8, 8), (1, 1), (0, 0), (1, 1)).tap_dtype == "int16"
+
+
+def test_softplus_and_gelu_however_small_they_are() -> None:
+    """Relative to float64, also where what is added to 1 would be lost."""
+    x = np.concatenate([np.linspace(-30, 30, 6001), -np.geomspace(1e-6, 1, 500)]).astype(np.float32)[None]
+    wide = torch.from_numpy(x).double()
+    for activation, least, expected in (
+        (Activation("softplus", 0.5, 20.0), -30, 2 * torch.logaddexp(torch.zeros_like(wide), wide / 2)),
+        (Activation("gelu"), -3, wide * torch.special.ndtr(wide)),
+    ):
+        found = forward(Network(x.shape[1:], (Step(activation, (0,)),)), x, "float32")
+        there = x >= least
+        np.testing.assert_allclose(found[there], expected.numpy()[there], rtol=2e-6, atol=0)
+        np.testing.assert_allclose(found, expected.numpy(), rtol=2e-6, atol=1e-8)

@@ -276,7 +276,7 @@ def _max_pool(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Shape
     assert isinstance(op, MaxPool2d)
     kernel = MaxPool(shapes[0][1:], shape[1:], shape[0], op.kernel, op.stride, op.padding, op.dilation)
     size = math.prod(shape)
-    taps = Buffer(size, "int16") if to.differentiable else None
+    taps = Buffer(size, kernel.tap_dtype) if to.differentiable else None
     return to.add(MaxPoolNode(tuple(inputs), to.buffer(size), kernel, taps, Ending(step.activation)))
 
 

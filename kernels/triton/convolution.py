@@ -164,21 +164,19 @@ def tile_for(outputs: int, products: int, itemsize: int, precision: str, flat: b
     programs share a multiprocessor. On an H100 that took 563 µs for the paper's ReLU22 decoder's first layer, 249 for
     ReLU32's; with 8 warps 618 and 274, with addresses in place of boxes 1067 and 551. Addresses spill out of the
     registers on 4 warps, and on 8 with more products or columns where tiles run over taps and channels, or outputs
-    cannot be stored many at a time. 64 two-byte inputs are the 128 bytes that shared memory swizzles best. Without
-    tensor cores (float32, "ieee") a tile's sums have to be few.
+    cannot be stored many at a time. 64 two-byte inputs are the 128 bytes that shared memory swizzles best.
     """
-    strict = precision == "ieee" and itemsize == 4
-    most_n, most_k = (64, 16) if strict else (128, 64) if itemsize == 2 else (64, 32)
-    k = most_k // 2 if flat and not strict else most_k
+    most_n, most_k = (128, 64) if itemsize == 2 else (64, 32)
+    k = most_k // 2 if flat else most_k
     if flat and precision == "tf32x3":
         k = 16
     if boxes and precision == "tf32":
         most_n = 128
     if flat or outputs % 16 != 0:
         most_n = 64
-    m, n = 64 if strict else 128, min(most_n, max(16, power_of_two(outputs)))
+    n = min(most_n, max(16, power_of_two(outputs)))
     k = min(k, max(16, power_of_two(products)))
-    return Tile(m, n, k, 4, 3, boxes=True) if boxes else Tile(m, n, k, 8, 4 if itemsize == 2 else 3)
+    return Tile(128, n, k, 4, 3, boxes=True) if boxes else Tile(128, n, k, 8, 4 if itemsize == 2 else 3)
 
 
 def variants(tile: Tile, phases: int) -> tuple[Tile, ...]:
@@ -190,9 +188,7 @@ def variants(tile: Tile, phases: int) -> tuple[Tile, ...]:
         phases: of the convolution. Where there are more than one, loads of a lasting program stop between two tiles:
             the compiler cannot tell how many a tile takes.
     """
-    found = [tile]
-    if tile.m == 128:
-        found.append(replace(tile, m=64, warps=4))
+    found = [tile, replace(tile, m=64, warps=4)]
     if tile.n >= 32:
         found.append(replace(tile, n=tile.n // 2))
     if tile.boxes:
@@ -210,7 +206,7 @@ class Convolution(Weights, Tiled):
         geometry: where it reads.
         weight: float32 [groups, outputs, inputs, kh, kw], outputs and inputs of a group, for this direction.
         bias: float32 [groups · outputs], or None.
-        dtype: what the products are computed from; with `precision` "tf32", "tf32x3" or "ieee" for float32.
+        dtype: what the products are computed from; with `precision` "tf32" or "tf32x3" for float32, else "ieee".
     """
 
     def __init__(self, geometry: Geometry, weight: Any, bias: Any, device: Any, dtype: Any, precision: str) -> None:

@@ -20,7 +20,7 @@ def _max_pool_kernel(
 ):  # fmt: skip
     """out[n, i, j, c] = max over taps (u, v) of x[n, i·stride + u·dilation − top, …, c]; padding never wins.
 
-    x: [N, height, width, C], out: [N, out_height, out_width, C]. tap, int16 like out, or None: u · KX + v of the
+    x: [N, height, width, C], out: [N, out_height, out_width, C]. tap, of integers like out, or None: u · KX + v of the
     maximum; of equal ones the first, as in PyTorch, and of NaNs the last.
     """
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -38,7 +38,7 @@ def _max_pool_kernel(
         best = tl.where(better, value, best)
         place = tl.where(better, t, place)
     if tap is not None:
-        tl.store(tap + p, place.to(tl.int16), mask=inside)
+        tl.store(tap + p, place.to(tap.dtype.element_ty), mask=inside)
     tl.store(out + p, finish(best, p, inside, addend, saved, a, b, KIND).to(out.dtype.element_ty), mask=inside)
 
 
@@ -82,9 +82,11 @@ class MaxPool:
             "top": padding[0], "left": padding[1], "dilation_y": dilation[0], "dilation_x": dilation[1],
         }  # fmt: skip
         self._constants = {"KY": kernel[0], "KX": kernel[1]}
+        # A global max pool of 224 × 224 has 50,176 taps.
+        self.tap_dtype = "int16" if kernel[0] * kernel[1] <= 2**15 else "int32"
 
     def launch(self, x: Any, out: Any, tap: Any, epilogue: Epilogue) -> Launch:
-        """`tap`: int16 like `out`, or None where no gradient goes back."""
+        """`tap`: of `tap_dtype` like `out`, or None where no gradient goes back."""
         return self._launch(_max_pool_kernel, out, {"x": x, "tap": tap}, epilogue)
 
     def launch_backward(self, gradient: Any, tap: Any, out: Any, epilogue: Epilogue) -> Launch:
