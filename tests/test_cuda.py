@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -336,3 +339,15 @@ def test_an_extension_that_cannot_be_loaded_is_told(monkeypatch: pytest.MonkeyPa
 def test_an_extension_that_is_not_built_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastinv._cuda", None)
     assert cuda_native.extension() is None
+
+
+def test_the_extension_is_built_where_it_can_be() -> None:
+    """Where it is missing, all its tests are skipped: nothing else would tell that it does not compile any more."""
+    if os.environ.get("FASTINV_CUDA") == "OFF":
+        pytest.skip("the kernels in CUDA C++ are left out on purpose: FASTINV_CUDA=OFF")
+    nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc"))  # as CMake looks for it
+    if nvcc is None:
+        pytest.skip("the kernels in CUDA C++ cannot be built: no nvcc")
+    assert importlib.util.find_spec("fastinv._cuda"), (
+        f"{nvcc} is there, but fastinv._cuda is not built: see what CMake said, or set FASTINV_CUDA=OFF"
+    )

@@ -22,20 +22,30 @@ from fastinv.network import Network
 from fastinv.split import Split
 
 TOLERANCES = {"float32": 1e-5, "float16": 5e-3}  # relative
+EDGES = ("conv1", "ReLU2", "conv11", "ReLU22", "ReLU32")
 
 
-@pytest.fixture(scope="module")
-def edges() -> dict[str, Network]:
-    """The paper's five edges."""
+def edges_of(mnist: int, cifar: int) -> dict[str, Network]:
+    """The paper's five edges, for images of so many rows and columns."""
     torch.manual_seed(0)
     found = {}
     for target, image, splits in (
-        (lenet5(), (1, 28, 28), ("conv1", "ReLU2")),
-        (cifar_net(), (3, 32, 32), ("conv11", "ReLU22", "ReLU32")),
+        (lenet5(), (1, mnist, mnist), ("conv1", "ReLU2")),
+        (cifar_net(), (3, cifar, cifar), ("conv11", "ReLU22", "ReLU32")),
     ):
         for at in splits:
             found[at] = export(Split(target, at).edge.eval(), torch.zeros(2, *image))
     return found
+
+
+@pytest.fixture(scope="module")
+def edges() -> dict[str, Network]:
+    return edges_of(28, 32)
+
+
+@pytest.fixture(scope="module")
+def small_edges() -> dict[str, Network]:
+    return edges_of(20, 16)
 
 
 def decoder(name: str) -> Network:
@@ -44,9 +54,13 @@ def decoder(name: str) -> Network:
     return export(make_decoder(features, image).eval(), torch.zeros(2, *features))
 
 
-@pytest.mark.parametrize("precision", TOLERANCES)
-@pytest.mark.parametrize("name", DECODERS)
-def test_decoders(name: str, precision: str) -> None:
+@pytest.fixture
+def triton_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What there is where the kernels in CUDA C++ are not built."""
+    monkeypatch.setattr(cuda_native, "extension", lambda: None)
+
+
+def check_decoder(name: str, precision: str) -> None:
     network = decoder(name)
     x = randn(2, *network.input_shape)
     out = np.empty((2, *network.output_shape), np.float32)
@@ -54,10 +68,31 @@ def test_decoders(name: str, precision: str) -> None:
     assert relative(out, reference(network, x)) < TOLERANCES[precision]
 
 
-@pytest.mark.parametrize("name", ["conv1", "ReLU2", "conv11", "ReLU22", "ReLU32"])
-def test_rmle_through_the_paper_s_edges(name: str, edges: dict[str, Network]) -> None:
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders(name: str, precision: str) -> None:
+    check_decoder(name, precision)
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("name", ["MNIST ReLU2", "CIFAR ReLU22", "CIFAR ReLU32"])  # the others are Triton's anyhow
+def test_decoders_of_triton_alone(name: str, precision: str, triton_alone: None) -> None:
+    check_decoder(name, precision)
+
+
+def check_rmle(name: str, edges: dict[str, Network]) -> None:
     steps = 1 if name in ("ReLU22", "ReLU32") else 2  # the interpreter takes seconds for each
     check_solver(recipe_for(edges[name], steps=steps), count=1)
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_rmle_through_the_paper_s_edges(name: str, edges: dict[str, Network]) -> None:
+    check_rmle(name, edges)
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_rmle_by_triton_alone(name: str, small_edges: dict[str, Network], triton_alone: None) -> None:
+    check_rmle(name, small_edges)
 
 
 def small_edge() -> Network:
@@ -269,8 +304,7 @@ def test_a_gpu_is_given_large_batches(edges: dict[str, Network]) -> None:
     assert solver_on(recipe_for(edges["ReLU22"], steps=500), most=4096).batch_size > 1000
 
 
-def test_the_plan_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_native, "extension", lambda: None)
+def test_the_plan_is_told(triton_alone: None) -> None:
     plan = network_on(decoder("MNIST ReLU2")).describe()
     assert [row["op"] for row in plan] == ["conv_transpose2d", "conv_transpose2d"]
     assert [row["kernel"] for row in plan] == ["DirectConvolution", "DirectConvolution"]
