@@ -7,7 +7,9 @@ pointers are said to be.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import triton
 from fastinv.kernels.triton import convolution
@@ -29,17 +32,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastinv.backends import cuda_native, cuda_pair
+from fastinv.backends import cuda_lowering, cuda_native, cuda_pair
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.backends.cuda_network import CudaNetwork
 from fastinv.backends.cuda_solver import CudaSolver
-from fastinv.benchmark import DECODERS, network_of
+from fastinv.benchmark import DECODERS, decoders, network_of, solvers
 from fastinv.export import export
 from fastinv.inverters import RMLE
 from fastinv.models import cifar_net, lenet5, make_decoder
 from fastinv.network import Network, Step
 from fastinv.ops import OPS
 from fastinv.ops.activation import KINDS, Activation
+from fastinv.ops.add import Add
+from fastinv.ops.conv2d import Conv2d
 from fastinv.split import Split
 
 META = torch.device("meta")
@@ -132,40 +137,44 @@ IMAGES = 4096
 CASES = ("3x3", "odd-everything", "1x1", "depthwise", "grouped", "wide", "256-to-120", "bilinear-2", "full", "swap")
 
 
-def network_launches(network: Network, precision: str, dtype: str = "float32", result: str = "float32") -> list[Launch]:
+def network_launches(
+    network: Network, precision: str, dtype: str = "float32", result: str = "float32", images: int = IMAGES
+) -> list[Launch]:
     compiled = CudaNetwork(network, precision, META)
-    features = torch.empty(IMAGES, *network.input_shape, dtype=getattr(torch, dtype), device=META)
-    out = torch.empty(IMAGES, *network.output_shape, dtype=getattr(torch, result), device=META)
+    features = torch.empty(images, *network.input_shape, dtype=getattr(torch, dtype), device=META)
+    out = torch.empty(images, *network.output_shape, dtype=getattr(torch, result), device=META)
     outside = {compiled._features: features, compiled._results: out, compiled._flag: torch.empty(1, dtype=torch.int32)}
     if dtype in ("uint8", "int8"):
         outside |= {buffer: torch.empty(16, device=META) for buffer in (compiled._scale, compiled._zero_point)}
-    memory = torch.empty(compiled._arena.bytes(IMAGES), dtype=torch.uint8, device=META)
-    launches = compiled._arena.bind(IMAGES, memory, compiled._all(outside))
+    memory = torch.empty(compiled._arena.bytes(images), dtype=torch.uint8, device=META)
+    launches = compiled._arena.bind(images, memory, compiled._all(outside))
     return [launch for launch in launches if isinstance(launch, Launch)]
 
 
-def solver_launches(recipe: RMLE, precision: str) -> list[Launch]:
+def solver_launches(recipe: RMLE, precision: str, images: int = IMAGES) -> list[Launch]:
     solver = CudaSolver(recipe, precision, META)
     outside = {
-        buffer: torch.empty(IMAGES, buffer.elements, dtype=getattr(torch, buffer.dtype), device=META)
+        buffer: torch.empty(images, buffer.elements, dtype=getattr(torch, buffer.dtype), device=META)
         for buffer in solver._outside
     }
     launches = []
     for arena in solver._arenas.values():
-        memory = torch.empty(arena.bytes(IMAGES), dtype=torch.uint8, device=META)
-        launches += arena.bind(IMAGES, memory, outside)
+        memory = torch.empty(arena.bytes(images), dtype=torch.uint8, device=META)
+        launches += arena.bind(images, memory, outside)
     return [launch for launch in launches if isinstance(launch, Launch)]
 
 
 def other_tiles(network: Network, precision: str, differentiable: bool = True) -> Iterator[Launch]:
-    """The convolutions of a network in every tile that tuning may choose."""
+    """The convolutions of a network in every tile that tuning may choose, with ends that take many registers."""
     for node in Lowering(network, META, PRECISIONS[precision], differentiable=differentiable).nodes:
-        for kernel in (getattr(node, "kernel", None), getattr(node, "back", None)):
+        for way in ("kernel", "back"):
+            kernel = getattr(node, way, None)
             if isinstance(kernel, Tiled):
                 shapes, dtype = (kernel.input_shape, kernel.output_shape), kernel.weight.dtype
                 x, out = (torch.empty(IMAGES, *shape, dtype=dtype, device=META) for shape in shapes)
+                end = Epilogue("gelu", addend=out) if way == "kernel" else Epilogue("relu", addend=out, saved=out)
                 for tile in kernel.candidates:
-                    yield kernel.with_tile(tile).launch(x, out, Epilogue())
+                    yield kernel.with_tile(tile).launch(x, out, end)
 
 
 def pair_launches(precisions: Iterable[str] = PRECISIONS) -> Iterator[Launch]:
@@ -209,6 +218,44 @@ def direct_launches() -> Iterator[Launch]:
                         yield kernel.launch(x, out, Epilogue("relu", addend=out, saved=out))
 
 
+def activated_launches(kind: str, channels: int, precision: str) -> list[Launch]:
+    """A convolution that ends in an activation, and one that something is added to before."""
+    a, b = {"softplus": (1.0, 20.0), "clamp": (0.0, 1.0), "hardtanh": (0.0, 6.0)}.get(kind, (0.1, 0.0))
+    activation = Activation(kind, a, b)
+    weights = {"weight": np.ones((channels, channels, 3, 3), np.float32), "bias": np.ones(channels, np.float32)}
+    plain = Step(Conv2d(padding=(1, 1, 1, 1)), (0,), weights)
+    first = dataclasses.replace(plain, activation=activation)
+    steps = (first, dataclasses.replace(plain, inputs=(1,)), Step(Add(), (2, 0), activation=activation))
+    return network_launches(Network((channels, 16, 16), steps), precision)
+
+
+def benchmarked_launches(images: int = IMAGES) -> Iterator[Launch]:
+    """All decoders and edges of the benchmarks: the paper's, residual ones, those in the style of ResNet-18."""
+    for subject in decoders():
+        for precision in PRECISIONS:
+            yield from network_launches(subject.network, precision, images=images)
+    for subject in solvers():
+        for precision in ("float32", "tf32", "bfloat16"):
+            yield from solver_launches(subject.recipe, precision, images)
+
+
+def rare_launches() -> Iterator[Launch]:
+    """What `all_launches` has a part of: every activation, every tile with all that it may end in, few images."""
+    for kind in KINDS:
+        for channels in (64, 128):
+            for precision in PRECISIONS:
+                yield from activated_launches(kind, channels, precision)
+    for choice in range(5):
+
+        def choose(kernel: Tiled, device: torch.device, choice: int = choice) -> Tiled:
+            return kernel.with_tile(kernel.candidates[min(choice, len(kernel.candidates) - 1)])
+
+        with patch.object(cuda_lowering, "tuned", choose), patch.object(cuda_pair, "tuned", choose):
+            yield from benchmarked_launches()
+    for images in (1, 3):
+        yield from benchmarked_launches(images)
+
+
 def all_launches() -> Iterator[Launch]:
     cuda_native.extension = lambda: None  # what there is without it is what is compiled
     for features, image in DECODERS.values():  # the last is that of CIFAR ReLU32
@@ -217,6 +264,11 @@ def all_launches() -> Iterator[Launch]:
             yield from network_launches(network, precision)
     yield from other_tiles(network, "bfloat16")
     yield from other_tiles(network, "float32")
+    for images in (1, 3):
+        yield from network_launches(network, "bfloat16", images=images)
+    for kind in ("gelu", "softplus"):
+        for channels, precision in ((128, "bfloat16"), (128, "tf32"), (64, "tf32"), (64, "float32")):
+            yield from activated_launches(kind, channels, precision)
     yield from network_launches(network, "bfloat16", "bfloat16", "uint8")
     yield from network_launches(network, "float16", "uint8", "uint8")
     for target, at, image in ((lenet5(), "ReLU2", (1, 28, 28)), (cifar_net(), "ReLU32", (3, 32, 32))):
@@ -250,4 +302,5 @@ def all_launches() -> Iterator[Launch]:
 
 
 if __name__ == "__main__":
-    print(json.dumps([dataclasses.asdict(compiled) for compiled in compile_all(all_launches())]))
+    launches = itertools.chain(all_launches(), rare_launches() if os.environ.get("FASTINV_TEST_ALL_KERNELS") else ())
+    print(json.dumps([dataclasses.asdict(compiled) for compiled in compile_all(launches)]))

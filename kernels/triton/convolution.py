@@ -179,12 +179,14 @@ def tile_for(outputs: int, products: int, itemsize: int, precision: str, flat: b
     return Tile(128, n, k, 4, 3, boxes=True) if boxes else Tile(128, n, k, 8, 4 if itemsize == 2 else 3)
 
 
-def variants(tile: Tile, phases: int) -> tuple[Tile, ...]:
+def variants(tile: Tile, itemsize: int, phases: int) -> tuple[Tile, ...]:
     """The tile, and up to four others that may be faster: each has to be compiled before it can be measured.
 
-    All have as many products at a time: the order of a sum stays.
+    All have as many products at a time: the order of a sum stays. 4 warps of a lasting program spill up to 200 bytes a
+    thread where it has 128 sums and adds as many 4-byte values to them.
 
     Args:
+        itemsize: of an input, in bytes.
         phases: of the convolution. Where there are more than one, loads of a lasting program stop between two tiles:
             the compiler cannot tell how many a tile takes.
     """
@@ -193,7 +195,8 @@ def variants(tile: Tile, phases: int) -> tuple[Tile, ...]:
         found.append(replace(tile, n=tile.n // 2))
     if tile.boxes:
         found.append(replace(tile, warps=8))
-        found.append(replace(tile, lasting=True) if phases == 1 else replace(tile, stages=4))
+        lasting = replace(tile, lasting=True, warps=8 if tile.n == 128 and itemsize == 4 else tile.warps)
+        found.append(lasting if phases == 1 else replace(tile, stages=4))
     else:
         found += [replace(tile, stages=tile.stages + 1), replace(tile, stages=tile.stages - 1)]
     return tuple(found)
@@ -221,7 +224,8 @@ class Convolution(Weights, Tiled):
         self.tile = tile_for(outputs, products, dtype.itemsize, precision, self.flat, self.boxes)
         inputs = None if self.flat else self.tile.k
         # Between groups the weights are rounded up to `tile.n`.
-        self.candidates = tuple(t for t in variants(self.tile, geometry.count) if groups == 1 or t.n == self.tile.n)
+        others = variants(self.tile, dtype.itemsize, geometry.count)
+        self.candidates = tuple(t for t in others if groups == 1 or t.n == self.tile.n)
         matrix, offsets = packed(geometry.weights(weight), self.tile.n, inputs, self.tile.k)
         self.halfway = 0  # rows of the weights before their lower halves
         if precision == "tf32x3":
