@@ -54,8 +54,11 @@ def with_denormalisation(network: Network, mean: Sequence[float], std: Sequence[
     scale, shift = (
         np.broadcast_to(np.asarray(v, np.float32), (channels,)).reshape(channels, 1, 1) for v in (std, mean)
     )
-    weights = {"scale": scale, "shift": shift}
-    step = Step(Affine(), (len(network.steps),), weights, Activation("clamp", 0.0, 1.0), "denormalise")
+    clamp, last = Activation("clamp", 0.0, 1.0), (len(network.steps),)
+    if (scale == 1).all() and (shift == 0).all():
+        step = Step(clamp, last, source="denormalise")
+    else:
+        step = Step(Affine(), last, {"scale": scale, "shift": shift}, clamp, "denormalise")
     return simplify(Network(network.input_shape, (*network.steps, step)))
 
 
@@ -153,6 +156,18 @@ def _fuse_activation(producer: Step, step: Step, before: Shape, between: Shape) 
     return dataclasses.replace(producer, activation=step.op)
 
 
+def _drop_clamp(producer: Step, step: Step, before: Shape, between: Shape) -> Step | None:
+    """A clamp of what lies between its bounds anyway: pixels of a decoder that ends in a sigmoid."""
+    clamp, last = step.op, producer.activation
+    if not isinstance(clamp, Activation) or clamp.kind != "clamp" or step.activation != IDENTITY:
+        return None
+    if last == IDENTITY and isinstance(producer.op, Activation):
+        last = producer.op
+    ranges = {"sigmoid": (0.0, 1.0), "clamp": (last.a, last.b), "hardtanh": (last.a, last.b)}
+    low, high = ranges.get(last.kind, (-np.inf, np.inf))
+    return producer if clamp.a <= low and high <= clamp.b else None
+
+
 def _fold_affine(producer: Step, step: Step, before: Shape, between: Shape) -> Step | None:
     """a·(W x + b) + c = (a·W) x + (a·b + c), where a and c are constant over each output channel."""
     if not isinstance(step.op, Affine) or producer.activation != IDENTITY:
@@ -218,6 +233,7 @@ def _compose_separable(producer: Step, step: Step, before: Shape, between: Shape
 Rewrite = Callable[[Step, Step, Shape, Shape], Step | None]
 REWRITES: tuple[Rewrite, ...] = (
     _fuse_activation,
+    _drop_clamp,
     _fold_affine,
     _fold_padding,
     _compose_rearrangements,

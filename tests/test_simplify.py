@@ -227,3 +227,36 @@ def test_channels_are_picked_early() -> None:
         picked((0, 3, 1, 4), (5, 2, 1)), "conv2d", "conv2d", "conv2d", "concat"
     )  # one of them would be computed twice
     check(picked((0, 1), (4, 5), groups=2), "conv2d", "conv2d", "conv2d", "concat")
+
+
+@pytest.mark.parametrize(
+    ("last", "clamp", "steps"),
+    [
+        (Activation("sigmoid"), Activation("clamp", 0.0, 1.0), 1),
+        (Activation("sigmoid"), Activation("clamp", -1.0, 2.0), 1),
+        (Activation("clamp", 0.25, 0.5), Activation("clamp", 0.0, 0.5), 1),
+        (Activation("hardtanh", 0.0, 0.5), Activation("clamp", 0.0, 1.0), 1),
+        (Activation("sigmoid"), Activation("clamp", 0.0, 0.9), 2),
+        (Activation("sigmoid"), Activation("hardtanh", 0.0, 1.0), 2),  # whose gradient at the bounds is 0
+        (Activation("relu"), Activation("clamp", 0.0, 1.0), 2),
+        (Activation("tanh"), Activation("clamp", 0.0, 1.0), 2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("own", [False, True])
+def test_a_clamp_of_what_lies_within(last: Activation, clamp: Activation, steps: int, own: bool) -> None:
+    op, weights = conv(3, 2, 3)
+    first = [Step(op, (0,), weights), Step(last, (1,))] if own else [Step(op, (0,), weights, last)]
+    network = Network((2, 5, 4), (*first, Step(clamp, (len(first),))))
+    found = simplify(network)
+    assert len(found.steps) == steps
+    x = torch.from_numpy(RNG.standard_normal((4, 2, 5, 4)))
+    torch.testing.assert_close(as_module(found, torch.float64)(x), as_module(network, torch.float64)(x))
+
+
+def test_pixels_of_a_sigmoid_need_nothing_more() -> None:
+    op, weights = conv(3, 2, 3)
+    network = Network((2, 5, 4), (Step(op, (0,), weights, Activation("sigmoid")),))
+    assert len(with_denormalisation(network, (0.0,), (1.0,)).steps) == 1
+    assert len(with_denormalisation(network, (0.1,), (1.0,)).steps) == 2
+    assert len(with_denormalisation(network, (0.0,), (1.0, 1.0, 0.5)).steps) == 2

@@ -45,9 +45,14 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    e = tl.exp(-2.0 * tl.abs(x))
+    """Within 4e-7 (relative): below 1/4, where 1 − e loses digits, by its series in x², which ends 1e-8 off."""
+    size = tl.abs(x)
+    e = tl.exp(-2.0 * size)
     t = (1.0 - e) / (1.0 + e)
-    return tl.where(x >= 0, t, -t)
+    small = tl.minimum(size, 0.25)  # nothing overflows
+    q = small * small
+    series = x * (1.0 + q * (-0.33333333 + q * (0.13333333 + q * (-0.053968254 + q * 0.021869489))))
+    return tl.where(size < 0.25, series, tl.where(x >= 0, t, -t))
 
 
 @triton.jit
