@@ -345,9 +345,9 @@ def load_tensors(path: str | Path) -> Any:
         TrainingError: the file is missing or damaged.
     """
     try:
-        with warnings.catch_warnings():
+        with open(path, "rb") as file, warnings.catch_warnings():  # of a path, torch would go by the suffix
             warnings.simplefilter("ignore")  # of what it refuses it warns, too
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise TrainingError(f"{path}: cannot be read ({error.strerror or error}); name another file") from None
     except Exception as error:  # it has no common base; of more than tensors it says how to run what is in the file

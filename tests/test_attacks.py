@@ -177,6 +177,13 @@ def test_a_link_to_a_checkpoint_stays_one(tmp_path) -> None:
     assert load_tensors(tmp_path / "run.pt")["x"].sum() == 2
 
 
+@pytest.mark.parametrize("name", ["run.safetensors", "run.finv", "run"])
+def test_checkpoints_of_any_name_are_read_back(split: fastinv.Split, tmp_path, name: str) -> None:
+    options = {"epochs": 1, "checkpoint": tmp_path / name}
+    first, again = (fastinv.train_inverse_network(split, IMAGES, **options) for _ in range(2))
+    assert_equal(first, again)
+
+
 def test_a_file_that_is_no_checkpoint_is_told_in_our_own_words(tmp_path) -> None:
     torch.save(nn.Linear(2, 1), tmp_path / "module.pt")
     with pytest.raises(TrainingError, match=r"module\.pt: cannot be read: cut off, or no file of tensors.*[^.]$"):
