@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastinv.errors import FeatureError
-from fastinv.tensors import as_numpy, chunks
+from fastinv.pixels import KINDS, expect_pixels
+from fastinv.tensors import as_float32, as_numpy, chunks
 
 WINDOW = 7  # side of SSIM's uniform window, as in scikit-image
 CHUNK = 256  # images filtered at once, in float64
@@ -20,13 +21,13 @@ def psnr(a: Any, b: Any) -> Doubles:
     """Peak signal-to-noise ratio in dB, 10·log10(1 / MSE), of every image; infinite for equal ones.
 
     Args:
-        a, b: images [N, C, H, W], numpy or torch, pixels; clamped to [0, 1] first.
+        a, b: images [N, C, H, W], numpy or torch: float pixels, clamped to [0, 1] first, or uint8, whose 255 is 1.
 
     Returns:
         [N].
 
     Raises:
-        FeatureError: shapes that differ or are not [N, C, H, W], or NaN.
+        FeatureError: shapes that differ or are not [N, C, H, W], NaN, or float pixels of 0 to 255.
     """
     x, y = _images(a, b)
     result = np.empty(len(x))
@@ -44,13 +45,13 @@ def ssim(a: Any, b: Any) -> Doubles:
     with data_range=1.
 
     Args:
-        a, b: images [N, C, H, W] of at least 7×7 pixels, numpy or torch; clamped to [0, 1] first.
+        a, b: images [N, C, H, W] of at least 7×7 pixels, as of `psnr`.
 
     Returns:
         [N].
 
     Raises:
-        FeatureError: shapes that differ, are not [N, C, H, W] or are too small, or NaN.
+        FeatureError: as of `psnr`, or images that are too small.
     """
     x, y = _images(a, b)
     if min(x.shape[2:]) < WINDOW:
@@ -84,14 +85,20 @@ def _images(a: Any, b: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     (x, x_type, _), (y, y_type, _) = as_numpy(a, "images"), as_numpy(b, "images")
     if x.shape != y.shape or x.ndim != 4 or 0 in x.shape[1:]:
         raise FeatureError(f"images of shapes {list(x.shape)} and {list(y.shape)}, expected two equal [N, C, H, W]")
-    for v, dtype in ((x, x_type), (y, y_type)):
-        if dtype not in ("float32", "float64"):
-            raise FeatureError(f"images of dtype {dtype}, expected float32 or float64 pixels in [0, 1]")
-        if np.isnan(v).any():
-            raise FeatureError("images hold NaN; drop or mend these images")
-    return x, y
+    return _checked(x, x_type), _checked(y, y_type)
+
+
+def _checked(v: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """Images as they are, but for bfloat16, which numpy lacks."""
+    if dtype not in KINDS:
+        raise FeatureError(f"images of dtype {dtype}, expected float pixels in [0, 1], or uint8")
+    v = as_float32(v, dtype) if dtype == "bfloat16" else v
+    if dtype != "uint8":
+        expect_pixels(v)
+    return v
 
 
 def _pixels(v: npt.NDArray[Any]) -> Doubles:
-    clamped: Doubles = np.clip(v.astype(np.float64), 0.0, 1.0)
+    doubles = v.astype(np.float64)
+    clamped: Doubles = doubles / 255 if v.dtype == np.uint8 else np.clip(doubles, 0.0, 1.0)
     return clamped

@@ -12,10 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import fx, nn
 
-from fastinv import tensors
+from fastinv import pixels, tensors
 from fastinv.errors import FeatureError, SplitError
-
-BATCH = 256  # images whose features are computed at once
 
 
 class Split:
@@ -68,19 +66,28 @@ class Split:
         self.cloud = _cloud(traced, calls[-1], batch, at)
 
     def features(self, images: Any) -> Any:
-        """Features [N, ...], float32, of images [N, C, H, W], pixels; numpy gives numpy, torch gives torch.
+        """Features [N, ...], float32, of images [N, C, H, W]; numpy gives numpy, torch gives torch.
+
+        Args:
+            images: float pixels in [0, 1], or uint8, whose 255 is 1.
 
         Raises:
-            FeatureError: images of a wrong shape or dtype, with NaN or Inf, or not what the model takes.
+            FeatureError: images of a wrong shape or dtype, with NaN or Inf, float pixels of 0 to 255, or what the
+                model does not take.
         """
         data, dtype, is_torch = tensors.as_numpy(images, "images")
-        if data.ndim != 4 or dtype not in ("float32", "float64"):
+        if data.ndim != 4 or dtype not in pixels.KINDS:
             raise FeatureError(
-                f"images of shape {list(data.shape)} and dtype {dtype}, expected float32 or float64 pixels "
-                "[N, C, H, W] in [0, 1]"
+                f"images of shape {list(data.shape)} and dtype {dtype}, expected float pixels in [0, 1], or uint8, "
+                "[N, C, H, W]"
             )
-        parts = [self._ask(data[start:stop]) for start, stop in tensors.chunks(len(data), BATCH)]
-        result = torch.cat(parts) if parts else self._ask(np.zeros((1, *data.shape[1:])))[:0]
+        size = pixels.at_once(data.shape[1:])
+        first = self._ask(data[:size] if len(data) else np.zeros((1, *data.shape[1:]), data.dtype), dtype)
+        result = first if len(data) == len(first) else first.new_empty((len(data), *first.shape[1:]))
+        result[:size] = first[: len(data)]
+        for start, stop in tensors.chunks(len(data), size):
+            if start:
+                result[start:stop] = self._ask(data[start:stop], dtype)
         return result if is_torch else result.numpy()
 
     def __call__(self, images: Any) -> Any:
@@ -90,33 +97,38 @@ class Split:
     def __repr__(self) -> str:
         return f"Split(at={self.at!r}, mean={self.mean}, std={self.std})"
 
-    def _ask(self, pixels: npt.NDArray[Any]) -> torch.Tensor:
+    def _ask(self, images: npt.NDArray[Any], dtype: str) -> torch.Tensor:
         """Features of a few images."""
-        x = torch.tensor(tensors.as_float32(pixels))
-        if not bool(x.isfinite().all()):
+        values = pixels.as_pixels(images, dtype)
+        if not tensors.finite(values):
             raise FeatureError("images hold NaN or Inf; drop or mend them")
-        z = normalise(x, self.mean, self.std)
+        pixels.expect_pixels(values)
+        x = torch.tensor(values)
+        hint = pixels.channels_last_hint(tuple(x.shape[1:]))
         try:
+            z = normalise(x, self.mean, self.std)
             with torch.no_grad():
                 found = self.edge(z)
+        except FeatureError as error:
+            raise FeatureError(f"{error}{hint}") from None
         except RuntimeError as error:
-            raise FeatureError(f"the model does not take images {list(x.shape[1:])} ({error!s:.200})") from error
+            raise FeatureError(f"the model does not take images {list(x.shape[1:])} ({error!s:.200}){hint}") from error
         if not isinstance(found, torch.Tensor) or found.ndim < 2 or len(found) != len(x):
             what = list(found.shape) if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
             raise FeatureError(f"layer {self.at!r} gives {what} for {len(x)} images, expected [{len(x)}, ...]")
         return found
 
 
-def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """z = (x − mean) / std for images [N, C, H, W].
+def normalise(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """z = (x − mean) / std for pixels x [N, C, H, W].
 
     Raises:
         FeatureError: as many entries of mean or std as would not fit the channels; they are no finite numbers, or a
             std is not above 0.
     """
-    numbers = tensors.normalisation(mean, std, pixels.shape[1])
-    shift, scale = (torch.tensor(v, dtype=pixels.dtype).reshape(-1, 1, 1) for v in numbers)
-    return (pixels - shift) / scale
+    numbers = tensors.normalisation(mean, std, x.shape[1])
+    shift, scale = (torch.tensor(v, dtype=x.dtype).reshape(-1, 1, 1) for v in numbers)
+    return (x - shift) / scale
 
 
 def _expect_layer(model: nn.Module, at: str) -> None:

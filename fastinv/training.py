@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastinv import tensors
+from fastinv import pixels, tensors
 from fastinv.backends.torch import torch_threads
 from fastinv.errors import FastinvError, TrainingError
 from fastinv.places import new_file, try_beside
@@ -275,19 +275,20 @@ def trainable(what: str, given: nn.Module | Callable[[], nn.Module]) -> nn.Modul
 
 
 def normalised(images: Any, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """Pixels, numpy or torch, as z = (x − mean) / std, float32 [N, C, H, W].
+    """Images, numpy or torch, of float pixels in [0, 1] or uint8, as z = (x − mean) / std, float32 [N, C, H, W].
 
     Raises:
-        TrainingError: not a batch of finite float images.
+        TrainingError: not a batch of images, NaN or Inf, or float pixels of 0 to 255.
         FeatureError: no array or tensor on the CPU, or a normalisation that does not fit.
     """
     data, dtype, _ = tensors.as_numpy(images, "images")
-    if data.ndim != 4 or dtype not in tensors.FLOATS:
-        raise TrainingError(f"images: {list(data.shape)} {dtype}, expected float pixels [N, C, H, W]")
-    pixels = tensors.as_float32(data, dtype)
-    if not tensors.finite(pixels):
+    if data.ndim != 4 or dtype not in pixels.KINDS:
+        raise TrainingError(f"images: {list(data.shape)} {dtype}, expected float pixels, or uint8, [N, C, H, W]")
+    x = pixels.as_pixels(data, dtype)
+    if not tensors.finite(x):
         raise TrainingError("images hold NaN or Inf; drop or mend them")
-    return normalise(torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()), mean, std)
+    pixels.expect_pixels(x, TrainingError)
+    return normalise(torch.from_numpy(x if x.flags.writeable else x.copy()), mean, std)
 
 
 def class_indices(labels: Any, count: int) -> torch.Tensor:

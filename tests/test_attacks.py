@@ -281,7 +281,7 @@ def test_an_inverse_network_learns() -> None:
         ((lambda x: x.astype(np.int64), IMAGES), {}, TrainingError, "dtype int64"),
         ((lambda x: x * np.nan, IMAGES), {}, FeatureError, "NaN"),
         ((lambda x: list(x), IMAGES), {}, FeatureError, "a list, expected"),
-        ((lambda x: x, IMAGES[0]), {}, TrainingError, "expected float pixels"),
+        ((lambda x: x, IMAGES[0]), {}, TrainingError, "expected float pixels, or uint8"),
         ((lambda x: x, IMAGES[:0]), {}, TrainingError, "at least one"),
         ((lambda x: x, IMAGES * np.nan), {}, TrainingError, "NaN or Inf"),
         ((lambda x: x, IMAGES), {"decoder": nn.Conv2d(1, 2, 1)}, TrainingError, "the decoder gives"),
@@ -366,6 +366,31 @@ def test_training_data_of_any_byte_order_and_layout(kind: str) -> None:
         assert torch.equal(normalised(images, **NORM), expected)
     for dtype in ("i4", "u8"):
         assert torch.equal(class_indices(LABELS.astype(kind + dtype), 24), torch.arange(24) % 10)
+
+
+def test_images_of_bytes_and_halves_train_as_their_pixels(split: fastinv.Split) -> None:
+    whole = np.rint(255 * IMAGES).astype(np.uint8)
+    half = IMAGES.astype(np.float16)
+    for given, stands_for in ((whole, whole / np.float32(255)), (half, half.astype(np.float32))):
+        for images in (given, torch.from_numpy(given)):
+            found = fastinv.train_inverse_network(split, images, epochs=1)
+            assert_equal(found, fastinv.train_inverse_network(split, stands_for, epochs=1))
+
+
+def test_float_pixels_of_0_to_255_are_refused(split: fastinv.Split) -> None:
+    digits = np.where(IMAGES > 0.9, np.float32(250), np.float32(0))  # mostly black
+    edge = nn.Sequential(*list(lenet5())[:5])
+    for train in (
+        lambda: fastinv.train_inverse_network(split, digits),
+        lambda: fastinv.train_inverse_network(pairs=(digits, split.features(IMAGES))),
+        lambda: fastinv.train_shadow(split.cloud, digits, LABELS, edge),
+        lambda: fastinv.fit_shadow(split, digits, edge),
+        lambda: train_target(lenet5(), digits, LABELS),
+    ):
+        with pytest.raises(TrainingError, match="divide those of 0 to 255 by 255"):
+            train()
+    noise = np.random.default_rng(0).standard_normal(IMAGES.shape, np.float32)
+    assert normalised(noise, **NORM).shape == IMAGES.shape
 
 
 def test_shadows_repeat_and_resume_for_the_same_cloud_only(split: fastinv.Split, tmp_path) -> None:

@@ -71,7 +71,36 @@ def test_the_range_is_one_whatever_the_images_span() -> None:
 
 def test_images_are_clamped_first() -> None:
     truth = np.ones((1, 1, 8, 8), np.float32)
-    assert fastinv.psnr(truth, truth + 5) == np.inf
+    assert fastinv.psnr(truth, truth + np.float32(0.7)) == np.inf
+
+
+@pytest.mark.parametrize("metric", [fastinv.psnr, fastinv.ssim])
+def test_bytes_are_255ths(metric: Any) -> None:
+    truth, found = pair((3, 1, 8, 8))
+    whole = np.rint(255 * np.clip(found, 0, 1)).astype(np.uint8)
+    expected = metric(truth, whole / 255.0)
+    assert metric(truth, whole).tolist() == expected.tolist()
+    assert metric(torch.from_numpy(whole), truth).tolist() == pytest.approx(expected.tolist(), rel=1e-12)
+    assert (metric(whole, whole) >= 1).all()
+
+
+@pytest.mark.parametrize("metric", [fastinv.psnr, fastinv.ssim])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_taken_as_they_are(metric: Any, dtype: torch.dtype) -> None:
+    truth, found = (torch.from_numpy(v) for v in pair((2, 1, 8, 8)))
+    assert metric(truth, found.to(dtype)).tolist() == metric(truth, found.to(dtype).float()).tolist()
+
+
+@pytest.mark.parametrize("metric", [fastinv.psnr, fastinv.ssim])
+@pytest.mark.parametrize("share", [1.0, 0.1])  # 0.1: mostly black, as digits are
+def test_float_pixels_of_0_to_255_are_refused(metric: Any, share: float) -> None:
+    truth, found = pair((2, 1, 8, 8))
+    truth[truth > share] = 0
+    for a, b in ((255 * truth, found), (found, 255 * truth), (truth, torch.from_numpy(255 * truth))):
+        with pytest.raises(FeatureError, match="divide those of 0 to 255 by 255"):
+            metric(a, b)
+    found[0] = 1e6  # an image that diverged is one among others
+    assert np.isfinite(metric(np.concatenate([truth, truth]), np.concatenate([found, truth + 0.5]))).all()
 
 
 def test_torch_and_numpy_may_be_mixed() -> None:
@@ -95,10 +124,9 @@ def test_wrong_images_are_refused(metric: Any) -> None:
         metric(truth[0], truth[0])
     with pytest.raises(FeatureError, match="two equal"):
         metric(truth[..., :0], truth[..., :0])
-    with pytest.raises(FeatureError, match="dtype uint8"):
-        metric((255 * truth).astype(np.uint8), truth)
-    with pytest.raises(FeatureError, match="dtype bfloat16"):
-        metric(truth, torch.from_numpy(truth).bfloat16())
+    for dtype in (np.int8, np.int64, np.complex64):
+        with pytest.raises(FeatureError, match=f"dtype {dtype.__name__}"):
+            metric(truth, truth.astype(dtype))
     with pytest.raises(FeatureError, match="a list"):
         metric(truth.tolist(), truth)
     truth[1, 0, 3, 3] = np.nan

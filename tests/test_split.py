@@ -140,6 +140,38 @@ def test_features_normalise_and_keep_the_kind() -> None:
     np.testing.assert_array_equal(split.features(x.astype(">f4")), found)
 
 
+def test_bytes_are_255ths_and_halves_are_taken_as_they_are() -> None:
+    split = fastinv.Split(cifar_net(), at="conv11", mean=(0.4, 0.5, 0.6), std=0.2)
+    x = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(split.features(x), split.features(x / 255))
+    np.testing.assert_array_equal(split.features(x.numpy()), split.features(x.numpy() / np.float32(255)))
+    for dtype in (torch.float16, torch.bfloat16):
+        half = (x / 255).to(dtype)
+        assert torch.equal(split.features(half), split.features(half.float()))
+
+
+@pytest.mark.parametrize("mean", [0.0, (0.4, 0.5, 0.6)])
+def test_images_whose_channels_come_last_are_told(mean) -> None:
+    split = fastinv.Split(cifar_net(), at="conv11", mean=mean)
+    with pytest.raises(FeatureError, match=r"channels seem to come last: pass images\.transpose\(0, 3, 1, 2\)"):
+        split.features(np.zeros((2, 32, 32, 3), np.float32))
+    with pytest.raises(FeatureError, match=r"does not take images \[1, 32, 32\] [^;]*$"):
+        fastinv.Split(cifar_net(), at="conv11").features(np.zeros((2, 1, 32, 32), np.float32))
+
+
+def test_features_of_many_images_are_asked_for_by_few_large_or_many_small_ones() -> None:
+    for shape, count, sizes in (((1, 28, 28), 300, [256, 44]), ((3, 320, 320), 13, [6, 6, 1])):
+        split = fastinv.Split(nn.Sequential(nn.Conv2d(shape[0], 2, 3, stride=9), nn.Flatten()), at="0")
+        asked: list[int] = []
+        split.edge.register_forward_pre_hook(lambda module, args, asked=asked: asked.append(len(args[0])))
+        x = np.random.default_rng(0).random((count, *shape), dtype=np.float32)
+        found = split.features(x)
+        assert asked == sizes
+        with torch.no_grad():
+            expected = split.edge(torch.from_numpy(x))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_edges_export() -> None:
     model, shape = make("resnet18")
     edge = fastinv.Split(model, at="layer.0").edge
@@ -216,11 +248,12 @@ def test_wrong_examples(model, example, message: str) -> None:
 
 def test_wrong_images() -> None:
     split = fastinv.Split(lenet5(), at="conv1")
-    with pytest.raises(FeatureError, match="expected float32 or float64 pixels"):
+    with pytest.raises(FeatureError, match="expected float pixels"):
         split.features(np.zeros((3, 28, 28), np.float32))
-    for dtype in (np.uint8, np.float16):
-        with pytest.raises(FeatureError, match="expected float32 or float64 pixels"):
-            split.features(np.zeros((3, 1, 28, 28), dtype))
+    with pytest.raises(FeatureError, match="dtype int64, expected float pixels"):
+        split.features(np.zeros((3, 1, 28, 28), np.int64))
+    with pytest.raises(FeatureError, match="divide those of 0 to 255 by 255"):
+        split.features(np.full((3, 1, 28, 28), 200, np.float32))
     with pytest.raises(FeatureError, match="NaN or Inf"):
         split.features(np.full((3, 1, 28, 28), np.nan, np.float32))
     with pytest.raises(FeatureError, match="does not take images"):

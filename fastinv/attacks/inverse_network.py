@@ -114,13 +114,10 @@ class Features:
             raise TrainingError("no images to query with; pass at least one")
 
         def ask(indices: Any) -> torch.Tensor:
-            if isinstance(images, torch.Tensor):
-                chosen: Any = images[indices].float()
-            else:
-                chosen = images[np.asarray(indices) if isinstance(indices, torch.Tensor) else indices].astype(
-                    np.float32
-                )
-            return _as_features(query(chosen), len(chosen))
+            chosen = images[indices.numpy() if isinstance(indices, torch.Tensor) else indices]
+            whole = str(chosen.dtype).removeprefix("torch.") == "uint8"
+            chosen = chosen.float() if isinstance(chosen, torch.Tensor) else chosen.astype(np.float32)
+            return _as_features(query(chosen / 255 if whole else chosen), len(chosen))
 
         first = ask(slice(0, 1))
         if first.numel() * 4 * len(images) > CACHE_BYTES:
