@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from fastinv.errors import NetworkError
 from fastinv.ops.base import Shape
+from fastinv.pixels import channels_last_hint
 from fastinv.tensors import is_shape, is_whole
 
 MNIST_NORMALISATION = ((0.5,), (0.5,))
@@ -98,7 +100,8 @@ def make_decoder(
     """A decoder g: features -> normalised images, Xavier initialised (paper, Algorithm 2).
 
     Args:
-        feature_shape: [C, H, W] or [D].
+        feature_shape: [C, H, W] or [D]; channels last they make a useless decoder, which a warning tells where the
+            sizes do.
         image_shape: [C, H, W].
         kind: "paper": the paper's own decoder where it has one for these shapes, and otherwise one of its style,
             made to measure; "residual": residual blocks and nearest upsampling.
@@ -112,9 +115,19 @@ def make_decoder(
     if not (is_shape(feature_shape, 1, 3) and is_shape(image_shape, 3)):
         raise NetworkError(
             f"make_decoder: features {feature_shape!r:.60} and images {image_shape!r:.60}, "
-            "expected [C, H, W] or [D], and [C, H, W]"
+            "expected [C, H, W] or [D], and [C, H, W]; reshape features of other axes, such as tokens [T, D], to [T·D] "
+            "or, where the tokens are places of the image, transpose them to [D, H, W]"
         )
     features, image = (tuple(int(n) for n in shape) for shape in (feature_shape, image_shape))
+    for what, last in (("features", _look_channels_last(features, image)), ("images", channels_last_hint(image) != "")):
+        if last:
+            warnings.warn(
+                f"make_decoder: from features {list(features)} to images {list(image)}: the {what} look channels last, "
+                f"from which next to nothing is learned; expected [C, H, W]: pass {what}.transpose(0, 3, 1, 2), or "
+                ".permute(0, 3, 1, 2) in torch",
+                UserWarning,
+                stacklevel=2,
+            )
     if not (is_whole(width) and width >= 1 and is_whole(depth) and depth >= 0):
         raise NetworkError(f"make_decoder: width {width!r:.40}, depth {depth!r:.40}; expected width >= 1, depth >= 0")
     if final not in ("none", "sigmoid"):
@@ -130,6 +143,14 @@ def make_decoder(
     decoder = nn.Sequential(*layers)
     initialise(decoder)
     return decoder
+
+
+def _look_channels_last(features: Shape, image: Shape) -> bool:
+    """Whether the first two axes have the image's ratio of height to width, and the last two are far from it."""
+    if len(features) != 3:
+        return False
+    first, last = (abs(math.log(h * image[2] / (w * image[1]))) for h, w in (features[:2], features[1:]))
+    return first <= math.log(1.1) and last >= math.log(1.2)
 
 
 def initialise(module: nn.Module) -> None:

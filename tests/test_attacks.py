@@ -239,7 +239,7 @@ def test_queries_or_pairs_and_never_the_model(split: fastinv.Split) -> None:
     assert_equal(by_query, fastinv.train_inverse_network(split, IMAGES, epochs=1))  # mean and std from the Split
 
 
-def test_a_query_is_asked_in_the_kind_of_the_images(split: fastinv.Split, monkeypatch) -> None:
+def test_a_query_is_asked_in_the_kind_of_the_images(split: fastinv.Split) -> None:
     module = split.edge  # takes and gives tensors, with gradients
 
     def query(images: torch.Tensor) -> torch.Tensor:
@@ -249,15 +249,77 @@ def test_a_query_is_asked_in_the_kind_of_the_images(split: fastinv.Split, monkey
     tensors = torch.from_numpy(IMAGES).double()
     by_tensors = fastinv.train_inverse_network(query, tensors, epochs=1, **NORM)
     assert_equal(by_tensors, fastinv.train_inverse_network(split, IMAGES, epochs=1))
-    monkeypatch.setattr("fastinv.attacks.inverse_network.CACHE_BYTES", 0)
-    assert_equal(by_tensors, fastinv.train_inverse_network(query, tensors, epochs=1, **NORM))
+    with pytest.warns(UserWarning, match="queried again"):
+        again = fastinv.train_inverse_network(query, tensors, epochs=1, cache_bytes=0, **NORM)
+    assert_equal(by_tensors, again)
 
 
-def test_features_beyond_the_cache_are_queried_again(split: fastinv.Split, monkeypatch) -> None:
-    kept = fastinv.train_inverse_network(split, IMAGES, epochs=1)
-    monkeypatch.setattr("fastinv.attacks.inverse_network.CACHE_BYTES", 0)
-    assert_equal(kept, fastinv.train_inverse_network(split, IMAGES, epochs=1))
-    assert Features.queried(split, torch.from_numpy(IMAGES)).shape == (16, 8, 8)
+def test_features_beyond_the_cache_are_queried_again_with_a_warning(split: fastinv.Split) -> None:
+    asked: list[int] = []
+
+    def query(images: np.ndarray) -> np.ndarray:
+        asked.append(len(images))
+        return split.features(images)
+
+    options = {"epochs": 3, **NORM}
+    size = 24 * 1024 * 4
+    kept = fastinv.train_inverse_network(query, IMAGES, cache_bytes=size, **options)
+    assert sum(asked) == 24
+    asked.clear()
+    with pytest.warns(UserWarning, match="24 images take .* GiB, more than cache_bytes: .* 72 queries in all"):
+        again = fastinv.train_inverse_network(query, IMAGES, cache_bytes=size - 1, **options)
+    assert sum(asked) >= 72
+    assert_equal(kept, again)
+    with pytest.warns(UserWarning, match="cache_bytes"):
+        fastinv.fit_shadow(query, IMAGES, nn.Sequential(*list(lenet5())[:5]), epochs=1, cache_bytes=0, **NORM)
+    for wrong in (-1, "2 GiB", None):
+        with pytest.raises(TrainingError, match="cache_bytes"):
+            fastinv.train_inverse_network(query, IMAGES, cache_bytes=wrong)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4"])
+def test_logged_features_stay_as_they_are(split: fastinv.Split, tmp_path, dtype) -> None:
+    np.save(tmp_path / "features.npy", split.features(IMAGES).astype(dtype))
+    log = np.load(tmp_path / "features.npy", mmap_mode="r")
+    source = Features.logged(log, 24)
+    assert np.shares_memory(source._kept.data, log)
+    assert torch.equal(source[torch.tensor([3, 1])], torch.from_numpy(log[[3, 1]].astype(np.float32)))
+    found = fastinv.train_inverse_network(pairs=(IMAGES, log), epochs=1)
+    assert_equal(found, fastinv.train_inverse_network(pairs=(IMAGES, log.astype(np.float32)), epochs=1))
+
+
+def test_logged_tensors_stay_as_they_are(split: fastinv.Split) -> None:
+    log = torch.from_numpy(split.features(IMAGES)).bfloat16()
+    source = Features.logged(log, 24)
+    assert np.shares_memory(source._kept.data, log.view(torch.uint16).numpy())
+    assert torch.equal(source[torch.arange(24)], log.float())
+
+
+def test_quantised_features_train_as_what_they_stand_for(split: fastinv.Split) -> None:
+    features = split.features(IMAGES)
+    scale, zero = np.float32(features.max() / 200), 3
+    log = np.rint(features / scale + zero).astype(np.uint8)
+    expected = fastinv.train_inverse_network(pairs=(IMAGES, (log - np.float32(zero)) * scale), epochs=1)
+    quantised = {"scale": scale, "zero_point": zero, "epochs": 1}
+    assert_equal(expected, fastinv.train_inverse_network(pairs=(IMAGES, log), **quantised))
+    assert_equal(expected, fastinv.train_inverse_network(lambda _: log, IMAGES, **quantised))
+    with pytest.raises(FeatureError, match="pass scale="):
+        fastinv.train_inverse_network(pairs=(IMAGES, log))
+    with pytest.raises(FeatureError, match="leave them out"):
+        fastinv.train_inverse_network(pairs=(IMAGES, features), scale=0.1)
+
+
+def test_logged_features_that_hold_nan_are_refused_before_training(split: fastinv.Split) -> None:
+    log = split.features(IMAGES)
+    log[17, 3] = np.nan
+    with pytest.raises(FeatureError, match="first in image 17"):
+        fastinv.train_inverse_network(pairs=(IMAGES, log), decoder=lambda: pytest.fail("it trains"))
+
+
+def test_features_whose_channels_come_last_are_warned_of(split: fastinv.Split) -> None:
+    log = split.features(IMAGES).transpose(0, 2, 3, 1)
+    with pytest.warns(UserWarning, match="features look channels last"):
+        fastinv.train_inverse_network(pairs=(IMAGES, log), epochs=1)
 
 
 def test_an_inverse_network_learns() -> None:

@@ -88,6 +88,7 @@ def test_residual_decoder_for_benchmarks() -> None:
     assert resnet_decoder()(torch.zeros(2, 64, 7, 7)).shape == (2, 3, 28, 28)
 
 
+@pytest.mark.filterwarnings("ignore:make_decoder")  # some of these shapes look channels last
 @settings(max_examples=25, deadline=None)
 @given(
     features=st.one_of(
@@ -101,6 +102,34 @@ def test_decoders_fit_any_shapes(features: tuple[int, ...], image: tuple[int, ..
     x = torch.randn(2, *features)
     with torch.no_grad():
         assert decoder(x).shape == (2, *image)
+
+
+@pytest.mark.parametrize(
+    ("features", "image", "what"),
+    [
+        ((8, 8, 16), (1, 28, 28), "features"),
+        ((1, 1, 64), (3, 32, 32), "features"),
+        ((24, 52, 16), (3, 28, 56), "features"),
+        ((16, 8, 8), (28, 28, 1), "images"),
+    ],
+)
+def test_channels_that_come_last_are_warned_of(features, image, what: str) -> None:
+    with pytest.warns(UserWarning, match=rf"the {what} look channels last.*{what}\.transpose\(0, 3, 1, 2\)"):
+        make_decoder(features, image, width=4)
+
+
+@pytest.mark.parametrize(
+    ("features", "image"),
+    [
+        *FEATURES.values(),
+        ((8, 8, 8), (1, 28, 28)),
+        ((12, 24, 52), (3, 28, 56)),
+        ((9, 8, 8), (3, 32, 32)),
+        ((64,), (3, 9, 9)),
+    ],
+)
+def test_channels_that_come_first_are_not(features, image) -> None:
+    make_decoder(features, image, width=4)  # warnings are errors here
 
 
 def test_measured_decoders_export() -> None:
@@ -119,7 +148,7 @@ def test_initialisation_is_xavier_with_zero_biases() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (((8, 24), (1, 28, 28)), {}, "expected"),
+        (((8, 24), (1, 28, 28)), {}, "reshape features of other axes"),
         (((8,), (28, 28)), {}, "expected"),
         ((("8",), (1, 28, 28)), {}, "expected"),
         (((8.5, 4, 4), (1, 28, 28)), {}, "expected"),

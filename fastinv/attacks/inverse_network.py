@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastinv import tensors
+from fastinv import pixels, tensors
 from fastinv.errors import TrainingError
 from fastinv.models import make_decoder
 from fastinv.training import Schedule, fit, normalised, seeded, trainable
 
-CACHE_BYTES = 2 * 2**30  # of features kept in memory; beyond that every batch is queried anew
-QUERY_BATCH = 256
+CACHE_BYTES = 2 * 2**30
 
 
 def train_inverse_network(
@@ -35,20 +36,29 @@ def train_inverse_network(
     lr: float = 4e-3,
     optimizer: str = "adam",
     seed: int = 0,
+    scale: Any = None,
+    zero_point: Any = None,
+    cache_bytes: float = CACHE_BYTES,
     progress: bool = False,
     checkpoint: str | Path | None = None,
 ) -> nn.Module:
     """Train g with g(edge(x)) ≈ z, z = (x − mean) / std, by the mean over pixels of (g(v) − z)².
 
     Args:
-        query: the system under attack: any callable from images [N, C, H, W] to features [N, ...], such as a `Split`.
-            It is asked with float32 pixels, of the kind (numpy or torch) that `images` are.
-        images: what to query it with, the attacker's knowledge (`fastinv.knowledge`).
-        pairs: instead of both, logged (images, features).
+        query: the system under attack: any callable from images [N, C, H, W] to features [N, C, H, W] or [N, D], such
+            as a `Split`. It is asked with float32 pixels, of the kind (numpy or torch) that `images` are, and
+            about each image once; but see `cache_bytes`.
+        images: what to query it with, the attacker's knowledge (`fastinv.knowledge`): float pixels in [0, 1], or
+            uint8, whose 255 is 1.
+        pairs: instead of both, logged (images, features). The features stay as they are, in a memory-mapped file or in
+            half precision, and become float32 batch by batch; channels last they have to be transposed first.
         decoder: the network to train (it is trained in place) or a callable that makes one; None:
             `make_decoder(..., kind, width, depth)`.
         mean, std: the target's normalisation; None takes the query's own where it is a `Split`, else none.
         epochs, batch_size, lr, optimizer, seed: see `fastinv.training.Schedule`. The same seed gives the same network.
+        scale, zero_point: of features that are uint8 or int8, as of `fastinv.invert`.
+        cache_bytes: of the queries' features, as float32, that are kept in memory. Where all of them take more, every
+            batch is queried again in every epoch, which a warning tells: about epochs · N queries; math.inf keeps all.
         progress: whether to show a progress bar.
         checkpoint: a file to write after every epoch, and to go on from where it exists.
 
@@ -72,11 +82,11 @@ def train_inverse_network(
             raise TrainingError("pairs: expected two, (images, features)")
         images, logged = pairs
         z = normalised(images, mean, std)
-        source = Features(_as_features(logged, len(z)))
+        source = Features.logged(logged, len(z), scale, zero_point)
     else:
         assert query is not None
         z = normalised(images, mean, std)
-        source = Features.queried(query, images)
+        source = Features.queried(query, images, epochs, cache_bytes, scale, zero_point)
 
     def made() -> nn.Module:
         return make_decoder(source.shape, tuple(z.shape[1:]), kind, width=width, depth=depth)
@@ -98,18 +108,36 @@ def train_inverse_network(
 
 
 class Features:
-    """The features of all training images: kept in memory, or queried again for every batch when too large."""
+    """The features of all training images: kept as they are, or queried again for every batch when too large."""
 
-    def __init__(self, kept: torch.Tensor | None, query: Callable[[Any], torch.Tensor] | None = None) -> None:
+    def __init__(self, kept: tensors.Source | None, query: Callable[[Any], torch.Tensor] | None = None) -> None:
         self._kept = kept
         self._query = query
         self.shape = tuple(self[slice(0, 1)].shape[1:])
 
     @classmethod
-    def queried(cls, query: Callable[[Any], Any], images: Any) -> Features:
-        """Features of images [N, C, H, W], pixels, numpy or torch."""
+    def logged(cls, features: Any, count: int, scale: Any = None, zero_point: Any = None) -> Features:
+        """Features [count, ...] of any type and layout; NaN and Inf are refused."""
+        source = _source(features, count, scale, zero_point)
+        for start, stop in tensors.chunks(count, pixels.at_once(source.data.shape[1:])):
+            source.chunk(start, stop)  # raises
+        return cls(source)
+
+    @classmethod
+    def queried(
+        cls,
+        query: Callable[[Any], Any],
+        images: Any,
+        epochs: int,
+        cache_bytes: float = CACHE_BYTES,
+        scale: Any = None,
+        zero_point: Any = None,
+    ) -> Features:
+        """Features of images [N, C, H, W], numpy or torch, for so many epochs."""
         if not callable(query):
             raise TrainingError(f"query: a {type(query).__name__}, expected a Split or a callable images -> features")
+        if not (tensors.is_number(cache_bytes) and cache_bytes >= 0):
+            raise TrainingError(f"cache_bytes {cache_bytes!r:.40}, expected a number >= 0")
         if len(images) == 0:
             raise TrainingError("no images to query with; pass at least one")
 
@@ -117,28 +145,43 @@ class Features:
             chosen = images[indices.numpy() if isinstance(indices, torch.Tensor) else indices]
             whole = str(chosen.dtype).removeprefix("torch.") == "uint8"
             chosen = chosen.float() if isinstance(chosen, torch.Tensor) else chosen.astype(np.float32)
-            return _as_features(query(chosen / 255 if whole else chosen), len(chosen))
+            found = query(chosen / 255 if whole else chosen)
+            return torch.from_numpy(_source(found, len(chosen), scale, zero_point).chunk(0, len(chosen)).copy())
 
-        first = ask(slice(0, 1))
-        if first.numel() * 4 * len(images) > CACHE_BYTES:
+        batch = pixels.at_once(images.shape[1:])
+        first = ask(slice(0, batch))
+        size = 4 * first[0].numel() * len(images)
+        if size > cache_bytes:
+            warnings.warn(
+                f"the features of {len(images):,} images take {size / 2**30:.2g} GiB, more than cache_bytes: they are "
+                f"queried again in every epoch, {max(1, epochs) * len(images):,} queries in all; pass a larger "
+                "cache_bytes=, or fewer images",
+                UserWarning,
+                stacklevel=4,
+            )
             return cls(None, ask)
-        kept = torch.empty(len(images), *first.shape[1:])
-        for start, stop in tensors.chunks(len(images), QUERY_BATCH):
-            kept[start:stop] = ask(slice(start, stop))
-        return cls(kept)
+        kept = np.empty((len(images), *first.shape[1:]), np.float32)
+        kept[:batch] = first
+        for start in range(batch, len(images), batch):
+            kept[start : start + batch] = ask(slice(start, start + batch))
+        return cls(tensors.Source(kept, "float32", torch=False))
 
     def __getitem__(self, indices: Any) -> torch.Tensor:
-        if self._kept is not None:
-            return self._kept[indices]
-        assert self._query is not None
-        return self._query(indices)
+        """Features of some images, float32 [count, ...]."""
+        if self._kept is None:
+            assert self._query is not None
+            return self._query(indices)
+        rows = self._kept.data[indices.numpy() if isinstance(indices, torch.Tensor) else indices]
+        values = dataclasses.replace(self._kept, data=rows).chunk(0, len(rows), finite=lambda _: True)  # checked before
+        return torch.from_numpy(values.copy() if isinstance(indices, slice) else values)  # a slice is no copy yet
 
 
-def _as_features(found: Any, count: int) -> torch.Tensor:
-    """What a query or a log gives, as a float32 tensor [count, ...]."""
+def _source(found: Any, count: int, scale: Any, zero_point: Any) -> tensors.Source:
+    """What a query or a log gives, [count, ...], not checked for NaN and Inf yet."""
     data, dtype, _ = tensors.as_numpy(found, "features")
-    if data.ndim < 2 or len(data) != count or dtype not in tensors.FLOATS:
+    quantised = dtype in tensors.QUANTISED
+    if data.ndim < 2 or len(data) != count or not (quantised or dtype in tensors.FLOATS):
         raise TrainingError(
             f"features of shape {list(data.shape)} and dtype {dtype} for {count} images, expected floats [{count}, ...]"
         )
-    return torch.from_numpy(tensors.Source(data, dtype, torch=False).chunk(0, count).copy())
+    return tensors.source(found, data.shape[1:], scale=scale, zero_point=zero_point)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastinv.attacks.inverse_network import Features
+from fastinv.attacks.inverse_network import CACHE_BYTES, Features
 from fastinv.errors import TrainingError
 from fastinv.training import Schedule, class_indices, cross_entropy, fit, normalised, seeded, trainable
 
@@ -45,7 +45,7 @@ def train_shadow(
 
     Args:
         cloud: f_θ2; it is copied and frozen, and stays as it is.
-        images, labels: the attacker's data, pixels [N, C, H, W] and class indices [N].
+        images, labels: the attacker's data: images [N, C, H, W], float pixels in [0, 1] or uint8, and class indices [N].
         architecture: the shadow to train (in place), or a callable that makes one.
         loss: "cross_entropy", or a callable (logits, labels) -> scalar.
         mean, std: the target's normalisation.
@@ -89,6 +89,7 @@ def fit_shadow(
     lr: float = 1e-3,
     optimizer: str = "adam",
     seed: int = 0,
+    cache_bytes: float = CACHE_BYTES,
     progress: bool = False,
     checkpoint: str | Path | None = None,
 ) -> nn.Module:
@@ -97,10 +98,10 @@ def fit_shadow(
     Args:
         query: the system under attack: any callable from images [N, C, H, W] to features, as of
             `train_inverse_network`.
-        images: what to query it with, pixels [N, C, H, W].
+        images: what to query it with, as of `train_inverse_network`.
         architecture: the shadow to train (in place), or a callable that makes one.
         mean, std: the target's normalisation; None takes the query's own where it is a `Split`, else none.
-        epochs, batch_size, lr, optimizer, seed, progress, checkpoint: as of `train_inverse_network`.
+        epochs, batch_size, lr, optimizer, seed, cache_bytes, progress, checkpoint: as of `train_inverse_network`.
 
     Returns:
         The shadow, in eval mode: normalised images to features.
@@ -113,7 +114,7 @@ def fit_shadow(
     mean = getattr(query, "mean", (0.0,)) if mean is None else mean
     std = getattr(query, "std", (1.0,)) if std is None else std
     z = normalised(images, mean, std)
-    features = Features.queried(query, images)
+    features = Features.queried(query, images, epochs, cache_bytes)
     with seeded(seed):
         shadow = trainable("architecture", architecture)
 
