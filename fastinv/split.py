@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,11 +22,13 @@ class Split:
 
     Attributes:
         edge: f_θ1, normalised images to features; an `nn.Module` in eval mode.
-        cloud: f_θ2, features to the model's results; likewise.
+        cloud: f_θ2, features to the model's results; likewise. Where more than the layer's result crosses the cut, of
+            which a warning tells, there is none: asking for it raises SplitError.
         at, mean, std: as given.
 
     Args:
-        model: the classifier; it is copied, and neither changed nor kept.
+        model: the classifier, in float32; it is copied, and neither changed nor kept. Of one that `torch.compile` made,
+            the module that it was made of.
         at: dotted name of the last edge layer: "conv1", "layer1.0", any module. Where the model calls a module
             several times (a shared ReLU), the last call counts.
         mean, std: the model's input normalisation, one number for all channels or one for each.
@@ -33,7 +36,7 @@ class Split:
             branches on shapes; without, torch.fx does.
 
     Raises:
-        SplitError: there is no such layer, the model cannot be traced, or more than the layer's result crosses.
+        SplitError: there is no such layer, the model cannot be traced, or it is in another precision.
     """
 
     def __init__(
@@ -45,8 +48,8 @@ class Split:
         *,
         example: torch.Tensor | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise SplitError(f"Split: a {type(model).__name__}, expected a torch.nn.Module")
+        model = getattr(model, "_orig_mod", model)  # of what torch.compile makes
+        _expect_model(model)
         _expect_layer(model, at)
         self.at = at
         self.mean, self.std = tensors.normalisation(mean, std, error=SplitError)
@@ -63,7 +66,27 @@ class Split:
             )
         batch = _batch_size(traced)
         self.edge = _edge(traced, calls[-1])
-        self.cloud = _cloud(traced, calls[-1], batch, at)
+        crossing = _crossing(traced, calls[-1], batch)
+        self._cloud = None if crossing else _cloud(traced, calls[-1], batch)
+        origins = list(dict.fromkeys(map(_origin, crossing)))
+        self._crossing = ", ".join(origins[:3]) + (f" and {len(origins) - 3} more" if len(origins) > 3 else "")
+        if crossing:
+            warnings.warn(
+                f"Split: at {at!r} not only its result crosses: the cloud also needs {self._crossing}. The features "
+                "are the result alone, and tell less than all that crosses; there is no cloud",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    @property
+    def cloud(self) -> nn.Module:
+        if self._cloud is None:
+            raise SplitError(
+                f"Split: at {self.at!r} not only its result crosses: the cloud also needs {self._crossing}. Cut where "
+                "they have joined, such as after the whole block. Attacks but train_shadow need no cloud, and take any "
+                "module or callable for an edge: write one that gives all that crosses, flattened and concatenated"
+            )
+        return self._cloud
 
     def features(self, images: Any) -> Any:
         """Features [N, ...], float32, of images [N, C, H, W]; numpy gives numpy, torch gives torch.
@@ -129,6 +152,21 @@ def normalise(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> t
     numbers = tensors.normalisation(mean, std, x.shape[1])
     shift, scale = (torch.tensor(v, dtype=x.dtype).reshape(-1, 1, 1) for v in numbers)
     return (x - shift) / scale
+
+
+def _expect_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise SplitError(f"Split: a {type(model).__name__}, expected a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SplitError(
+            f"Split: a {type(model).__name__}, in which no forward is left to cut; expected the torch.nn.Module it was "
+            "made of. Or write the edge as a callable images -> features: queries need no more"
+        )
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise SplitError(f"Split: a {type(model).__name__}, expected the module in it: pass model.module")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype is not torch.float32:
+            raise SplitError(f"Split: {name} is {parameter.dtype}, expected float32; call model.float() first")
 
 
 def _expect_layer(model: nn.Module, at: str) -> None:
@@ -234,11 +272,39 @@ def _edge(traced: fx.GraphModule, cut: fx.Node) -> fx.GraphModule:
     return _tidy(fx.GraphModule(traced, graph)).eval()
 
 
-def _cloud(traced: fx.GraphModule, cut: fx.Node, batch: fx.Node, at: str) -> fx.GraphModule:
-    """What follows the cut. It may need the cut's result, constants and the batch size, and nothing else."""
+def _crossing(traced: fx.GraphModule, cut: fx.Node, batch: fx.Node) -> list[fx.Node]:
+    """What varies with the images, is computed before the cut, and needed after it, besides the cut's result."""
+    nodes = list(traced.graph.nodes)
+    before, after = nodes[: nodes.index(cut)], nodes[nodes.index(cut) + 1 :]
+    known, varying = {cut, batch, *after}, _varying(nodes)
+    found: dict[fx.Node, None] = {}
+    waiting = list(after)
+    while waiting:
+        for needed in waiting.pop().all_input_nodes:
+            if needed not in known:
+                known.add(needed)
+                if needed in varying:
+                    found[needed] = None
+                else:
+                    waiting.append(needed)
+    return [node for node in before if node in found]
+
+
+def _origin(node: fx.Node) -> str:
+    """Where a value comes from, in the model's own names."""
+    if node.op == "placeholder":
+        return "the images"
+    if node.op == "call_module":
+        return f"what {str(node.target)!r} gives"
+    name = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+    modules = [name for name, _ in node.meta.get("nn_module_stack", {}).values() if name]
+    return f"what {name} in {modules[-1]!r} gives" if modules else f"what {name} in the model's forward gives"
+
+
+def _cloud(traced: fx.GraphModule, cut: fx.Node, batch: fx.Node) -> fx.GraphModule:
+    """What follows the cut. It needs the cut's result, constants and the batch size, and nothing else."""
     nodes = list(traced.graph.nodes)
     after = nodes[nodes.index(cut) + 1 :]
-    varying = _varying(nodes)
     graph = fx.Graph()
     features = graph.placeholder("features")
     if any(_in_place(node, traced) for node in after):
@@ -247,11 +313,6 @@ def _cloud(traced: fx.GraphModule, cut: fx.Node, batch: fx.Node, at: str) -> fx.
 
     def fetch(needed: fx.Node) -> fx.Node:
         if needed not in known:
-            if needed in varying:
-                raise SplitError(
-                    f"Split: at {at!r} not only its result crosses: the cloud also needs {needed.name}, computed "
-                    "before. Cut where the two have joined, such as after the whole block"
-                )
             known[needed] = graph.node_copy(needed, fetch)
         return known[needed]
 

@@ -112,7 +112,7 @@ def test_a_resnet_through_torch_export(at: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(split.edge(z), fastinv.Split(model, at=at).edge(z))
         torch.testing.assert_close(split.cloud(split.edge(z)), model(z))
-    with pytest.raises(SplitError, match="not only its result crosses"):
+    with pytest.warns(UserWarning, match=r"the cloud also needs what \w+ in 'maxpool' gives"):
         fastinv.Split(model, at="layer.0.0.bn1", example=torch.zeros(2, *shape))
 
 
@@ -218,7 +218,9 @@ class Pair(nn.Module):
     [
         (lenet5(), "relu2", "has no layer 'relu2'; did you mean .*ReLU2"),
         (lenet5(), "zzz", "it has conv1, ReLU1"),
-        (make("resnet18")[0], "layer.0.0.bn1", "not only its result crosses: .* also needs"),
+        (nn.DataParallel(lenet5()), "module.conv1", "pass model.module"),
+        (lenet5().half(), "conv1", r"conv1.weight is torch.float16, expected float32; call model.float\(\) first"),
+        (lenet5().double(), "conv1", "conv1.weight is torch.float64"),
         (Branching(), "conv", "cannot trace Branching"),
         ("model", "conv1", "a str, expected"),
         (nn.Sequential(nn.Conv2d(3, 3, 1)), 0, "has no layer 0"),
@@ -230,6 +232,64 @@ class Pair(nn.Module):
 def test_impossible_cuts(model, at: str, message: str) -> None:
     with pytest.raises(SplitError, match=message):
         fastinv.Split(model, at=at)
+
+
+class UNet(nn.Module):
+    """Two levels, of which the upper one goes past the lower one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e1 = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+        self.e2 = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(4, 8, 3, padding=1), nn.ReLU())
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.out = nn.Conv2d(8, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        upper = self.e1(x)
+        return self.out(torch.cat([self.up(self.e2(upper)), upper * 2], 1))
+
+
+@pytest.mark.parametrize(
+    ("example", "origin"), [(None, "what 'e1.1' gives"), (torch.zeros(2, 3, 8, 8), "what relu in 'e1.1' gives")]
+)
+def test_where_more_crosses_there_is_an_edge_but_no_cloud(example, origin: str) -> None:
+    model = UNet().eval()
+    with pytest.warns(UserWarning, match=f"at 'e2.2' not only its result crosses: the cloud also needs {origin}. The"):
+        split = fastinv.Split(model, at="e2.2", example=example)
+    x = torch.rand(3, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(split.features(x), model.e2(model.e1(x)))
+    with pytest.raises(SplitError, match=f"{origin}. Cut where they have joined.*write one that gives all"):
+        _ = split.cloud
+    check(model, "e1", (3, 8, 8))
+
+
+def test_what_crosses_by_no_module_is_named_by_its_function() -> None:
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.sigmoid(x)
+            return self.conv(y) + y + x
+
+    with pytest.warns(UserWarning, match="needs the images, what sigmoid in the model's forward gives"):
+        fastinv.Split(Skip(), at="conv")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_script_module_is_refused() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.ReLU()))
+    with pytest.raises(SplitError, match=r"expected the torch.nn.Module it was made of. Or write the edge"):
+        fastinv.Split(scripted, at="0")
+
+
+def test_a_compiled_model_is_cut_as_the_one_it_was_made_of() -> None:
+    model = lenet5().eval()
+    split = fastinv.Split(torch.compile(model), at="ReLU2")
+    x = torch.rand(2, 1, 28, 28)
+    assert torch.equal(split.features(x), fastinv.Split(model, at="ReLU2").features(x))
 
 
 @pytest.mark.parametrize(
