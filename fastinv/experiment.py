@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastinv.attacks.rmle import PAPER_PRESETS
+from fastinv.checkpoints import load_tensors, save_tensors
 from fastinv.data import PHOTOGRAPHS, Dataset, halves, load, photographs
 from fastinv.data_files import Indices
 from fastinv.errors import DataError, TrainingError
@@ -22,7 +23,7 @@ from fastinv.metrics import psnr, ssim
 from fastinv.models import CIFAR_NORMALISATION, MNIST_NORMALISATION, cifar_net, lenet5
 from fastinv.ops.base import Shape
 from fastinv.split import Split
-from fastinv.training import accuracy, load_tensors, save_tensors, seeded, train_target
+from fastinv.training import accuracy, seeded, train_target
 
 Pixels = npt.NDArray[np.float32]
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
-import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastinv import pixels, tensors
 from fastinv.backends.torch import torch_threads
+from fastinv.checkpoints import Checkpoint, identity
 from fastinv.errors import FastinvError, TrainingError
-from fastinv.places import new_file, try_beside
 from fastinv.split import normalise
 from fastinv.tensors import chunks, is_number, is_whole
 
@@ -65,7 +61,7 @@ class Schedule:
             if not (is_whole(value) and value >= least) or (name == "seed" and value >= 2**32):
                 most = " and below 2**32" if name == "seed" else ""
                 raise TrainingError(f"{name} {value!r:.40}, expected an integer >= {least}{most}")
-            object.__setattr__(self, name, int(value))  # numpy's are no JSON, of which a checkpoint's identity is made
+            object.__setattr__(self, name, int(value))  # a checkpoint cannot hold numpy's
         if not (is_number(self.lr) and 0 < self.lr < math.inf):
             raise TrainingError(f"lr {self.lr!r:.40}, expected a number above 0")
         object.__setattr__(self, "lr", float(self.lr))
@@ -90,7 +86,8 @@ def fit(
     Args:
         loss: the loss of a batch, from the indices of its samples.
         progress: whether to show a progress bar; a string names it.
-        checkpoint: a file written after every epoch; where it exists, training goes on from it.
+        checkpoint: a file written after every epoch; where it exists, training goes on from it. It has to be of the same
+            schedule: the step size falls over all epochs, so that a run of more takes other steps from the first on.
         data: what the samples are made of; a checkpoint of other data is refused.
 
     Raises:
@@ -104,14 +101,12 @@ def fit(
     batches = -(-count // schedule.batch_size)
     total = schedule.epochs * batches
     first = 0
-    identity = ""
+    kept: Checkpoint | None = None
     if checkpoint is not None:
-        if not isinstance(checkpoint, (str, os.PathLike)):
-            raise TrainingError(f"checkpoint: a {type(checkpoint).__name__}, expected the path of a file")
-        identity = _identity(module, schedule, count, data)
-        first = _resume(Path(checkpoint), identity, module, optimizer)
+        kept = Checkpoint(checkpoint, identity(module, asdict(schedule), data))
+        first = kept.resume(module, optimizer)
         if first < schedule.epochs:
-            _expect_place(checkpoint)
+            kept.expect_place()
     with _bar(total, first * batches, progress) as bar:
         for epoch in range(first, schedule.epochs):
             with seeded(schedule.seed * 1_000_003 + epoch):  # each epoch by itself, so that a resumed run repeats
@@ -129,9 +124,8 @@ def fit(
                     if bar is not None:
                         bar.update()
                         bar.set_postfix(loss=f"{value:.4g}", refresh=False)
-            if checkpoint is not None:
-                state = {"identity": identity, "epoch": epoch + 1, "module": module.state_dict()}
-                save_tensors({**state, "optimizer": optimizer.state_dict()}, checkpoint)
+            if kept is not None:
+                kept.save(epoch + 1, module, optimizer)
     return module.eval()
 
 
@@ -316,70 +310,6 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-def save_tensors(state: Mapping[str, Any], path: str | Path) -> None:
-    """`torch.save`, whole or not at all: a file already there survives a failed write.
-
-    Raises:
-        TrainingError: the place cannot be written to.
-    """
-    try:
-        with new_file(path) as file:
-            torch.save(dict(state), file)
-    except OSError as error:
-        raise TrainingError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-
-
-def _expect_place(path: str | Path) -> None:
-    """Raise TrainingError where no file can be written to `path`."""
-    try:
-        try_beside(path)
-    except OSError as error:
-        raise TrainingError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
-
-
-def load_tensors(path: str | Path) -> Any:
-    """What `save_tensors` wrote; code in the file is never run.
-
-    Raises:
-        TrainingError: the file is missing or damaged.
-    """
-    try:
-        with open(path, "rb") as file, warnings.catch_warnings():  # of a path, torch would go by the suffix
-            warnings.simplefilter("ignore")  # of what it refuses it warns, too
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise TrainingError(f"{path}: cannot be read ({error.strerror or error}); name another file") from None
-    except Exception as error:  # it has no common base; of more than tensors it says how to run what is in the file
-        raise TrainingError(
-            f"{path}: cannot be read: cut off, or no file of tensors, as training writes them; name another file"
-        ) from error
-
-
-def _identity(module: nn.Module, schedule: Schedule, count: int, data: Sequence[torch.Tensor]) -> str:
-    """What must agree for a checkpoint to be this run's: parameters' shapes, schedule, data."""
-    shapes = {name: list(value.shape) for name, value in module.state_dict().items()}
-    digest = hashlib.sha256(json.dumps([shapes, asdict(schedule), count], sort_keys=True).encode())
-    for tensor in data:
-        digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(tensor.detach().contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def _resume(path: Path, identity: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """The epoch to go on from; 0 where there is no checkpoint yet."""
-    if not path.exists():
-        return 0
-    state = load_tensors(path)
-    keys = {"identity", "epoch", "module", "optimizer"}
-    if not isinstance(state, dict) or set(state) != keys or state["identity"] != identity:
-        raise TrainingError(
-            f"{path}: the checkpoint of another run (other network, data or options); delete it or name another file"
-        )
-    module.load_state_dict(state["module"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["epoch"])
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import nn
 import fastinv
 from fastinv.attacks.inverse_network import Features
 from fastinv.backends.torch import torch_threads
+from fastinv.checkpoints import load_tensors, save_tensors
 from fastinv.errors import FeatureError, TrainingError
 from fastinv.models import lenet5
 from fastinv.training import (
@@ -17,9 +18,7 @@ from fastinv.training import (
     accuracy,
     class_indices,
     fit,
-    load_tensors,
     normalised,
-    save_tensors,
     train_target,
 )
 
@@ -103,9 +102,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(split: fastinv.Split, tmp_pat
 def test_checkpoints_of_other_runs_are_refused(split: fastinv.Split, tmp_path) -> None:
     checkpoint = tmp_path / "run.pt"
     fastinv.train_inverse_network(split, IMAGES, epochs=1, checkpoint=checkpoint)
-    for images, options in ((IMAGES, {"epochs": 2}), (IMAGES[::-1].copy(), {"epochs": 1})):
-        with pytest.raises(TrainingError, match="another run"):
+    for images, options, difference in (
+        (IMAGES, {"epochs": 2}, r"\(epochs 1, not 2\); .* to train a finished network on, pass it"),
+        (
+            IMAGES,
+            {"epochs": 1, "lr": 1e-3, "seed": 3},
+            r"\(lr 0.004, not 0.001, seed 0, not 3\); delete it or name another file$",
+        ),
+        (IMAGES, {"epochs": 1, "kind": "residual"}, r"\(another network\)"),
+        (IMAGES[::-1].copy(), {"epochs": 1}, r"\(other data\)"),
+    ):
+        with pytest.raises(TrainingError, match=f"another run {difference}"):
             fastinv.train_inverse_network(split, images, checkpoint=checkpoint, **options)
+    save_tensors({"epoch": 1}, checkpoint)
+    with pytest.raises(TrainingError, match="no checkpoint of this version"):
+        fastinv.train_inverse_network(split, IMAGES, epochs=1, checkpoint=checkpoint)
     checkpoint.write_bytes(b"nonsense")
     with pytest.raises(TrainingError, match="cannot be read"):
         fastinv.train_inverse_network(split, IMAGES, epochs=1, checkpoint=checkpoint)

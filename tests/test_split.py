@@ -285,6 +285,7 @@ def test_a_script_module_is_refused() -> None:
         fastinv.Split(scripted, at="0")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of its own making
 def test_a_compiled_model_is_cut_as_the_one_it_was_made_of() -> None:
     model = lenet5().eval()
     split = fastinv.Split(torch.compile(model), at="ReLU2")
