@@ -236,11 +236,14 @@ def _load_parquet(folder: Path) -> tuple[Dataset, Dataset]:
     return train, test
 
 
-def _stack(images: list[Bytes], where: str) -> Bytes:
+def _stack(images: list[Bytes], where: str, advice: str = "") -> Bytes:
+    """Images of one shape as one array; `advice`: what to do where they are of several."""
     shapes = sorted({image.shape for image in images})
     if len(shapes) != 1:
         found = f"images of shapes {shapes[:4]}" if shapes else "no images"
-        raise DataError(f"{where}: {found}, expected images of one shape (for folders by class, pass size= to resize)")
+        if len({shape[0] for shape in shapes}) > 1:
+            advice = ": make all of them grey, or all of them colour"
+        raise DataError(f"{where}: {found}, expected images of one shape{advice}")
     return np.stack(images)
 
 
@@ -276,7 +279,8 @@ def _image_classes(folder: Path, size: tuple[int, int] | None) -> Dataset:
             if path.suffix.lower() in IMAGE_SUFFIXES:
                 images.append(read_image(path, size))
                 labels.append(label)
-    return Dataset(_stack(images, str(folder)), np.asarray(labels, np.int64), names, folder.name)
+    advice = ": pass size=, to which they are resized" if size is None else ""
+    return Dataset(_stack(images, str(folder), advice), np.asarray(labels, np.int64), names, folder.name)
 
 
 # ---- photographs ---------------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ MAX_THREADS = 1024
 
 
 class Engine:
-    """A network compiled for one backend. Safe to call from several threads at once.
+    """A network compiled for one backend: `engine(x)` gives its outputs [N, *output_shape] for inputs
+    [N, *input_shape], numpy or torch, any N >= 0; see `Engine.__call__`. Safe to call from several threads at once.
 
     Attributes:
         network: what it runs.

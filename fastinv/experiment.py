@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,5 +202,6 @@ def _load_target(module: nn.Module, file: Path, identity: dict[str, Any]) -> nn.
     try:
         module.load_state_dict(state)
     except (AttributeError, RuntimeError, TypeError) as error:
-        raise TrainingError(f"{file}: no weights of this target ({error!s:.200}); name another file") from None
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+        raise TrainingError(f"{file}: no weights of this target ({reason}); name another file") from None
     return module.eval()

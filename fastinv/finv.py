@@ -121,7 +121,8 @@ def read(path: str | Path) -> Inverter:
     except FormatError as error:
         raise FormatError(f"{path!s:.300}: {error}") from None
     except (OSError, TypeError, ValueError) as error:
-        raise FormatError(f"{path!s:.300}: cannot read the file ({error})") from None
+        reason = getattr(error, "strerror", None) or error  # without the name again
+        raise FormatError(f"{path!s:.300}: cannot read the file ({reason})") from None
 
 
 def decode(file: BinaryIO, size: int) -> Inverter:

@@ -77,7 +77,7 @@ def invert(
     progress: bool | Progress = False,
     out: Any = None,
     device: str | None = None,
-    dtype: str = "float32",
+    dtype: Any = "float32",
     scale: Any = None,
     zero_point: Any = None,
 ) -> Any:
@@ -99,7 +99,7 @@ def invert(
         out: where to write the images, [N, C, H, W] of type `dtype`; it is returned. After an error its
             content is undefined, after `Interrupted` it is not.
         device: what computes: "cpu", "cuda" or as in "cuda:1"; None: what `backend` says, or where the features are.
-        dtype: "float32", or "uint8" for round(255 · x).
+        dtype: "float32", or "uint8" for round(255 · x); or numpy's or torch's dtype of this name.
         scale, zero_point: a quantised q stands for (q - zero_point) * scale; numbers, or one a channel.
 
     Raises:
@@ -111,8 +111,9 @@ def invert(
     """
     expect_choice(backend, precision, threads)
     backend = _backend(backend, device, features)
+    given, dtype = dtype, _name_of(dtype)
     if dtype not in DTYPES:
-        raise FeatureError(f"dtype {dtype!r:.40}, expected one of {', '.join(DTYPES)}")
+        raise FeatureError(f"dtype {given!r:.40}, expected one of {', '.join(DTYPES)}")
     if batch_size is not None and (not tensors.is_whole(batch_size) or batch_size < 1):
         raise FeatureError(f"batch_size {batch_size!r:.40}, expected an integer of at least 1, or None")
     found = _resolve(inverter)
@@ -132,6 +133,12 @@ def invert(
     chunk = int(batch_size or 0) or machine.batch_size
     report = sweep(machine.run, machine.empty_report, source, images, view, chunk, progress)
     return (images, report) if return_report else images
+
+
+def _name_of(dtype: Any) -> str:
+    """A dtype's name, where it is given as numpy's or torch's."""
+    name = dtype.__name__ if isinstance(dtype, type) else str(dtype)
+    return name.removeprefix("torch.")
 
 
 def _backend(backend: str | None, device: Any, features: Any) -> str | None:

@@ -29,7 +29,7 @@ MAX_PROVENANCE = 2**20  # characters of JSON
 MAX_PROVENANCE_DEPTH = 16
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Inverter:
     """Base of all inverters: what they share. Inverters of the same content are equal, and hash alike.
 
@@ -68,6 +68,15 @@ class Inverter:
     def __hash__(self) -> int:
         return hash(self.fingerprint)
 
+    def __repr__(self) -> str:
+        network: Network = getattr(self, self.network_field)
+        shapes = f"{list(self.feature_shape)} -> {list(self.image_shape)}"
+        return f"{type(self).__name__}({shapes}, {self._summary()}{network.parameters:,} parameters)"
+
+    def _summary(self) -> str:
+        """What a repr tells of the recipe."""
+        return ""
+
     def save(self, path: str | Path) -> None:
         """Write the inverter to a `.finv` file, whole or not at all: a file already there survives a failed write.
 
@@ -79,7 +88,7 @@ class Inverter:
         write(self, path)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class InverseNetwork(Inverter):
     """Recover inputs with one forward pass of an inverse network g: features -> z (paper, Algorithm 2).
 
@@ -110,7 +119,7 @@ class InverseNetwork(Inverter):
         return self.network.output_shape
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RMLE(Inverter):
     """Recover inputs by optimisation through the edge (paper, Algorithm 1; query-free: through a shadow).
 
@@ -118,7 +127,7 @@ class RMLE(Inverter):
 
     Args:
         edge: the edge (or shadow), exported: normalised images [C, H, W] to features.
-        input_shape: shape of one image; must be the edge's input shape.
+        input_shape: shape of one image; None takes the edge's input shape, which any other has to equal.
         mean, std: the target's input normalisation.
         steps: optimizer steps, at most.
         lr: step size, in normalised units.
@@ -147,7 +156,7 @@ class RMLE(Inverter):
     kind: ClassVar[str] = "rmle"
     network_field: ClassVar[str] = "edge"
     edge: Network
-    input_shape: Shape
+    input_shape: Shape = None  # type: ignore[assignment]  # None becomes the edge's own
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     steps: int = 500
@@ -168,7 +177,8 @@ class RMLE(Inverter):
     def __post_init__(self) -> None:
         _freeze_common(self)
         expected = self.edge.input_shape
-        given = self.input_shape if isinstance(self.input_shape, (tuple, list)) else ()
+        shape: Any = expected if self.input_shape is None else self.input_shape
+        given = shape if isinstance(shape, (tuple, list)) else ()
         expect(
             tuple(given) == expected and all(isinstance(n, int) for n in given),
             f"input_shape {self.input_shape!r:.80}, but the edge takes {list(expected)}",
@@ -179,6 +189,9 @@ class RMLE(Inverter):
         obstacle = self._obstacle() if self.optimizer == "exact" else None
         expect(obstacle is None, f"optimizer 'exact' needs a quadratic objective, but {obstacle}: take 'adam'")
         object.__setattr__(self, "init", _start(self.init, self.feature_shape, self.input_shape))
+
+    def _summary(self) -> str:
+        return f"{self.steps:,} steps of {self.optimizer}, an edge of "
 
     @property
     def method(self) -> str:
@@ -333,6 +346,11 @@ def _start(value: Any, features: Shape, shape: Shape) -> float | npt.NDArray[np.
         fits = (value.feature_shape, value.image_shape) == (features, shape)
         expect(fits, f"init takes features {found}, expected {list(features)} to {list(shape)}")
         return value
+    expect(
+        tensors.is_number(value) or hasattr(value, "dtype"),
+        f"init: a {type(value).__name__}, expected a number, an image {list(shape)} as an array or a tensor, or an "
+        "InverseNetwork, such as fastinv.load(path) gives",
+    )
     start = start_pixels(value, shape).astype(np.float32, order="C")
     if tensors.is_number(value):
         return float(value)

@@ -42,7 +42,7 @@ class Step:
 
     op: Op
     inputs: tuple[int, ...]
-    weights: Weights = field(default_factory=dict)
+    weights: Weights = field(default_factory=dict, repr=False)
     activation: Activation = IDENTITY
     source: str = ""
 
@@ -59,7 +59,7 @@ class Step:
         return {key: value.shape for key, value in self.weights.items()}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Network:
     """A graph of steps in topological order; the last value is the output.
 
@@ -89,6 +89,12 @@ class Network:
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        shapes = f"{list(self.input_shape)} -> {list(self.output_shape)}"
+        return (
+            f"Network({shapes}, {len(self.steps)} step{'s' * (len(self.steps) != 1)}, {self.parameters:,} parameters)"
+        )
 
     @functools.cached_property
     def shapes(self) -> tuple[Shape, ...]:

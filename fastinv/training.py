@@ -86,8 +86,8 @@ def fit(
     Args:
         loss: the loss of a batch, from the indices of its samples.
         progress: whether to show a progress bar; a string names it.
-        checkpoint: a file written after every epoch; where it exists, training goes on from it. It has to be of the same
-            schedule: the step size falls over all epochs, so that a run of more takes other steps from the first on.
+        checkpoint: a file written after every epoch; where it exists, training goes on from it. It has to be of the
+            same schedule: the step size falls over all epochs, so that a run of more takes other steps from the first.
         data: what the samples are made of; a checkpoint of other data is refused.
 
     Raises:

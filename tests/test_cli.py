@@ -86,6 +86,14 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"usage: fastinv {command}" in capsys.readouterr().out
 
 
+def test_help_of_train_names_its_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("train", "--help")
+    found = " ".join(capsys.readouterr().out.split())
+    assert "The targets are the paper's two: lenet5" in found
+    assert "A model of your own is attacked from Python" in found
+
+
 @pytest.mark.parametrize(
     "args",
     [[], ["reproduce"], ["info"], ["invert", "x.npy"], ["train"], ["demo", "--seed", "-1"], ["bench", "--batch", "0"]],
@@ -170,6 +178,8 @@ def test_info_refuses(tmp_path: Path, finv: Path, capsys: pytest.CaptureFixture[
     fails(capsys, "backend 'gpu'", "info", finv, "--backend", "gpu")
     fails(capsys, "no precision tf32 here", "info", finv, "--backend", "cpu", "--precision", "tf32")
     fails(capsys, "backend 'cpu' has no tiles to measure, expected cuda", "info", finv, "--backend", "cpu", "--tune")
+    fails(capsys, "--measure: backend 'torch' does not time its steps", "info", finv, "--backend", "torch", "--measure")
+    fails(capsys, "nope.finv: cannot read the file (No such file or directory)", "info", "nope.finv")
     finv.write_bytes(finv.read_bytes()[:-10])
     fails(capsys, "inverse.finv", "info", finv)
 
@@ -230,6 +240,49 @@ def test_invert_quantised_and_no_features(finv: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "none.npy", samples.features(0))
     assert run("invert", tmp_path / "none.npy", "-m", finv, "-o", tmp_path / "o.npy") == 0
     assert np.load(tmp_path / "o.npy").shape == (0, *samples.IMAGE)
+
+
+@pytest.mark.parametrize("save", [np.save, lambda path, x: torch.save(torch.from_numpy(x), path)])
+def test_invert_takes_channels_last(save: Any, finv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / f"last.{'npy' if save is np.save else 'pt'}"
+    save(path, np.ascontiguousarray(samples.features(5).transpose(0, 2, 3, 1)))
+    args = ("invert", path, "-m", finv, "-o", tmp_path / "o.npy")
+    fails(capsys, "the channels come last; pass --layout NHWC", *args)
+    assert run(*args, "--layout", "NHWC") == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "o.npy"), expected())
+    np.save(tmp_path / "flat.npy", np.zeros((5, 60), np.float32))
+    fails(
+        capsys,
+        "features of shape [5, 60], but --layout NHWC is of four axes",
+        *("invert", tmp_path / "flat.npy", "-m", finv, "-o", tmp_path / "o.npy", "--layout", "NHWC"),
+    )
+
+
+def test_invert_says_what_to_do_in_words_of_the_shell(
+    finv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch = samples.features(2)
+    for array, options, words in (
+        (np.zeros(batch.shape, np.uint8), (), "pass --scale"),
+        (batch, ("--scale", "0.1"), "--scale and --zero-point are for uint8 and int8 features"),
+        (batch[0], (), "without the batch axis; save features[None]"),
+        (batch.reshape(2, -1), (), "save features.reshape(-1, 2, 6, 5)"),
+    ):
+        np.save(tmp_path / "f.npy", array)
+        fails(capsys, words, "invert", tmp_path / "f.npy", "-m", finv, "-o", tmp_path / "o.npy", *options)
+
+
+def test_bars_are_shown_on_terminals_only(
+    finv: Path, features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("invert", features, "-m", finv, "-o")
+    assert run(*args, tmp_path / "one") == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run(*args, tmp_path / "two") == 0
+    found = capsys.readouterr().err
+    assert "invert:" in found
+    assert "write:" in found
 
 
 def test_invert_with_rmle_from_the_environment(
@@ -519,7 +572,8 @@ def test_train_refuses(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     fails(capsys, "cannot make", "train", "--data", digits, "--checkpoint", _file(tmp_path / "file") / "x", *out)
     fails(capsys, "cannot be read", "train", "--data", digits, "--target", _file(tmp_path / "target.pt"), *out)
     torch.save({"x": torch.zeros(2)}, tmp_path / "other.pt")
-    fails(capsys, "no weights of this target", "train", "--data", digits, "--target", tmp_path / "other.pt", *out)
+    for words in ("no weights of this target", ' ...); name another file'):  # cut between words
+        fails(capsys, words, "train", "--data", digits, "--target", tmp_path / "other.pt", *out)
 
 
 def _different() -> list[str]:

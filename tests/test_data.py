@@ -227,6 +227,19 @@ def test_folder_resized(tmp_path: Path) -> None:
             load(tmp_path / "one", size=wrong)  # type: ignore[arg-type]
 
 
+def test_pictures_of_several_shapes_are_told_what_to_do_with(tmp_path: Path) -> None:
+    for name, shape in (("cat", (8, 8, 3)), ("dog", (9, 8, 3))):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.zeros(shape, np.uint8)).save(tmp_path / name / "a.png")
+    with pytest.raises(DataError, match=r"\[\(3, 8, 8\), \(3, 9, 8\)\], expected images of one shape: pass size="):
+        load(tmp_path)
+    assert load(tmp_path, size=(8, 8))[0].image_shape == (3, 8, 8)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "cat/grey.png")
+    for size in (None, (8, 8)):
+        with pytest.raises(DataError, match="one shape: make all of them grey, or all of them colour$"):
+            load(tmp_path, size=size)
+
+
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.write_text("x")])
 def test_nothing_there(tmp_path: Path, make) -> None:
     make(tmp_path / "data")

@@ -174,6 +174,27 @@ def readonly() -> np.ndarray:
     return out
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.dtype(np.uint8), torch.uint8, np.float32, torch.float32])
+def test_dtypes_may_be_given_as_numpy_s_and_torch_s(dtype: Any) -> None:
+    name = "uint8" if "uint8" in str(dtype) else "float32"
+    found, expected = (fastinv.invert(features(2), inverse_network(), dtype=d) for d in (dtype, name))
+    assert found.dtype == expected.dtype == name
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float64"])
+def test_a_short_type_that_only_the_slow_backend_has_is_warned_of(precision: str, recwarn: Any) -> None:
+    if fastinv.compile(rmle(), "auto").backend != "cpu":
+        pytest.skip("a GPU has both")
+    solver = fastinv.compile(rmle(), "auto", precision)  # no CPU has bfloat16 for solvers
+    assert solver.backend == "torch"
+    fastinv.compile(rmle(), "torch", precision)
+    told = [str(warning.message) for warning in recwarn]
+    assert len(told) == (precision == "bfloat16")
+    assert all("'bfloat16' runs on the slow torch backend" in text for text in told)
+    assert all("'float32' on the cpu backend is faster" in text for text in told)
+
+
 @pytest.mark.parametrize(
     ("out", "dtype", "message"),
     [
@@ -212,6 +233,8 @@ def test_out_may_not_be_the_features() -> None:
         ({"device": "cpu", "backend": "cuda"}, BackendError, "does not go with backend 'cuda'"),
         ({"dtype": "float64"}, FeatureError, "dtype 'float64', expected one of float32, uint8"),
         ({"dtype": None}, FeatureError, "dtype None"),
+        ({"dtype": np.float16}, FeatureError, "dtype .*float16"),
+        ({"dtype": torch.int8}, FeatureError, "dtype torch.int8"),
         ({"batch_size": 0}, FeatureError, "batch_size 0, expected an integer of at least 1"),
         ({"batch_size": 2.0}, FeatureError, r"batch_size 2\.0"),
         ({"batch_size": True}, FeatureError, "batch_size True"),

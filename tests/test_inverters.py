@@ -11,6 +11,7 @@ import torch
 
 from fastinv import RMLE, InverseNetwork, Network, NetworkError, Step
 from fastinv.inverters import channelwise
+from fastinv.ops import OPS
 from fastinv.ops.activation import Activation
 
 SHAPE = (3, 4, 5)
@@ -25,6 +26,21 @@ def test_shapes() -> None:
     flat = Network((4, 4, 5), ())
     assert InverseNetwork(flat).feature_shape == InverseNetwork(flat).image_shape == (4, 4, 5)
     assert rmle().feature_shape == rmle().image_shape == SHAPE
+
+
+def test_the_input_shape_may_be_left_out() -> None:
+    assert RMLE(EDGE).input_shape == RMLE(EDGE, None).input_shape == SHAPE
+    assert RMLE(EDGE, mean=(0.1, 0.2, 0.3)) == rmle(mean=(0.1, 0.2, 0.3))
+
+
+def test_a_repr_is_one_line_without_weights() -> None:
+    start = InverseNetwork(Network(SHAPE, (Step(Activation("relu"), (0,)),)))
+    assert repr(EDGE) == "Network([3, 4, 5] -> [3, 4, 5], 1 step, 0 parameters)"
+    assert repr(start) == "InverseNetwork([3, 4, 5] -> [3, 4, 5], 0 parameters)"
+    found = repr(rmle(init=np.zeros(SHAPE), steps=1000, optimizer="lbfgs"))
+    assert found == "RMLE([3, 4, 5] -> [3, 4, 5], 1,000 steps of lbfgs, an edge of 0 parameters)"
+    weights = {key: np.zeros((3, 1, 1), np.float32) for key in ("scale", "shift")}
+    assert "array" not in repr(Step(OPS["affine"](), (0,), weights))
 
 
 def test_arguments_become_plain_and_frozen() -> None:
@@ -128,7 +144,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"edge": Network((12,), ())}, r"images of shape \[12\], expected \[C, H, W\]"),
     ({"input_shape": (3, 4, 4)}, "input_shape .* but the edge takes"),
     ({"input_shape": (3.0, 4.0, 5.0)}, "input_shape"),
-    ({"input_shape": None}, "input_shape None"),
+    ({"input_shape": ()}, r"input_shape \(\), but the edge takes \[3, 4, 5\]"),
     ({"mean": (0.5, 0.5)}, "mean .* expected 1 or 3 finite"),
     ({"mean": "abc"}, "mean 'abc'"),
     ({"mean": None}, "mean None"),
@@ -166,7 +182,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"mean": torch.zeros(3, device="meta")}, "mean tensor"),
     ({"init": 10**400}, "init holds NaN or Inf"),
     ({"init": None}, "init"),
-    ({"init": "grey"}, "init: a str, expected a number, a numpy array"),
+    ({"init": "grey"}, r"init: a str, expected a number, .* such as fastinv.load\(path\) gives"),
     ({"init": np.zeros((4, 5))}, r"init of shape \[4, 5\] .* expected a number or float pixels \[3, 4, 5\]"),
     ({"init": [[1, 2], [3]]}, "init: "),
     ({"init": np.full(SHAPE, np.nan)}, "init holds NaN or Inf"),

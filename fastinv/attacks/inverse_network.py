@@ -60,7 +60,7 @@ def train_inverse_network(
         cache_bytes: of the queries' features, as float32, that are kept in memory. Where all of them take more, every
             batch is queried again in every epoch, which a warning tells: about epochs · N queries; math.inf keeps all.
         progress: whether to show a progress bar.
-        checkpoint: a file to write after every epoch, and to go on from where it exists.
+        checkpoint: a file to write after every epoch, and to go on from where it exists, of the same options.
 
     Returns:
         g, in eval mode: features [N, ...] to normalised images [N, C, H, W].

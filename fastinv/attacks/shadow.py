@@ -45,7 +45,8 @@ def train_shadow(
 
     Args:
         cloud: f_θ2; it is copied and frozen, and stays as it is.
-        images, labels: the attacker's data: images [N, C, H, W], float pixels in [0, 1] or uint8, and class indices [N].
+        images, labels: the attacker's data: images [N, C, H, W], of float pixels in [0, 1] or uint8, and class
+            indices [N].
         architecture: the shadow to train (in place), or a callable that makes one.
         loss: "cross_entropy", or a callable (logits, labels) -> scalar.
         mean, std: the target's normalisation.

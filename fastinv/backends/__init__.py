@@ -6,6 +6,7 @@ Listing a backend does not load torch: that one loads it when it is asked to.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 
 from fastinv.backends.base import Backend
@@ -42,6 +43,8 @@ def select(
     backends = _numbered(name)
     for backend in backends:  # the later ones are not asked: that would load torch
         if name in ("auto", backend.name) and _lacks(backend, precision, steps, solver, method) is None:
+            if name == "auto" and backend.name == "torch" and precision not in ("auto", "float32", "float64"):
+                _warn_of_slowness(precision, steps, solver, method)
             return backend, backend.precisions(solver)[0] if precision == "auto" else precision
     lacks = {backend.name: _lacks(backend, precision, steps, solver, method) for backend in backends}
     able = ", ".join(n for n, reason in lacks.items() if reason is None) or "none"
@@ -50,6 +53,20 @@ def select(
     if name == "auto":
         raise BackendError("no backend can run this: " + "; ".join(f"{n}: {reason}" for n, reason in lacks.items()))
     raise BackendError(f"backend {name!r:.40} is unknown. Backends that can run this here: {able}")
+
+
+def _warn_of_slowness(precision: str, steps: Sequence[Step], solver: bool, method: str) -> None:
+    """Who asks for a short type wants speed: tell where a compiled backend has more of it without."""
+    for backend in BACKENDS:
+        if backend.name != "torch" and _lacks(backend, "float32", steps, solver, method) is None:
+            why = _lacks(backend, precision, steps, solver, method)
+            warnings.warn(
+                f"precision {precision!r} runs on the slow torch backend ({backend.name}: {why}): 'float32' on the "
+                f"{backend.name} backend is faster",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
 
 
 def canonical(name: str | None) -> str:

@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     for module in COMMANDS:
         name = module.__name__.rpartition(".")[2]
         summary = (module.__doc__ or "").partition("\n")[0]
-        command = commands.add_parser(name, help=summary, description=summary, formatter_class=Help)
+        command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=Help)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return top

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 from fastinv.engine import MAX_THREADS
@@ -63,6 +64,11 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
         help=PRECISION,
     )
     parser.add_argument("--threads", type=threads, help="threads to use; all cores where left out")
+
+
+def shows_progress() -> bool:
+    """Whether to show progress bars: not where they would fill a log file."""
+    return sys.stderr.isatty()
 
 
 def plural(count: int, noun: str) -> str:

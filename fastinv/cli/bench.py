@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     chosen += [benchmark.solvers()] if args.rmle else []
     options = {"backend": args.backend, "batch": args.batch, "threads": count, "repeat": args.repeat}
     subjects = list(itertools.chain(*chosen))
-    with tqdm(subjects, desc="bench", unit="subject", leave=False) as bar:
+    with tqdm(subjects, desc="bench", unit="subject", leave=False, disable=None) as bar:
         timings = [benchmark.measure(subject, **options) for subject in bar]
     print(f"PyTorch {torch.__version__} eager, medians of {args.repeat}, threads on both sides: {count}")
     print(as_table(timings))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastinv.cli.arguments import integer
+from fastinv.cli.arguments import integer, shows_progress
 from fastinv.data import PHOTOGRAPHS
 
 
@@ -28,4 +28,4 @@ def add_data_argument(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from fastinv import demo
 
-    demo.run(demo.Demo(data=args.data, split=args.split, seed=args.seed, out=args.out))
+    demo.run(demo.Demo(args.data, args.split, args.seed, args.out, progress=shows_progress()))

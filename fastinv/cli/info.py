@@ -51,6 +51,9 @@ def describe(
         _tune(network, backend, precision, isinstance(inverter, RMLE))
     engine = fastinv.compile(network, backend, precision)
     assert isinstance(engine, fastinv.Engine)
+    plan = engine.describe(measure)
+    if measure and any("seconds" not in entry for entry in plan):
+        raise BackendError(f"--measure: backend {engine.backend!r} does not time its steps, expected cpu or cuda")
     recipe = inverter.recipe()
     return {
         "kind": inverter.kind,
@@ -65,7 +68,7 @@ def describe(
         "provenance": dict(inverter.provenance),
         "backend": engine.backend,
         "isa": engine.isa,
-        "plan": engine.describe(measure),
+        "plan": plan,
     }
 
 

@@ -15,10 +15,17 @@ import fastinv
 from fastinv import tensors
 from fastinv.backends.base import Report
 from fastinv.cli import files
-from fastinv.cli.arguments import add_compile_arguments, numbers, plural, positive
-from fastinv.errors import FormatError, Interrupted, NetworkError
+from fastinv.cli.arguments import add_compile_arguments, numbers, plural, positive, shows_progress
+from fastinv.errors import FeatureError, FormatError, Interrupted, NetworkError
 from fastinv.invert import DTYPES
 
+LAYOUTS = ("NCHW", "NHWC")
+WORDS = {
+    "pass np.transpose(features, (0, 3, 1, 2)), or .permute in torch": "pass --layout NHWC",
+    "pass scale=": "pass --scale",
+    "scale and zero_point are": "--scale and --zero-point are",
+    "pass features": "save features",
+}
 OPTIONS = ("backend", "precision", "threads", "device", "batch_size", "scale", "zero_point")  # of `fastinv.invert`
 
 
@@ -36,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--out", metavar="OUT", type=Path, required=True, help="a .npy file, or a new folder for PNGs"
     )
     parser.add_argument("--key", help="which array of a file that holds several")
+    parser.add_argument("--layout", choices=LAYOUTS, default="NCHW", help="of the features: NHWC has channels last")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of a .npy file: pixels 0-1 or 0-255")
     parser.add_argument("--batch-size", type=positive, help="images run at once; does not change the result")
     parser.add_argument("--scale", type=numbers, help="of quantised features: a number or one a channel: 0.1,0.2")
@@ -50,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         raise NetworkError("no inverter: pass -m FILE or set FASTINV_INVERTER")
     files.expect_apart(args.out, features=args.features, inverter=Path(path))
     inverter = fastinv.load(path)
-    features = files.read_features(args.features, args.key)
+    features = _channels_first(files.read_features(args.features, args.key), args.layout)
     options = {name: getattr(args, name) for name in OPTIONS}
     if args.out.suffix not in ("", ".npy"):
         raise FormatError(f"{args.out}: suffix {args.out.suffix!r}, expected .npy, or a folder's name for PNGs")
@@ -58,7 +66,25 @@ def run(args: argparse.Namespace) -> None:
         images, report = _write(features, inverter, args.out, options, args.dtype)
     except Interrupted as stopped:
         raise KeyboardInterrupt(_keep(stopped, inverter, args.out)) from None
+    except FeatureError as error:
+        raise FeatureError(_in_words_of_the_shell(str(error))) from None
     print(f"{args.out}: {_summary(images, report)}")
+
+
+def _channels_first(features: Any, layout: str) -> Any:
+    """The features as [N, C, H, W], in the same memory."""
+    if layout == "NCHW":
+        return features
+    if features.ndim != 4:
+        raise FeatureError(f"features of shape {list(features.shape)}, but --layout NHWC is of four axes: leave it out")
+    return features.transpose(0, 3, 1, 2) if isinstance(features, np.ndarray) else features.permute(0, 3, 1, 2)
+
+
+def _in_words_of_the_shell(message: str) -> str:
+    """What to do, by an option instead of by an argument in Python."""
+    for python, shell in WORDS.items():
+        message = message.replace(python, shell)
+    return message
 
 
 def _write(
@@ -72,7 +98,7 @@ def _write(
     with files.replacing(out, folder=True) as temporary:
         array = temporary / "images.npy"
         images, report = _recover(features, inverter, array, options | {"dtype": "uint8"})
-        for index, image in enumerate(tqdm(images, unit="image", desc="write")):
+        for index, image in enumerate(tqdm(images, unit="image", desc="write", disable=None)):
             files.write_png(temporary / f"{index:06}.png", image)
         array.unlink()
     return images, report
@@ -104,7 +130,7 @@ def _recover(
     images = np.lib.format.open_memmap(path, "w+", options["dtype"], (count, *inverter.image_shape))
     with open(path, "r+b") as file:  # on a full disk this raises; writing to the map would end the process
         os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-    _, report = fastinv.invert(features, inverter, out=images, return_report=True, progress=True, **options)
+    _, report = fastinv.invert(features, inverter, out=images, return_report=True, progress=shows_progress(), **options)
     images.flush()
     return images, report
 

@@ -1,4 +1,9 @@
-"""Train a target and an attack on it; write the attack to a .finv file."""
+"""Train a target and an attack on it; write the attack to a .finv file.
+
+The targets are the paper's two: lenet5, for grey images of 28×28 pixels, and cifar_net, for colours of 32×32; pictures
+in folders are resized to these. A model of your own is attacked from Python: see fastinv.Split,
+fastinv.train_inverse_network and fastinv.export.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinv.cli.arguments import integer, plural, positive, start, threads
+from fastinv.cli.arguments import integer, plural, positive, shows_progress, start, threads
 from fastinv.cli.demo import add_data_argument
 from fastinv.cli.files import expect_apart, expect_place
 from fastinv.data import KNOWLEDGE
@@ -111,8 +116,11 @@ def run(args: argparse.Namespace) -> None:
     at = _check_with(args, experiment)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    target = experiment.target(args.target_epochs, file=args.target, checkpoint=_checkpoint(args, "target"))
-    print(f"{experiment.model.name}: {experiment.accuracy(target):.2%} of the test images classified right")
+    show = shows_progress()
+    target = experiment.target(
+        args.target_epochs, file=args.target, checkpoint=_checkpoint(args, "target"), progress=show
+    )
+    print(f"{experiment.model.name}: {experiment.accuracy(target, show):.2%} of the test images classified right")
     model = experiment.model
     split = fastinv.Split(target, at, model.mean, model.std)
     inverter = _attack(args, experiment, split)
@@ -121,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.out}: {inverter.kind} at {split.at}")
     if count:
         truth = experiment.held_out(count)
-        recovered = fastinv.invert(split.features(truth), inverter, threads=args.threads, progress=True)
+        recovered = fastinv.invert(split.features(truth), inverter, threads=args.threads, progress=show)
         print(f"{plural(len(truth), 'test image')} recovered: {Scores.of(truth, recovered)}")
 
 
@@ -194,7 +202,7 @@ def _inverse_network(
     import fastinv
 
     options = _given(args, DECODER) | training
-    return fastinv.train_inverse_network(split, _images(args, experiment), progress=True, **options)
+    return fastinv.train_inverse_network(split, _images(args, experiment), progress=shows_progress(), **options)
 
 
 def _shadow(args: argparse.Namespace, experiment: Experiment, split: Split, training: dict[str, Any]) -> nn.Module:
@@ -203,9 +211,9 @@ def _shadow(args: argparse.Namespace, experiment: Experiment, split: Split, trai
     images = _images(args, experiment)
     architecture = _architecture(args, experiment, split)
     if args.attack == "fit_shadow":
-        return fastinv.fit_shadow(split, images, architecture, progress=True, **training)
+        return fastinv.fit_shadow(split, images, architecture, progress=shows_progress(), **training)
     labels = experiment.train.labels[experiment.half(args.knowledge)[: len(images)]]
-    options = {"mean": split.mean, "std": split.std, "progress": True, **training}
+    options = {"mean": split.mean, "std": split.std, "progress": shows_progress(), **training}
     return fastinv.train_shadow(split.cloud, images, labels, architecture, **options)
 
 
