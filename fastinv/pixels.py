@@ -14,9 +14,9 @@ from fastinv.tensors import FLOATS, Array, as_float32
 
 KINDS = ("uint8", *FLOATS)
 
-# Images that go through a model at once: as many as keep its values in the caches, and its memory small.
+# Images that go through a model at once: more are hardly faster, and take much memory.
 MAX_IMAGES = 256
-MAX_BYTES = 8 * 2**20  # of float32 pixels
+MAX_BYTES = 16 * 2**20  # of float32 pixels
 
 
 def as_pixels(data: npt.NDArray[Any], dtype: str) -> Array:
