@@ -105,12 +105,12 @@ class Split:
                 "[N, C, H, W]"
             )
         size = pixels.at_once(data.shape[1:])
-        first = self._ask(data[:size] if len(data) else np.zeros((1, *data.shape[1:]), data.dtype), dtype)
-        result = first if len(data) == len(first) else first.new_empty((len(data), *first.shape[1:]))
-        result[:size] = first[: len(data)]
-        for start, stop in tensors.chunks(len(data), size):
-            if start:
-                result[start:stop] = self._ask(data[start:stop], dtype)
+        result = self._ask(data[:size] if len(data) else np.zeros((1, *data.shape[1:]), data.dtype), dtype)[: len(data)]
+        if len(data) > size:
+            first, result = result, result.new_empty((len(data), *result.shape[1:]))
+            result[:size] = first
+            for start in range(size, len(data), size):
+                result[start : start + size] = self._ask(data[start : start + size], dtype)
         return result if is_torch else result.numpy()
 
     def __call__(self, images: Any) -> Any:

@@ -163,7 +163,13 @@ class Features:
         kept = np.empty((len(images), *first.shape[1:]), np.float32)
         kept[:batch] = first
         for start in range(batch, len(images), batch):
-            kept[start : start + batch] = ask(slice(start, start + batch))
+            more = ask(slice(start, start + batch))
+            if more.shape[1:] != first.shape[1:]:
+                raise TrainingError(
+                    f"the query gives features {list(first.shape[1:])}, and {list(more.shape[1:])} from image {start} "
+                    "on; expected one shape"
+                )
+            kept[start : start + batch] = more
         return cls(tensors.Source(kept, "float32", torch=False))
 
     def __getitem__(self, indices: Any) -> torch.Tensor:
