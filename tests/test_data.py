@@ -236,7 +236,7 @@ def test_pictures_of_several_shapes_are_told_what_to_do_with(tmp_path: Path) -> 
     assert load(tmp_path, size=(8, 8))[0].image_shape == (3, 8, 8)
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "cat/grey.png")
     for size in (None, (8, 8)):
-        with pytest.raises(DataError, match="one shape: make all of them grey, or all of them colour$"):
+        with pytest.raises(DataError, match=r"one shape: make all of them grey, or all of them colour$"):
             load(tmp_path, size=size)
 
 
