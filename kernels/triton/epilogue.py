@@ -82,6 +82,12 @@ def normal(x):
 
 
 @triton.jit
+def normal_by_tanh(x):
+    """(1 + tanh u) / 2 for u = √(2/π) · (x + 0.044715 x³): sigmoid(2u), which does not cancel."""
+    return sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
 def activate(x, a, b, KIND: tl.constexpr):
     """activation(x). NaN stays NaN, as in PyTorch."""
     if KIND == "relu":
@@ -97,7 +103,7 @@ def activate(x, a, b, KIND: tl.constexpr):
     elif KIND == "gelu":
         x = x * normal(x)
     elif KIND == "gelu_tanh":
-        x = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+        x = x * normal_by_tanh(x)
     elif KIND == "softplus":
         z = a * x
         smooth = tl.maximum(z, 0.0) + log_of_one_more(tl.exp(-tl.abs(z)))
@@ -134,8 +140,8 @@ def slope(x, a, b, KIND: tl.constexpr):
     elif KIND == "gelu":
         s = normal(x) + 0.3989422804014327 * x * tl.exp(-0.5 * x * x)
     elif KIND == "gelu_tanh":
-        t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
-        s = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+        s = normal_by_tanh(x)
+        s = s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     elif KIND == "softplus":
         s = tl.where(a * x > b, 1.0, sigmoid(a * x))
     elif KIND == "clamp":
