@@ -162,20 +162,21 @@ OUT_OF_MEMORY = [
 def test_out_of_memory_halves_the_batch(error: RuntimeError) -> None:
     cuda_device._release_idle()  # what other tests' engines keep is given back first
     asked: list[int | str] = []
-    keeper = SimpleNamespace(release=lambda: asked.append("release"))
+    keeper = SimpleNamespace(release=lambda: asked.append("release"), most=1000)
 
-    def attempt(images: int) -> str:
-        asked.append(images)
-        if images > 100:
+    def work(room: int = 100) -> str:
+        asked.append(keeper.most)
+        if keeper.most > room:
             raise error
         return "done"
 
     with pytest.warns(RuntimeWarning, match="no room for") as told:
-        assert halving(attempt, 1000, keeper, CPU) == "done"
+        assert halving(work, keeper, CPU) == "done"
     assert asked == [1000, "release", 500, "release", 250, "release", 125, "release", 62]
     assert "no room for 500 images at once: going on with 250" in str(told[1].message)
     with pytest.warns(RuntimeWarning), pytest.raises(BackendError, match="no room for one image"):
-        halving(lambda images: attempt(1000), 4, keeper, CPU)
+        halving(lambda: work(room=0), keeper, CPU)
+    assert keeper.most == 62  # there may be room for the next call
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
@@ -189,11 +190,11 @@ def test_no_room_for_all_images_is_told(error: RuntimeError) -> None:
 
 @pytest.mark.parametrize("error", [torch.AcceleratorError("CUDA error: illegal memory access"), ValueError("memory")])
 def test_other_errors_stay_what_they_are(error: Exception) -> None:
-    def allocate(images: int) -> None:
+    def work() -> None:
         raise error
 
     with pytest.raises(type(error), match="memory"):
-        halving(allocate, 8, SimpleNamespace(), CPU)
+        halving(work, SimpleNamespace(most=8), CPU)
     with pytest.raises(type(error), match="memory"), room_for_images(8):
         raise error
 

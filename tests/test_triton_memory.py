@@ -46,14 +46,16 @@ def test_what_is_kept_makes_room_for_others() -> None:
 
     calls: list[int] = []
 
-    def attempt(images: int) -> int:
-        calls.append(images)
+    other = SimpleNamespace(release=lambda: None, most=8)
+
+    def work() -> int:
+        calls.append(other.most)
         if len(calls) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return images
+        return other.most
 
     before = run()
-    assert cuda_device.halving(attempt, 8, SimpleNamespace(release=lambda: None), device) == 8
+    assert cuda_device.halving(work, other, device) == 8
     assert calls == [8, 8]
     for keeper in (network, solver):
         assert not keeper.release()
@@ -97,9 +99,9 @@ def test_graphs_without_memory_halve_a_network_s_batch(monkeypatch: pytest.Monke
     assert made == [2, 2, 1]  # in either slot, and the last
     there = torch.from_numpy(x).to(DEVICE)
     for most in (8, 2):
-        compiled._most = most
+        compiled.most = most
         np.testing.assert_array_equal(compiled.run_there(there, "float32").cpu().numpy(), expected)
-    assert compiled._most == 2
+    assert compiled.most == 2
 
 
 @pytest.mark.filterwarnings("ignore:the GPU has no room:RuntimeWarning")
@@ -201,11 +203,11 @@ def test_what_a_call_takes_stays_under_the_cap() -> None:
         if subject.recipe is None:
             network = CudaNetwork(subject.network, "bfloat16", torch.device(DEVICE))
             doors = sum(int(np.prod(shape)) for shape in (subject.network.input_shape, subject.network.output_shape))
-            held.append(network._arena.bytes(network._most) + 2 * 4 * doors * network._most)
+            held.append(network._arena.bytes(network.most) + 2 * 4 * doors * network.most)
         else:
             solver = CudaSolver(subject.recipe, "float32", torch.device(DEVICE))
-            arena = max(arena.bytes(solver._most) for arena in solver._arenas.values())
-            outside = sum(buffer.bytes(solver._most) for buffer in solver._outside)
-            held.append(arena + outside + 4 * solver._features * -(-solver._most // 2))
+            arena = max(arena.bytes(solver.most) for arena in solver._arenas.values())
+            outside = sum(buffer.bytes(solver.most) for buffer in solver._outside)
+            held.append(arena + outside + 4 * solver._features * -(-solver.most // 2))
     assert max(held) <= MOST_BYTES
     assert max(held) > 0.9 * MOST_BYTES  # the largest are held down by it

@@ -237,4 +237,4 @@ def test_the_lbfgs_history_counts_as_memory() -> None:
     solver = solver_on(recipe, most=2**30)
     held = sum(buffer.elements * 4 for buffer in solver._outside)
     assert held > 20 * 4 * int(np.prod(SHAPE))
-    assert solver._most * held <= 2**32
+    assert solver.most * held <= 2**32

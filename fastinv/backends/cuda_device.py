@@ -226,9 +226,15 @@ def seconds(launch: Callable[[], None], device: torch.device) -> float:
 
 
 class Keeper(Protocol):
-    """What keeps memory on a device for its next call."""
+    """What keeps memory on a device for its next call.
 
-    lock: threading.Lock  # held while it runs
+    Attributes:
+        lock: held while it runs.
+        most: images that it takes at once.
+    """
+
+    lock: threading.Lock
+    most: int
 
     def release(self) -> bool:
         """Give the memory back; whether there was any."""
@@ -262,19 +268,20 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
-def halving(attempt: Callable[[int], Value], images: int, keeper: Keeper, device: torch.device) -> Value:
-    """What `attempt` gives with so many images at once, or with half as many as often as memory does not suffice: for
-    tensors, for what PyTorch and Triton load, or for CUDA graphs. Before another one `keeper`, whose attempt it is,
-    gives back what it has taken, and others who do not run what they keep.
+def halving(work: Callable[[], Value], keeper: Keeper, device: torch.device) -> Value:
+    """What `work` gives, the keeper's, which is begun again with half as many images at once as often as memory does
+    not suffice: for tensors, for what PyTorch and Triton load, or for CUDA graphs. Before that the keeper gives back
+    what it has taken, and others who do not run what they keep.
 
     Raises:
         BackendError: there is not even room for one image.
     """
     import torch
 
+    before = keeper.most
     while True:
         try:
-            return attempt(images)
+            return work()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -285,12 +292,14 @@ def halving(attempt: Callable[[int], Value], images: int, keeper: Keeper, device
         torch.cuda.empty_cache()
         if released:
             continue
+        images = keeper.most
         if images == 1:
+            keeper.most = before  # there may be room for the next call
             raise BackendError(f"backend 'cuda': the GPU has no room for one image ({reason})")
         warnings.warn(
             f"the GPU has no room for {images:,} images at once: going on with {images // 2:,}", RuntimeWarning, 3
         )
-        images //= 2
+        keeper.most = images // 2
 
 
 @contextmanager

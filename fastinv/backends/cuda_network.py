@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,8 +39,6 @@ from fastinv.ops.base import Shape
 
 if TYPE_CHECKING:
     import torch
-
-Value = TypeVar("Value")
 
 STREAMED_IMAGES = 1024  # at once from the host: a call's last such batch overlaps with nothing
 STREAMED_BYTES = 2**24  # of their results, in pinned memory
@@ -82,9 +80,9 @@ class CudaNetwork:
         self._outside = (self._features, self._results, self._flag, self._scale, self._zero_point)
         self._arena = Arena(self._stages(), self._outside)
         doors = [Buffer(int(np.prod(shape)), "float32") for shape in (network.input_shape, network.output_shape)]
-        self._most = fitting([self._arena], [*doors, *doors], most)  # of both slots
+        self.most = fitting([self._arena], [*doors, *doors], most)  # of both slots
         self.batch_size: int | None = STREAMED_BATCHES * STREAMED_IMAGES
-        self._memory: torch.Tensor | None = None  # the arena, for `_most` images
+        self._memory: torch.Tensor | None = None  # the arena, for `most` images
         # One slot is filled and emptied while the other is computed on, with so many images at once.
         self._slots: tuple[Slot, Slot] | None = None
         self._most_streamed = min(STREAMED_IMAGES, max(1, STREAMED_BYTES // doors[1].bytes(1)))
@@ -132,7 +130,7 @@ class CudaNetwork:
             self._unread = True
             start = 0
             while start < count:
-                start = self._within_memory(self._run_from, start, x, out)
+                start = halving(partial(self._run_from, start, x, out), self, self._device)
             wait(self._device)  # the arena is free again, too
             wrong = bool(self._flag_there.item())
             if wrong:
@@ -144,7 +142,7 @@ class CudaNetwork:
 
     def _run_from(self, start: int, x: torch.Tensor, out: torch.Tensor) -> int:
         """As many as there is memory for at once, from `start` on; where the next begin."""
-        stop = min(start + self._most, len(x))
+        stop = min(start + self.most, len(x))
         self._run_part(x[start:stop], out[start:stop], self._ready())
         return stop
 
@@ -169,7 +167,7 @@ class CudaNetwork:
         plan = plan_of(self._network, self._lowering)
         if measure:
             with self.lock, on_device(self._device):
-                return timed(plan, self._within_memory(self._measured))
+                return timed(plan, halving(self._measured, self, self._device))
         return plan
 
     def _measured(self) -> list[float]:
@@ -177,7 +175,7 @@ class CudaNetwork:
         import torch
 
         network, memory = self._network, self._ready()
-        images = min(self._most, MEASURED_IMAGES)
+        images = min(self.most, MEASURED_IMAGES)
         features = torch.randn((images, *network.input_shape), dtype=torch.float32, device=self._device)
         results = torch.empty((images, *network.output_shape), dtype=torch.float32, device=self._device)
         outside = {self._features: features, self._results: results, self._flag: flag_on(self._device)}
@@ -252,26 +250,17 @@ class CudaNetwork:
         self._there.clear()
         return kept
 
-    def _within_memory(self, work: Callable[..., Value], *arguments: Any) -> Value:
-        """What `work` gives, with as many images at once as there is memory for; it begins again with fewer."""
-
-        def attempt(images: int) -> Value:
-            self._most = images
-            return work(*arguments)
-
-        return halving(attempt, self._most, self, self._device)
-
     def _ready(self) -> torch.Tensor:
         import torch
 
         if self._memory is None:
-            self._memory = torch.empty(max(1, self._arena.bytes(self._most)), dtype=torch.uint8, device=self._device)
+            self._memory = torch.empty(max(1, self._arena.bytes(self.most)), dtype=torch.uint8, device=self._device)
         return self._memory
 
     @property
     def _streamed(self) -> int:
         """Images at once from the host."""
-        return min(self._most, self._most_streamed)
+        return min(self.most, self._most_streamed)
 
     def _ready_slots(self) -> tuple[Slot, Slot]:
         if self._slots is None:
@@ -295,7 +284,7 @@ class CudaNetwork:
         with self.lock, on_device(self._device):
             self._streams = self._streams or Streams(self._device)
             self._upload = self._upload or Upload(self._device, self._streams)
-            return self._within_memory(self._stream_all, rows, out, self._streams)
+            return halving(partial(self._stream_all, rows, out, self._streams), self, self._device)
 
     def _stream_all(self, rows: tensors.Source, out: npt.NDArray[Any], streams: Streams) -> bool:
         memory, slots = self._ready(), self._ready_slots()

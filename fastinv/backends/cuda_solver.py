@@ -125,8 +125,8 @@ class CudaSolver:
         self._arenas = {name: Arena(stages[name], outside) for name in stages}
         self._features = objective.target.elements
         room = Buffer(-(-self._features // 2), "float32")  # that of `_feed`
-        self._most = fitting(self._arenas.values(), [*outside, room], most)
-        self.batch_size: int | None = max(self._most, min(MOST_BATCHES * self._most, MOST_VALUES // self._features))
+        self.most = fitting(self._arenas.values(), [*outside, room], most)
+        self.batch_size: int | None = max(self.most, min(MOST_BATCHES * self.most, MOST_VALUES // self._features))
         self._mean, self._std = (
             torch.from_numpy(np.array(channelwise(values, recipe.image_shape))).to(device)
             for values in (recipe.mean, recipe.std)
@@ -161,7 +161,7 @@ class CudaSolver:
             with room_for_images(len(features)):
                 kept = Kept(self._zeros(len(features)))
             given = Given(features)
-            job = Job(len(features), lambda: (given, self._most), self._objective.shift, init, kept, None)
+            job = Job(len(features), lambda: (given, self.most), self._objective.shift, init, kept, None)
             report, finished = self._solve(job)
             with room_for_images(len(features)):
                 return self._pixels(kept.images, dtype), report, finished
@@ -185,7 +185,7 @@ class CudaSolver:
         """Half a batch at once, so that the way there overlaps with the other half's steps."""
         import torch
 
-        images = -(-self._most // 2)
+        images = -(-self.most // 2)
         if self._room is None:
             self._room = torch.empty(4 * self._features * images, dtype=torch.uint8, device=self._device)
         upload, _ = self._ready_transfers()
@@ -199,12 +199,7 @@ class CudaSolver:
             FeatureError: features hold NaN or Inf.
         """
         found = Found(job.count)
-
-        def attempt(images: int) -> None:
-            self._most = images
-            self._go_on(job, found)
-
-        halving(attempt, self._most, self, self._device)
+        halving(partial(self._go_on, job, found), self, self._device)
         return Report(found.objective, found.taken, found.converged, self._name, self.isa), found.finished
 
     def _go_on(self, job: Job, found: Found) -> None:
@@ -278,7 +273,7 @@ class CudaSolver:
 
     def _ready(self) -> Batch:
         if self._batch is None:
-            self._batch = self._allocate(self._most)
+            self._batch = self._allocate(self.most)
         return self._batch
 
     def _ready_transfers(self) -> tuple[Upload, Download]:
