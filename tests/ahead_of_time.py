@@ -239,8 +239,14 @@ def benchmarked_launches(images: int = IMAGES) -> Iterator[Launch]:
             yield from solver_launches(subject.recipe, precision, images)
 
 
+def as_on_older_gpus() -> Any:
+    """Pixels come by addresses, not as boxes by tensor descriptors."""
+    return patch.object(convolution, "copies_boxes", lambda device: False)
+
+
 def rare_launches() -> Iterator[Launch]:
-    """What `all_launches` has a part of: every activation, every tile with all that it may end in, few images."""
+    """What `all_launches` has a part of: every activation, every tile with all that it may end in, few images; and what
+    older GPUs take."""
     for kind in KINDS:
         for channels in (64, 128):
             for precision in PRECISIONS:
@@ -254,6 +260,11 @@ def rare_launches() -> Iterator[Launch]:
             yield from benchmarked_launches()
     for images in (1, 3):
         yield from benchmarked_launches(images)
+    network = export(make_decoder((128, 8, 8), (3, 32, 32)).eval(), torch.zeros(2, 128, 8, 8))
+    with as_on_older_gpus():
+        for precision in ("float32", "bfloat16"):
+            yield from other_tiles(network, precision)
+        yield from pair_launches(("float32", "bfloat16"))
 
 
 def all_launches() -> Iterator[Launch]:
@@ -276,6 +287,7 @@ def all_launches() -> Iterator[Launch]:
         recipe = RMLE(edge, image, steps=10, tv_beta=1.0)
         for precision in ("float32", "tf32", "bfloat16"):
             yield from solver_launches(recipe, precision)
+        for precision in ("float32", "bfloat16"):
             yield from other_tiles(edge, precision)
         plain = {"optimizer": "sgd", "clamp": None, "tv_weight": 0.0}
         for options in ({"optimizer": "amsgrad", "keep": "best"}, plain):
@@ -287,10 +299,9 @@ def all_launches() -> Iterator[Launch]:
         for options in ({"tv_beta": 1.0}, {"optimizer": "lbfgs"}, {"optimizer": "exact"}):
             yield from solver_launches(dataclasses.replace(recipe, **options), "float32")
     yield from pair_launches()
-    with patch.object(convolution, "copies_boxes", lambda device: False):  # as on older GPUs
+    with as_on_older_gpus():
         for precision in ("float32", "bfloat16"):
-            yield from other_tiles(network, precision)
-        yield from pair_launches(("float32", "bfloat16"))
+            yield from network_launches(network, precision)
     yield from direct_launches()
     for name in ("conv2d", "conv_transpose2d", "linear", "upsample", "mul", "permute", "affine"):
         for case in OPS[name].cases():

@@ -288,7 +288,7 @@ def test_tests_run_side_by_side(checks, tmp_path: Path, monkeypatch: pytest.Monk
     told = capsys.readouterr().out
     assert "assert 1 == 2" in told
     assert "FAILED" in told.partition("short test summary")[0]  # as it came
-    assert checks.run_tests([files["slow"]], 20) == "FAILED: test_slow.py took too long"
+    assert checks.run_tests([files["slow"]], 10) == "FAILED: test_slow.py took too long"
     told = capsys.readouterr().out
     assert re.search(r'test_slow\.py", line 2 in test', told), told  # where it is stuck
     assert has_ended(int((tmp_path / "pid").read_text()))

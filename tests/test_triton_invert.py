@@ -195,7 +195,9 @@ def test_no_room_for_all_images_is_told(
         return allocate(shape, *args, **options)
 
     monkeypatch.setattr(torch, function, few)
-    with pytest.raises(fastinv.FastinvError, match=r"no room for the images of 1,234 features on the GPU: pass fewer at once"):
+    with pytest.raises(
+        fastinv.FastinvError, match=r"no room for the images of 1,234 features on the GPU: pass fewer at once"
+    ):
         fastinv.invert(x, inverter, backend="cuda")
 
 
