@@ -12,7 +12,7 @@ from torch import nn
 
 from fastinv.errors import NetworkError
 from fastinv.ops.base import Shape
-from fastinv.pixels import channels_last_hint
+from fastinv.pixels import channels_last_hint, to_channels_first
 from fastinv.tensors import is_shape, is_whole
 
 MNIST_NORMALISATION = ((0.5,), (0.5,))
@@ -123,8 +123,7 @@ def make_decoder(
         if last:
             warnings.warn(
                 f"make_decoder: from features {list(features)} to images {list(image)}: the {what} look channels last, "
-                f"from which next to nothing is learned; expected [C, H, W]: pass {what}.transpose(0, 3, 1, 2), or "
-                ".permute(0, 3, 1, 2) in torch",
+                f"from which next to nothing is learned; expected [C, H, W]: {to_channels_first(what)}",
                 UserWarning,
                 stacklevel=2,
             )

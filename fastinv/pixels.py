@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastinv.errors import FastinvError, FeatureError
 from fastinv.ops.base import Shape
-from fastinv.tensors import FLOATS, Array, as_float32
+from fastinv.tensors import FLOATS, Array, as_float32, finite
+
+if TYPE_CHECKING:
+    import torch
 
 KINDS = ("uint8", *FLOATS)
 
@@ -23,6 +27,15 @@ def as_pixels(data: npt.NDArray[Any], dtype: str) -> Array:
     """What `tensors.as_numpy` gives of images, one of `KINDS`, as float32 pixels."""
     values = as_float32(data, dtype)
     return values / np.float32(255) if dtype == "uint8" else values
+
+
+def checked(data: npt.NDArray[Any], dtype: str, error: type[FastinvError] = FeatureError) -> Array:
+    """As `as_pixels`; raise `error` where they hold NaN or Inf, or are of 0 to 255."""
+    values = as_pixels(data, dtype)
+    if not finite(values):
+        raise error("images hold NaN or Inf; drop or mend them")
+    expect_pixels(values, error)
+    return values
 
 
 def expect_pixels(values: npt.NDArray[Any], error: type[FastinvError] = FeatureError) -> None:
@@ -45,8 +58,26 @@ def at_once(shape: Shape) -> int:
     return max(1, min(MAX_IMAGES, MAX_BYTES // max(1, 4 * math.prod(shape))))
 
 
+def joined(first: torch.Tensor, ask: Callable[[slice], torch.Tensor], count: int) -> torch.Tensor:
+    """`first`, what a model gives for the first images, and what `ask` gives for the others, as many at once: in one
+    tensor [count, ...], and in memory once."""
+    size = len(first)
+    if count <= size:
+        return first
+    whole = first.new_empty((count, *first.shape[1:]))
+    whole[:size] = first
+    for start in range(size, count, size):
+        whole[start : start + size] = ask(slice(start, start + size))
+    return whole
+
+
+def to_channels_first(what: str) -> str:
+    """What to do with images or features whose channels come last."""
+    return f"pass {what}.transpose(0, 3, 1, 2), or .permute(0, 3, 1, 2) in torch"
+
+
 def channels_last_hint(shape: Shape) -> str:
     """What to do where images of this shape were refused because their channels come last; else nothing."""
     if len(shape) != 3 or shape[2] not in (1, 3) or shape[0] in (1, 3):
         return ""
-    return "; the channels seem to come last: pass images.transpose(0, 3, 1, 2), or .permute(0, 3, 1, 2) in torch"
+    return f"; the channels seem to come last: {to_channels_first('images')}"

@@ -105,12 +105,8 @@ class Split:
                 "[N, C, H, W]"
             )
         size = pixels.at_once(data.shape[1:])
-        result = self._ask(data[:size] if len(data) else np.zeros((1, *data.shape[1:]), data.dtype), dtype)[: len(data)]
-        if len(data) > size:
-            first, result = result, result.new_empty((len(data), *result.shape[1:]))
-            result[:size] = first
-            for start in range(size, len(data), size):
-                result[start : start + size] = self._ask(data[start : start + size], dtype)
+        first = self._ask(data[:size] if len(data) else np.zeros((1, *data.shape[1:]), data.dtype), dtype)
+        result = pixels.joined(first[: len(data)], lambda part: self._ask(data[part], dtype), len(data))
         return result if is_torch else result.numpy()
 
     def __call__(self, images: Any) -> Any:
@@ -122,11 +118,7 @@ class Split:
 
     def _ask(self, images: npt.NDArray[Any], dtype: str) -> torch.Tensor:
         """Features of a few images."""
-        values = pixels.as_pixels(images, dtype)
-        if not tensors.finite(values):
-            raise FeatureError("images hold NaN or Inf; drop or mend them")
-        pixels.expect_pixels(values)
-        x = torch.tensor(values)
+        x = torch.tensor(pixels.checked(images, dtype))
         hint = pixels.channels_last_hint(tuple(x.shape[1:]))
         try:
             z = normalise(x, self.mean, self.std)

@@ -278,10 +278,7 @@ def normalised(images: Any, mean: Sequence[float], std: Sequence[float]) -> torc
     data, dtype, _ = tensors.as_numpy(images, "images")
     if data.ndim != 4 or dtype not in pixels.KINDS:
         raise TrainingError(f"images: {list(data.shape)} {dtype}, expected float pixels, or uint8, [N, C, H, W]")
-    x = pixels.as_pixels(data, dtype)
-    if not tensors.finite(x):
-        raise TrainingError("images hold NaN or Inf; drop or mend them")
-    pixels.expect_pixels(x, TrainingError)
+    x = pixels.checked(data, dtype, TrainingError)
     return normalise(torch.from_numpy(x if x.flags.writeable else x.copy()), mean, std)
 
 

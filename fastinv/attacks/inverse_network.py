@@ -142,10 +142,11 @@ class Features:
             raise TrainingError("no images to query with; pass at least one")
 
         def ask(indices: Any) -> torch.Tensor:
-            chosen = images[indices.numpy() if isinstance(indices, torch.Tensor) else indices]
-            whole = str(chosen.dtype).removeprefix("torch.") == "uint8"
-            chosen = chosen.float() if isinstance(chosen, torch.Tensor) else chosen.astype(np.float32)
-            found = query(chosen / 255 if whole else chosen)
+            data, dtype, is_torch = tensors.as_numpy(
+                images[indices.numpy() if isinstance(indices, torch.Tensor) else indices], "images"
+            )
+            chosen = np.array(pixels.as_pixels(data, dtype))  # the query may write to it
+            found = query(torch.from_numpy(chosen) if is_torch else chosen)
             return torch.from_numpy(_source(found, len(chosen), scale, zero_point).chunk(0, len(chosen)).copy())
 
         batch = pixels.at_once(images.shape[1:])
@@ -160,16 +161,17 @@ class Features:
                 stacklevel=4,
             )
             return cls(None, ask)
-        kept = np.empty((len(images), *first.shape[1:]), np.float32)
-        kept[:batch] = first
-        for start in range(batch, len(images), batch):
-            more = ask(slice(start, start + batch))
+
+        def alike(part: slice) -> torch.Tensor:
+            more = ask(part)
             if more.shape[1:] != first.shape[1:]:
                 raise TrainingError(
-                    f"the query gives features {list(first.shape[1:])}, and {list(more.shape[1:])} from image {start} "
-                    "on; expected one shape"
+                    f"the query gives features {list(first.shape[1:])}, and {list(more.shape[1:])} from image "
+                    f"{part.start} on; expected one shape"
                 )
-            kept[start : start + batch] = more
+            return more
+
+        kept = pixels.joined(first, alike, len(images)).numpy()
         return cls(tensors.Source(kept, "float32", torch=False))
 
     def __getitem__(self, indices: Any) -> torch.Tensor:
