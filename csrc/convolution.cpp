@@ -6,12 +6,38 @@
 
 #include "correlation.h"
 #include "cost.h"
+#include "depthwise.h"
 #include "planar.h"
 #include "planar_winograd.h"
 #include "polyphase.h"
 #include "winograd.h"
 
 namespace fastinv {
+
+bool Geometry::source(int axis, int out, int tap, int* position) const {
+  const Axis& a = this->axis[axis];
+  if (!transposed) {
+    *position = out * a.stride + tap * a.dilation - a.padding;
+    return true;
+  }
+  const int scaled = out + a.padding - tap * a.dilation;
+  *position = scaled / a.stride;
+  return scaled % a.stride == 0;
+}
+
+int Geometry::phases(int axis) const {
+  return transposed ? std::min(this->axis[axis].stride, this->axis[axis].out) : 1;
+}
+
+std::vector<int> Geometry::phase_taps(int axis, int phase) const {
+  std::vector<int> taps;
+  int position;
+  for (int k = 0; k < this->axis[axis].kernel; ++k) {
+    if (source(axis, phase, k, &position)) taps.push_back(k);
+  }
+  if (transposed) std::reverse(taps.begin(), taps.end());
+  return taps;
+}
 
 Geometry Geometry::adjoint() const {
   Geometry g = *this;
@@ -34,14 +60,12 @@ int Geometry::last_row_read(int row) const {
 }
 
 bool Geometry::reads_all() const {
-  for (const Axis& a : axis) {
-    std::vector<bool> read(static_cast<size_t>(a.in));
-    for (int o = 0; o < a.out; ++o) {
-      for (int k = 0; k < a.kernel; ++k) {
-        const int scaled = o + a.padding - k * a.dilation;
-        const int i = transposed ? scaled / a.stride : o * a.stride - a.padding + k * a.dilation;
-        const bool there = i >= 0 && i < a.in && (!transposed || (scaled >= 0 && scaled % a.stride == 0));
-        if (there) read[static_cast<size_t>(i)] = true;
+  for (int i = 0; i < 2; ++i) {
+    std::vector<bool> read(static_cast<size_t>(axis[i].in));
+    for (int o = 0; o < axis[i].out; ++o) {
+      for (int k = 0; k < axis[i].kernel; ++k) {
+        int position;
+        if (source(i, o, k, &position) && inside(i, position)) read[static_cast<size_t>(position)] = true;
       }
     }
     if (std::find(read.begin(), read.end(), false) != read.end()) return false;
@@ -107,6 +131,7 @@ std::unique_ptr<const Convolution> make_convolution(const Kernels& kernels, cons
     if (rounding) *rounding -= polyphase_rounding(geometry, form);
     return std::make_unique<Polyphase>(kernels, geometry, form, weight, bias);
   }
+  if (Depthwise::applies(geometry)) return std::make_unique<Depthwise>(kernels, geometry, weight, bias);
   return std::make_unique<Correlation>(kernels, geometry, weight, bias);
 }
 

@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 #include "share.h"
@@ -21,6 +22,16 @@ struct Geometry {
   Axis axis[2];
   int in_channels, out_channels, groups;
   bool transposed;
+
+  // Whether tap `tap` of output `out` reads anything along an axis, and where, perhaps outside.
+  bool source(int axis, int out, int tap, int* position) const;
+  // Whether that lies inside.
+  bool inside(int axis, int position) const { return position >= 0 && position < this->axis[axis].in; }
+
+  // Outputs of one residue modulo this many share taps along an axis: the stride of a transposed convolution.
+  int phases(int axis) const;
+  // The taps of one of them, in increasing order of the input position they read.
+  std::vector<int> phase_taps(int axis, int phase) const;
 
   // The geometry of the gradient to the input.
   Geometry adjoint() const;

@@ -6,32 +6,6 @@
 #include "cost.h"
 
 namespace fastinv {
-namespace {
-
-// Whether tap `k` applies to output `o`, and the input position it reads (perhaps outside).
-bool source(const Axis& axis, bool transposed, int o, int k, int* position) {
-  if (!transposed) {
-    *position = o * axis.stride + k * axis.dilation - axis.padding;
-    return true;
-  }
-  const int scaled = o + axis.padding - k * axis.dilation;
-  *position = scaled / axis.stride;
-  return scaled % axis.stride == 0;
-}
-
-// The taps of one phase of an axis, in increasing order of the input position they read.
-std::vector<int> phase_taps(const Axis& axis, bool transposed, int phase) {
-  std::vector<int> taps;
-  int position;
-  for (int k = 0; k < axis.kernel; ++k) {
-    if (source(axis, transposed, phase, k, &position)) taps.push_back(k);
-  }
-  if (transposed) std::reverse(taps.begin(), taps.end());
-  return taps;
-}
-
-}  // namespace
-
 Correlation::Correlation(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias)
     : kernels_(kernels), geometry_(geometry), form_(choose_form()), tile_pixels_(kMaxTilePixels) {
   const int out = geometry.out_channels / geometry.groups;
@@ -42,31 +16,24 @@ Correlation::Correlation(const Kernels& kernels, const Geometry& geometry, const
   pack(weight, bias);
   shared_tiles_.clear();
   measure_rows();
-  zeros_ = Buffer(std::max(longest_run_, form_ == Form::kDepthwise ? geometry.in_channels : 1));
+  zeros_ = Buffer(longest_run_);
 }
 
 Correlation::Form Correlation::choose_form() const {
-  const Geometry& g = geometry_;
-  if (g.groups > 1 && g.groups == g.in_channels && g.groups == g.out_channels) return Form::kDepthwise;
-  return dot_cost(kernels_, g) < broadcast_cost(kernels_, g) ? Form::kDot : Form::kBroadcast;
-}
-
-// Sub-convolutions along an axis: outputs of one residue modulo the stride of a transposed convolution share taps.
-int Correlation::phases(int axis) const {
-  return geometry_.transposed ? std::min(geometry_.axis[axis].stride, geometry_.axis[axis].out) : 1;
+  return dot_cost(kernels_, geometry_) < broadcast_cost(kernels_, geometry_) ? Form::kDot : Form::kBroadcast;
 }
 
 void Correlation::order_taps() {
   const Geometry& g = geometry_;
-  const int phases_y = phases(0), phases_x = phases(1);
+  const int phases_y = g.phases(0), phases_x = g.phases(1);
   int32_t row = 0;
   for (int py = 0; py < phases_y; ++py) {
     for (int px = 0; px < phases_x; ++px) {
       std::vector<Tap>& taps = phases_.emplace_back();
-      for (int y : phase_taps(g.axis[0], g.transposed, py)) {
-        for (int x : phase_taps(g.axis[1], g.transposed, px)) {
+      for (int y : g.phase_taps(0, py)) {
+        for (int x : g.phase_taps(1, px)) {
           taps.push_back({y, x, row});
-          row += channels_per_row();
+          row += g.in_channels / g.groups;
         }
       }
     }
@@ -76,7 +43,7 @@ void Correlation::order_taps() {
 
 void Correlation::build_rows() {
   const Geometry& g = geometry_;
-  const int step_y = phases(0), step_x = phases(1);
+  const int step_y = g.phases(0), step_x = g.phases(1);
   for (int py = 0; py < step_y; ++py) {
     for (int px = 0; px < step_x; ++px) {
       const int phase = py * step_x + px;
@@ -107,8 +74,8 @@ void Correlation::add_row(int phase, const std::vector<Pixel>& pixels, bool shar
   for (const Tap& tap : phases_[static_cast<size_t>(phase)]) {
     if (shared) {
       int y;
-      source(g.axis[0], g.transposed, pixels[0].y, tap.y, &y);
-      if (y < 0 || y >= g.axis[0].in) continue;
+      g.source(0, pixels[0].y, tap.y, &y);
+      if (!g.inside(0, y)) continue;
       if (taps.empty()) first_y = y;
       key.push_back(tap.y);
     }
@@ -156,21 +123,20 @@ void Correlation::add_runs(const std::vector<Tap>& taps, const Pixel* pixels, in
   for (const Tap& tap : taps) {
     Run run = {};
     run.weight = tap.row;
-    run.length = channels_per_row();
+    run.length = g.in_channels / g.groups;
     bool inside = false;
     for (int p = 0; p < count; ++p) {
       int y, x;
-      source(g.axis[0], g.transposed, pixels[p].y, tap.y, &y);
-      source(g.axis[1], g.transposed, pixels[p].x, tap.x, &x);
-      const bool outside = y < 0 || y >= g.axis[0].in || x < 0 || x >= g.axis[1].in;
+      g.source(0, pixels[p].y, tap.y, &y);
+      g.source(1, pixels[p].x, tap.x, &x);
+      const bool outside = !g.inside(0, y) || !g.inside(1, x);
       inside |= !outside;
       run.offset[p] =
           outside ? kOutside : static_cast<int32_t>((int64_t{y - first_y} * g.axis[1].in + x) * g.in_channels);
     }
     if (!inside) continue;
     // Taps side by side read one contiguous stretch; one long run costs less than several short ones.
-    bool joins = form_ != Form::kDepthwise && runs_.size() > first_run &&
-                 runs_.back().weight + runs_.back().length == run.weight;
+    bool joins = runs_.size() > first_run && runs_.back().weight + runs_.back().length == run.weight;
     for (int p = 0; joins && p < count; ++p) {
       const int32_t before = runs_.back().offset[p];
       joins = before == kOutside ? run.offset[p] == kOutside : run.offset[p] == before + runs_.back().length;
@@ -201,7 +167,7 @@ void Correlation::measure_rows() {
 void Correlation::pack(const WeightAt& weight, const float* bias) {
   const Geometry& g = geometry_;
   const int in = g.in_channels / g.groups, out = g.out_channels / g.groups;
-  const bool broadcast = form_ == Form::kBroadcast, depthwise = form_ == Form::kDepthwise;
+  const bool broadcast = form_ == Form::kBroadcast;
   const int padded = broadcast ? static_cast<int>(round_up(out, kernels_.width)) : out;
   const int block = broadcast ? kernels_.max_vectors * kernels_.width : 1;
   group_weights_ = weight_rows_ * padded;
@@ -217,8 +183,7 @@ void Correlation::pack(const WeightAt& weight, const float* bias) {
           const int span = std::min(block, padded - first);  // channels in this block
           for (int i = 0; i < in; ++i) {
             const int64_t row = tap.row + i;
-            const int64_t at = depthwise ? row * g.groups + group
-                                         : group * group_weights_ + first * weight_rows_ + row * span + (o - first);
+            const int64_t at = group * group_weights_ + first * weight_rows_ + row * span + (o - first);
             weights_[at] = weight(group, o, i, tap.y, tap.x);
           }
         }
@@ -239,7 +204,7 @@ void Correlation::run(const Operands& x, Share share, float*) const {
 }
 
 void Correlation::run_rows(const Operands& x, int first_row, int last_row, float*) const {
-  const int step_y = phases(0), step_x = phases(1);
+  const int step_y = geometry_.phases(0), step_x = geometry_.phases(1);
   int64_t at = 0;  // where the rows of the phase begin
   for (int phase = 0; phase < step_y * step_x; ++phase) {
     const auto before = [&](int row) { return ceil_div(std::max(0, row - phase / step_x), step_y); };
@@ -259,11 +224,6 @@ void Correlation::run_tiles(const Operands& x, int64_t image, int64_t first, int
   const float* addend = x.addend ? x.addend + image * x.addend_stride : nullptr;
   float* out = x.out + image * x.out_stride;
   const TileRow* rows = rows_.data() + first;
-  if (form_ == Form::kDepthwise) {
-    kernels_.depthwise({in, out, zeros_.data(), rows, count, tiles_.data(), runs_.data(), weights_.data(), bias_.data(),
-                        g.out_channels, addend, x.activation});
-    return;
-  }
   const bool dot = form_ == Form::kDot;
   const auto kernel = x.lanes > 1 ? (dot ? kernels_.correlate_abreast_dot : kernels_.correlate_abreast)
                                   : (dot ? kernels_.correlate_dot : kernels_.correlate);
@@ -278,9 +238,6 @@ void Correlation::run_tiles(const Operands& x, int64_t image, int64_t first, int
 
 std::string Correlation::algorithm() const {
   const int width = kernels_.width;
-  if (form_ == Form::kDepthwise) {
-    return "depthwise " + std::to_string(tile_pixels_) + "x" + std::to_string(width);
-  }
   const int out = geometry_.out_channels / geometry_.groups;
   if (form_ == Form::kDot) {
     return "dot " + std::to_string(tile_pixels_) + "x" + std::to_string(std::min(out, kMaxDotOutputs));

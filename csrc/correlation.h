@@ -1,4 +1,4 @@
-// A compiled dense or depthwise correlation: geometry resolved into offset tables, weights packed.
+// A compiled dense correlation: geometry resolved into offset tables, weights packed.
 #pragma once
 
 #include <cstdint>
@@ -19,13 +19,13 @@ class Correlation : public Convolution {
   Correlation(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias);
 
   void run(const Operands& operands, Share share, float* scratch) const override;
-  bool runs_abreast() const override { return form_ != Form::kDepthwise; }
+  bool runs_abreast() const override { return true; }
   int row_step() const override { return by_row_ ? 1 : 0; }
   void run_rows(const Operands& operands, int first_row, int last_row, float* scratch) const override;
   std::string algorithm() const override;
 
  private:
-  enum class Form { kBroadcast, kDot, kDepthwise };
+  enum class Form { kBroadcast, kDot };
   struct Tap {
     int y, x;
     int32_t row;  // first weight row
@@ -35,7 +35,6 @@ class Correlation : public Convolution {
   };
 
   Form choose_form() const;
-  int phases(int axis) const;
   void order_taps();
   void build_rows();
   void measure_rows();
@@ -45,7 +44,6 @@ class Correlation : public Convolution {
   void add_tiles(const std::vector<Tap>& taps, const std::vector<Pixel>& pixels, int first_y, int64_t out_base);
   void add_runs(const std::vector<Tap>& taps, const Pixel* pixels, int count, int first_y);
   void pack(const WeightAt& weight, const float* bias);
-  int channels_per_row() const { return form_ == Form::kDepthwise ? 1 : geometry_.in_channels / geometry_.groups; }
 
   const Kernels& kernels_;
   Geometry geometry_;

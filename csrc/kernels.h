@@ -90,18 +90,45 @@ struct ProductArgs {
   int32_t matrices, rows, in_channels, out_channels;
 };
 
-// Depthwise: out[p, c] = activation(bias[c] + Σ_tap in[p's offset + c] · weights[tap, c]); runs are taps.
+// One row of the results of a depthwise correlation, in tiles of neighbouring pixels:
+//
+// out[p, c] = activation(bias[c] + Σ_{row of taps, tap} in[row, p's column for the tap, c] · weights[row, tap, c])
+//
+// A run is taps side by side: pixel p of the tile reads column p · pixel_step + k, counted from `column`, through its
+// tap k. What does not fit, dilated taps or pixels more than two columns apart, is in runs of one tap.
+constexpr int kDepthwiseTaps[] = {7, 5, 3, 2, 1};  // of a run
+
+struct DepthwiseRun {
+  int32_t column;  // floats from the start of the row, perhaps before it
+  uint32_t there;  // a bit for each column that is read: whether it lies inside
+  int32_t taps;
+  int32_t weight;  // floats from the first tap of the row
+};
+
+struct DepthwiseTile {
+  int32_t out;  // floats from the start of the row
+  int32_t pixels;
+  int32_t first_run, runs;
+};
+
+struct DepthwiseTapRow {
+  int64_t in, weight;  // where the row of inputs starts, and that of taps
+};
+
 struct DepthwiseArgs {
   const float* in;
   float* out;
-  const float* zeros;
-  const TileRow* rows;
-  int64_t row_count;
-  const Tile* tiles;
-  const Run* runs;
-  const float* weights;  // [tap, channel]
-  const float* bias;     // [channel] or null
+  const DepthwiseTapRow* tap_rows;
+  int32_t tap_row_count;
+  const DepthwiseTile* tiles;
+  int32_t tile_count;
+  const DepthwiseRun* runs;
+  int32_t pixel_step;             // 1 or 2
+  int64_t column_step, out_step;  // floats from column to column, and from pixel to pixel
+  const float* weights;           // [row of taps, tap, channel]
+  const float* bias;              // [channel] or null
   int32_t channels;
+  int64_t row_size;     // floats
   const float* addend;  // as above
   Activation activation;
 };
