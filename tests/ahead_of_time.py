@@ -73,8 +73,9 @@ class Compiled:
     shared: int  # bytes
 
 
-def source_of(launch: Launch) -> tuple[ASTSource, str]:
-    """The kernel with its types and constants, and all that decides what the compiler makes of it."""
+def source_of(launch: Launch) -> tuple[ASTSource, str, str]:
+    """The kernel with its types and constants; its configuration; and what else decides what the compiler makes of it,
+    which is what is known of integers."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = dict(launch.constants)
     attributes: dict[tuple[int, ...], Any] = {}
@@ -95,16 +96,17 @@ def source_of(launch: Launch) -> tuple[ASTSource, str]:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
-    key = f"{launch.kernel.__name__} {signature} {constants} {attributes} {launch.warps} {launch.stages}"
-    return ASTSource(launch.kernel, signature, constants, attributes), key
+    types = {name: "i32" if type(values[name]) is int else kind for name, kind in signature.items()}
+    configuration = f"{launch.kernel.__name__} {types} {launch.constants} {launch.warps} {launch.stages}"
+    return ASTSource(launch.kernel, signature, constants, attributes), configuration, f"{constants} {attributes}"
 
 
-def compile_all(launches: Iterable[Launch], capability: int = 90) -> list[Compiled]:
-    """Every kernel in every configuration, once."""
+def compile_all(launches: Iterable[Launch], capability: int = 90, variants: bool = False) -> list[Compiled]:
+    """Every kernel in every configuration, once; or once for all that is known of its integers."""
     sources = {}
     for launch in launches:
-        source, key = source_of(launch)
-        sources.setdefault(key, (source, launch))
+        source, configuration, known = source_of(launch)
+        sources.setdefault((configuration, known if variants else ""), (source, launch))
     return [_compiled(source, launch, capability) for source, launch in sources.values()]
 
 
@@ -177,7 +179,7 @@ def other_tiles(network: Network, precision: str, differentiable: bool = True) -
                     yield kernel.with_tile(tile).launch(x, out, end)
 
 
-def pair_launches(precisions: Iterable[str] = PRECISIONS) -> Iterator[Launch]:
+def pair_launches(precisions: Iterable[str]) -> Iterator[Launch]:
     """Pairs of all kinds whose values fill the registers, whether they pay or not."""
     up = nn.ConvTranspose2d
     for channels, layers in (
@@ -245,8 +247,9 @@ def as_on_older_gpus() -> Any:
 
 
 def rare_launches() -> Iterator[Launch]:
-    """What `all_launches` has a part of: every activation, every tile with all that it may end in, few images; and what
-    older GPUs take."""
+    """What `all_launches` has a part of: every activation, every tile with all that it may end in, few images, pairs in
+    float16; and what older GPUs take."""
+    yield from pair_launches(("float16",))
     for kind in KINDS:
         for channels in (64, 128):
             for precision in PRECISIONS:
@@ -298,7 +301,7 @@ def all_launches() -> Iterator[Launch]:
         recipe = RMLE(edge, image, steps=10, clamp=None)
         for options in ({"tv_beta": 1.0}, {"optimizer": "lbfgs"}, {"optimizer": "exact"}):
             yield from solver_launches(dataclasses.replace(recipe, **options), "float32")
-    yield from pair_launches()
+    yield from pair_launches(("float32", "tf32", "bfloat16"))
     with as_on_older_gpus():
         for precision in ("float32", "bfloat16"):
             yield from network_launches(network, precision)
@@ -313,5 +316,6 @@ def all_launches() -> Iterator[Launch]:
 
 
 if __name__ == "__main__":
-    launches = itertools.chain(all_launches(), rare_launches() if os.environ.get("FASTINV_TEST_ALL_KERNELS") else ())
-    print(json.dumps([dataclasses.asdict(compiled) for compiled in compile_all(launches)]))
+    everything = bool(os.environ.get("FASTINV_TEST_ALL_KERNELS"))
+    launches = itertools.chain(all_launches(), rare_launches() if everything else ())
+    print(json.dumps([dataclasses.asdict(compiled) for compiled in compile_all(launches, variants=everything)]))
