@@ -106,12 +106,13 @@ const void* Source::at(int64_t element) const {
   }
 }
 
-// Widens this share of the block's features to floats at value 0.
+// Makes this share of the block's features floats at value 0, where they are anything else.
 void Engine::read(Workspace& workspace, const Source& in, int64_t first, int64_t images, Share share) const {
   const Kernels& kernels = program_.kernels();
   const int64_t size = element_count(program_.shapes().front()), begin = share.begin(images * size);
   const int64_t end = share.end(images * size);
-  if (in.dtype == Dtype::kFloat32) return;
+  if (in.direct()) return;
+  if (in.channels_last) return turn(workspace, in, first, images, share);
   const bool quantised = !in.scale.empty();
   const int64_t channels = quantised ? static_cast<int64_t>(in.scale.size()) : 1, plane = size / channels;
   for (int64_t at = begin; at < end;) {
@@ -119,6 +120,29 @@ void Engine::read(Workspace& workspace, const Source& in, int64_t first, int64_t
     const auto c = static_cast<size_t>(channel);
     kernels.widen({in.at(first * size + at), workspace.in.data() + at, until - at, in.dtype,
                    quantised ? in.scale[c] : 1.0f, quantised ? in.zero_point[c] : 0.0f});
+    at = until;
+  }
+}
+
+// The same of features [H, W, C].
+void Engine::turn(Workspace& workspace, const Source& in, int64_t first, int64_t images, Share share) const {
+  const Kernels& kernels = program_.kernels();
+  const Shape& shape = program_.shapes().front();
+  const int64_t channels = shape[0], pixels = shape[1] * shape[2], size = channels * pixels;
+  const int64_t end = share.end(images * pixels);
+  // One worker's own: those that share a block have one workspace.
+  std::unique_ptr<float[]> widened(in.dtype == Dtype::kFloat32 ? nullptr : new float[static_cast<size_t>(size)]);
+  for (int64_t at = share.begin(images * pixels); at < end;) {
+    const int64_t image = at / pixels, until = std::min(end, (image + 1) * pixels), pixel = at - image * pixels;
+    const void* from = in.at((first + image) * size + pixel * channels);
+    if (widened) {
+      const bool quantised = !in.scale.empty();
+      kernels.widen({from, widened.get(), (until - at) * channels, in.dtype, quantised ? in.scale[0] : 1.0f,
+                     quantised ? in.zero_point[0] : 0.0f});
+      from = widened.get();
+    }
+    kernels.transpose(static_cast<const float*>(from), channels, workspace.in.data() + image * size + pixel, pixels,
+                      until - at, channels);
     at = until;
   }
 }
@@ -185,6 +209,7 @@ bool Engine::run(const Source& in, float* out, uint8_t* bytes, int64_t n) {
       return program_.kernels().finite(values + from, part.end(count) - from);
     };
     read(w, in, first, images, share);
+    if (in.channels_last) meet();  // what a worker has turned is not what it looks at next
     if (!reveals_nonfinite_ && !all_finite(inputs, images * in_size, share)) finite = false;
     int64_t done = 0;
     if (abreast_ > 0 && share.count == 1 && images >= abreast_) {
@@ -205,10 +230,10 @@ bool Engine::run(const Source& in, float* out, uint8_t* bytes, int64_t n) {
     }
     if (done < images) {
       // What another worker takes next is in the cache they share, at least.
-      const int64_t ahead = in.dtype == Dtype::kFloat32 && share.count == 1 ? n - last : 0;
+      const int64_t ahead = in.direct() && share.count == 1 ? n - last : 0;
       const Frame frame = {w.data.data(), stride_.data(), scratch, ahead};
       for (const auto& node : program_.nodes()) {
-        if (node != program_.nodes().front() || in.dtype != Dtype::kFloat32) meet();
+        if (node != program_.nodes().front() || !in.direct()) meet();
         node->forward(frame, images - done, share);
       }
     }
@@ -225,10 +250,10 @@ bool Engine::run(const Source& in, float* out, uint8_t* bytes, int64_t n) {
   };
   // Input and output as the nodes see them: the caller's memory where it holds floats.
   const auto place = [&](Workspace& w, int64_t first) {
-    if (in.dtype != Dtype::kFloat32 && w.in.size() == 0) w.in = Buffer(in_size * block_);
+    if (!in.direct() && w.in.size() == 0) w.in = Buffer(in_size * block_);
     if (bytes && w.out.size() == 0) w.out = Buffer(out_size * block_);
     float* callers = static_cast<float*>(const_cast<void*>(in.at(first * in_size)));  // no node writes to it
-    w.data.front() = in.dtype == Dtype::kFloat32 ? callers : w.in.data();
+    w.data.front() = in.direct() ? callers : w.in.data();
     w.data.back() = bytes ? w.out.data() : out + first * out_size;
   };
 

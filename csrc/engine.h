@@ -17,7 +17,9 @@ struct Source {
   const void* data;
   Dtype dtype;
   std::vector<float> scale, zero_point;  // of quantised types: one for each channel, or one for all
+  bool channels_last = false;            // [n, H, W, C], with one scale for all
 
+  bool direct() const { return dtype == Dtype::kFloat32 && !channels_last; }  // nodes read it where it lies
   const void* at(int64_t element) const;
 };
 
@@ -45,7 +47,7 @@ class Engine {
  private:
   struct Workspace {
     Buffer arena, scratch;
-    Buffer in, out;          // of a block, where the caller's are of another type
+    Buffer in, out;          // of a block, where the caller's are of another type or layout
     Buffer windows, before;  // of strips, and a block's values before them
     Buffer abreast[2];       // values of images abreast, in turns: those of a chain
     std::vector<float*> abreast_data;
@@ -64,6 +66,7 @@ class Engine {
   bool shares_images(int64_t n) const;
   void run_abreast(Workspace& workspace, int64_t first) const;
   void read(Workspace& workspace, const Source& in, int64_t first, int64_t images, Share share) const;
+  void turn(Workspace& workspace, const Source& in, int64_t first, int64_t images, Share share) const;
 
   const Program program_;
   const int threads_;

@@ -108,12 +108,17 @@ Dtype to_dtype(const py::array& a) {
 }
 
 bool run_engine(Engine& engine, const py::array& in, py::array& out, const FloatArray& scale,
-                const FloatArray& zero_point) {
+                const FloatArray& zero_point, bool channels_last) {
   const auto& shapes = engine.program().shapes();
   const py::ssize_t n = in.ndim() > 0 ? in.shape(0) : 0;
-  check_batch("x", in, shapes.front(), n);
+  Shape given = shapes.front();
+  if (channels_last) {
+    if (given.size() != 3) throw std::invalid_argument("x: no channels to be last");
+    std::rotate(given.begin(), given.begin() + 1, given.end());
+  }
+  check_batch("x", in, given, n);
   check_batch("out", out, shapes.back(), n);
-  Source source = {in.data(), to_dtype(in), to_vector(scale), to_vector(zero_point)};
+  Source source = {in.data(), to_dtype(in), to_vector(scale), to_vector(zero_point), channels_last};
   const bool quantised = source.dtype == Dtype::kUint8 || source.dtype == Dtype::kInt8;
   const size_t channels = shapes.front().empty() ? 1 : static_cast<size_t>(shapes.front().front());
   const auto all_equal = [](const std::vector<float>& numbers) {
@@ -126,6 +131,7 @@ bool run_engine(Engine& engine, const py::array& in, py::array& out, const Float
       throw std::invalid_argument("scale: a wrong number of them");
     if (quantised) numbers->resize(same ? 1 : channels, numbers->front());
   }
+  if (quantised && channels_last && !same) throw std::invalid_argument("scale: one for all where channels are last");
   void* to = out.mutable_data();
   const Dtype result = to_dtype(out);
   if (result != Dtype::kFloat32 && result != Dtype::kUint8) throw std::invalid_argument("out: of a wrong type");
@@ -145,7 +151,7 @@ py::object run_plain(Engine& engine, const py::object& x, py::ssize_t most) {
   std::vector<py::ssize_t> shape = {in.shape(0)};
   shape.insert(shape.end(), image.begin(), image.end());
   FloatArray out(shape);
-  const Source source = {in.data(), Dtype::kFloat32, {}, {}};
+  const Source source = {in.data(), Dtype::kFloat32, {}, {}, false};
   float* to = out.mutable_data();
   const bool finite = [&] {
     const py::gil_scoped_release release;
@@ -381,7 +387,7 @@ PYBIND11_MODULE(_core, m) {
            }),
            py::arg("program"), py::arg("flops"), py::arg("threads"))
       .def("run", &run_engine, py::arg("x"), py::arg("out"), py::arg("scale").noconvert() = FloatArray(0),
-           py::arg("zero_point").noconvert() = FloatArray(0),
+           py::arg("zero_point").noconvert() = FloatArray(0), py::arg("channels_last") = false,
            "Features of any type to floats or bytes. False when they hold NaN or Inf: the results mean nothing.")
       .def("run_plain", &run_plain, py::arg("x"), py::arg("most"),
            "New results for at most so many features in a plain float32 array; None for any other, and for NaN or Inf.")

@@ -88,6 +88,14 @@ def test_logged_features_stay_as_they_are(split: fastinv.Split, tmp_path, dtype)
     assert_equal(found, fastinv.train_inverse_network(pairs=(IMAGES, log.astype(np.float32)), epochs=1))
 
 
+def test_pairs_the_other_way_round_are_warned_of() -> None:
+    rng = np.random.default_rng(0)
+    images, features = (rng.random((4, channels, 8, 8), np.float32) for channels in (3, 16))
+    fastinv.train_inverse_network(pairs=(images, features), epochs=1)
+    with pytest.warns(UserWarning, match="seem to be the other way round"):
+        fastinv.train_inverse_network(pairs=(features, images), epochs=1)
+
+
 def test_logged_tensors_stay_as_they_are(split: fastinv.Split) -> None:
     log = torch.from_numpy(split.features(IMAGES)).bfloat16()
     source = Features.logged(log, 24)

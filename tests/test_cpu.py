@@ -30,7 +30,7 @@ from checks import (
 from torch import nn
 
 import fastinv
-from fastinv import _core
+from fastinv import _core, tensors
 from fastinv.attacks.rmle import rmle, total_variation
 from fastinv.backends.cpu import ACTIVATION_CODES, LOWERINGS, CpuBackend, CpuSolver
 from fastinv.backends.torch import as_module
@@ -273,6 +273,39 @@ def test_threads_share_an_image(edge: nn.Module, isa: str) -> None:
             np.testing.assert_array_equal(z, one[:images])
     if isa == "avx512":
         assert any("winograd adjoint" in kernel for kernel in CpuSolver(recipe, 1).kernels)
+
+
+# ---- features whose channels come last -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5), (3, 7, 9), (16, 8, 8), (33, 13, 6), (64, 32, 32)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "uint8", "int8"])
+def test_features_channels_last(shape: tuple[int, ...], dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read where they lie, by a thread of its own or several to an image, to what those in the usual layout give."""
+    layers = (nn.Conv2d(shape[0], 8, 1), nn.ReLU())  # of the last shape enough that threads share an image
+    engine = {threads: CpuBackend().compile(exported(shape, *layers), "float32", threads) for threads in (1, 3)}
+    scale = {"scale": 0.02, "zero_point": 3.0} if dtype in ("uint8", "int8") else {}
+    monkeypatch.setattr(tensors.Source, "chunk", None)
+    for count in (0, 1, 5):
+        x = torch.from_numpy(50 * randn(count, *shape)).to(getattr(torch, dtype))
+        turned = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        for threads in engine:
+            results = [np.empty((count, 8, *shape[1:]), np.float32) for _ in "ab"]
+            for features, out in zip((x, turned), results, strict=True):
+                assert engine[threads].run_raw(tensors.source(features, shape, **scale), out)
+            np.testing.assert_array_equal(*results)
+    if not scale:
+        turned[-1, -1, -1, -1] = torch.nan
+        assert not engine[3].run_raw(tensors.source(turned, shape), results[0])
+
+
+def test_what_channels_last_leaves_to_others() -> None:
+    """Scales that differ by channel, and layouts that are neither."""
+    engine = CpuBackend().compile(exported((4, 6, 5), nn.Conv2d(4, 2, 1)), "float32", 1)
+    out = np.empty((3, 2, 6, 5), np.float32)
+    q = np.zeros((3, 6, 5, 4), np.uint8).transpose(0, 3, 1, 2)
+    assert not engine.run_raw(tensors.source(q, (4, 6, 5), scale=np.linspace(0.1, 0.2, 4)), out)
+    assert not engine.run_raw(tensors.source(np.asfortranarray(randn(3, 4, 6, 5)), (4, 6, 5)), out)
 
 
 # ---- interruptions -------------------------------------------------------------------------------------------------

@@ -83,6 +83,13 @@ def train_inverse_network(
         images, logged = pairs
         z = normalised(images, mean, std)
         source = Features.logged(logged, len(z), scale, zero_point)
+        if z.shape[1] > 4 and len(source.shape) == 3 and source.shape[0] in (1, 3):
+            warnings.warn(
+                f"pairs: images of {list(z.shape[1:])} and features of {list(source.shape)} seem to be the other way "
+                "round; expected (images, features)",
+                UserWarning,
+                stacklevel=2,
+            )
     else:
         assert query is not None
         z = normalised(images, mean, std)

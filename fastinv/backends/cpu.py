@@ -77,6 +77,9 @@ class CpuBackend:
         return CpuSolver(recipe, threads)
 
 
+NO_SCALE: Array = np.zeros(0, np.float32)
+
+
 class CpuNetwork:
     """A network compiled for this machine's instruction set, or the one FASTINV_ISA names."""
 
@@ -95,12 +98,15 @@ class CpuNetwork:
         self._engine.run(x, out)
 
     def run_raw(self, rows: Source, out: npt.NDArray[Any]) -> bool:
-        data = rows.data
+        data, scale, zero_point = rows.data, NO_SCALE, NO_SCALE
+        if rows.scale is not None and rows.zero_point is not None:
+            scale, zero_point = rows.scale.ravel(), rows.zero_point.ravel()
+        turned = data.ndim == 4 and not _plain(data) and max(len(scale), len(zero_point)) <= 1
+        if turned:  # perhaps they lie channels last
+            data = data.transpose(0, 2, 3, 1)
         if rows.dtype not in RAW_DTYPES or not (_plain(data) and _plain(out)):
             return False
-        if rows.scale is None or rows.zero_point is None:
-            return self._engine.run(data, out)
-        return self._engine.run(data, out, rows.scale.ravel(), rows.zero_point.ravel())
+        return self._engine.run(data, out, scale, zero_point, turned)
 
     def describe(self, measure: bool = False) -> list[dict[str, Any]]:
         plan = _describe(self._network, self._launches, self._engine)
