@@ -6,6 +6,7 @@
 #include "cost.h"
 
 namespace fastinv {
+
 Correlation::Correlation(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias)
     : kernels_(kernels), geometry_(geometry), form_(choose_form()), tile_pixels_(kMaxTilePixels) {
   const int out = geometry.out_channels / geometry.groups;

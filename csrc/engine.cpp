@@ -106,20 +106,21 @@ const void* Source::at(int64_t element) const {
   }
 }
 
+WidenArgs Source::widened(int64_t element, float* to, int64_t count, int64_t channel) const {
+  const auto c = static_cast<size_t>(channel);
+  return {at(element), to, count, dtype, scale.empty() ? 1.0f : scale[c], scale.empty() ? 0.0f : zero_point[c]};
+}
+
 // Makes this share of the block's features floats at value 0, where they are anything else.
 void Engine::read(Workspace& workspace, const Source& in, int64_t first, int64_t images, Share share) const {
-  const Kernels& kernels = program_.kernels();
-  const int64_t size = element_count(program_.shapes().front()), begin = share.begin(images * size);
-  const int64_t end = share.end(images * size);
   if (in.direct()) return;
   if (in.channels_last) return turn(workspace, in, first, images, share);
-  const bool quantised = !in.scale.empty();
-  const int64_t channels = quantised ? static_cast<int64_t>(in.scale.size()) : 1, plane = size / channels;
+  const int64_t size = element_count(program_.shapes().front()), begin = share.begin(images * size);
+  const int64_t end = share.end(images * size);
+  const int64_t channels = std::max<int64_t>(1, static_cast<int64_t>(in.scale.size())), plane = size / channels;
   for (int64_t at = begin; at < end;) {
     const int64_t channel = at / plane % channels, until = std::min(end, (at / plane + 1) * plane);
-    const auto c = static_cast<size_t>(channel);
-    kernels.widen({in.at(first * size + at), workspace.in.data() + at, until - at, in.dtype,
-                   quantised ? in.scale[c] : 1.0f, quantised ? in.zero_point[c] : 0.0f});
+    program_.kernels().widen(in.widened(first * size + at, workspace.in.data() + at, until - at, channel));
     at = until;
   }
 }
@@ -134,15 +135,10 @@ void Engine::turn(Workspace& workspace, const Source& in, int64_t first, int64_t
   std::unique_ptr<float[]> widened(in.dtype == Dtype::kFloat32 ? nullptr : new float[static_cast<size_t>(size)]);
   for (int64_t at = share.begin(images * pixels); at < end;) {
     const int64_t image = at / pixels, until = std::min(end, (image + 1) * pixels), pixel = at - image * pixels;
-    const void* from = in.at((first + image) * size + pixel * channels);
-    if (widened) {
-      const bool quantised = !in.scale.empty();
-      kernels.widen({from, widened.get(), (until - at) * channels, in.dtype, quantised ? in.scale[0] : 1.0f,
-                     quantised ? in.zero_point[0] : 0.0f});
-      from = widened.get();
-    }
-    kernels.transpose(static_cast<const float*>(from), channels, workspace.in.data() + image * size + pixel, pixels,
-                      until - at, channels);
+    const int64_t element = (first + image) * size + pixel * channels;
+    if (widened) kernels.widen(in.widened(element, widened.get(), (until - at) * channels, 0));
+    const float* from = widened ? widened.get() : static_cast<const float*>(in.at(element));
+    kernels.transpose(from, channels, workspace.in.data() + image * size + pixel, pixels, until - at, channels);
     at = until;
   }
 }

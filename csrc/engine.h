@@ -21,6 +21,8 @@ struct Source {
 
   bool direct() const { return dtype == Dtype::kFloat32 && !channels_last; }  // nodes read it where it lies
   const void* at(int64_t element) const;
+  // So many from an element on, of one channel or with one scale for all, to be widened.
+  WidenArgs widened(int64_t element, float* to, int64_t count, int64_t channel) const;
 };
 
 class Engine {

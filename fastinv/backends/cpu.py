@@ -77,7 +77,7 @@ class CpuBackend:
         return CpuSolver(recipe, threads)
 
 
-NO_SCALE: Array = np.zeros(0, np.float32)
+NO_SCALE: Array = np.zeros(0, np.float32)  # of features that are not quantised
 
 
 class CpuNetwork:
@@ -101,10 +101,12 @@ class CpuNetwork:
         data, scale, zero_point = rows.data, NO_SCALE, NO_SCALE
         if rows.scale is not None and rows.zero_point is not None:
             scale, zero_point = rows.scale.ravel(), rows.zero_point.ravel()
-        turned = data.ndim == 4 and not _plain(data) and max(len(scale), len(zero_point)) <= 1
+        plain = _plain(data)
+        turned = not plain and data.ndim == 4 and max(len(scale), len(zero_point)) <= 1
         if turned:  # perhaps they lie channels last
             data = data.transpose(0, 2, 3, 1)
-        if rows.dtype not in RAW_DTYPES or not (_plain(data) and _plain(out)):
+            plain = _plain(data)
+        if rows.dtype not in RAW_DTYPES or not (plain and _plain(out)):
             return False
         return self._engine.run(data, out, scale, zero_point, turned)
 

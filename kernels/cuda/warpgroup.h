@@ -321,21 +321,24 @@ class HostThread {
       }
       return pair_of_zeros();
     });
-    for (int i = 0; i < kFloats; i += i % 2 == 0 ? 1 : 3) {  // and what the second half has in that column
-      const int column = i / 4 * 8 + lane() % 4 * 2 + i % 2;
-      double right[16];
-      for (int piece = 0; piece < 2; ++piece) {
-        auto address = reinterpret_cast<uintptr_t>(b.place) + static_cast<uintptr_t>(column * 128 + piece * 16);
-        address ^= (address >> 7 & 7) << 4;
-        uint16_t values[8];
-        std::memcpy(values, reinterpret_cast<const void*>(address), 16);
-        for (int k = 0; k < 8; ++k) right[8 * piece + k] = widened(type, values[k]);
-      }
-      for (int h = 0; h < 2; ++h) {
-        double sum = keep ? d[i + 2 * h] : 0.0;
-        for (int k = 0; k < 16; ++k) sum += left[h][k] * right[k];
-        const auto nearest = static_cast<float>(sum);
-        d[i + 2 * h] = std::fabs(nearest) > std::fabs(sum) ? std::nextafterf(nearest, 0.0f) : nearest;
+    for (int i = 0; i < kFloats; i += 4) {
+      for (int e = 0; e < 2; ++e) {
+        const int column = 2 * i + lane() % 4 * 2 + e;
+        double right[16];
+        for (int piece = 0; piece < 2; ++piece) {
+          auto address = reinterpret_cast<uintptr_t>(b.place) + static_cast<uintptr_t>(column * 128 + piece * 16);
+          address ^= (address >> 7 & 7) << 4;
+          uint16_t values[8];
+          std::memcpy(values, reinterpret_cast<const void*>(address), 16);
+          for (int k = 0; k < 8; ++k) right[8 * piece + k] = widened(type, values[k]);
+        }
+        for (int h = 0; h < 2; ++h) {
+          float& result = d[i + 2 * h + e];
+          double sum = keep ? result : 0.0;
+          for (int k = 0; k < 16; ++k) sum += left[h][k] * right[k];
+          const auto nearest = static_cast<float>(sum);
+          result = std::fabs(nearest) > std::fabs(sum) ? std::nextafterf(nearest, 0.0f) : nearest;
+        }
       }
     }
   }
