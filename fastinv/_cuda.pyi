@@ -157,3 +157,27 @@ class SmallTail:
     def __init__(self) -> None: ...
     def fits(self) -> bool: ...
     def run(self, device: int, stream: int) -> None: ...
+
+class PlanarLayer:
+    x: int
+    weights: int
+    bias: int
+    out: int
+    flag: int
+    images: int
+    height: int
+    width: int
+    outputs: int
+    float16: int
+    room: int
+    out_n: int
+    out_c: int
+    out_y: int
+    out_x: int
+    result: int
+    finish: int
+    a: float
+    b: float
+    def __init__(self) -> None: ...
+    def fits(self) -> bool: ...
+    def run(self, device: int, stream: int) -> None: ...

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "layers.h"
+#include "planar.h"
 #include "small_tail.h"
 
 using namespace fastinv;
@@ -76,6 +77,7 @@ void run(const Params& p, int blocks, bool backward) {
 }
 
 void run(const SmallTail& p, int, bool backward) { small::on_host(p, backward); }
+void run(const PlanarLayer& p, int blocks, bool backward) { planar::on_host(p, backward, blocks); }
 
 template <class Params>
 void check(Params p, int height, int width, int outputs, size_t bytes, const char* what) {
@@ -197,6 +199,33 @@ void check_small_tail(int images, Result given, Result result, bool channels_las
   check(p, small::kOut, small::kOut, 1, pixels * (result == Result::kFloat32 ? 4 : 1), "small tail");
 }
 
+void check_planar(int height, int width, int outputs, Result result) {
+  PlanarLayer p{};
+  p.images = 4;
+  p.height = height;
+  p.width = width;
+  p.outputs = outputs;
+  p.float16 = 1;
+  p.room = kMostShared;
+  p.result = result;
+  p.finish = Finish::kSigmoid;
+  p.out_n = height * width * outputs;
+  p.out_c = height * width;
+  p.out_y = width;
+  p.out_x = 1;
+  if (!fits(p)) std::abort();
+  const size_t pixels = size_t(p.images) * height * width;
+  const Memory x(pixels * planar::kInputs * 2, 8), weights(4 * planar::kWeightFloats), bias(4 * outputs), flag(4);
+  fill_halves(x);
+  fill_halves(weights);
+  fill_floats(bias);
+  p.x = x.get();
+  p.weights = reinterpret_cast<const LeftFactor*>(weights.get());
+  p.bias = reinterpret_cast<const float*>(bias.get());
+  p.flag = reinterpret_cast<int32_t*>(flag.get());
+  check(p, height, width, outputs, pixels * outputs * (result == Result::kFloat32 ? 4 : 1), "planar");
+}
+
 // Around multiples of d, from d itself to the largest.
 void check_divisor(int d) {
   const window::Divisor divisor(d);
@@ -229,6 +258,10 @@ int main() {
   }
   check_tail(16, 16, 128, 3, Result::kFloat32, false);
   check_tail(16, 16, 128, 1, Result::kFloat16, true);
+  for (const auto& [height, width] : {std::pair{1, 4}, {3, 4}, {6, 6}, {17, 20}, {32, 32}}) {
+    check_planar(height, width, 3, Result::kFloat32);
+    check_planar(height, width, 1, Result::kUint8);
+  }
   check_small_tail(9, Result::kFloat32, Result::kUint8, false);
   check_small_tail(16, Result::kFloat16, Result::kFloat32, true);
   return failures == 0 ? 0 : 1;

@@ -27,6 +27,7 @@ from fastinv.backends.cuda_nodes import (
 )
 from fastinv.backends.cuda_pair import join_pairs
 from fastinv.backends.cuda_plan import Buffer, Ending, Stage
+from fastinv.backends.cuda_planar import use_planar
 from fastinv.backends.cuda_tuning import tuned
 from fastinv.backends.cuda_window import use_windows
 from fastinv.backends.cuda_window_halves import in_halves
@@ -108,6 +109,7 @@ class Lowering:
         if not differentiable:  # the way back needs what lies between
             join_pairs(self.nodes, self.steps, self.output)
             use_windows(self.nodes)
+            use_planar(self.nodes, self.input, self.dtype)
 
     def _value(self, step: Step, inputs: list[Buffer], shapes: list[Shape], shape: Shape) -> Buffer:
         lower = LOWERINGS[step.op.name]

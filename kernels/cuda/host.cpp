@@ -40,6 +40,11 @@ void layers_on_host(const SmallTail& p, bool backward) {
   small::on_host(p, backward);
 }
 
+template <>
+void layers_on_host(const PlanarLayer& p, bool backward) {
+  planar::on_host(p, backward);
+}
+
 template void descend_on_host(const Descent&, const QuadraticForm&, bool);
 template void descend_on_host(const Descent&, const BandedForm&, bool);
 template void descend_on_host(const Descent&, const PooledLayers&, bool);

@@ -22,13 +22,24 @@ __global__ void __launch_bounds__(small::kThreads, 2) small_kernel(const __grid_
   small::Worker<DeviceBlock>(p, block).run();
 }
 
+template <class Type>
+__global__ void __launch_bounds__(planar::kThreads, 2) planar_kernel(const __grid_constant__ PlanarLayer p) {
+  DeviceBlock block(reinterpret_cast<float*>(layer_memory));
+  planar::Worker<Type, DeviceBlock>(p, block, static_cast<int>(gridDim.x)).run();
+}
+
+int processors_of(int device) {
+  int processors = 0;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "the GPU says nothing of itself");
+  return processors;
+}
+
 }  // namespace
 
 template <class Params>
 void launch_layers(const Params& p, int device, uintptr_t stream) {
   check(cudaSetDevice(device), "the GPU cannot be used");
-  int processors = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "the GPU says nothing of itself");
+  const int processors = processors_of(device);
   with_kind(p, [&](auto kind) {
     using Kind = decltype(kind);
     const int shared = Kind::template Worker<DeviceThread>::shared(p);
@@ -52,6 +63,18 @@ void launch_layers(const SmallTail& p, int device, uintptr_t stream) {
   small_kernel<<<static_cast<unsigned>(small::blocks(p)), small::kThreads, static_cast<size_t>(shared),
                  reinterpret_cast<cudaStream_t>(stream)>>>(p);
   check(cudaGetLastError(), "the layers cannot be launched");
+}
+
+template <>
+void launch_layers(const PlanarLayer& p, int device, uintptr_t stream) {
+  check(cudaSetDevice(device), "the GPU cannot be used");
+  const auto kernel = p.float16 ? planar_kernel<Float16> : planar_kernel<Bfloat16>;
+  // All there is, as above.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.room), "no room on chip");
+  const int blocks = std::min(p.images, planar::blocks_together(p) * processors_of(device));
+  kernel<<<static_cast<unsigned>(blocks), planar::kThreads, sizeof(float) * static_cast<size_t>(planar::floats(p)),
+           reinterpret_cast<cudaStream_t>(stream)>>>(p);
+  check(cudaGetLastError(), "the layer cannot be launched");
 }
 
 void check_device(int device) {

@@ -12,6 +12,7 @@ namespace {
 using fastinv::BandedForm;
 using fastinv::Descent;
 using fastinv::HalvedLayer;
+using fastinv::PlanarLayer;
 using fastinv::PooledLayers;
 using fastinv::QuadraticForm;
 using fastinv::SmallTail;
@@ -214,4 +215,24 @@ PYBIND11_MODULE(_cuda, m) {
       .def_readwrite("slope", &SmallTail::slope)
       .def_readwrite("a", &SmallTail::a)
       .def_readwrite("b", &SmallTail::b);
+
+  auto planar = layers<PlanarLayer>(m, "PlanarLayer");
+  pointer(planar, "x", &PlanarLayer::x);
+  pointer(planar, "weights", &PlanarLayer::weights);
+  pointer(planar, "bias", &PlanarLayer::bias);
+  pointer(planar, "out", &PlanarLayer::out);
+  pointer(planar, "flag", &PlanarLayer::flag);
+  result(planar, "result", &PlanarLayer::result);
+  planar.def_readwrite("images", &PlanarLayer::images)
+      .def_readwrite("height", &PlanarLayer::height)
+      .def_readwrite("width", &PlanarLayer::width)
+      .def_readwrite("outputs", &PlanarLayer::outputs)
+      .def_readwrite("float16", &PlanarLayer::float16)
+      .def_readwrite("room", &PlanarLayer::room)
+      .def_readwrite("out_n", &PlanarLayer::out_n)
+      .def_readwrite("out_c", &PlanarLayer::out_c)
+      .def_readwrite("out_y", &PlanarLayer::out_y)
+      .def_readwrite("out_x", &PlanarLayer::out_x)
+      .def_readwrite("a", &PlanarLayer::a)
+      .def_readwrite("b", &PlanarLayer::b);
 }

@@ -49,7 +49,7 @@ struct PooledForward : PooledMemory {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
-          for (int r = 0; r < 2; ++r) warp.multiply(sums[half][r], w[s], x[half][r][s]);
+          for (int r = 0; r < 2; ++r) warp.multiply(Float16{}, sums[half][r], w[s], x[half][r][s]);
         }
       }
       warp.each([&](int lane) {

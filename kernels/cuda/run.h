@@ -3,6 +3,7 @@
 
 #include "banded_edges.h"
 #include "layers.h"
+#include "planar.h"
 #include "pooled.h"
 #include "quadratic.h"
 #include "small_tail.h"
@@ -23,15 +24,19 @@ void descend_on_host(const Descent& descent, const Problem& problem, bool backwa
 template <class Problem>
 void launch_descend(const Descent& descent, const Problem& problem, int device, uintptr_t stream);
 
-// The same of layers, a `Tail`, a `WindowLayer`, a `HalvedLayer` or a `SmallTail`.
+// The same of layers, a `Tail`, a `WindowLayer`, a `HalvedLayer`, a `SmallTail` or a `PlanarLayer`.
 template <class Params>
 void layers_on_host(const Params& p, bool backward);
 template <>
 void layers_on_host(const SmallTail& p, bool backward);
+template <>
+void layers_on_host(const PlanarLayer& p, bool backward);
 template <class Params>
 void launch_layers(const Params& p, int device, uintptr_t stream);
 template <>
 void launch_layers(const SmallTail& p, int device, uintptr_t stream);
+template <>
+void launch_layers(const PlanarLayer& p, int device, uintptr_t stream);
 
 // Throws std::runtime_error where kernels cannot run on this device, as its driver is too old for them.
 void check_device(int device);

@@ -71,20 +71,22 @@ class DeviceWarp {
                  : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row(lane)))));
   }
 
-  // sums += left · right, of float16.
-  template <class S, class L, class R>
-  __device__ void multiply(S&& sums, L&& left, R&& right) const {
-    const int lane = this->lane();
-    float* d = sums(lane).at;
-    const auto& l = left(lane);  // which may be made there and then, and so are kept until they have been used
-    const auto& r = right(lane);
-    const uint32_t *a = l.at, *b = r.at;
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  // sums += left · right, of either type.
+#define FASTINV_MULTIPLY(Type, kind)                                                                              \
+  template <class S, class L, class R>                                                                            \
+  __device__ void multiply(Type, S&& sums, L&& left, R&& right) const {                                           \
+    const int lane = this->lane();                                                                                \
+    float* d = sums(lane).at;                                                                                     \
+    const auto& l = left(lane); /* which may be made there and then, and so are kept until they have been used */ \
+    const auto& r = right(lane);                                                                                  \
+    const uint32_t *a = l.at, *b = r.at;                                                                          \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." kind                                                    \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                           \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                             \
   }
+  FASTINV_MULTIPLY(Float16, "f16.f16")
+  FASTINV_MULTIPLY(Bfloat16, "bf16.bf16")
 
   // The largest of the lanes' values, none of which is below 0.
   template <class F>
@@ -128,17 +130,16 @@ class HostWarp {
     }
   }
 
-  template <class S, class L, class R>
-  void multiply(S&& sums, L&& left, R&& right) const {
+  template <class Type, class S, class L, class R>
+  void multiply(Type type, S&& sums, L&& left, R&& right) const {
     float a[16][16], b[16][8];
     for (int lane = 0; lane < kWarp; ++lane) {
       const int pair = lane % 4 * 2, other = lane / 4;
       for (int i = 0; i < 4; ++i) {
         float* at = &a[other + i % 2 * 8][pair + i / 2 * 8];
-        unpack(Float16{}, left(lane).at[i], at[0], at[1]);
+        unpack(type, left(lane).at[i], at[0], at[1]);
       }
-      for (int i = 0; i < 2; ++i)
-        unpack(Float16{}, right(lane).at[i], b[pair + i * 8][other], b[pair + i * 8 + 1][other]);
+      for (int i = 0; i < 2; ++i) unpack(type, right(lane).at[i], b[pair + i * 8][other], b[pair + i * 8 + 1][other]);
     }
     for (int lane = 0; lane < kWarp; ++lane) {
       for (int i = 0; i < 4; ++i) {
@@ -162,12 +163,12 @@ class HostWarp {
 };
 #endif
 
-// sums += left · right of numbers in two parts; what both lows make is left out.
+// sums += left · right of numbers in two parts of float16; what both lows make is left out.
 template <class Warp, class S, class L, class R>
 FASTINV_BLOCK void multiply_split(const Warp& warp, S&& sums, L&& high, L&& low, R&& right) {
-  warp.multiply(sums, high, [&](int lane) { return right(lane).high; });
-  warp.multiply(sums, high, [&](int lane) { return right(lane).low; });
-  warp.multiply(sums, low, [&](int lane) { return right(lane).high; });
+  warp.multiply(Float16{}, sums, high, [&](int lane) { return right(lane).high; });
+  warp.multiply(Float16{}, sums, high, [&](int lane) { return right(lane).low; });
+  warp.multiply(Float16{}, sums, low, [&](int lane) { return right(lane).high; });
 }
 
 }  // namespace fastinv
