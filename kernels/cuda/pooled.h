@@ -17,7 +17,7 @@ struct Pooled : PooledForward {
   static constexpr bool kKeeps = false;
   static constexpr int kBorder = 0;
   static constexpr int kBlocks = 2, kMostThreads = kManyRegisters;
-  static constexpr int kBackwardRows = 3;  // that a warp makes at once
+  static constexpr int kBackwardRows = 4;  // that a warp makes at once, at most
 
   struct Own {
     P pixels;
@@ -119,79 +119,92 @@ struct Pooled : PooledForward {
   }
 
  private:
-  // From there to what comes after the pool, of 16 columns and `kBackwardRows` rows at a time, and on to what was the
-  // largest and to the pixels that it reaches. A left factor's rows are 16 neighbouring columns; one of the gradient's
-  // rows serves several.
+  // From there to what comes after the pool, of 16 columns and some rows at a time, and on to what was the largest and
+  // to the pixels that it reaches. As many of the gradient's rows reach four rows at an end as two between: 10.
   template <class Warp>
   FASTINV_BLOCK void back(const Warp& warp, int image, int rank) const {
     const Room at = room(image);
-    const auto* factors = reinterpret_cast<const SplitRight*>(weights + kFirstWords + kSecondWords);
-    const int across = (width + 15) / 16, down = (height + kBackwardRows - 1) / kBackwardRows;
-    const int plane = rows * (columns + 2);
+    const int across = (width + 15) / 16, down = height < 8 ? 2 : (height - 4) / 2;
 #pragma unroll 1
     for (int task = rank; task < down * across; task += ranks) {
-      const int row = task / across * kBackwardRows, column = task % across * 16;
-      unsigned inside = 0;  // a bit of each of the gradient's rows, whether there is one
-#pragma unroll
-      for (int u = 0; u < kBackwardRows + kEdge; ++u) {
-        inside |= (row - kEdge + u >= 0 && row - kEdge + u < rows ? 1u : 0u) << u;
-      }
+      const int part = task / across, column = task % across * 16, row = part == 0 ? 0 : 2 * part + 2;
       PerLane<Sums> sums[kBackwardRows];
+      int count = 4;
+      if (part == 0) {
+        reach<4, kEdge>(warp, at, row, column, sums);
+      } else if (part + 1 == down) {
+        reach<4, 0>(warp, at, row, column, sums);
+        if (height - row < count) count = height - row;
+      } else {
+        reach<2, 0>(warp, at, row, column, sums);
+        count = 2;
+      }
+      spread(warp, at, row, column, count, sums);
+    }
+  }
+
+  // Sums of kCount rows from `row` on. Row row − kEdge + u of the gradient serves several of them; those at an end are
+  // reached by the first four, or the last four, from kFirst on. A left factor's rows are 16 neighbouring columns.
+  template <int kCount, int kFirst, class Warp>
+  FASTINV_BLOCK void reach(const Warp& warp, const Room& at, int row, int column,
+                           PerLane<Sums> (&sums)[kBackwardRows]) const {
+    constexpr bool kEnds = kCount == 4;
+    constexpr int kLast = kEnds ? kFirst + 4 : kCount + kEdge;
+    const auto* factors = reinterpret_cast<const SplitRight*>(weights + kFirstWords + kSecondWords);
+    const int plane = rows * (columns + 2);
+    // Products of two rows would wait for each other; for sums apart of four there are no registers.
+    PerLane<Sums> apart[kCount];
+    const auto cross = [&](int r) -> PerLane<Sums>& { return kEnds ? sums[r] : apart[r]; };
+    warp.each([&](int lane) {
+#pragma unroll
+      for (int r = 0; r < kCount; ++r) sums[r](lane) = cross(r)(lane) = {};
+    });
+#pragma unroll 1
+    for (int tap = 0; tap < kTaps; ++tap) {
+      PerLane<SplitRight> w[kTaps];
+      PerLane<const Words*> source;
       warp.each([&](int lane) {
 #pragma unroll
-        for (int r = 0; r < kBackwardRows; ++r) sums[r](lane) = {};
+        for (int i = 0; i < kTaps; ++i) w[i](lane) = factors[(tap * kTaps + i) * kWarp + lane];
+        int x = column + lane % 16 - tap;
+        x = x < -1 ? -1 : x > columns ? columns : x;
+        source(lane) = at.gradient + lane / 16 * plane + (row - kEdge + kFirst) * (columns + 2) + 1 + x;
       });
-#pragma unroll 1
-      for (int tap = 0; tap < kTaps; ++tap) {
-        PerLane<SplitRight> w[kTaps];
-        PerLane<const Words*> source;
-        warp.each([&](int lane) {
+      // The next row is on its way while this one is multiplied.
+      PerLane<LeftFactor> high[2], low[2];
+      const auto fetch = [&](int u) {
+        warp.load([&](int lane) { return source(lane); }, high[u % 2]);
+        warp.load([&](int lane) { return source(lane) + 2 * plane; }, low[u % 2]);
+        warp.each([&](int lane) { source(lane) += columns + 2; });
+      };
+      fetch(kFirst);
 #pragma unroll
-          for (int i = 0; i < kTaps; ++i) w[i](lane) = factors[(tap * kTaps + i) * kWarp + lane];
-          int x = column + lane % 16 - tap;
-          x = x < -1 ? -1 : x > columns ? columns : x;
-          source(lane) = at.gradient + lane / 16 * plane + (row - kEdge) * (columns + 2) + 1 + x;
-        });
-        // The next row is on its way while this one is multiplied.
-        PerLane<LeftFactor> high[2], low[2];
-        const auto fetch = [&](int u) {
-          if (inside >> u & 1) {
-            warp.load([&](int lane) { return source(lane); }, high[u % 2]);
-            warp.load([&](int lane) { return source(lane) + 2 * plane; }, low[u % 2]);
-          }
-          warp.each([&](int lane) { source(lane) += columns + 2; });
-        };
-        fetch(0);
+      for (int u = kFirst; u < kLast; ++u) {
+        if (u + 1 < kLast) fetch(u + 1);
+        if (kEnds && u - kFirst >= rows) continue;
 #pragma unroll
-        for (int u = 0; u < kBackwardRows + kEdge; ++u) {
-          if (u + 1 < kBackwardRows + kEdge) fetch(u + 1);
-          if (!(inside >> u & 1)) continue;
-#pragma unroll
-          for (int i = 0; i < kTaps; ++i) {
-            if (u - kEdge + i < 0 || u - kEdge + i >= kBackwardRows) continue;
-            multiply_split(warp, sums[u - kEdge + i], high[u % 2], low[u % 2], w[i]);
-          }
+        for (int i = 0; i < kTaps; ++i) {
+          const int r = u - kEdge + i;
+          if (r < 0 || r >= kCount) continue;
+          multiply_split(warp, sums[r], cross(r), high[u % 2], low[u % 2], w[i]);
         }
       }
-      spread(warp, at, row, column, sums);
+    }
+    if constexpr (!kEnds) {
+#pragma unroll
+      for (int r = 0; r < kCount; ++r) add(warp, sums[r], apart[r]);
     }
   }
 
   // A left factor's rows are windows, its columns 4 places in each of 4 channels, all but one of which are 0; a right
   // one's columns are 8 of the pixels reached.
   template <class Warp>
-  FASTINV_BLOCK void spread(const Warp& warp, const Room& at, int row, int column,
+  FASTINV_BLOCK void spread(const Warp& warp, const Room& at, int row, int column, int count,
                             PerLane<Sums> (&sums)[kBackwardRows]) const {
     const auto* factors = reinterpret_cast<const SplitRight*>(weights + kFirstWords + kSecondWords + kSecondBackWords);
-    PerLane<SplitRight> w[kEights][2];
     PerLane<int[2]> to;
     PerLane<bool[2]> inside;
     warp.each([&](int lane) {
-#pragma unroll
-      for (int n = 0; n < kEights; ++n) {
-#pragma unroll
-        for (int s = 0; s < 2; ++s) w[n][s](lane) = factors[(2 * n + s) * kWarp + lane];
-      }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int x = column + lane / 4 + 8 * i;
@@ -201,7 +214,7 @@ struct Pooled : PooledForward {
     });
 #pragma unroll
     for (int r = 0; r < kBackwardRows; ++r) {
-      if (row + r >= height) continue;
+      if (r >= count) continue;
       PerLane<LeftFactor> high[2], low[2];
       warp.each([&](int lane) {
         const Sums& sum = sums[r](lane);
@@ -229,7 +242,11 @@ struct Pooled : PooledForward {
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
 #pragma unroll
-        for (int n = 0; n < kEights; ++n) multiply_split(warp, reached[n], high[s], low[s], w[n][s]);
+        for (int n = 0; n < kEights; ++n) {
+          PerLane<SplitRight> w;
+          warp.each([&](int lane) { w(lane) = factors[(2 * n + s) * kWarp + in_place(lane)]; });
+          multiply_split(warp, reached[n], high[s], low[s], w);
+        }
       }
       warp.each([&](int lane) {
 #pragma unroll

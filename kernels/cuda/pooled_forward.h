@@ -6,7 +6,7 @@
 namespace fastinv {
 
 struct PooledForward : PooledMemory {
-  static constexpr int kForwardRows = 4;  // that a warp makes at once
+  static constexpr int kForwardRows = 2;  // that a warp makes at once
 
   // The pool of 4 columns of a row at a time, from 2 · 8 pixels of the convolution. A factor's rows are the channels'
   // weights, the high parts above the low ones, its columns pixels; 16 taps are in a row, pairs of two rows: four
@@ -130,10 +130,10 @@ struct PooledForward : PooledMemory {
 #pragma unroll 1
     for (int task = rank; task < tasks; task += ranks) {
       const int row = task / across * kForwardRows, column = task % across * 8;
-      PerLane<Sums> sums[kForwardRows];
+      PerLane<Sums> sums[kForwardRows], cross[kForwardRows];
       warp.each([&](int lane) {
 #pragma unroll
-        for (int r = 0; r < kForwardRows; ++r) sums[r](lane) = {};
+        for (int r = 0; r < kForwardRows; ++r) sums[r](lane) = cross[r](lane) = {};
       });
 #pragma unroll 1
       for (int pair = 0; pair < kPairs; ++pair) {
@@ -155,10 +155,12 @@ struct PooledForward : PooledMemory {
 #pragma unroll
           for (int i = 0; i < kTaps; ++i) {
             if (u - i < 0 || u - i >= kForwardRows) continue;
-            multiply_split(warp, sums[u - i], high[i], low[i], [&](int lane) { return x(lane).split(); });
+            multiply_split(warp, sums[u - i], cross[u - i], high[i], low[i], [&](int lane) { return x(lane).split(); });
           }
         }
       }
+#pragma unroll
+      for (int r = 0; r < kForwardRows; ++r) add(warp, sums[r], cross[r]);
       warp.each([&](int lane) {
         const int plane = rows * (columns + 2);
         const float* target = layers.target + int64_t{first_image + image} * rows * columns * kSecond;

@@ -163,12 +163,28 @@ class HostWarp {
 };
 #endif
 
-// sums += left · right of numbers in two parts of float16; what both lows make is left out.
+// sums + cross += left · right of numbers in two parts of float16; what both lows make is left out. A product waits for
+// the one before it in its sums: those with low parts have sums of their own.
+template <class Warp, class S, class C, class L, class R>
+FASTINV_BLOCK void multiply_split(const Warp& warp, S&& sums, C&& cross, L&& high, L&& low, R&& right) {
+  warp.multiply(Float16{}, sums, high, [&](int lane) { return right(lane).high; });
+  warp.multiply(Float16{}, cross, high, [&](int lane) { return right(lane).low; });
+  warp.multiply(Float16{}, cross, low, [&](int lane) { return right(lane).high; });
+}
+
+// The same in one.
 template <class Warp, class S, class L, class R>
 FASTINV_BLOCK void multiply_split(const Warp& warp, S&& sums, L&& high, L&& low, R&& right) {
-  warp.multiply(Float16{}, sums, high, [&](int lane) { return right(lane).high; });
-  warp.multiply(Float16{}, sums, high, [&](int lane) { return right(lane).low; });
-  warp.multiply(Float16{}, sums, low, [&](int lane) { return right(lane).high; });
+  multiply_split(warp, sums, sums, high, low, right);
+}
+
+// sums += cross.
+template <class Warp>
+FASTINV_BLOCK void add(const Warp& warp, PerLane<Sums>& sums, PerLane<Sums>& cross) {
+  warp.each([&](int lane) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums(lane).at[i] += cross(lane).at[i];
+  });
 }
 
 }  // namespace fastinv
