@@ -117,7 +117,7 @@ def test_what_lies_where_it_did_is_a_graph(
 
     def check(count: int) -> None:
         x.copy_(torch.from_numpy(randn(3, 4, 3, 4, seed=len(made) + count)))
-        compiled._run_part(x[:count], out[:count], compiled._ready())
+        compiled._run_part(x[:count], out[:count])
         assert relative(out[:count].cpu().numpy(), reference(network, x[:count].cpu().numpy())) < 1e-5
 
     for count, graphs in ((3, 0), (3, 1), (3, 1), (2, 1), (2, 2), (3, 2), (2, 2), (1, 2), (2, 2), (3, 2), (3, 3)):
@@ -158,7 +158,7 @@ def test_a_reshape_at_the_end(shape: tuple[int, ...], layers: list[nn.Module]) -
     whole = torch.full((9, *network.output_shape), 7.0, device=DEVICE)
     out = whole[3:6]
     compiled._flag_there = cuda_device.flag_on(x.device)
-    compiled._run_part(x, out, compiled._ready())
+    compiled._run_part(x, out)
     assert relative(out.cpu().numpy(), reference(network, x.cpu().numpy())) < 1e-5
     assert (whole[:3] == 7).all()
     assert (whole[6:] == 7).all()

@@ -302,8 +302,7 @@ def halving(work: Callable[[], Value], keeper: Keeper, device: torch.device) -> 
         keeper.most = images // 2
 
 
-@contextmanager
-def room_for(what: str, instead: str) -> Iterator[None]:
+class room_for(AbstractContextManager[None]):
     """What is allocated within is needed whole.
 
     Args:
@@ -312,12 +311,14 @@ def room_for(what: str, instead: str) -> Iterator[None]:
     Raises:
         BackendError: memory does not suffice.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise BackendError(f"backend 'cuda': no room for {what}: {instead} ({error!s:.200})") from error
+
+    def __init__(self, what: str, instead: str) -> None:
+        self._what = what
+        self._instead = instead
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise BackendError(f"backend 'cuda': no room for {self._what}: {self._instead} ({error!s:.200})") from error
 
 
 def room_for_images(count: int) -> AbstractContextManager[None]:

@@ -118,15 +118,13 @@ class CudaNetwork:
         """
         import torch
 
-        network, count = self._network, len(x)
+        count = x.shape[0]
         with room_for_images(count):
-            out = torch.empty((count, *network.output_shape), dtype=getattr(torch, dtype), device=self._device)
-        with self.lock, on_device(self._device):
-            if self._flag_there is None:
-                self._flag_there = flag_on(self._device)
-            if self._unread:
-                wait_for_all(self._device)
-                self._flag_there.zero_()
+            out = torch.empty((count, *self._network.output_shape), dtype=getattr(torch, dtype), device=self._device)
+        with self.lock:
+            if self._flag_there is None or self._unread:
+                self._clear_flag()
+            assert self._flag_there is not None
             self._unread = True
             start = 0
             while start < count:
@@ -140,25 +138,48 @@ class CudaNetwork:
             raise FeatureError(NOT_FINITE)
         return out
 
+    def _clear_flag(self) -> None:
+        """Before the first call, and after one that was cut short."""
+        if self._flag_there is None:
+            with on_device(self._device):
+                self._flag_there = flag_on(self._device)
+        else:
+            wait_for_all(self._device)
+            self._flag_there.zero_()
+
     def _run_from(self, start: int, x: torch.Tensor, out: torch.Tensor) -> int:
         """As many as there is memory for at once, from `start` on; where the next begin."""
-        stop = min(start + self.most, len(x))
-        self._run_part(x[start:stop], out[start:stop], self._ready())
+        count = x.shape[0]
+        stop = min(start + self.most, count)
+        if stop - start < count:  # a slice of all would take as long as the rest of the way to a launch
+            x, out = x[start:stop], out[start:stop]
+        self._run_part(x, out)
         return stop
 
-    def _run_part(self, x: torch.Tensor, out: torch.Tensor, memory: torch.Tensor) -> None:
-        key = (len(x), x.data_ptr(), x.dtype, out.data_ptr(), out.dtype)
-        known, run = key in self._there, self._there.pop(key, None)
+    def _run_part(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """In a loop the GPU waits for what comes before `run()`, which therefore is little: a graph needs no
+        `on_device`, it goes to the device that it was captured on."""
+        key = (x.shape[0], x.data_ptr(), x.dtype, out.data_ptr(), out.dtype)
+        run = self._there.get(key)
         if run is None:
+            self._run_new_part(key, x, out)
+        else:
+            run()
+            self._there.move_to_end(key)
+
+    def _run_new_part(self, key: tuple[Any, ...], x: torch.Tensor, out: torch.Tensor) -> None:
+        """What has no graph yet: it gets one the second time that it is met."""
+        known, run = key in self._there, None
+        self._there.pop(key, None)
+        with on_device(self._device):
             outside = {self._features: x, self._results: out, self._flag: self._flag_there}
-            launches = self._arena.bind(len(x), memory, self._all(outside))
+            launches = self._arena.bind(x.shape[0], self._ready(), self._all(outside))
             if known:
                 run = repeatable(launches, self._device)
+                run()
             else:
                 for launch in launches:
                     launch()
-        if run is not None:
-            run()
         self._there[key] = run
         if len(self._there) > PLACES:
             self._there.popitem(last=False)
