@@ -142,6 +142,7 @@ class Solver:
         self._mean = channelwise(recipe.mean, recipe.image_shape)
         self._std = channelwise(recipe.std, recipe.image_shape)
         self._normalises = bool((self._mean != 0.0).any() or (self._std != 1.0).any())
+        self._constants: tuple[Any, ...] | None = None  # always the same: by the start's kind
         self._init: Array | Engine
         if isinstance(recipe.init, InverseNetwork):
             pixels = with_denormalisation(recipe.init.network, recipe.init.mean, recipe.init.std)
@@ -194,12 +195,10 @@ class Solver:
 
     def run_there(self, x: Any, dtype: str) -> tuple[Any, Report]:
         """As of an `Engine`. Ctrl-C raises `Interrupted` with the images begun, on the GPU."""
-        import torch
-
         if isinstance(self._init, Engine):
             start = self._start_there(x)
         else:
-            start = torch.from_numpy(np.array(self._init)).to(x.device)
+            (start,) = self._there(x.device, self._init)
         compiled: Any = self._compiled
         images, report, finished = compiled.solve_there(x, start, dtype)
         if not finished:
@@ -232,11 +231,18 @@ class Solver:
 
     def _start_there(self, features: Any) -> Any:
         """Normalised starts from the inverse network, for features on the backend's own GPU; they are there, too."""
+        assert isinstance(self._init, Engine)
+        mean, std = self._there(features.device, self._mean, self._std)
+        return (self._init.run_there(features, "float32")[0] - mean) / std
+
+    def _there(self, device: Any, *constants: Array) -> tuple[Any, ...]:
+        """Constants of the recipe on the backend's own GPU: brought there once, for each such copy is waited for."""
         import torch
 
-        assert isinstance(self._init, Engine)
-        mean, std = (torch.from_numpy(np.array(values)).to(features.device) for values in (self._mean, self._std))
-        return (self._init.run_there(features, "float32")[0] - mean) / std
+        if self._constants is None:
+            with torch.inference_mode(False):
+                self._constants = tuple(torch.from_numpy(np.array(values)).to(device) for values in constants)
+        return self._constants
 
     def _write_pixels(self, z: Array, out: npt.NDArray[Any]) -> None:
         # The objective tells of an image that diverged.

@@ -180,21 +180,21 @@ def test_wrong_features_on_the_gpu(inverse_network: InverseNetwork, rmle: RMLE, 
         fastinv.invert(x, inverse_network, backend="cpu")
 
 
-@pytest.mark.parametrize(("name", "function"), [("inverse_network", "empty"), ("rmle", "zeros")])
+@pytest.mark.parametrize("name", ["inverse_network", "rmle"])
 def test_no_room_for_all_images_is_told(
-    name: str, function: str, request: pytest.FixtureRequest, there: None, monkeypatch: pytest.MonkeyPatch
+    name: str, request: pytest.FixtureRequest, there: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The images of features that are on the GPU stay there, all at once."""
     inverter: Inverter = request.getfixturevalue(name)
     x = torch.from_numpy(randn(1234, 4, 3, 4)).to(DEVICE)
-    allocate = getattr(torch, function)
+    allocate = torch.empty
 
     def few(shape: object, *args: object, **options: object) -> torch.Tensor:
         if isinstance(shape, tuple) and shape[0] == 1234:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return allocate(shape, *args, **options)
 
-    monkeypatch.setattr(torch, function, few)
+    monkeypatch.setattr(torch, "empty", few)
     with pytest.raises(
         fastinv.FastinvError, match=r"no room for the images of 1,234 features on the GPU: pass fewer at once"
     ):

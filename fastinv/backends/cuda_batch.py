@@ -18,6 +18,7 @@ from fastinv.backends.cuda_plan import Arena, Buffer, bucket
 if TYPE_CHECKING:
     import torch
 
+TOLD = 3  # numbers of an image: its objective, its steps, whether it still runs
 LOOK = 50  # turns between looks at what is going on: each waits for the one before
 LOOK_SOON = 10  # the same, of the methods that need few
 
@@ -39,6 +40,8 @@ class Batch:
         memory: torch.Tensor,
         most: int,
     ) -> None:
+        import torch
+
         self._recipe = objective.recipe
         self._device = objective.device
         self._objective = objective
@@ -47,6 +50,9 @@ class Batch:
         self._tensors = tensors
         self._memory = memory
         self._most = most
+        self._named = {name: tensors[buffer] for name, buffer in (method.state | objective.report).items()}
+        self._told = torch.empty(TOLD * most, dtype=torch.float64, pin_memory=self._device.type == "cuda")
+        self._results: tuple[torch.Tensor, torch.Tensor] | None = None
         self._runs: dict[int, dict[str, Callable[[], None]]] = {}
         self._images = 0
 
@@ -59,7 +65,8 @@ class Batch:
         self._images = bucket(count, self._most)
         self._capture()
         target = self._tensors[objective.target]
-        target[count : self._images].zero_()
+        if count < self._images:
+            target[count : self._images].zero_()
         shape = self._recipe.feature_shape
         launch_channels_last(features, target[:count], *door(shape), *shift, flag)()
         self._run("prepare")
@@ -88,14 +95,27 @@ class Batch:
                     reached = mark(self._device)
                     if not self._look(progress, done, steps_done):
                         break
-            wait(self._device)
         except KeyboardInterrupt:
             finished = False
         self._run("end")
+        self._results = self._gather()
+        try:  # only now, with all on its way
+            wait(self._device)
+        except KeyboardInterrupt:
+            finished = False
         return finished
 
     def results(self, count: int) -> tuple[torch.Tensor, Any, Any, Any]:
-        """Images z [count, C, H, W], objectives, steps, and which have converged."""
+        """Images z [count, C, H, W], in memory of the batch or not, objectives, steps, and which have converged."""
+        assert self._results is not None
+        (z, told), self._results = self._results, None
+        channels, height, width = self._recipe.input_shape
+        images = z[:count].reshape(count, height, width, channels).permute(0, 3, 1, 2)
+        found, taken, running = np.array(told.numpy()[:, :count])
+        return images, found, taken.astype(np.int64), running == 0
+
+    def _gather(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images, and what is told of them, [TOLD, images], which is on its way to the host: to be waited for."""
         import torch
 
         z, value = self._tensors[self._method.result], self._of("value")
@@ -103,15 +123,14 @@ class Batch:
             better = self._of("best_value") < value
             z = torch.where(better, self._of("best"), z)
             value = torch.where(better, self._of("best_value"), value)
-        channels, height, width = self._recipe.input_shape
-        images = z[:count].reshape(count, height, width, channels).permute(0, 3, 1, 2)
-        # Together: every copy to the host is waited for.
-        numbers = torch.stack([value, self._of("taken"), self._of("running")])[..., 0].cpu().numpy()
-        found, taken, running = numbers[:, :count]
-        return images, found, taken.astype(np.int64), running == 0
+        images = self._images
+        numbers = torch.stack([part[:images, 0] for part in (value, self._of("taken"), self._of("running"))])
+        # In one piece, and of one type: other copies would be waited for.
+        told = self._told[: TOLD * images].view(TOLD, images)
+        return z, told.copy_(numbers, non_blocking=True)
 
     def _of(self, name: str) -> torch.Tensor:
-        return self._tensors[(self._method.state | self._objective.report)[name]]
+        return self._named[name]
 
     def _look(self, progress: Progress | None, done: int, steps_done: int) -> bool:
         """Tell how things stand; whether any image still runs."""

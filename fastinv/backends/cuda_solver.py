@@ -60,7 +60,7 @@ class Job:
     features: Callable[[], tuple[Given | Feed, int]]
     shift: Shift
     starts: torch.Tensor | Start
-    sink: Kept | Drain
+    sink: Kept | Pixels | Drain
     progress: Progress | None
 
     def starts_of(self, features: torch.Tensor, part: slice) -> torch.Tensor:
@@ -69,6 +69,31 @@ class Job:
             made: torch.Tensor = self.starts(features)
             return made
         return self.starts.expand(self.count, *self.starts.shape[-3:])[part]
+
+
+class Pixels:
+    """Where images go as they are to be given, on the device.
+
+    Args:
+        images: [N, ...], their memory.
+        write: makes of what is put what is to stand there.
+
+    Attributes:
+        done: of so many images, the first, there are pixels.
+    """
+
+    def __init__(self, images: torch.Tensor, write: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        self.done = 0
+        self._images = images
+        self._write = write
+
+    def put(self, start: int, stop: int, images: torch.Tensor) -> None:
+        """These images are done."""
+        self._write(images, self._images[start:stop])
+        self.done = stop
+
+    def flush(self) -> None:
+        """They are where they belong."""
 
 
 @dataclass(eq=False)
@@ -133,6 +158,7 @@ class CudaSolver:
         )
         self._batch: Batch | None = None
         self._room: torch.Tensor | None = None
+        self._flag: torch.Tensor | None = None  # a 0, of features that are not finite, between calls
         self._transfers: tuple[Upload, Download] | None = None
         self.lock = threading.Lock()
         keeps_memory(self)
@@ -157,14 +183,19 @@ class CudaSolver:
 
     def solve_there(self, features: torch.Tensor, init: torch.Tensor, dtype: str) -> tuple[torch.Tensor, Report, bool]:
         """As `solve_raw`, for float features and a start on this device; the images are there, too."""
+        import torch
+
         with self.lock, on_device(self._device):
             with room_for_images(len(features)):
-                kept = Kept(self._zeros(len(features)))
-            given = Given(features)
+                out = torch.empty(
+                    (len(features), *self._recipe.input_shape), dtype=getattr(torch, dtype), device=self._device
+                )
+            given, kept = Given(features), Pixels(out, self._write_pixels)
             job = Job(len(features), lambda: (given, self.most), self._objective.shift, init, kept, None)
             report, finished = self._solve(job)
-            with room_for_images(len(features)):
-                return self._pixels(kept.images, dtype), report, finished
+            if not finished:
+                out[kept.done :] = self._pixels(self._zeros(1), dtype)
+            return out, report, finished
 
     def _from_host(
         self,
@@ -172,7 +203,7 @@ class CudaSolver:
         dtype: str,
         shift: Shift,
         init: Array | Start,
-        sink: Kept | Drain,
+        sink: Kept | Pixels | Drain,
         progress: Progress | None,
     ) -> tuple[Report, bool]:
         import torch
@@ -204,7 +235,9 @@ class CudaSolver:
 
     def _go_on(self, job: Job, found: Found) -> None:
         """Solve the images that are not yet."""
-        batch, flag = self._ready(), flag_on(self._device)
+        batch = self._ready()
+        # A call that is cut short may leave launches that set its flag, and so leaves no flag.
+        flag, self._flag = flag_on(self._device) if self._flag is None else self._flag, None
         given, at_once = job.features()
         first, count = found.done, job.count
         parts = [(first + start, first + stop) for start, stop in chunks(count - first, at_once)]
@@ -238,6 +271,7 @@ class CudaSolver:
         finally:  # what is still on its way is not to be the next call's
             given.free()
             wait(self._device)
+        self._flag = flag if found.finished else None
         job.sink.flush()
 
     def _zeros(self, images: int) -> torch.Tensor:
@@ -249,8 +283,18 @@ class CudaSolver:
         """Of normalised images: in [0, 1], or as bytes, NaN as 0; contiguous."""
         import torch
 
-        pixels = (z * self._std + self._mean).nan_to_num(0).clamp(0, 1)
-        return ((255 * pixels).round().to(torch.uint8) if dtype == "uint8" else pixels).contiguous()
+        out = torch.empty(z.shape, dtype=getattr(torch, dtype), device=self._device)
+        self._write_pixels(z, out)
+        return out
+
+    def _write_pixels(self, z: torch.Tensor, out: torch.Tensor) -> None:
+        import torch
+
+        pixels = (z * self._std).add_(self._mean).nan_to_num_(0)
+        if out.dtype is torch.uint8:
+            out.copy_(pixels.clamp_(0, 1).mul_(255).round_())
+        else:
+            torch.clamp(pixels, 0, 1, out=out)
 
     def _shift(self, rows: Source) -> Shift:
         """Of features as they are given, to what the objective takes as its target."""
