@@ -32,6 +32,7 @@ class Cache(Generic[Value]):
     def __init__(self, size: int) -> None:
         self._size = size
         self._values: OrderedDict[Hashable, Value] = OrderedDict()
+        self._aside: list[Value] = []
         self._lock = threading.Lock()
         os.register_at_fork(after_in_child=self._renew)  # another thread may hold the lock while this one forks
 
@@ -45,11 +46,18 @@ class Cache(Generic[Value]):
                 self._values.popitem(last=False)
             return self._values[key]
 
+    def set_aside(self, which: Callable[[Value], bool]) -> None:
+        """Those are not found any more, but kept, for what would end with them."""
+        self._aside += [value for value in self._values.values() if which(value)]
+        self._values = OrderedDict((key, value) for key, value in self._values.items() if not which(value))
+
     def _renew(self) -> None:
         self._lock = threading.Lock()
 
 
 _machines: Cache[Engine | Solver] = Cache(8)
+# CUDA does not outlive a fork: there nothing can run on a GPU, nor can its memory be freed.
+os.register_at_fork(after_in_child=lambda: _machines.set_aside(lambda machine: machine.backend.startswith("cuda")))
 _files: Cache[Inverter] = Cache(8)
 _default: Inverter | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import tomllib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -442,14 +444,14 @@ def test_threads_of_python(backend: str, compilations: list[Any]) -> None:
 
 def _child(queue: Any, x: np.ndarray, inverters: list[fastinv.Inverter], options: dict[str, Any]) -> None:
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork; those of the compiled core are made again
-    queue.put([fastinv.invert(x, inverter, **options) for inverter in inverters])
+    try:
+        queue.put([fastinv.invert(x, inverter, **options) for inverter in inverters])
+    except BaseException as reason:  # or the parent would wait, and never hear of it
+        queue.put(f"{type(reason).__name__}: {reason}")
 
 
-def test_a_forked_process_inverts_too(backend: str) -> None:
-    inverters = [inverse_network()] if backend == "torch" else [inverse_network(), rmle()]  # no autograd after a fork
-    options = {"backend": backend, "threads": 1 if backend == "torch" else 2}
-    x = features(40)
-    expected = [fastinv.invert(x, inverter, **options) for inverter in inverters]
+def _in_a_fork(x: np.ndarray, inverters: list[fastinv.Inverter], options: dict[str, Any]) -> Any:
+    """Images, or why there are none."""
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_child, args=(queue, x, inverters, options))
@@ -459,8 +461,40 @@ def test_a_forked_process_inverts_too(backend: str) -> None:
     found = queue.get(timeout=30)
     child.join(30)
     assert child.exitcode == 0
+    return found
+
+
+def test_a_forked_process_inverts_too(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTINV_BACKEND", raising=False)
+    inverters = [inverse_network()] if backend == "torch" else [inverse_network(), rmle()]  # no autograd after a fork
+    options = {"backend": backend, "threads": 1 if backend == "torch" else 2}
+    x = features(40)
+    expected = [fastinv.invert(x, inverter, **options) for inverter in inverters]
+    found = _in_a_fork(x, inverters, options)
+    if backend == "cuda":  # a driver that has been asked does not outlive a fork: the cpu then is what can run it
+        assert isinstance(found, str)
+        assert re.match("BackendError: .* was forked from one that has used a GPU", found), found
+        expected = [fastinv.invert(x, inverter, backend="cpu", threads=2) for inverter in inverters]
+        found = _in_a_fork(x, inverters, {"backend": "auto", "threads": 2})
+    assert not isinstance(found, str), found
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_fork_does_not_find_what_was_compiled_for_a_gpu() -> None:
+    machines: Any = module._machines
+    machines.get("a", lambda: SimpleNamespace(backend="cuda:1"))
+    machines.get("b", lambda: SimpleNamespace(backend="cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        found = [machines.get(key, lambda: SimpleNamespace(backend="new")).backend for key in "ab"]
+        os._exit(found != ["new", "cpu"])
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert machines.get("a", lambda: None).backend == "cuda:1"
+    for key in "ab":
+        del machines._values[key]
 
 
 def test_a_fork_while_another_thread_compiles() -> None:
