@@ -111,7 +111,7 @@ class Engine:
         Args:
             measure: time every launch: adds `seconds` and `gflops` (10^9 direct-form FLOPs a second), for one image.
                 The cpu backend does that on one thread, for a tenth of a second in all; the cuda backend in a large
-                batch, on the device, without the transfers.
+                batch, on the device, without the transfers, for features of the type that it computes in.
         """
         return self._compiled.describe(measure)
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 STREAMED_IMAGES = 1024  # at once from the host: a call's last such batch overlaps with nothing
 STREAMED_BYTES = 2**24  # of their results, in pinned memory
-MEASURED_IMAGES = 1024  # at most
+MEASURED_IMAGES = MOST_IMAGES  # at most: as in a full batch
 STREAMED_BATCHES = 64  # of one call
 PLANAR_CHANNELS = 64  # that a convolution can write in the user's order: with more, the addresses spill
 PLACES = 32  # of features and results on the device for which there are graphs
@@ -192,12 +192,14 @@ class CudaNetwork:
         return plan
 
     def _measured(self) -> list[float]:
-        """Seconds that every node takes for one image, of a large batch of random features."""
+        """Seconds that every node takes for one image, of a large batch of random features: of the type that values
+        are kept in, since what reads such features where they are is what a call in this precision is to use."""
         import torch
 
         network, memory = self._network, self._ready()
         images = min(self.most, MEASURED_IMAGES)
-        features = torch.randn((images, *network.input_shape), dtype=torch.float32, device=self._device)
+        dtype: torch.dtype = getattr(torch, self._lowering.numbers.dtype)
+        features = torch.randn((images, *network.input_shape), dtype=dtype, device=self._device)
         results = torch.empty((images, *network.output_shape), dtype=torch.float32, device=self._device)
         outside = {self._features: features, self._results: results, self._flag: flag_on(self._device)}
         # In turn, so that each reads what those before have written.
