@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--no-build", action="store_true", help="take fastinv as it is, do not build it first")
     result.add_argument("--no-tests", action="store_true", help="do not run the tests of the kernels first")
     result.add_argument("--tune", action="store_true", help="first measure the tiles, and keep them for later runs")
-    result.add_argument("--json", metavar="FILE", type=Path, help="write the results there, too, after every case")
+    result.add_argument("--json", metavar="FILE", type=Path, help="write the results there, too, as they come")
     return result
 
 
@@ -71,6 +72,7 @@ def main() -> int:
     if not args.no_tests:
         facts["tests"] = run_tests(TESTS, 30 * args.minutes)
         time.sleep(SETTLE)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and so the worker ends, too
     with Worker() as worker:
         try:
             measure(worker, args, end, facts)
@@ -81,13 +83,13 @@ def main() -> int:
 
 
 def measure(worker: Worker, args: argparse.Namespace, end: float, facts: dict[str, Any]) -> None:
-    """Ceilings, and case after case until the end. Lines are printed as they come, rows after each case.
+    """Ceilings, and case after case until the end. All is printed and written as it comes; tables after each case.
 
     Raises:
         Lost: there is not even a ceiling.
     """
     import gpu_measure
-    from gpu_results import Row, as_table, compared
+    from gpu_results import Row, as_line, as_table, compared
 
     (found,) = worker.each(gpu_measure.surroundings, seconds=BEGIN)
     facts |= found
@@ -107,16 +109,14 @@ def measure(worker: Worker, args: argparse.Namespace, end: float, facts: dict[st
             continue
         fresh: list[Row] = []
         for item in all_of(worker, name, precision, top, args.repeat, args.tune):
-            if isinstance(item, Row):
-                fresh.append(item)
-            else:
-                notes.append(item)
-                print(item, flush=True)
+            (fresh if isinstance(item, Row) else notes).append(item)
+            print(as_line(item) if isinstance(item, Row) else item, flush=True)
+            if args.json is not None:
+                found = [vars(row) for row in (*rows, *compared(fresh))]
+                write(args.json, facts | {"rows": found, "notes": notes})
         rows += compared(fresh)
         if fresh:
             print(as_table(compared(fresh)), flush=True)
-        if args.json is not None:
-            write(args.json, facts | {"rows": [vars(row) for row in rows], "notes": notes})
     print(as_table(rows))
 
 

@@ -60,6 +60,13 @@ def compared(rows: Sequence[Row]) -> list[Row]:
     return [row if row.contender == HOST_TO_HOST else replace(row, ratio=best / row.seconds) for row in rows]
 
 
+def as_line(row: Row) -> str:
+    return (
+        f"{row.case}, {row.precision}: {row.contender}, {row.batch:,} images in {1e6 * row.seconds:,.1f} µs, "
+        f"{row.percent_of_roofline:.1f}% of the roofline, error {row.error:.0e}"
+    )
+
+
 def as_table(rows: Sequence[Row]) -> str:
     header = ["", "precision", "batch", "error", "images/s", "TFLOP/s", "GB/s", "% of roofline", "to best peer"]
     return table(

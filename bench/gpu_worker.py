@@ -6,9 +6,10 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any, Self
 
 END = 10  # seconds that a process may take to end when it is killed: longer where its GPU is stuck
@@ -84,6 +85,7 @@ class Worker:
 
 def _serve(pipe: Connection) -> None:
     os.setsid()  # so that it can be ended with all that it starts
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
     with contextlib.suppress(EOFError):  # whoever calls has ended
         while True:
             function, args = pipe.recv()
@@ -94,6 +96,15 @@ def _serve(pipe: Connection) -> None:
             except Exception as reason:
                 pipe.send(("failed", f"{type(reason).__name__}: {reason!s:.300}"))
                 return
+
+
+def _end_with_the_caller() -> None:
+    """However that ends: a worker in the middle of a case would notice when it next has something to tell, and keep the
+    GPU until then."""
+    caller = multiprocessing.parent_process()
+    assert caller is not None
+    wait([caller.sentinel])
+    os.killpg(0, signal.SIGKILL)
 
 
 def _name(code: int | None) -> str:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -139,6 +140,7 @@ def test_what_a_lost_worker_found_is_kept(script, tmp_path: Path, monkeypatch: p
     assert script.main() == 1  # the tests failed
     told = capsys.readouterr().out
     assert "second, float32: broken off, not done after 90 s" in told
+    assert "first, float32: eager, 8 images in 2,000,000.0 µs, 50.0% of the roofline, error 1e-07\n" in told
     found = json.loads(target.read_text())
     rows = [(row["case"], row["contender"], row["ratio"]) for row in found["rows"]]
     pair = [("fastinv", 2.0), ("eager", 1.0)]
@@ -223,6 +225,29 @@ def test_a_process_ends_with_all_that_it_has_started(worker, tmp_path: Path) -> 
     with pytest.raises(importlib.import_module("gpu_worker").Lost):
         list(worker.each(subprocess.check_output, command, seconds=5))
     assert has_ended(int(file.read_text()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_ends_with_its_caller(number: int, tmp_path: Path) -> None:
+    """In the middle of something, and with what it has started."""
+    file = tmp_path / "pid"
+    begun = f"sleep 1000 & echo $! $PPID > {file}.new; mv {file}.new {file}; wait"
+    code = (
+        "import subprocess; from gpu_worker import Worker\n"
+        f"if __name__ == '__main__': list(Worker().each(subprocess.check_output, ['sh', '-c', {begun!r}], seconds=60))"
+    )
+    script = tmp_path / "caller.py"
+    script.write_text(code)
+    caller = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": str(BENCH)})
+    try:
+        for _ in range(600):
+            if file.exists():
+                break
+            time.sleep(0.05)
+    finally:
+        caller.send_signal(number)
+        caller.wait(30)
+    assert all(map(has_ended, map(int, file.read_text().split())))
 
 
 def test_what_is_not_asked_for_any_more_is_ended(worker) -> None:
@@ -415,6 +440,19 @@ def test_a_product_of_float32_may_be_three_of_float16() -> None:
     assert top.floor(720.0, 0, "float16") == pytest.approx(1)
     assert top.floor(380.0, 0, "tf32") == pytest.approx(1)
     assert top.floor(0.0, 4e12, "float32") == pytest.approx(4)
+
+
+def test_a_peer_s_solver_may_be_less_exact_than_ours(measure) -> None:
+    assert measure.bound("fastinv", "float32", True) == benchmark.SOLVER_TOLERANCE < 5e-3
+    assert measure.bound("eager, captured", "float32", True) == 5e-2
+    assert measure.bound("eager", "float32", False) == measure.bound("fastinv", "float32", False) == 1e-4
+
+
+def test_a_step_of_rmle_is_small_enough_for_a_case(measure) -> None:
+    batches = {name: measure.batch_of(subject) for name, subject in measure.subjects().items() if subject.recipe}
+    assert {name.removeprefix("rMLE ").partition(",")[0]: batch for name, batch in batches.items()} == {
+        "conv1": 4096, "ReLU2": 4096, "conv11": 4096, "ReLU22": 512, "ReLU32": 512, "layer1": 1024,
+    }  # fmt: skip
 
 
 @pytest.fixture
