@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <stdexcept>
 
@@ -46,7 +47,12 @@ struct Driver {
 
 namespace {
 
-constexpr int64_t kShare = 1 << 19;       // bytes of a copy that a thread does at once
+// Bytes of a copy that a thread does at once, and what their address is a multiple of: a huge page. Where the target is
+// fresh, the first to write to one clears all of it, and so does whoever writes to it meanwhile: two threads of a Zen 3
+// moved 12.1 GB/s into fresh huge pages so, 10.4 in shares of 512 KiB.
+constexpr int64_t kShare = 1 << 21;
+
+constexpr int64_t kGrains = 4;            // of a piece: towards a call's end threads send less at once, to end together
 constexpr unsigned kWithoutTiming = 0x2;  // CU_EVENT_DISABLE_TIMING
 
 // Within, this is the calling thread's context: the pool's threads have none, and may have another next.
@@ -64,10 +70,15 @@ class InContext {
   const Driver& driver_;
 };
 
-int64_t shares(const Copy& copy) { return (copy.bytes + kShare - 1) / kShare; }
+int64_t before_target(const Copy& copy) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(copy.to) % kShare); }
+
+int64_t shares(const Copy& copy) {
+  return copy.bytes == 0 ? 0 : (before_target(copy) + copy.bytes + kShare - 1) / kShare;
+}
 
 void copy_share(const Copy& copy, int64_t share) {
-  const int64_t begin = share * kShare, end = std::min(copy.bytes, begin + kShare);
+  const int64_t start = share * kShare - before_target(copy);
+  const int64_t begin = std::max<int64_t>(0, start), end = std::min(copy.bytes, start + kShare);
   std::memcpy(copy.to + begin, copy.from + begin, static_cast<size_t>(end - begin));
 }
 
@@ -100,13 +111,31 @@ Upload::~Upload() {
 
 void Upload::send(const void* source, uint64_t there, int64_t bytes, bool rounds, void* stream, const Copy& beside) {
   if (driver_ != nullptr) Driver::check(driver_->stream_context(stream, &context_), "cuStreamGetCtx");
-  const int64_t pieces = (bytes + piece_ - 1) / piece_, all = pieces + shares(beside);
-  parallel_ranges(threads_, all, 1, 1, [&](int worker, int64_t unit, int64_t) {
-    const int64_t sent = unit * pieces / all;  // of the units before this one
-    if ((unit + 1) * pieces / all == sent) return copy_share(beside, unit - sent);
-    const int64_t begin = sent * piece_, size = std::min(bytes - begin, piece_);
-    send_piece(worker, static_cast<const uint8_t*>(source) + (rounds ? 2 : 1) * begin,
-               there + static_cast<uint64_t>(begin), size, rounds, stream);
+  const int64_t grain = std::max<int64_t>(4, piece_ / kGrains / 4 * 4), grains = (bytes + grain - 1) / grain;
+  const int64_t copies = shares(beside);
+  std::atomic<int64_t> next{0}, next_copy{0};
+  std::atomic<bool> failed{false};
+  run_team(static_cast<int>(std::min<int64_t>(threads_, grains + copies)), [&](int worker, int workers) {
+    while (!failed.load(std::memory_order_relaxed)) {
+      int64_t first = next, share = next_copy;
+      // A share of the copy takes longer than a grain: all are begun by the time three quarters of the source have
+      // been, so that grains are last.
+      if (share < copies && (first == grains || 3 * share * grains <= 4 * first * copies)) {
+        if (next_copy.compare_exchange_weak(share, share + 1)) copy_share(beside, share);
+        continue;
+      }
+      if (first == grains) return;
+      const int64_t some = std::clamp<int64_t>((grains - first) / (2 * workers), 1, piece_ / grain);
+      if (!next.compare_exchange_weak(first, first + some)) continue;
+      const int64_t begin = first * grain, size = std::min(bytes - begin, some * grain);
+      try {
+        send_piece(worker, static_cast<const uint8_t*>(source) + (rounds ? 2 : 1) * begin,
+                   there + static_cast<uint64_t>(begin), size, rounds, stream);
+      } catch (...) {
+        failed = true;
+        throw;
+      }
+    }
   });
 }
 

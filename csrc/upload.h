@@ -37,7 +37,7 @@ class Upload {
   Upload& operator=(const Upload&) = delete;
 
   // On the stream: `bytes` of what is at `there` become what is at `source`; with `rounds` that is float32, which
-  // becomes bfloat16. Meanwhile the same threads do `beside`, in even shares, as both take the same memory's time.
+  // becomes bfloat16. Meanwhile the same threads do `beside`, as both take the same memory's time.
   // Returns when source has been read and the copy is done. Throws std::runtime_error with what the driver says.
   void send(const void* source, uint64_t there, int64_t bytes, bool rounds, void* stream, const Copy& beside);
 

@@ -21,7 +21,7 @@ from interpreter import DEVICE
 from fastinv.backends import cuda_batch, cuda_device, cuda_network
 from fastinv.backends.cuda_batch import Batch
 from fastinv.backends.cuda_network import CudaNetwork
-from fastinv.backends.cuda_plan import MOST_BYTES, Arena
+from fastinv.backends.cuda_plan import MOST_BYTES, Arena, bucket
 from fastinv.backends.cuda_solver import CudaSolver
 from fastinv.benchmark import decoders, solvers
 from fastinv.inverters import RMLE
@@ -194,6 +194,28 @@ def test_batches_of_about_the_same_size_share_their_graphs(monkeypatch: pytest.M
         solver.solve_there(torch.from_numpy(randn(count, *EDGE.output_shape)).to(DEVICE), start, "float32")
     assert set(made) == {4}
     assert len(made) == len(solver._arenas)
+
+
+def test_a_call_from_the_host_is_some_batches_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each a graph's: of a power of two, or the largest there is."""
+    monkeypatch.setattr(cuda_network, "STREAMED_LEAST", 2**11)
+    image = 2**8 * -(-4 * int(np.prod(NETWORK.output_shape)) // 2**8)
+    monkeypatch.setattr(cuda_network, "STREAMED_RESULTS", 11 * image)
+    network = CudaNetwork(NETWORK, "float32", torch.device(DEVICE))
+    least = network._least_streamed
+    assert 1 < least < 8
+    assert network._streamed == 11
+    sizes = [network._streamed_of(count) for count in (0, 1, 8 * 4, 8 * 4 + 1, 8 * 8 + 1, 10**6)]
+    assert sizes == [bucket(least, 11), bucket(least, 11), 4, 8, 11, 11]
+    made = graphs_of_few_images(cuda_network, 11, monkeypatch)
+    for count in (0, 1, 35, 100):
+        x = randn(count, 4, 3, 4)
+        out = np.empty((count, *NETWORK.output_shape), np.float32)
+        network.run(x, out)
+        assert relative(out, reference(NETWORK, x)) < 1e-5 or count == 0
+    assert set(made) == {1, 4, 8, 11}
+    for slot in network._slots:
+        assert slot.host.nbytes <= 11 * image
 
 
 def test_what_a_call_takes_stays_under_the_cap() -> None:

@@ -101,6 +101,32 @@ def test_results_are_copied_beside(
     np.testing.assert_array_equal(there, source)
 
 
+@pytest.mark.parametrize("size", [0, 5000])
+@pytest.mark.parametrize("before", [0, 1, 64, 2**21 - 1])
+@pytest.mark.parametrize("count", [0, 1, 2**21 - 1, 2**21, 2**22 + 5])
+def test_results_may_belong_anywhere(count: int, before: int, size: int) -> None:
+    """In a huge page and across several; those before and after stay what they are."""
+    memory = np.full(2**21 + before + count + 2, 7, np.uint8)
+    begin = -memory.ctypes.data % 2**21 + before
+    if begin + count + 1 > len(memory):
+        begin -= 2**21
+    begin = max(begin, 1)
+    results = np.random.default_rng(3).integers(0, 256, count, np.uint8)
+    source = np.arange(size, dtype=np.float32)
+    for copy in (True, False):
+        there = np.zeros_like(source)
+        memory[...] = 7
+        out = memory[begin : begin + count]
+        if copy:
+            _core.copy(results, out, 3)
+        else:
+            upload_of(3).send(source, there.ctypes.data, False, 0, results, out)
+            np.testing.assert_array_equal(there, source)
+        np.testing.assert_array_equal(out, results)
+        assert (memory[:begin] == 7).all()
+        assert (memory[begin + count :] == 7).all()
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_rounding_is_that_of_pytorch(isa: str) -> None:
     """Of every float32 with a 16-bit rest of interest: ties, their neighbours, denormals, what rounds to Inf, NaN."""
