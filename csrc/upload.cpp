@@ -51,7 +51,6 @@ namespace {
 // fresh, the first to write to one clears all of it, and so does whoever writes to it meanwhile: two threads of a Zen 3
 // moved 12.1 GB/s into fresh huge pages so, 10.4 in shares of 512 KiB.
 constexpr int64_t kShare = 1 << 21;
-
 constexpr int64_t kGrains = 4;            // of a piece: towards a call's end threads send less at once, to end together
 constexpr unsigned kWithoutTiming = 0x2;  // CU_EVENT_DISABLE_TIMING
 
