@@ -96,9 +96,17 @@ def test_a_transposed_convolution() -> None:
     check(exported((64, 8, 8), nn.ConvTranspose2d(64, 2, 3, padding=1)), 2, "float16", TOLERANCES["float16"])
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-@pytest.mark.parametrize("features", ["float32", "float16", "bfloat16", "uint8"])
-@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize(
+    ("features", "precision", "dtype"),
+    [
+        ("float32", "bfloat16", "float32"),
+        ("bfloat16", "bfloat16", "uint8"),
+        ("float16", "float16", "uint8"),
+        ("float32", "float16", "uint8"),
+        ("bfloat16", "float16", "float32"),
+        ("uint8", "bfloat16", "float32"),
+    ],
+)
 def test_features_from_the_host(dtype: str, features: str, precision: str) -> None:
     """What it does not read as it is another kernel reads."""
     network, x = decoder(8, 8, 3, nn.Sigmoid()), randn(5, 64, 8, 8)

@@ -51,7 +51,7 @@ class Batch:
         self._memory = memory
         self._most = most
         self._named = {name: tensors[buffer] for name, buffer in (method.state | objective.report).items()}
-        self._told = torch.empty(TOLD * most, dtype=torch.float64, pin_memory=self._device.type == "cuda")
+        self._told = torch.empty(TOLD * most, dtype=torch.float64, device="cpu", pin_memory=self._device.type == "cuda")
         self._results: tuple[torch.Tensor, torch.Tensor] | None = None
         self._runs: dict[int, dict[str, Callable[[], None]]] = {}
         self._images = 0
