@@ -31,9 +31,11 @@ class PlanarConvolution:
 
     Args:
         node: whose kernel, a `fastinv.kernels.triton.direct.DirectConvolution`, it takes the place of. Other features
-            that one still reads.
+            that one still reads, all of them.
         dtype: of the features, and of the weights as they are multiplied.
     """
+
+    takes_all = True
 
     def __init__(self, node: ConvolutionNode, dtype: torch.dtype) -> None:
         kernel = node.kernel
@@ -42,7 +44,6 @@ class PlanarConvolution:
         self.outputs, self.bias = kernel.outputs, kernel.bias
         self.input_shape: tuple[int, int, int] = kernel.input_shape
         self._planar = kernel.planar()
-        self.takes_all: bool = self._planar.takes_all
         self.weights = _factors(kernel.geometry, node.weight, dtype, kernel.weight.device)
 
     @staticmethod
@@ -59,7 +60,6 @@ class PlanarConvolution:
             and kernel.inputs == INPUTS
             and kernel.outputs <= OUTPUTS
             and reads(kernel.geometry, AROUND)
-            and kernel.planar() is not None
             and node.ending.activation.kind in FINISHES
             and usable_on(kernel.weight.device)
             and _sized(kernel).fits()
@@ -70,8 +70,8 @@ class PlanarConvolution:
         return self
 
     def takes(self, features: Any, scale: Any) -> bool:
-        """Whether `launch_planar` can read them."""
-        return bool(self._planar.takes(features, scale))
+        """Whether `launch_planar` can read them: always."""
+        return True
 
     def launch(self, x: Any, out: Any, epilogue: Any, out_strides: Any = None) -> Any:
         """As `Convolution.launch`."""
