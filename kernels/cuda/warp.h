@@ -27,6 +27,14 @@ struct alignas(16) LeftFactor {
 };
 struct RightFactor {
   uint32_t at[2];
+
+  // Makes it here, before whatever is read from memory after: a compiler may make it last, of registers that it has to
+  // copy before loads take their place, and then waits for these loads.
+  FASTINV_BLOCK void make_here() {
+#ifdef __CUDACC__
+    asm volatile("" : "+r"(at[0]), "+r"(at[1]) : : "memory");
+#endif
+  }
 };
 // The high and the low part of each number (`Halved`), read at once.
 struct alignas(16) SplitRight {
