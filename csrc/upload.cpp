@@ -98,7 +98,8 @@ Upload::Upload(const Kernels& kernels, uint8_t* pinned, int64_t piece, int threa
 
 Upload::~Upload() {
   if (context_ == nullptr) return;
-  driver_->push_context(context_);  // at the program's end the driver may be gone: then all fails, and nothing is lost
+  // At the program's end the driver may be gone, and after a fork it knows no context: then nothing is lost.
+  if (driver_->push_context(context_) != 0) return;
   for (void* event : gone_) {
     if (event == nullptr) continue;
     driver_->wait_for_event(event);

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -74,8 +75,8 @@ class Compiled:
 
 
 def source_of(launch: Launch) -> tuple[ASTSource, str, str]:
-    """The kernel with its types and constants; its configuration; and what else decides what the compiler makes of it,
-    which is what is known of integers."""
+    """The kernel with its types and constants; its configuration; and what else decides what the compiler makes of it:
+    what is known of integers, and which of as many pixels a tile has."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = dict(launch.constants)
     attributes: dict[tuple[int, ...], Any] = {}
@@ -97,12 +98,16 @@ def source_of(launch: Launch) -> tuple[ASTSource, str, str]:
         else:
             signature[name] = "fp32"
     types = {name: "i32" if type(values[name]) is int else kind for name, kind in signature.items()}
-    configuration = f"{launch.kernel.__name__} {types} {launch.constants} {launch.warps} {launch.stages}"
+    plain = dict(launch.constants)
+    if "BI" in plain:  # boxes of images, rows and columns, whose descriptors have these shapes
+        plain["BM"] = math.prod(plain.pop(name) for name in ("BI", "BY", "BX"))
+        types = {name: kind.split("[")[0] for name, kind in types.items()}
+    configuration = f"{launch.kernel.__name__} {types} {plain} {launch.warps} {launch.stages}"
     return ASTSource(launch.kernel, signature, constants, attributes), configuration, f"{constants} {attributes}"
 
 
 def compile_all(launches: Iterable[Launch], capability: int = 90, variants: bool = False) -> list[Compiled]:
-    """Every kernel in every configuration, once; or once for all that is known of its integers."""
+    """Every kernel in every configuration, once; or once for all else, too, that decides what becomes of it."""
     sources = {}
     for launch in launches:
         source, configuration, known = source_of(launch)
@@ -145,11 +150,10 @@ def network_launches(
     compiled = CudaNetwork(network, precision, META)
     features = torch.empty(images, *network.input_shape, dtype=getattr(torch, dtype), device=META)
     out = torch.empty(images, *network.output_shape, dtype=getattr(torch, result), device=META)
-    outside = {compiled._features: features, compiled._results: out, compiled._flag: torch.empty(1, dtype=torch.int32)}
-    if dtype in ("uint8", "int8"):
-        outside |= {buffer: torch.empty(16, device=META) for buffer in (compiled._scale, compiled._zero_point)}
+    note = torch.empty(16, device=META) if dtype in ("uint8", "int8") else None
+    given = features, out, torch.empty(1, dtype=torch.int32), note, note
     memory = torch.empty(compiled._arena.bytes(images), dtype=torch.uint8, device=META)
-    launches = compiled._arena.bind(images, memory, compiled._all(outside))
+    launches = compiled._arena.bind(images, memory, dict(zip(compiled._outside, given, strict=True)))
     return [launch for launch in launches if isinstance(launch, Launch)]
 
 
@@ -198,17 +202,9 @@ def pair_launches(precisions: Iterable[str]) -> Iterator[Launch]:
                 yield from other_tiles(network, precision, differentiable=False)
 
 
-def direct_launches() -> Iterator[Launch]:
-    """Convolutions product by product that fill the registers, first on bytes and then between layers."""
-    up = nn.ConvTranspose2d
-    for layer in (
-        nn.Conv2d(64, 4, 3, padding=1),
-        nn.Conv2d(20, 3, 9, padding=4),
-        nn.Conv2d(16, 16, 5),
-        nn.Conv2d(3, 64, 7, 2, 3),
-        up(64, 3, 4, 2, 1),
-        up(12, 2, 5, (3, 4)),
-    ):
+def direct_launches(layers: Iterable[nn.Module]) -> Iterator[Launch]:
+    """Convolutions product by product, first on bytes and then between layers."""
+    for layer in layers:
         network = export(nn.Sequential(layer).eval(), torch.zeros(2, layer.in_channels, 33, 31))
         for precision in ("float32", "bfloat16"):
             yield from network_launches(network, precision, "uint8", "uint8")
@@ -248,7 +244,8 @@ def as_on_older_gpus() -> Any:
 
 def rare_launches() -> Iterator[Launch]:
     """What `all_launches` has a part of: every activation, every tile with all that it may end in, few images, pairs
-    in tf32 and float16; and what older GPUs take."""
+    in tf32 and float16, as many products written out as there may be; and what older GPUs take."""
+    yield from direct_launches((nn.Conv2d(20, 3, 9, padding=4), nn.Conv2d(3, 64, 7, 2, 3)))
     yield from pair_launches(("tf32", "float16"))
     for kind in KINDS:
         for channels in (64, 128):
@@ -305,7 +302,18 @@ def all_launches() -> Iterator[Launch]:
     with as_on_older_gpus():
         for precision in ("float32", "bfloat16"):
             yield from network_launches(network, precision)
-    yield from direct_launches()
+    # Of a few products: the compiler takes 20 s for 250, and 4 for 150.
+    up = nn.ConvTranspose2d
+    yield from direct_launches(
+        (
+            nn.Conv2d(64, 4, 3, padding=1),
+            nn.Conv2d(20, 3, 7, padding=3),
+            nn.Conv2d(16, 16, 5),
+            nn.Conv2d(3, 64, 5, 2, 2),
+            up(64, 3, 4, 2, 1),
+            up(12, 2, 5, (3, 4)),
+        )
+    )
     for name in ("conv2d", "conv_transpose2d", "linear", "upsample", "mul", "permute", "affine"):
         for case in OPS[name].cases():
             if case.name in CASES:

@@ -128,7 +128,7 @@ void check_halves(int height, int width, int outputs, bool back) {
   p.x_pitch = 128;
   p.out_pitch = outputs;
   p.outputs = outputs;
-  p.images = 7;
+  p.images = 5;
   p.unscale = 0.25f;
   p.finish = Finish::kLeakyRelu;
   p.a = 0.1f;
@@ -154,7 +154,7 @@ void check_tail(int height, int width, int inputs, int outputs, Result result, b
   p.width = width;
   p.inputs = inputs;
   p.outputs = outputs;
-  p.images = 5;
+  p.images = 3;
   p.float16 = 1;
   p.channels_last = channels_last;
   p.finish = Finish::kSigmoid;

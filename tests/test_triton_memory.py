@@ -18,12 +18,13 @@ pytest.importorskip("triton", reason="Triton is not installed: it is there for L
 
 from interpreter import DEVICE
 
-from fastinv.backends import cuda_batch, cuda_device, cuda_network
+from fastinv.backends import cuda_batch, cuda_device, cuda_host, cuda_solver, cuda_stream
 from fastinv.backends.cuda_batch import Batch
 from fastinv.backends.cuda_network import CudaNetwork
 from fastinv.backends.cuda_plan import MOST_BYTES, Arena, bucket
 from fastinv.backends.cuda_solver import CudaSolver
 from fastinv.benchmark import decoders, solvers
+from fastinv.errors import BackendError
 from fastinv.inverters import RMLE
 
 NETWORK = exported((4, 3, 4), nn.ConvTranspose2d(4, 2, 2, stride=2), nn.Tanh())
@@ -90,7 +91,7 @@ def test_graphs_without_memory_halve_a_network_s_batch(monkeypatch: pytest.Monke
     x = randn(5, 4, 3, 4)
     expected = np.empty((5, *network.output_shape), np.float32)
     CudaNetwork(network, "float32", device).run(x, expected)
-    made = graphs_of_few_images(cuda_network, 2, monkeypatch)
+    made = graphs_of_few_images(cuda_stream, 2, monkeypatch)
     compiled = CudaNetwork(network, "float32", device, most=8)
     out = np.empty_like(expected)
     with pytest.warns(RuntimeWarning, match="no room for 4 images at once: going on with 2"):
@@ -150,6 +151,20 @@ def test_what_was_solved_before_memory_ran_out_is_kept(monkeypatch: pytest.Monke
     np.testing.assert_array_equal(report.steps, told.steps)
 
 
+def test_no_pinned_memory_is_told_before_batches_are_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would not help, and end in what is not so: that the GPU has no room."""
+    solver = CudaSolver(RECIPE, "float32", torch.device(DEVICE), most=4)
+
+    def scarce(*arguments: Any) -> None:
+        with cuda_host.room_for_pinned_pieces():
+            raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(cuda_solver, "Upload", scarce)
+    with pytest.raises(BackendError, match=r"no room for pinned memory.*: free memory on the host"):
+        solver.solve(randn(3, *RECIPE.feature_shape), np.zeros(RECIPE.image_shape, np.float32))
+    assert solver.most == 4
+
+
 def test_what_is_not_used_any_more_gives_back_its_memory_at_once() -> None:
     """Without the garbage collector, which may come late."""
     device = torch.empty(0, device=DEVICE).device
@@ -164,7 +179,7 @@ def test_what_is_not_used_any_more_gives_back_its_memory_at_once() -> None:
             network.run(values, results)
             for _ in range(2):  # the second is a graph
                 network.run_there(torch.from_numpy(values).to(device), "float32")
-            kept += map(weakref.ref, (network, network._memory, network._slots[0].features))
+            kept += map(weakref.ref, (network, network._memory, network._stream._slots[0].features))
             del network
         for optimizer in ("adam", "lbfgs"):
             recipe = dataclasses.replace(RECIPE, steps=2, optimizer=optimizer)
@@ -180,7 +195,7 @@ def test_what_is_not_used_any_more_gives_back_its_memory_at_once() -> None:
 def test_batches_of_about_the_same_size_share_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device(DEVICE)
     network = CudaNetwork(NETWORK, "float32", device, most=8)
-    made = graphs_of_few_images(cuda_network, 8, monkeypatch)
+    made = graphs_of_few_images(cuda_stream, 8, monkeypatch)
     for count in (5, 8, 7, 1):
         x = randn(count, 4, 3, 4)
         out = np.empty((count, *NETWORK.output_shape), np.float32)
@@ -198,23 +213,23 @@ def test_batches_of_about_the_same_size_share_their_graphs(monkeypatch: pytest.M
 
 def test_a_call_from_the_host_is_some_batches_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each a graph's: of a power of two, or the largest there is."""
-    monkeypatch.setattr(cuda_network, "STREAMED_LEAST", 2**11)
+    monkeypatch.setattr(cuda_stream, "LEAST", 2**11)
     image = 2**8 * -(-4 * int(np.prod(NETWORK.output_shape)) // 2**8)
-    monkeypatch.setattr(cuda_network, "STREAMED_RESULTS", 11 * image)
+    monkeypatch.setattr(cuda_stream, "MOST_RESULTS", 11 * image)
     network = CudaNetwork(NETWORK, "float32", torch.device(DEVICE))
-    least = network._least_streamed
+    least = network._stream._least
     assert 1 < least < 8
-    assert network._streamed == 11
-    sizes = [network._streamed_of(count) for count in (0, 1, 8 * 4, 8 * 4 + 1, 8 * 8 + 1, 10**6)]
+    assert network._stream.most == 11
+    sizes = [network._stream.size_of(count, 100) for count in (0, 1, 8 * 4, 8 * 4 + 1, 8 * 8 + 1, 10**6)]
     assert sizes == [bucket(least, 11), bucket(least, 11), 4, 8, 11, 11]
-    made = graphs_of_few_images(cuda_network, 11, monkeypatch)
+    made = graphs_of_few_images(cuda_stream, 11, monkeypatch)
     for count in (0, 1, 35, 100):
         x = randn(count, 4, 3, 4)
         out = np.empty((count, *NETWORK.output_shape), np.float32)
         network.run(x, out)
         assert relative(out, reference(NETWORK, x)) < 1e-5 or count == 0
     assert set(made) == {1, 4, 8, 11}
-    for slot in network._slots:
+    for slot in network._stream._slots:
         assert slot.host.nbytes <= 11 * image
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed: it is there for L
 from interpreter import DEVICE, check_features, check_solver, network_on, recipe_for, solver_on
 
 from fastinv import _core, tensors
-from fastinv.backends import cuda_host, cuda_native, cuda_network
+from fastinv.backends import cuda_host, cuda_native, cuda_network, cuda_stream
 from fastinv.benchmark import DECODERS
 from fastinv.errors import FeatureError
 from fastinv.export import export
@@ -202,7 +202,7 @@ def test_an_image_has_one_answer_in_any_batch() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_many_pieces_and_batches_give_what_one_gives(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each batch takes more pieces of pinned memory than there are at once; the last is not full."""
-    count, most, piece = 35, 8, 32
+    count, most, piece = 35, 8, 16
     network, recipe = small_edge(), recipe_for(small_edge(), steps=1)
     start = randn(*recipe.input_shape)
 
@@ -278,24 +278,34 @@ def test_a_call_cut_short_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyP
     assert torch.isfinite(compiled.run_there(x, "float32")).all()
 
 
-def test_a_failed_call_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "and again while it ends"])
+def test_a_call_from_the_host_cut_short_leaves_nothing_to_the_next(
+    twice: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not its results, and nothing of features that are wrong; of two slots both hold some, or one."""
     network = small_edge()
-    compiled = network_on(network, most=1)
-    x, out = randn(5, 2, 6, 8), np.empty((5, 4, 3, 4), np.float32)
-    send, calls = compiled._send, []
+    compiled = network_on(network, most=2)
+    x, out = randn(4, 2, 6, 8), np.empty((10, 4, 3, 4), np.float32)
+    start, calls = compiled._stream._start, []
 
-    def failing(*arguments: object) -> None:
+    def interrupted(*arguments: object) -> None:
         calls.append(arguments)
-        if len(calls) == 4:
-            raise RuntimeError("lost")
-        send(*arguments)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        start(*arguments)
 
-    monkeypatch.setattr(compiled, "_send", failing)
-    with pytest.raises(RuntimeError, match="lost"):
-        compiled.run(x, out)
-    one = np.zeros((1, 4, 3, 4), np.float32)
-    compiled.run(x[:1], one)
-    assert relative(one, reference(network, x[:1])) < 1e-5
+    def again(device: torch.device) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled._stream, "_start", interrupted)
+        if twice:
+            patch.setattr(cuda_stream, "wait_for_all", again)
+        with pytest.raises(KeyboardInterrupt):
+            compiled.run(np.full((10, 2, 6, 8), np.nan, np.float32), out)
+    for count in (2, 4):
+        assert compiled.run_raw(tensors.source(x[:count], network.input_shape), out[:count])
+        assert relative(out[:count], reference(network, x[:count])) < 1e-5
 
 
 def test_a_gpu_is_given_large_batches(edges: dict[str, Network]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from fastinv.backends.base import Progress
 from fastinv.backends.cuda_device import mark, nothing, repeatable, wait
 from fastinv.backends.cuda_methods import Method, Objective
-from fastinv.backends.cuda_network import door
+from fastinv.backends.cuda_nodes import pixels_and_channels
 from fastinv.backends.cuda_plan import Arena, Buffer, bucket
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Batch:
         if count < self._images:
             target[count : self._images].zero_()
         shape = self._recipe.feature_shape
-        launch_channels_last(features, target[:count], *door(shape), *shift, flag)()
+        launch_channels_last(features, target[:count], *pixels_and_channels(shape), *shift, flag)()
         self._run("prepare")
         channels, height, width = self._recipe.input_shape
         images = self._tensors[objective.z][:count].view(count, height, width, channels)
@@ -101,8 +101,9 @@ class Batch:
         self._results = self._gather()
         try:  # only now, with all on its way
             wait(self._device)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # before it waited or after, nobody knows
             finished = False
+            wait(self._device)
         return finished
 
     def results(self, count: int) -> tuple[torch.Tensor, Any, Any, Any]:

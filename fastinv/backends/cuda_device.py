@@ -174,11 +174,12 @@ def repeatable(launches: Sequence[Callable[[], None]], device: torch.device) -> 
             # Not by `torch.cuda.graph`, which waits for the whole device first and empties PyTorch's cache, the
             # caller's memory, too: the launches allocate nothing. Other threads of the program may allocate meanwhile,
             # as a data loader's that pins memory does.
-            graph.capture_begin(capture_error_mode="thread_local")
             try:
+                graph.capture_begin(capture_error_mode="thread_local")
                 run()
             finally:
-                graph.capture_end()
+                if torch.cuda.is_current_stream_capturing():
+                    graph.capture_end()
     return graph.replay
 
 

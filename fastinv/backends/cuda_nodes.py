@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fastinv.backends.base import Array
 from fastinv.backends.compiled import channels_last
 from fastinv.backends.cuda_plan import Buffer, Ending, Stage
 from fastinv.ops.base import Shape
@@ -171,6 +172,18 @@ def _gather(kernel: Any, sources: tuple[Buffer | None, ...], target: Buffer, end
 
 
 # ---- places of elements: an image [C, H, W] lies as [H, W, C], all else in row-major order ---------------------------
+
+
+def pixels_and_channels(shape: Shape) -> tuple[int, int]:
+    """Of a value: all of it is channels where it is no image."""
+    size = int(np.prod(shape))
+    return (size // shape[0], shape[0]) if len(shape) == 3 else (1, size)
+
+
+def of_channels(values: Array, shape: Shape) -> Array:
+    """Numbers that are broadcast over a value of this shape, one for each of its channels (`pixels_and_channels`)."""
+    whole = np.broadcast_to(values, shape)
+    return (whole[:, 0, 0] if len(shape) == 3 else whole.ravel()).copy()
 
 
 def places(shape: Shape) -> Index:

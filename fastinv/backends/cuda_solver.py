@@ -29,7 +29,8 @@ from fastinv.backends.cuda_device import (
 )
 from fastinv.backends.cuda_host import Download, Drain, Feed, Given, Kept, Upload, finite
 from fastinv.backends.cuda_methods import Objective, method_of
-from fastinv.backends.cuda_network import NOT_FINITE, of_channels
+from fastinv.backends.cuda_network import NOT_FINITE
+from fastinv.backends.cuda_nodes import of_channels
 from fastinv.backends.cuda_plan import MOST_IMAGES, Arena, Buffer, fitting
 from fastinv.errors import BackendError, FeatureError
 from fastinv.inverters import RMLE, channelwise
@@ -208,18 +209,18 @@ class CudaSolver:
     ) -> tuple[Report, bool]:
         import torch
 
+        upload, _ = self._ready_transfers()
         starts = init if callable(init) else torch.from_numpy(np.array(init, np.float32)).to(self._device)
-        feed = partial(self._feed, features, dtype)
+        feed = partial(self._feed, features, dtype, upload)
         return self._solve(Job(len(features), feed, shift, starts, sink, progress))
 
-    def _feed(self, features: npt.NDArray[Any], dtype: str) -> tuple[Feed, int]:
+    def _feed(self, features: npt.NDArray[Any], dtype: str, upload: Upload) -> tuple[Feed, int]:
         """Half a batch at once, so that the way there overlaps with the other half's steps."""
         import torch
 
         images = -(-self.most // 2)
         if self._room is None:
             self._room = torch.empty(4 * self._features * images, dtype=torch.uint8, device=self._device)
-        upload, _ = self._ready_transfers()
         upload.streams.begin()
         return Feed(features, dtype, self._room, upload), images
 
@@ -270,6 +271,7 @@ class CudaSolver:
             found.finished = False
         finally:  # what is still on its way is not to be the next call's
             given.free()
+            given.wait()
             wait(self._device)
         self._flag = flag if found.finished else None
         job.sink.flush()
