@@ -28,7 +28,7 @@ WIDEST = 64  # outputs that can be the columns of a tile
 SECTOR = 16  # channels that are loaded side by side: 32 bytes, of which memory is made, if they have two each
 VALUES = 72  # of a thread, sums and what it reads of a column: of 128 registers, with weights and addresses
 MOST_ROWS = 8  # of a thread: more would leave too few threads
-PRODUCTS = 256  # of a channel, that are written out one by one: each takes the compiler milliseconds
+PRODUCTS = 256  # of a channel, that are written out one by one: so many take the compiler 20 s
 LOAD = 4  # products that a multiprocessor can do while it loads one value from its cache
 THREADS = 128  # of a program
 
