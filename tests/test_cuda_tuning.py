@@ -132,6 +132,7 @@ def test_two_layers_in_one_launch_are_measured_as_one() -> None:
             "float16",
             "Tail",
         ),
+        ([nn.Conv2d(64, 3, 3, padding=1)], (64, 4, 4), "float16", "PlanarConvolution"),
     ],
 )
 def test_a_kernel_in_cuda_gives_way_where_it_is_slower(

@@ -13,6 +13,7 @@ from fastinv.backends.cuda_layers import AROUND, FINISHES, finish_of, reads, res
 from fastinv.backends.cuda_native import extension, launching, set_fields, usable_on
 from fastinv.backends.cuda_nodes import ConvolutionNode, Node
 from fastinv.backends.cuda_plan import Buffer
+from fastinv.backends.cuda_tuning import native_is_faster
 
 if TYPE_CHECKING:
     import torch
@@ -99,11 +100,13 @@ class PlanarConvolution:
 
 
 def use_planar(nodes: list[Node], features: Buffer, dtype: torch.dtype) -> None:
-    """Give the node of a forward pass that reads the features this kernel where there is one for it."""
+    """Give the node of a forward pass that reads the features this kernel where there is one for it, unless it was
+    measured to be slower."""
     for node in nodes:
         if PlanarConvolution.fits(node, features, dtype):
             assert isinstance(node, ConvolutionNode)
-            node.kernel = PlanarConvolution(node, dtype)
+            if native_is_faster(node.kernel, node.kernel.weight.device):
+                node.kernel = PlanarConvolution(node, dtype)
 
 
 def _sized(kernel: Any) -> _cuda.PlanarLayer:

@@ -1,9 +1,9 @@
 """Tiles of matrix products, and who computes them, by measurement, kept in a file under the user's cache folder.
 
 `tune` measures the few candidates of every convolution of a network, or of two that go together, and writes down the
-fastest tile, and where there is a kernel in CUDA C++ for them, too, whether that one is faster. Compiling only looks
-this up: it takes no time, and what was never measured keeps the tile that it has by its shapes, and the kernel in CUDA
-C++. All tiles add up the same products in the same order.
+fastest tile, and where there is a kernel in CUDA C++ for them, too, whether that one is faster (`SmallTail` is not
+compared). Compiling only looks this up: it takes no time, and what was never measured keeps the tile that it has by its
+shapes, and the kernel in CUDA C++. All tiles add up the same products in the same order.
 """
 
 from __future__ import annotations
@@ -143,7 +143,6 @@ def tune(
     """
     from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
     from fastinv.kernels.triton.convolution import Tiled
-    from fastinv.kernels.triton.epilogue import Epilogue
 
     gpu = gpu_name(device) or device.type
     token = _anew.set(True)
@@ -156,15 +155,19 @@ def tune(
     found = Measured()
     with on_device(device):
         for kernel in kernels:
-            tiled = getattr(kernel, "other", kernel)  # of a kernel in CUDA C++ what it takes the place of
-            if not isinstance(tiled, Tiled) or key_of(gpu, tiled) in found.tiles:
+            other = getattr(kernel, "other", kernel)  # of a kernel in CUDA C++ what it takes the place of
+            tiled = isinstance(other, Tiled)
+            if not tiled and kernel is other:
                 continue
-            key, fastest = key_of(gpu, tiled), _fastest(tiled, device, timer)
-            found.tiles[key] = list(fastest.tile.numbers)
-            if kernel is not tiled:
-                x, out = _batch(tiled, device)
-                native, other = (timer(way.launch(x, out, Epilogue())) for way in (kernel, fastest))
-                found.native[key] = native <= other
+            key = key_of(gpu, other)
+            if key in found.tiles or key in found.native:
+                continue
+            if tiled:
+                fastest = _fastest(other, device, timer)
+                found.tiles[key] = list(fastest.tile.numbers)
+            if kernel is not other:
+                native, triton = map(timer, _rivals(kernel, fastest if tiled else other, device))
+                found.native[key] = native <= triton
     write_measured(found)
     return found
 
@@ -183,6 +186,22 @@ def _fastest(kernel: Any, device: torch.device, timer: Callable[[Any], float]) -
             return float("inf")
 
     return kernel.with_tile(min(kernel.candidates, key=measured))
+
+
+def _rivals(kernel: Any, other: Any, device: torch.device) -> tuple[Any, Any]:
+    """Launches of a kernel in CUDA C++, and of what it takes the place of, on the same values."""
+    import torch
+
+    from fastinv.backends.cuda_planar import PlanarConvolution
+    from fastinv.kernels.triton.epilogue import Epilogue
+
+    x, out = _batch(other, device)
+    end = Epilogue()
+    if not isinstance(kernel, PlanarConvolution):
+        return kernel.launch(x, out, end), other.launch(x, out, end)
+    features = x.permute(0, 3, 1, 2).to(kernel.dtype, memory_format=torch.contiguous_format)
+    rest = None, None, None, torch.zeros(1, dtype=torch.int32, device=device)
+    return tuple(way.launch_planar(features, out, end, *rest) for way in (kernel, other.planar()))
 
 
 def _batch(kernel: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -210,12 +210,14 @@ class DirectConvolution(Weights):
 
     Attributes:
         takes_all: whether `launch_planar` takes whatever features there are.
+        precision: of products, as of a `Convolution`.
 
     Args:
         planar: whether in memory the pixels of a channel lie side by side, not the channels of a pixel.
     """
 
     takes_all = True
+    precision = "ieee"
 
     def __init__(self, geometry: Geometry, weight: Any, bias: Any, device: Any, planar: bool = False) -> None:
         import torch
