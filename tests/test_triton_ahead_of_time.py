@@ -19,6 +19,7 @@ SHARED = 232448  # bytes of shared memory that one program can have on sm_90
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_DISABLE_LINE_INFO"] = "1"  # for debuggers: a seventh of the time
     script = Path(__file__).with_name("ahead_of_time.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

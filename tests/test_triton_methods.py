@@ -28,7 +28,7 @@ EDGES: dict[str, Any] = {
     "column": lambda: nn.Conv2d(2, 24, (3, 1)),
     "few results": lambda: nn.Conv2d(2, 2, 3, padding=1),
     "stride 2": lambda: nn.Conv2d(2, 24, 3, stride=2, padding=1),
-    "two": lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)),
+    "two": lambda: nn.Sequential(nn.Conv2d(2, 3, 1), nn.Conv2d(3, 4, 3, padding=1)),
     "tanh": lambda: nn.Sequential(nn.Conv2d(2, 12, 3, padding=1), nn.Tanh()),
     "relu, pool": lambda: nn.Sequential(nn.Conv2d(2, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
 }
