@@ -153,16 +153,21 @@ def test_what_was_solved_before_memory_ran_out_is_kept(monkeypatch: pytest.Monke
 
 def test_no_pinned_memory_is_told_before_batches_are_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which would not help, and end in what is not so: that the GPU has no room."""
-    solver = CudaSolver(RECIPE, "float32", torch.device(DEVICE), most=4)
+    device, x = torch.device(DEVICE), randn(3, *RECIPE.feature_shape)
+    network, solver = CudaNetwork(NETWORK, "float32", device, most=4), CudaSolver(RECIPE, "float32", device, most=4)
 
     def scarce(*arguments: Any) -> None:
         with cuda_host.room_for_pinned_pieces():
             raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(cuda_solver, "Upload", scarce)
-    with pytest.raises(BackendError, match=r"no room for pinned memory.*: free memory on the host"):
-        solver.solve(randn(3, *RECIPE.feature_shape), np.zeros(RECIPE.image_shape, np.float32))
-    assert solver.most == 4
+    for module in (cuda_stream, cuda_solver):
+        monkeypatch.setattr(module, "Upload", scarce)
+    said = r"no room for pinned memory.*: free memory on the host"
+    with pytest.raises(BackendError, match=said):
+        network.run(x, np.empty((3, *NETWORK.output_shape), np.float32))
+    with pytest.raises(BackendError, match=said):
+        solver.solve(x, np.zeros(RECIPE.image_shape, np.float32))
+    assert network.most == solver.most == 4
 
 
 def test_what_is_not_used_any_more_gives_back_its_memory_at_once() -> None:

@@ -96,6 +96,7 @@ class CudaNetwork:
 
         with self.lock, on_device(self._device):
             self._begin()
+            self._stream.open()
             good = halving(stream, self, self._device)
             self._cut_short = False
         return good

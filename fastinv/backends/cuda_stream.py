@@ -88,13 +88,22 @@ class Stream:
         """Images at once of a call with so many: a power of two where it is fewer than the most, as graphs are kept."""
         return bucket(max(self._least, -(-count // OVERLAP)), min(most, self.most))
 
+    def open(self) -> None:
+        """Take what a call needs whole, before a batch is halved for what is left of memory.
+
+        Raises:
+            BackendError: there is no pinned memory for the pieces that features go through.
+        """
+        if self._upload is None:
+            self._upload = Upload(self._device, self._streams)
+
     def run(self, rows: Source, out: npt.NDArray[Any], bind: Bind, most: int) -> bool:
-        """out = results of features; False where these hold NaN or Inf.
+        """out = results of features; False where these hold NaN or Inf. It has to be open.
 
         Args:
             most: images that can be bound at once, as many until `release`.
         """
-        upload, slots = self._ready(min(most, self.most))
+        slots = self._ready_slots(min(most, self.most))
         self._streams.begin()
         with self._streams.on("compute"):
             constants = self._constants(rows)
@@ -108,7 +117,7 @@ class Stream:
                 images = bucket(stop - start, min(most, self.most))
                 run = self._graph(slot, images, sent, out.dtype.name, constants, bind)
                 there = _as(slot.features, (images, *self._given), sent)
-                self._bring(rows.data[start:stop], there, upload, results)
+                self._bring(rows.data[start:stop], there, results)
                 self._start(slot, run, out[start:stop].nbytes)
                 slot.rows = (start, stop)
             for slot in sorted(slots, key=lambda slot: slot.rows):
@@ -133,12 +142,10 @@ class Stream:
         self._graphs.clear()
         return kept
 
-    def _ready(self, images: int) -> tuple[Upload, tuple[Slot, Slot]]:
-        if self._upload is None:
-            self._upload = Upload(self._device, self._streams)
+    def _ready_slots(self, images: int) -> tuple[Slot, Slot]:
         if self._slots is None:
             self._slots = self._slot(images), self._slot(images)
-        return self._upload, self._slots
+        return self._slots
 
     def _slot(self, images: int) -> Slot:
         import torch
@@ -152,10 +159,11 @@ class Stream:
         flag = flag_on(device)
         return Slot(memory(self._given, device), memory(self._made, device), host, flag, host.numpy(), flag.numpy())
 
-    def _bring(self, part: npt.NDArray[Any], there: torch.Tensor, upload: Upload, before: Copy | None) -> None:
+    def _bring(self, part: npt.NDArray[Any], there: torch.Tensor, before: Copy | None) -> None:
         """Start features on their way; the results of the batch before them in the slot come to their place."""
+        assert self._upload is not None
         count = len(part)
-        upload.send(part, there[:count].view(-1), before)
+        self._upload.send(part, there[:count].view(-1), before)
         if len(there) > count:  # the rest of the bucket is computed on, too
             with self._streams.on("in"):
                 there[count:].zero_()
