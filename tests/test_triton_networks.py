@@ -278,9 +278,13 @@ def test_a_call_cut_short_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyP
     assert torch.isfinite(compiled.run_there(x, "float32")).all()
 
 
-@pytest.mark.parametrize("twice", [False, True], ids=["once", "and again while it ends"])
+@pytest.mark.parametrize(
+    ("error", "twice"),
+    [(KeyboardInterrupt("stop"), False), (KeyboardInterrupt("stop"), True), (RuntimeError("lost"), False)],
+    ids=["Ctrl-C", "Ctrl-C, and again while it ends", "failed"],
+)
 def test_a_call_from_the_host_cut_short_leaves_nothing_to_the_next(
-    twice: bool, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, twice: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not its results, and nothing of features that are wrong; of two slots both hold some, or one."""
     network = small_edge()
@@ -288,20 +292,20 @@ def test_a_call_from_the_host_cut_short_leaves_nothing_to_the_next(
     x, out = randn(4, 2, 6, 8), np.empty((10, 4, 3, 4), np.float32)
     start, calls = compiled._stream._start, []
 
-    def interrupted(*arguments: object) -> None:
+    def cut_short(*arguments: object) -> None:
         calls.append(arguments)
         if len(calls) > 3:
-            raise KeyboardInterrupt
+            raise error
         start(*arguments)
 
     def again(device: torch.device) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("stop")
 
     with monkeypatch.context() as patch:
-        patch.setattr(compiled._stream, "_start", interrupted)
+        patch.setattr(compiled._stream, "_start", cut_short)
         if twice:
             patch.setattr(cuda_stream, "wait_for_all", again)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(type(error), match=str(error)):
             compiled.run(np.full((10, 2, 6, 8), np.nan, np.float32), out)
     for count in (2, 4):
         assert compiled.run_raw(tensors.source(x[:count], network.input_shape), out[:count])

@@ -103,7 +103,8 @@ class Stream:
         Args:
             most: images that can be bound at once, as many until `release`.
         """
-        slots = self._ready_slots(min(most, self.most))
+        most = min(most, self.most)
+        slots = self._ready_slots(most)
         self._streams.begin()
         with self._streams.on("compute"):
             constants = self._constants(rows)
@@ -114,7 +115,7 @@ class Stream:
                 slot = slots[number % 2]
                 finite, results = slot.arrived(out)
                 good &= finite
-                images = bucket(stop - start, min(most, self.most))
+                images = bucket(stop - start, most)
                 run = self._graph(slot, images, sent, out.dtype.name, constants, bind)
                 there = _as(slot.features, (images, *self._given), sent)
                 self._bring(rows.data[start:stop], there, results)

@@ -162,11 +162,11 @@ def tune(
             key = key_of(gpu, other)
             if key in found.tiles or key in found.native:
                 continue
+            fastest = _fastest(other, device, timer) if tiled else other
             if tiled:
-                fastest = _fastest(other, device, timer)
                 found.tiles[key] = list(fastest.tile.numbers)
             if kernel is not other:
-                native, triton = map(timer, _rivals(kernel, fastest if tiled else other, device))
+                native, triton = map(timer, _rivals(kernel, fastest, device))
                 found.native[key] = native <= triton
     write_measured(found)
     return found
