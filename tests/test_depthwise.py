@@ -52,8 +52,8 @@ def test_steps(isa: str, stride: int | Pair, dilation: int | Pair, transposed: b
 def test_taps_wholly_in_the_padding(isa: str, padding: Pair) -> None:
     torch.manual_seed(0)
     for bias in (True, False):
-        layer = nn.Conv2d(12, 12, 3, padding=padding, groups=12, bias=bias)
-        assert check(layer, (12, 6, 7)) or padding == (0, 0)
+        layer = nn.Conv2d(24, 24, 3, padding=padding, groups=24, bias=bias)
+        assert check(layer, (24, 6, 7))
 
 
 def test_taps_that_nothing_reads(isa: str) -> None:
