@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "amx.h"
 #include "correlation.h"
 #include "cost.h"
 #include "depthwise.h"
@@ -105,24 +106,40 @@ bool prefers_planar_winograd(const Kernels& kernels, const Geometry& geometry, b
 
 }  // namespace
 
-bool prefers_row_major(const Kernels& kernels, const Geometry& geometry, Layout input, bool abreast) {
-  if (!Planar::applies(geometry)) return false;
+Choice choose(const Kernels& kernels, const Geometry& geometry, Layout input, bool abreast, const double* rounding) {
   const double conversion = layout_cost(kernels, geometry);
-  // Of images abreast over one at a time, measured from 8×8 to 28×28; the tiles of 16 registers are too small to gain.
-  const double gain = abreast && kernels.max_vectors > 2 ? 0.6 : 1.0;
-  const double own = prefers_planar_winograd(kernels, geometry, abreast) ? planar_winograd_cost(kernels, geometry)
-                                                                         : gain * planar_cost(kernels, geometry);
-  return own + (input == Layout::kChannelsLast ? conversion : 0.0) <
-         channels_last_cost(kernels, geometry) + (input == Layout::kRowMajor ? conversion : 0.0);
+  const double channels_last = channels_last_cost(kernels, geometry) + (input == Layout::kRowMajor ? conversion : 0.0);
+  Choice best;
+  double least = channels_last;
+  if (Planar::applies(geometry)) {
+    // Of images abreast over one at a time, measured from 8×8 to 28×28; the tiles of 16 registers are too small to
+    // gain.
+    const double gain = abreast && kernels.max_vectors > 2 ? 0.6 : 1.0;
+    const double own = prefers_planar_winograd(kernels, geometry, abreast) ? planar_winograd_cost(kernels, geometry)
+                                                                           : gain * planar_cost(kernels, geometry);
+    const double planar = own + (input == Layout::kChannelsLast ? conversion : 0.0);
+    if (planar < least) {
+      best.layouts = {true, true};
+      least = planar;
+    }
+  }
+  if (rounding && *rounding >= kAmxRounding && Amx::applies(kernels, geometry) && amx_cost(geometry, input) < least) {
+    best = {{input == Layout::kRowMajor, Amx::gives_row_major(geometry)}, true};
+  }
+  return best;
 }
 
 std::unique_ptr<const Convolution> make_convolution(const Kernels& kernels, const Geometry& geometry,
-                                                    const WeightAt& weight, const float* bias, bool row_major,
+                                                    const WeightAt& weight, const float* bias, const Choice& choice,
                                                     bool abreast, double* rounding) {
-  if (row_major && prefers_planar_winograd(kernels, geometry, abreast)) {
+  if (choice.amx) {
+    *rounding -= kAmxRounding;
+    return std::make_unique<Amx>(kernels, geometry, weight, bias, choice.layouts);
+  }
+  if (choice.layouts.in_row_major && prefers_planar_winograd(kernels, geometry, abreast)) {
     return std::make_unique<PlanarWinograd>(kernels, geometry, weight, bias);
   }
-  if (row_major) return std::make_unique<Planar>(kernels, geometry, weight, bias);
+  if (choice.layouts.in_row_major) return std::make_unique<Planar>(kernels, geometry, weight, bias);
   if (prefers_winograd(kernels, geometry)) {
     return std::make_unique<Winograd>(kernels, geometry, weight, bias);
   }
@@ -141,7 +158,7 @@ std::unique_ptr<const Convolution> make_gradient(const Kernels& kernels, const G
       winograd_adjoint_cost(kernels, geometry) < channels_last_cost(kernels, geometry)) {
     return std::make_unique<Winograd>(kernels, geometry, weight);
   }
-  return make_convolution(kernels, geometry, weight, nullptr, row_major, false, nullptr);
+  return make_convolution(kernels, geometry, weight, nullptr, {{row_major, row_major}}, false, nullptr);
 }
 
 }  // namespace fastinv

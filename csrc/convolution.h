@@ -87,17 +87,26 @@ class Convolution {
 
 enum class Layout { kRowMajor, kChannelsLast, kBoth };  // [C, H, W], [H, W, C], or the same either way
 
-// Whether a convolution of images in this layout is faster on [C, H, W] than on [H, W, C].
-// `abreast`: if so, many small images can run abreast.
-bool prefers_row_major(const Kernels& kernels, const Geometry& geometry, Layout input, bool abreast);
+// How a convolution's images lie: [C, H, W] is row-major.
+struct Layouts {
+  bool in_row_major = false, out_row_major = false;
+};
 
-// The convolution in the algorithm that a cost model of shapes and instruction set finds best: the same network takes
-// the same one, and sums in the same order, on every machine with this instruction set. `bias` is [out_channels] or
-// null; `row_major` asks for one on images [C, H, W], `abreast` for one that may run on many abreast;
-// what `rounding` points to, if anything, is the squared relative error that rounding factors to bfloat16 may still
-// add, and is spent where it gains.
+// What a cost model of shapes and instruction set finds best, for images in this layout: the same network takes the
+// same algorithms, and sums in the same order, on every machine with this instruction set.
+struct Choice {
+  Layouts layouts;
+  bool amx = false;  // with factors rounded to bfloat16
+};
+
+// `abreast`: many small images can run abreast, if they are row-major. What `rounding` points to, if anything, is the
+// squared relative error that rounding factors to bfloat16 may still add.
+Choice choose(const Kernels& kernels, const Geometry& geometry, Layout input, bool abreast, const double* rounding);
+
+// The convolution in the best algorithm of those chosen from. `bias` is [out_channels] or null; `rounding` is as above,
+// and is spent where it gains.
 std::unique_ptr<const Convolution> make_convolution(const Kernels& kernels, const Geometry& geometry,
-                                                    const WeightAt& weight, const float* bias, bool row_major,
+                                                    const WeightAt& weight, const float* bias, const Choice& choice,
                                                     bool abreast, double* rounding);
 
 // The same for the gradient of one, which has neither bias nor activation: `geometry` and `weight` are its own.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "amx.h"
 #include "buffer.h"
 #include "polyphase.h"
 #include "winograd.h"
@@ -128,6 +129,17 @@ PolyphaseForm polyphase_form(const Kernels& kernels, const Geometry& g, double r
     if (error <= rounding && polyphase_cost(kernels, g, form) < polyphase_cost(kernels, g, best)) best = form;
   }
   return best;
+}
+
+double amx_cost(const Geometry& g, Layout input) {
+  const double in = ceil_div(g.in_channels, kAmxDepth), out = ceil_div(g.out_channels, kAmxColumns);
+  const Amx::Plan plan = Amx::plan(g);
+  // A product of two tiles, 16 pixels, takes 16 cycles, and 75 on processors that share the unit or its power; with two
+  // vectors multiplied a cycle that is 2 to 9 instructions a pixel.
+  const double products = 5.0 * taps(g, 0) * taps(g, 1) * in * out / (plan.stacked * plan.filled);
+  const double out_pixels = double(g.axis[0].out) * g.axis[1].out;
+  const double rounding = (input == Layout::kRowMajor ? 20.0 : 10.0) * in * g.axis[0].in * g.axis[1].in;
+  return products + (rounding + 800.0) / out_pixels + 5.0 * out + 5.0;  // at last what becomes of the sums
 }
 
 }  // namespace fastinv

@@ -30,4 +30,9 @@ double polyphase_cost(const Kernels& kernels, const Geometry& geometry, Polyphas
 double polyphase_rounding(const Geometry& geometry, PolyphaseForm form);
 PolyphaseForm polyphase_form(const Kernels& kernels, const Geometry& geometry, double rounding);
 
+// Of products of bfloat16 tiles, which are about so many vector instructions each; and what they add to the squared
+// relative error.
+double amx_cost(const Geometry& geometry, Layout input);
+constexpr double kAmxRounding = 9e-6;
+
 }  // namespace fastinv

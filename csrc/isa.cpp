@@ -1,5 +1,10 @@
 #include "isa.h"
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <stdexcept>
 
 namespace fastinv {
@@ -34,6 +39,28 @@ bool has_bfloat16(const Kernels& kernels) {
 #else
   return false;
 #endif
+}
+
+namespace {
+
+// The state of tiles is large: a process asks Linux for it, once for all its threads, and may be refused where a thread
+// has too small a stack for signals.
+bool may_use_tiles() {
+#if defined(FASTINV_HAS_avx512) && defined(SYS_arch_prctl)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool may = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return may;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+bool has_tiles(const Kernels& kernels) {
+  if (kernels.amx == nullptr) return false;
+  return &kernels == &kernels_portable || (has_bfloat16(kernels) && may_use_tiles());
 }
 
 const Kernels& kernels_for(const std::string& name) {

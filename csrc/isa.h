@@ -22,4 +22,8 @@ const Kernels& kernels_for(const std::string& name);
 // Whether this machine multiplies bfloat16 numbers in these kernels.
 bool has_bfloat16(const Kernels& kernels);
 
+// Whether these kernels can multiply tiles of them: on processors with AMX, by permission of the operating system; and
+// in the portable ones, which do it one number at a time for the tests' sake.
+bool has_tiles(const Kernels& kernels);
+
 }  // namespace fastinv

@@ -142,6 +142,58 @@ struct Bfloat16ProductArgs {
   int32_t rows, in_channels, out_channels;
 };
 
+// ---- convolutions on AMX's tiles of 16 × 32 bfloat16 numbers
+// ---------------------------------------------------------
+
+constexpr int kAmxRows = 16, kAmxDepth = 32, kAmxColumns = 16;  // of tiles: pixels, input and output channels
+
+// [pixel][in channel] floats as bfloat16, with zeros up to a multiple of kAmxDepth, out_step from pixel to pixel.
+struct AmxRoundArgs {
+  const float* in;
+  uint16_t* out;
+  int64_t pixels;
+  int32_t channels, out_step;
+};
+
+// The same of pixels first to last of an image [in channel][row_pixels · row + column].
+struct AmxTurnArgs {
+  const float* in;
+  int64_t in_channel;  // floats from channel to channel
+  uint16_t* out;       // where pixel 0 goes
+  int64_t out_row;     // elements from row to row
+  int32_t first, last, row_pixels;
+  int32_t channels, out_step;
+};
+
+// Tiles first to last of one phase's positions: position q is column q % row_positions of row q / row_positions, and
+// those of `image_rows` rows are one image's. It is an output where its row and column are less than rows and columns.
+struct AmxArgs {
+  const uint16_t* in;                  // the pixel that position 0 would read without padding
+  const int32_t* taps;                 // elements from there, of each tap
+  int32_t tap_count, depth;            // depth: input channels, in whole tiles
+  int64_t in_image, in_row, in_pixel;  // elements from one to the next
+  const uint16_t* weights;  // [two tiles of out channels or the last one][tap][tile of depth][tile][in / 2][out][2]
+  const float* bias;        // [out channel], in whole tiles
+  int32_t out_channels;
+  int64_t first, last, positions;  // all positions: the last tile may have more
+  int32_t row_positions, image_rows;
+  int32_t rows, columns;
+  float* out;
+  int64_t out_image, out_row, out_pixel;  // floats from one to the next
+  int64_t
+      out_channel;  // 1; or more, where an image has one phase, each row tiles of its own, and its pixels lie together
+  // Where there are so many, more than 1: columns of the weights are [row of taps][out channel], all in one tile, of
+  // taps one row apart; `taps` are those of the first row, and first to last whole rows. Then out_channel is more
+  // than 1.
+  int32_t stacked;
+  const float* addend;  // as above, or null
+  int64_t addend_image;
+  const char* next;  // what is read next, to be fetched meanwhile: so many lines with each step of a product
+  int64_t next_lines;
+  int32_t lines_a_step;
+  Activation activation;
+};
+
 // Winograd's output transform of one tile: up to outputs × outputs pixels, 4×4 or 2×2, from 36 products each,
 // position_stride apart.
 struct WinogradOutputArgs {
@@ -400,6 +452,9 @@ struct Kernels {
   void (*quadratic)(const QuadraticArgs&);
   void (*product)(const ProductArgs&);
   void (*bfloat16_product)(const Bfloat16ProductArgs&);  // null where the instruction set has none
+  void (*amx)(const AmxArgs&);                           // as above
+  void (*amx_round)(const AmxRoundArgs&);
+  void (*amx_turn)(const AmxTurnArgs&);
   void (*depthwise)(const DepthwiseArgs&);
   // Winograd's input transform of one tile: 36 pixels to 36 positions, position_stride floats apart.
   void (*winograd_input)(const float* const* pixels, int32_t channels, float* out, int64_t position_stride);

@@ -281,6 +281,9 @@ PYBIND11_MODULE(_core, m) {
       "has_bfloat16", [](const std::string& isa) { return has_bfloat16(kernels_for(isa)); }, py::arg("isa"),
       "Whether this machine multiplies bfloat16 numbers in the instruction set.");
   m.def(
+      "has_tiles", [](const std::string& isa) { return has_tiles(kernels_for(isa)); }, py::arg("isa"),
+      "Whether the instruction set's kernels multiply tiles of them: with AMX, or one number at a time in 'portable'.");
+  m.def(
       "resolve_isa", [](const std::string& name) { return std::string(kernels_for(name).isa); }, py::arg("name"),
       "The named instruction set, or the best for ''. ValueError when the machine lacks it.");
 
@@ -314,7 +317,8 @@ PYBIND11_MODULE(_core, m) {
   py::class_<Program>(m, "Program", "A network as kernel launches.")
       .def(py::init([](const std::string& isa, Shape input, bool differentiable, bool abreast, bool bfloat16) {
              const Kernels& kernels = kernels_for(isa);
-             if (bfloat16 && !has_bfloat16(kernels)) throw std::invalid_argument("no bfloat16 on this machine");
+             if (bfloat16 && !has_bfloat16(kernels) && !has_tiles(kernels))
+               throw std::invalid_argument("no bfloat16 on this machine");
              return std::make_unique<Program>(kernels, std::move(input), differentiable, abreast, bfloat16);
            }),
            py::arg("isa"), py::arg("input"), py::arg("differentiable"), py::arg("abreast") = false,

@@ -11,7 +11,7 @@ namespace fastinv {
 class ConvolutionNode : public Node {
  public:
   ConvolutionNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
-                  const Geometry& geometry, const float* weight, const float* bias, bool row_major, bool abreast,
+                  const Geometry& geometry, const float* weight, const float* bias, const Choice& choice, bool abreast,
                   double* rounding, bool keep_weights);
   void forward(const Frame& values, int64_t images, Share share) const override;
   bool runs_abreast() const override;

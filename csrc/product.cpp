@@ -3,19 +3,10 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bfloat16.h"
 #include "cost.h"
 
 namespace fastinv {
-namespace {
-
-// Rounded to the nearest, ties to even.
-uint16_t to_bfloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
-}  // namespace
 
 Product::Product(const Kernels& kernels, int in, int out, int matrices, bool bfloat16)
     : kernels_(kernels), in_(in), out_(out), bfloat16_(bfloat16) {

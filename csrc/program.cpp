@@ -176,13 +176,16 @@ int Program::convolution(int input, const float* weight, const float* bias, int 
   const Layout layout = same_in_both(input)    ? Layout::kBoth
                         : channels_last(input) ? Layout::kChannelsLast
                                                : Layout::kRowMajor;
-  const bool row_major = prefers_row_major(kernels_, g, layout, abreast_) &&
-                         (!differentiable_ || prefers_row_major(kernels_, g.adjoint(), Layout::kBoth, false));
-  std::vector<int> inputs = {in_layout(input, !row_major)};
-  if (addend >= 0) inputs.push_back(in_layout(addend, !row_major));
+  Choice choice = choose(kernels_, g, layout, abreast_, &rounding_);
+  if (differentiable_ && !choose(kernels_, g.adjoint(), Layout::kBoth, false, nullptr).layouts.in_row_major) {
+    choice.layouts = {};
+  }
+  std::vector<int> inputs = {in_layout(input, !choice.layouts.in_row_major)};
+  if (addend >= 0) inputs.push_back(in_layout(addend, !choice.layouts.out_row_major));
   const double rounding = rounding_;
-  const int value = append_in<ConvolutionNode>(!row_major, activation, std::move(inputs), std::move(output), g, weight,
-                                               bias, row_major, abreast_, &rounding_, differentiable_);
+  const int value =
+      append_in<ConvolutionNode>(!choice.layouts.out_row_major, activation, std::move(inputs), std::move(output), g,
+                                 weight, bias, choice, abreast_, &rounding_, differentiable_);
   rounds_ = rounds_ || rounding_ < rounding;
   return value;
 }

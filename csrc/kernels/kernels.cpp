@@ -21,6 +21,7 @@ namespace {
 static_assert(kMaxVectors == FASTINV_MAX_VECTORS);
 
 #include "kernels/activation.h"
+#include "kernels/amx.h"
 #include "kernels/bfloat16.h"
 #include "kernels/convert.h"
 #include "kernels/correlate.h"
@@ -60,6 +61,9 @@ const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
     quadratic,
     product,
     bfloat16_product,
+    amx,
+    amx_round,
+    amx_turn,
     depthwise,
     winograd_input,
     winograd_output,

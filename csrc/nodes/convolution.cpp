@@ -6,11 +6,11 @@
 namespace fastinv {
 
 ConvolutionNode::ConvolutionNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
-                                 const Geometry& geometry, const float* weight, const float* bias, bool row_major,
+                                 const Geometry& geometry, const float* weight, const float* bias, const Choice& choice,
                                  bool abreast, double* rounding, bool keep_weights)
     : Node(kernels, std::move(inputs), output, activation),
       geometry_(geometry),
-      convolution_(make_convolution(kernels, geometry, weight_at(weight, false), bias, row_major, abreast, rounding)) {
+      convolution_(make_convolution(kernels, geometry, weight_at(weight, false), bias, choice, abreast, rounding)) {
   if (keep_weights) {
     const int64_t size = int64_t{geometry.in_channels} * geometry.out_channels / geometry.groups *
                          geometry.axis[0].kernel * geometry.axis[1].kernel;

@@ -7,6 +7,7 @@
 
 #define FASTINV_FAST_HALVES  // two multiply-adds of 256 bits a cycle, as Zen 4 has one of 512
 #define FASTINV_BFLOAT16     // products of them, on processors that also have AVX512-BF16
+#define FASTINV_TILES        // and of tiles of them, on those that also have AMX
 #define FASTINV_INLINE static inline __attribute__((always_inline))
 
 #include "vec/eight.h"
@@ -161,6 +162,42 @@ FASTINV_INLINE void store_bfloat16(uint16_t* p, V v) {
   const __m512i rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), nan, _mm512_set1_epi32(0x7fc0));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
 }
+
+// Eight tiles of 16 rows of 64 bytes, while this is there: AMX, which only some of these processors have. In assembly,
+// since GCC's own functions take the numbers of tiles as text alone.
+class Tiles {
+ public:
+  Tiles() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } shape;
+    asm volatile("ldtilecfg %0" ::"m"(shape));
+  }
+  ~Tiles() { asm volatile("tilerelease"); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+  template <int kTile>
+  inline __attribute__((always_inline)) void clear() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
+  }
+  // Rows so many bytes apart.
+  template <int kTile>
+  inline __attribute__((always_inline)) void load(const void* from, int64_t step) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(step), "i"(kTile) : "memory");
+  }
+  template <int kTile>
+  inline __attribute__((always_inline)) void store(void* to, int64_t step) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(step), "i"(kTile) : "memory");
+  }
+  // sums[r][c] += Σ_k a[r][k] · b[k][c] of bfloat16 numbers, those of b in pairs: [k / 2][c][k % 2].
+  template <int kSums, int kA, int kB>
+  inline __attribute__((always_inline)) void multiply() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kA), "i"(kB));
+  }
+};
 
 // a0 b0 a1 b1 …
 FASTINV_INLINE void interleave(V a, V b, V* low, V* high) {

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#define FASTINV_TILES
 #define FASTINV_INLINE static inline __attribute__((always_inline))
 
 namespace fastinv {
@@ -143,6 +144,41 @@ FASTINV_INLINE void store_bfloat16(uint16_t* p, V v) {
     p[i] = static_cast<uint16_t>(nan ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
   }
 }
+
+// What AMX's tiles do (vec/avx512.h), so that what uses them can be tested anywhere.
+class Tiles {
+ public:
+  template <int kTile>
+  void clear() {
+    memset(tiles_[kTile], 0, sizeof tiles_[kTile]);
+  }
+  template <int kTile>
+  void load(const void* from, int64_t step) {
+    for (int r = 0; r < 16; ++r) memcpy(tiles_[kTile][r], static_cast<const char*>(from) + r * step, 64);
+  }
+  template <int kTile>
+  void store(void* to, int64_t step) {
+    for (int r = 0; r < 16; ++r) memcpy(static_cast<char*>(to) + r * step, tiles_[kTile][r], 64);
+  }
+  template <int kSums, int kA, int kB>
+  void multiply() {
+    for (int r = 0; r < 16; ++r) {
+      for (int k = 0; k < 16; ++k) {
+        const float low = half(kA, r, k, 0), high = half(kA, r, k, 1);
+        for (int c = 0; c < 16; ++c) tiles_[kSums][r][c] += low * half(kB, k, c, 0) + high * half(kB, k, c, 1);
+      }
+    }
+  }
+
+ private:
+  float half(int tile, int row, int pair, int which) const {
+    uint32_t bits;
+    memcpy(&bits, &tiles_[tile][row][pair], sizeof bits);
+    return from_bits(which == 0 ? bits << 16 : bits & 0xffff0000u);
+  }
+
+  float tiles_[8][16][16];
+};
 
 // a0 b0 a1 b1 …
 FASTINV_INLINE void interleave(V a, V b, V* low, V* high) {

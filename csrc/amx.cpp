@@ -1,0 +1,321 @@
+#include "amx.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "bfloat16.h"
+#include "cost.h"
+#include "isa.h"
+
+namespace fastinv {
+namespace {
+
+// The copy of what is computed at once stays in L2, 2 MiB on Sapphire Rapids, beside the images and the weights.
+constexpr int64_t kCopyElements = 512 * 1024 / sizeof(uint16_t);
+constexpr int64_t kWorthwhile = 1024;  // positions that make the way of the weights from L2 cheap
+
+// Inputs from output to output of a phase.
+int step_of(const Geometry& g, int axis) { return g.transposed ? 1 : g.axis[axis].stride; }
+
+// What output 0 of a phase reads along an axis by its taps, perhaps outside.
+std::vector<int> offsets(const Geometry& g, int axis, int phase) {
+  std::vector<int> found;
+  for (int tap : g.phase_taps(axis, phase)) {
+    int position;
+    g.source(axis, phase, tap, &position);
+    found.push_back(position);
+  }
+  return found;
+}
+
+int outputs_of(const Geometry& g, int axis, int phase) { return ceil_div(g.axis[axis].out - phase, g.phases(axis)); }
+
+struct Margins {
+  int before = 0, after = 0;
+};
+
+// Zeros that are read around an image along an axis.
+Margins margins(const Geometry& g, int axis) {
+  Margins m;
+  for (int phase = 0; phase < g.phases(axis); ++phase) {
+    for (int offset : offsets(g, axis, phase)) {
+      m.before = std::max(m.before, -offset);
+      m.after = std::max(m.after, (outputs_of(g, axis, phase) - 1) * step_of(g, axis) + offset + 1 - g.axis[axis].in);
+    }
+  }
+  return m;
+}
+
+// Pixels of an image along an axis, zeros up to the next included; with more padding than taps there are more outputs.
+int extent(const Geometry& g, int axis) {
+  const Margins m = margins(g, axis);
+  return std::max(g.axis[axis].in + std::max(m.before, m.after), (outputs_of(g, axis, 0) - 1) * step_of(g, axis) + 1);
+}
+
+int pitch_of(const Geometry& g) {
+  const int depth = static_cast<int>(round_up(g.in_channels, kAmxDepth));
+  // A tile's rows, lines that lie large powers of two apart, would push each other out of L1.
+  return depth % 256 == 0 ? depth + kAmxDepth : depth;
+}
+
+}  // namespace
+
+bool Amx::applies(const Kernels& kernels, const Geometry& g) { return has_tiles(kernels) && g.groups == 1; }
+
+Amx::Plan Amx::plan(const Geometry& g) {
+  const int columns = outputs_of(g, 1, 0), height = extent(g, 0), width = extent(g, 1);
+  const double by_rows = double(columns) / round_up(columns, kAmxRows);
+  const Axis& rows = g.axis[0];
+  const bool one_phase = g.phases(0) * g.phases(1) == 1, side_by_side = step_of(g, 0) == 1 && step_of(g, 1) == 1;
+  if (one_phase && step_of(g, 0) == 1 && rows.dilation == 1 && rows.kernel > 1 && g.out_channels <= kMaxPlanarOutputs &&
+      rows.kernel * g.out_channels <= kAmxColumns) {
+    return {false, by_rows, rows.kernel};
+  }
+  const double flat = double(columns) * outputs_of(g, 0, 0) / (double(height) * width);
+  const bool fits = int64_t{height} * width * pitch_of(g) <= kCopyElements;
+  if (side_by_side && fits && flat > 1.1 * by_rows) return {true, flat, 1};
+  return {false, by_rows, 1};
+}
+
+bool Amx::gives_row_major(const Geometry& g) {
+  return g.out_channels <= kMaxPlanarOutputs && g.phases(0) * g.phases(1) == 1 && !plan(g).flat;
+}
+
+Amx::Amx(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias, Layouts layouts)
+    : kernels_(kernels), geometry_(geometry), layouts_(layouts), plan_(plan(geometry)), pitch_(pitch_of(geometry)) {
+  for (int axis = 0; axis < 2; ++axis) {
+    const Margins m = margins(geometry, axis);
+    step_[axis] = step_of(geometry, axis);
+    before_[axis] = m.before;
+  }
+  height_ = extent(geometry, 0);
+  width_ = extent(geometry, 1);
+  for (int y = 0; y < geometry.phases(0); ++y) {
+    for (int x = 0; x < geometry.phases(1); ++x) add_phase(y, x);
+  }
+  pack(weight, bias);
+  choose_band();
+}
+
+void Amx::add_phase(int first_y, int first_x) {
+  Phase phase = {};
+  phase.first[0] = first_y;
+  phase.first[1] = first_x;
+  for (int axis = 0; axis < 2; ++axis) phase.outputs[axis] = outputs_of(geometry_, axis, phase.first[axis]);
+  const std::vector<int> rows = offsets(geometry_, 0, first_y), columns = offsets(geometry_, 1, first_x);
+  if (!rows.empty()) {
+    phase.first_row = *std::min_element(rows.begin(), rows.end());
+    phase.last_row = *std::max_element(rows.begin(), rows.end());
+  }
+  for (int y : rows) {
+    if (plan_.stacked > 1 && y != phase.first_row) continue;
+    for (int x : columns) phase.taps.push_back((y * width_ + x) * pitch_);
+  }
+  phases_.push_back(std::move(phase));
+}
+
+// [phase][two tiles of columns, or the last one][tap][tile of depth][tile][in / 2][column][2]. Columns are output
+// channels, of each stacked row of taps.
+void Amx::pack(const WeightAt& weight, const float* bias) {
+  const int in = geometry_.in_channels, out = geometry_.out_channels, all = out * plan_.stacked;
+  const int64_t depth = round_up(in, kAmxDepth), padded = round_up(all, kAmxColumns);
+  bias_ = Buffer(round_up(out, kAmxColumns));
+  if (bias) std::copy_n(bias, out, bias_.data());
+  int64_t size = 0;
+  for (Phase& phase : phases_) {
+    phase.weights = size;
+    size += static_cast<int64_t>(phase.taps.size()) * depth * padded;
+  }
+  weights_ = Buffer::for_work(size / 2);
+  auto* const packed = reinterpret_cast<uint16_t*>(weights_.data());
+  for (const Phase& phase : phases_) {
+    const auto rows = geometry_.phase_taps(0, phase.first[0]), columns = geometry_.phase_taps(1, phase.first[1]);
+    const auto taps = static_cast<int64_t>(phase.taps.size()), row_taps = static_cast<int64_t>(columns.size());
+    for (int64_t c = 0; c < all; ++c) {
+      const int64_t block = c / (2 * kAmxColumns) * (2 * kAmxColumns), column = c - block;
+      const int64_t tiles = padded - block > kAmxColumns ? 2 : 1;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int y = rows[static_cast<size_t>(plan_.stacked > 1 ? c / out : tap / row_taps)];
+        const int x = columns[static_cast<size_t>(tap % row_taps)];
+        for (int i = 0; i < in; ++i) {
+          const int64_t k = tap * depth / kAmxDepth + i / kAmxDepth;
+          const int64_t tile = block * taps * depth / (kAmxDepth * kAmxColumns) + k * tiles + column / kAmxColumns;
+          const int64_t row = tile * kAmxDepth / 2 + i % kAmxDepth / 2;
+          packed[phase.weights + (row * kAmxColumns + column % kAmxColumns) * 2 + i % 2] =
+              to_bfloat16(weight(0, static_cast<int>(c % out), i, y, x));
+        }
+      }
+    }
+  }
+}
+
+// Images go together where they are small; of those that are larger than the copy may be, bands of rows.
+void Amx::choose_band() {
+  const int64_t row = int64_t{width_} * pitch_, image = row * height_;
+  const int rows = geometry_.axis[0].out;
+  band_ = rows;
+  if (image <= kCopyElements) {
+    const int64_t positions = int64_t{phases_.front().outputs[0]} * phases_.front().outputs[1];
+    group_ = static_cast<int>(std::clamp<int64_t>(kWorthwhile / positions, 1, kCopyElements / image));
+    copied_rows_ = int64_t{before_[0]} + group_ * height_;
+    return;
+  }
+  const auto read = [&](int band) { return geometry_.last_row_read(band - 1) - geometry_.first_row_read(0) + 2; };
+  while (band_ > 1 && read(band_) * row > kCopyElements) band_ -= (band_ + 7) / 8;
+  copied_rows_ = read(band_);
+}
+
+int64_t Amx::copy_size(int64_t rows) const {
+  // What a row's last tile reads behind it, and the last row's zeros.
+  const int64_t behind = int64_t{kAmxRows} * step_[1] + width_;
+  return round_up((before_[1] + rows * width_ + behind) * pitch_, 2 * kLineFloats);
+}
+
+void Amx::run(const Operands& x, Share share, float* scratch) const {
+  const int rows = geometry_.axis[0].out;
+  for (int64_t image = 0; image < x.images; image += group_) {
+    const int images = static_cast<int>(std::min<int64_t>(group_, x.images - image));
+    for (int row = 0; row < rows; row += band_) {
+      run_band(x, image, images, row, std::min(rows, row + band_), share, scratch);
+    }
+  }
+}
+
+void Amx::run_rows(const Operands& x, int first_row, int last_row, float* scratch) const {
+  for (int row = first_row; row < last_row; row += band_) {
+    run_band(x, 0, 1, row, std::min(last_row, row + band_), {}, scratch);
+  }
+}
+
+Amx::Part Amx::part(const Phase& phase, int images, int first_row, int last_row, Share share) const {
+  Part part = {};
+  part.row_positions = plan_.flat ? width_ : static_cast<int>(round_up(phase.outputs[1], kAmxRows));
+  part.image_rows = plan_.flat ? height_ : phase.outputs[0];
+  const auto below = [&](int row) {  // rows of the phase before output row `row`
+    return std::clamp(ceil_div(row - phase.first[0], geometry_.phases(0)), 0, phase.outputs[0]);
+  };
+  const int64_t end = int64_t{images - 1} * part.image_rows + below(last_row);
+  part.positions = end * part.row_positions;
+  const int64_t first = int64_t{below(first_row)} * part.row_positions / kAmxRows;
+  const int64_t unit = plan_.stacked > 1 ? part.row_positions / kAmxRows : 1;  // tiles that are not parted
+  const int64_t units = ((part.positions + kAmxRows - 1) / kAmxRows - first) / unit;
+  part.first = first + share.begin(units) * unit;
+  part.last = first + share.end(units) * unit;
+  return part;
+}
+
+// Products of four pairs of tiles.
+int64_t Amx::steps(const Phase& phase, const Part& part) const {
+  const int64_t taps = static_cast<int64_t>(phase.taps.size());
+  const int64_t depth = ceil_div(geometry_.in_channels, kAmxDepth), out = ceil_div(geometry_.out_channels, kAmxColumns);
+  return taps * depth * out * (part.last - part.first) / 4;
+}
+
+// The row of the copy, row 0 being that of the first image, that a position is in without padding.
+int Amx::row_read(const Part& part, int64_t position) const {
+  const int64_t row = position / part.row_positions;
+  return static_cast<int>(row / part.image_rows * height_ + row % part.image_rows * step_[0]);
+}
+
+void Amx::run_band(const Operands& x, int64_t image, int images, int first_row, int last_row, Share share,
+                   float* scratch) const {
+  std::vector<Part> parts;
+  int from = images * height_, to = -before_[0];
+  int64_t all_steps = 1;
+  for (const Phase& phase : phases_) {
+    const Part p = part(phase, images, first_row, last_row, share);
+    parts.push_back(p);
+    if (p.first == p.last || phase.taps.empty()) continue;
+    from = std::min(from, row_read(p, p.first * kAmxRows) + phase.first_row);
+    to = std::max(to, row_read(p, std::min(p.last * kAmxRows, p.positions) - 1) + phase.last_row + 1);
+    all_steps += steps(phase, p);
+  }
+  auto* const copy = reinterpret_cast<uint16_t*>(scratch);
+  fill(x, image, images, from, to, copy);
+  // The program's next images come from memory: their lines are asked for in step with the products.
+  constexpr int64_t kLine = kLineFloats * int64_t{sizeof(float)};
+  const int64_t following = std::min<int64_t>(images, x.images + x.ahead - image - images);
+  const bool fetches = x.ahead > 0 && share.count == 1 && band_ == geometry_.axis[0].out;
+  const int64_t lines = fetches ? following * x.in_stride / kLineFloats : 0;
+  const auto* next = reinterpret_cast<const char*>(x.in + (image + images) * x.in_stride);
+  for (size_t p = 0; p < phases_.size(); ++p) {
+    if (parts[p].first == parts[p].last) continue;
+    AmxArgs a = arguments(phases_[p], parts[p], x, image);
+    a.in = copy + (before_[1] - int64_t{from} * width_) * pitch_;
+    const int64_t own_steps = steps(phases_[p], parts[p]);
+    a.next = next;
+    a.next_lines = lines * own_steps / all_steps;
+    a.lines_a_step = static_cast<int32_t>(a.next_lines / std::max<int64_t>(1, own_steps) + 1);
+    next += a.next_lines * kLine;
+    kernels_.amx(a);
+  }
+}
+
+// All but what comes from the copy.
+AmxArgs Amx::arguments(const Phase& phase, const Part& part, const Operands& x, int64_t image) const {
+  const int64_t channels = geometry_.out_channels, width = geometry_.axis[1].out, height = geometry_.axis[0].out;
+  AmxArgs a = {};
+  a.taps = phase.taps.data();
+  a.tap_count = static_cast<int32_t>(phase.taps.size());
+  a.depth = static_cast<int32_t>(round_up(geometry_.in_channels, kAmxDepth));
+  a.in_image = int64_t{height_} * width_ * pitch_;
+  a.in_row = int64_t{step_[0]} * width_ * pitch_;
+  a.in_pixel = int64_t{step_[1]} * pitch_;
+  a.weights = reinterpret_cast<const uint16_t*>(weights_.data()) + phase.weights;
+  a.bias = bias_.data();
+  a.out_channels = geometry_.out_channels;
+  a.first = part.first;
+  a.last = part.last;
+  a.positions = part.positions;
+  a.row_positions = part.row_positions;
+  a.image_rows = part.image_rows;
+  a.rows = phase.outputs[0];
+  a.columns = phase.outputs[1];
+  const int64_t pixel = layouts_.out_row_major ? 1 : channels;
+  const int64_t at = (phase.first[0] * width + phase.first[1]) * pixel;
+  a.out = x.out + image * x.out_stride + at;
+  a.out_image = x.out_stride;
+  a.out_row = geometry_.phases(0) * width * pixel;
+  a.out_pixel = geometry_.phases(1) * pixel;
+  a.out_channel = layouts_.out_row_major ? height * width : 1;
+  a.stacked = plan_.stacked;
+  a.addend = x.addend ? x.addend + image * x.addend_stride + at : nullptr;
+  a.addend_image = x.addend_stride;
+  a.activation = x.activation;
+  return a;
+}
+
+// Rows first_row to last_row of the images one below the other, each with zeros up to the next, rounded to bfloat16.
+void Amx::fill(const Operands& x, int64_t image, int images, int first_row, int last_row, uint16_t* copy) const {
+  const int rows = geometry_.axis[0].in, columns = geometry_.axis[1].in, channels = geometry_.in_channels;
+  const int64_t row_size = int64_t{width_} * pitch_;
+  const auto clear = [this](uint16_t* at, int64_t pixels) {
+    std::memset(at, 0, static_cast<size_t>(pixels * pitch_) * sizeof *at);
+  };
+  clear(copy, before_[1]);
+  uint16_t* const row_0 = copy + int64_t{before_[1]} * pitch_ - first_row * row_size;
+  for (int row = first_row; row < last_row;) {
+    const int number = row < 0 ? 0 : row / height_, top = number * height_;
+    const bool inside = row >= 0 && row - top < rows && number < images;
+    const int end = std::min(last_row, inside ? top + rows : row + 1);
+    if (!inside) {
+      clear(row_0 + row * row_size, width_);
+    } else {
+      const float* const in = x.in + (image + number) * x.in_stride;
+      uint16_t* const out = row_0 + top * row_size;
+      if (layouts_.in_row_major) {
+        kernels_.amx_turn({in, int64_t{rows} * columns, out, row_size, (row - top) * columns, (end - top) * columns,
+                           columns, channels, pitch_});
+      }
+      for (int y = row - top; y < end - top; ++y) {
+        if (!layouts_.in_row_major) {
+          kernels_.amx_round({in + int64_t{y} * columns * channels, out + y * row_size, columns, channels, pitch_});
+        }
+        clear(out + y * row_size + int64_t{columns} * pitch_, width_ - columns);
+      }
+    }
+    row = end;
+  }
+}
+
+}  // namespace fastinv
