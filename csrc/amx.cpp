@@ -109,7 +109,7 @@ void Amx::add_phase(int first_y, int first_x) {
   }
   for (int y : rows) {
     if (plan_.stacked > 1 && y != phase.first_row) continue;
-    for (int x : columns) phase.taps.push_back((y * width_ + x) * pitch_);
+    for (int x : columns) phase.taps.push_back((int64_t{y} * width_ + x) * pitch_);
   }
   phases_.push_back(std::move(phase));
 }

@@ -45,7 +45,7 @@ class Amx : public Convolution {
   struct Phase {
     int first[2], outputs[2];   // by axis
     int first_row, last_row;    // that its taps read for output row 0
-    std::vector<int32_t> taps;  // elements from the pixel that output 0 would read without padding
+    std::vector<int64_t> taps;  // elements from the pixel that output 0 would read without padding
     int64_t weights;            // where they begin
   };
 

@@ -104,20 +104,22 @@ bool prefers_planar_winograd(const Kernels& kernels, const Geometry& geometry, b
          planar_winograd_cost(kernels, geometry) < planar_cost(kernels, geometry);
 }
 
+double row_major_cost(const Kernels& kernels, const Geometry& geometry, bool abreast) {
+  if (prefers_planar_winograd(kernels, geometry, abreast)) return planar_winograd_cost(kernels, geometry);
+  // Of images abreast over one at a time, measured from 8×8 to 28×28; the tiles of 16 registers are too small to gain.
+  const double gain = abreast && kernels.max_vectors > 2 ? 0.6 : 1.0;
+  return gain * planar_cost(kernels, geometry);
+}
+
 }  // namespace
 
 Choice choose(const Kernels& kernels, const Geometry& geometry, Layout input, bool abreast, const double* rounding) {
   const double conversion = layout_cost(kernels, geometry);
-  const double channels_last = channels_last_cost(kernels, geometry) + (input == Layout::kRowMajor ? conversion : 0.0);
+  double least = channels_last_cost(kernels, geometry) + (input == Layout::kRowMajor ? conversion : 0.0);
   Choice best;
-  double least = channels_last;
   if (Planar::applies(geometry)) {
-    // Of images abreast over one at a time, measured from 8×8 to 28×28; the tiles of 16 registers are too small to
-    // gain.
-    const double gain = abreast && kernels.max_vectors > 2 ? 0.6 : 1.0;
-    const double own = prefers_planar_winograd(kernels, geometry, abreast) ? planar_winograd_cost(kernels, geometry)
-                                                                           : gain * planar_cost(kernels, geometry);
-    const double planar = own + (input == Layout::kChannelsLast ? conversion : 0.0);
+    const double cost = row_major_cost(kernels, geometry, abreast);
+    const double planar = cost + (input == Layout::kChannelsLast ? conversion : 0.0);
     if (planar < least) {
       best.layouts = {true, true};
       least = planar;

@@ -142,8 +142,7 @@ struct Bfloat16ProductArgs {
   int32_t rows, in_channels, out_channels;
 };
 
-// ---- convolutions on AMX's tiles of 16 × 32 bfloat16 numbers
-// ---------------------------------------------------------
+// ---- convolutions on AMX's tiles -----------------------------------------------------------------------------------
 
 constexpr int kAmxRows = 16, kAmxDepth = 32, kAmxColumns = 16;  // of tiles: pixels, input and output channels
 
@@ -169,24 +168,22 @@ struct AmxTurnArgs {
 // those of `image_rows` rows are one image's. It is an output where its row and column are less than rows and columns.
 struct AmxArgs {
   const uint16_t* in;                  // the pixel that position 0 would read without padding
-  const int32_t* taps;                 // elements from there, of each tap
+  const int64_t* taps;                 // elements from there, of each tap
   int32_t tap_count, depth;            // depth: input channels, in whole tiles
   int64_t in_image, in_row, in_pixel;  // elements from one to the next
-  const uint16_t* weights;  // [two tiles of out channels or the last one][tap][tile of depth][tile][in / 2][out][2]
+  const uint16_t* weights;  // [two tiles of columns or the last one][tap][tile of depth][tile][in / 2][column][2]
   const float* bias;        // [out channel], in whole tiles
-  int32_t out_channels;
-  int64_t first, last, positions;  // all positions: the last tile may have more
+  int32_t out_channels;     // which are the weights' columns
+  // If more than 1: columns are [row of taps][out channel], of so many rows of taps, one row of the input apart, and
+  // all in one tile; `taps` are those of the first. Then out_channel is not 1, and first to last are whole rows.
+  int32_t stacked;
+  int64_t first, last, positions;  // of positions all: the last tile may have more
   int32_t row_positions, image_rows;
   int32_t rows, columns;
   float* out;
   int64_t out_image, out_row, out_pixel;  // floats from one to the next
-  int64_t
-      out_channel;  // 1; or more, where an image has one phase, each row tiles of its own, and its pixels lie together
-  // Where there are so many, more than 1: columns of the weights are [row of taps][out channel], all in one tile, of
-  // taps one row apart; `taps` are those of the first row, and first to last whole rows. Then out_channel is more
-  // than 1.
-  int32_t stacked;
-  const float* addend;  // as above, or null
+  int64_t out_channel;                    // 1; else pixels of a row lie side by side, and each row has its own tiles
+  const float* addend;                    // as above, or null
   int64_t addend_image;
   const char* next;  // what is read next, to be fetched meanwhile: so many lines with each step of a product
   int64_t next_lines;

@@ -36,6 +36,14 @@ def no_tiles_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
         yield
 
 
+# Begun last, each of these ran for minutes beside nothing.
+LONGEST = ("test_triton_ahead_of_time.py", "test_cuda_sanitized.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 AVAILABLE = [backend.name for backend in BACKENDS if backend.available() is None]
 
 

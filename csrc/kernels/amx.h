@@ -102,7 +102,7 @@ FASTINV_INLINE void amx_sums(Tiles& tiles, const AmxArgs& a, const uint16_t* con
   if constexpr (kA > 1) tiles.clear<1>();
   if constexpr (kA > 2) tiles.clear<2>(), tiles.clear<3>();
   for (int t = 0; t < a.tap_count; ++t) {
-    for (int32_t k = a.taps[t], end = k + a.depth; k < end; k += kAmxDepth, weights += kColumns * kTile) {
+    for (int64_t k = a.taps[t], end = k + a.depth; k < end; k += kAmxDepth, weights += kColumns * kTile) {
       for (int line = 0; line < lines; ++line, next += kLine) __builtin_prefetch(next, 0, 2);
       tiles.load<kB>(weights, kLine);
       tiles.load<kA>(in[0] + k, step);
@@ -151,8 +151,9 @@ static void amx_planar_results(const AmxArgs& a, const AmxPlace& place, const fl
     for (int p = 0; p < pixels; p += kWidth) {
       const int some = pixels - p < kWidth ? pixels - p : kWidth;
       V y = set1(a.bias[c]);
-      for (int k = 0; k < a.stacked; ++k)
+      for (int k = 0; k < a.stacked; ++k) {
         y = add(y, load(sums + k * next_row + (k * a.out_channels + c) * kAmxRows + p));
+      }
       if (addend) y = add(y, load_first(addend + p, some));
       store_first(out + p, activate_cheap(y, a.activation.kind), some);
     }
@@ -232,9 +233,7 @@ void amx_stacked(Tiles& tiles, const AmxArgs& a, const char*& next) {
   for (int64_t row = a.first / tiles_a_row; row < last;) {
     AmxPlace place = amx_place(a, row * a.row_positions);
     const int64_t fit = kMostRows + 1 - a.stacked, of_image = a.image_rows - place.row;
-    const int64_t rows = last - row < of_image ? (last - row < fit ? last - row : fit)
-                         : of_image < fit      ? of_image
-                                               : fit;
+    const int64_t there = last - row < of_image ? last - row : of_image, rows = there < fit ? there : fit;
     for (place.column = 0; place.column < a.columns; place.column += kAmxRows) {
       const uint16_t* in = a.in + place.image * a.in_image + place.row * a.in_row + place.column * a.in_pixel;
       const int64_t products = rows + a.stacked - 1;
@@ -251,8 +250,9 @@ void amx_stacked(Tiles& tiles, const AmxArgs& a, const char*& next) {
         }
       }
       AmxPlace result = place;
-      for (int64_t y = 0; y < rows; ++y, ++result.row)
+      for (int64_t y = 0; y < rows; ++y, ++result.row) {
         amx_planar_results(a, result, turned[y], sizeof turned[0] / sizeof(float));
+      }
     }
     row += rows;
   }
