@@ -1,6 +1,7 @@
 #include "isa.h"
 
 #if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -48,8 +49,12 @@ namespace {
 bool may_use_tiles() {
 #if defined(FASTINV_HAS_avx512) && defined(SYS_arch_prctl)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  static const bool may = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-                          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  constexpr unsigned kAmxBfloat16 = 1u << 22, kAmxTile = 1u << 24;
+  static const bool may = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAmxBfloat16) && (d & kAmxTile) &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
   return may;
 #else
   return false;

@@ -260,16 +260,18 @@ void amx_stacked(Tiles& tiles, const AmxArgs& a, const char*& next) {
 
 void amx(const AmxArgs& a) {
   Tiles tiles;
+  tiles.begin();
   const uint16_t* weights = a.weights;
   const char* next = a.next;
-  if (a.stacked > 1) return amx_stacked(tiles, a, next);
-  for (int channel = 0; channel < a.out_channels;) {
+  if (a.stacked > 1) amx_stacked(tiles, a, next);
+  for (int channel = 0; channel < a.out_channels && a.stacked == 1;) {
     const bool two = a.out_channels - channel > kAmxColumns;
     two ? amx_columns<2, 2>(tiles, a, weights, channel, next) : amx_columns<4, 1>(tiles, a, weights, channel, next);
     const int columns = (two ? 2 : 1) * kAmxColumns;
     weights += int64_t{a.tap_count} * a.depth * columns;
     channel += columns;
   }
+  tiles.end();
 }
 #else
 constexpr void (*amx)(const AmxArgs&) = nullptr;

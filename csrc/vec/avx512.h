@@ -7,7 +7,9 @@
 
 #define FASTINV_FAST_HALVES  // two multiply-adds of 256 bits a cycle, as Zen 4 has one of 512
 #define FASTINV_BFLOAT16     // products of them, on processors that also have AVX512-BF16
-#define FASTINV_TILES        // and of tiles of them, on those that also have AMX
+#if defined(__clang__) || __GNUC__ > 10
+#define FASTINV_TILES  // and of tiles of them, on those that also have AMX; older assemblers do not know it
+#endif
 #define FASTINV_INLINE static inline __attribute__((always_inline))
 
 #include "vec/eight.h"
@@ -163,11 +165,12 @@ FASTINV_INLINE void store_bfloat16(uint16_t* p, V v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
 }
 
-// Eight tiles of 16 rows of 64 bytes, while this is there: AMX, which only some of these processors have. In assembly,
-// since GCC's own functions take the numbers of tiles as text alone.
-class Tiles {
- public:
-  Tiles() {
+#ifdef FASTINV_TILES
+// Eight tiles of 16 rows of 64 bytes, between begin() and end(): AMX, which only some of these processors have. In
+// assembly, since GCC's own functions take the numbers of tiles as text alone; without a destructor, for which each
+// set's kernels would need the library's parts for exceptions.
+struct Tiles {
+  FASTINV_INLINE void begin() {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -175,29 +178,27 @@ class Tiles {
     } shape;
     asm volatile("ldtilecfg %0" ::"m"(shape));
   }
-  ~Tiles() { asm volatile("tilerelease"); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-
+  FASTINV_INLINE void end() { asm volatile("tilerelease"); }
   template <int kTile>
-  inline __attribute__((always_inline)) void clear() {
+  FASTINV_INLINE void clear() {
     asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
   }
   // Rows so many bytes apart.
   template <int kTile>
-  inline __attribute__((always_inline)) void load(const void* from, int64_t step) {
+  FASTINV_INLINE void load(const void* from, int64_t step) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(step), "i"(kTile) : "memory");
   }
   template <int kTile>
-  inline __attribute__((always_inline)) void store(void* to, int64_t step) {
+  FASTINV_INLINE void store(void* to, int64_t step) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(step), "i"(kTile) : "memory");
   }
   // sums[r][c] += Σ_k a[r][k] · b[k][c] of bfloat16 numbers, those of b in pairs: [k / 2][c][k % 2].
   template <int kSums, int kA, int kB>
-  inline __attribute__((always_inline)) void multiply() {
+  FASTINV_INLINE void multiply() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kA), "i"(kB));
   }
 };
+#endif
 
 // a0 b0 a1 b1 …
 FASTINV_INLINE void interleave(V a, V b, V* low, V* high) {

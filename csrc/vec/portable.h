@@ -148,6 +148,8 @@ FASTINV_INLINE void store_bfloat16(uint16_t* p, V v) {
 // What AMX's tiles do (vec/avx512.h), so that what uses them can be tested anywhere.
 class Tiles {
  public:
+  void begin() {}
+  void end() {}
   template <int kTile>
   void clear() {
     memset(tiles_[kTile], 0, sizeof tiles_[kTile]);
