@@ -17,7 +17,7 @@ constexpr int64_t kWorthwhile = 1024;  // positions that make the way of the wei
 // Inputs from output to output of a phase.
 int step_of(const Geometry& g, int axis) { return g.transposed ? 1 : g.axis[axis].stride; }
 
-// What output 0 of a phase reads along an axis by its taps, perhaps outside.
+// What output 0 of a phase reads along an axis by its taps, from the first on, perhaps outside.
 std::vector<int> offsets(const Geometry& g, int axis, int phase) {
   std::vector<int> found;
   for (int tap : g.phase_taps(axis, phase)) {
@@ -104,8 +104,8 @@ void Amx::add_phase(int first_y, int first_x) {
   for (int axis = 0; axis < 2; ++axis) phase.outputs[axis] = outputs_of(geometry_, axis, phase.first[axis]);
   const std::vector<int> rows = offsets(geometry_, 0, first_y), columns = offsets(geometry_, 1, first_x);
   if (!rows.empty()) {
-    phase.first_row = *std::min_element(rows.begin(), rows.end());
-    phase.last_row = *std::max_element(rows.begin(), rows.end());
+    phase.first_row = rows.front();
+    phase.last_row = rows.back();
   }
   for (int y : rows) {
     if (plan_.stacked > 1 && y != phase.first_row) continue;

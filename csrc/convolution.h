@@ -103,8 +103,8 @@ struct Choice {
 // squared relative error that rounding factors to bfloat16 may still add.
 Choice choose(const Kernels& kernels, const Geometry& geometry, Layout input, bool abreast, const double* rounding);
 
-// The convolution in the best algorithm of those chosen from. `bias` is [out_channels] or null; `rounding` is as above,
-// and is spent where it gains.
+// The convolution that was chosen. `bias` is [out_channels] or null; `rounding` is as above, and is spent where it
+// gains.
 std::unique_ptr<const Convolution> make_convolution(const Kernels& kernels, const Geometry& geometry,
                                                     const WeightAt& weight, const float* bias, const Choice& choice,
                                                     bool abreast, double* rounding);

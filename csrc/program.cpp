@@ -177,7 +177,8 @@ int Program::convolution(int input, const float* weight, const float* bias, int 
                         : channels_last(input) ? Layout::kChannelsLast
                                                : Layout::kRowMajor;
   Choice choice = choose(kernels_, g, layout, abreast_, &rounding_);
-  if (differentiable_ && !choose(kernels_, g.adjoint(), Layout::kBoth, false, nullptr).layouts.in_row_major) {
+  if (differentiable_ && choice.layouts.in_row_major &&
+      !choose(kernels_, g.adjoint(), Layout::kBoth, false, nullptr).layouts.in_row_major) {
     choice.layouts = {};
   }
   std::vector<int> inputs = {in_layout(input, !choice.layouts.in_row_major)};

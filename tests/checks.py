@@ -75,9 +75,9 @@ def exported(shape: tuple[int, ...], *layers: torch.nn.Module) -> Network:
     return export(torch.nn.Sequential(*layers).eval(), torch.zeros(2, *shape))
 
 
-def kernels(network: Network) -> list[str]:
+def kernels(network: Network, precision: str = "float32") -> list[str]:
     """What the cpu backend runs, launch by launch."""
-    return [row["kernel"] for row in fastinv.compile(network, backend="cpu").describe()]
+    return [row["kernel"] for row in fastinv.compile(network, backend="cpu", precision=precision).describe()]
 
 
 def reference(network: Network, x: np.ndarray) -> np.ndarray:

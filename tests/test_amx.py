@@ -44,10 +44,6 @@ def compiled(network: Network, threads: int = 1) -> fastinv.Engine:
     return fastinv.compile(network, backend="cpu", precision="bfloat16", threads=threads)
 
 
-def names(network: Network) -> list[str]:
-    return [row["kernel"] for row in compiled(network).describe()]
-
-
 def rounded(x: np.ndarray) -> np.ndarray:
     return torch.tensor(x).bfloat16().float().numpy()
 
@@ -61,7 +57,7 @@ def check(network: Network, batch: int = 3, bound: float = BOUND) -> list[str]:
     threads, to the bit. What ran."""
     x = randn(batch, *network.input_shape)
     found = compiled(network)(x)
-    ran = names(network)
+    ran = kernels(network, "bfloat16")
     if len(network.steps) == 1 and any(name.startswith("amx") for name in ran):
         same, bound = Network(network.input_shape, tuple(map(with_rounded_weights, network.steps))), 1e-5
         error = relative(found, reference(same, rounded(x)))
