@@ -77,15 +77,14 @@ def _channels_last(dtype: torch.dtype, subject: Subject, x: torch.Tensor, thread
     return lambda: module(x.to(dtype, memory_format=torch.channels_last))
 
 
-def _compiled(freeze: bool, subject: Subject, x: torch.Tensor, threads: int) -> Call:
+def _compiled(freeze: bool, dtype: torch.dtype, subject: Subject, x: torch.Tensor, threads: int) -> Call:
     import torch._inductor.config as settings
 
+    original = copy.deepcopy(subject.eager).to(dtype)
     with _quiet(), settings.patch(freezing=freeze):  # not among the options: Dynamo reads it, too
-        module = torch.compile(
-            copy.deepcopy(subject.eager), dynamic=False, mode="max-autotune" if freeze else "default"
-        )
-        module(x)
-    return partial(module, x)
+        module = torch.compile(original, dynamic=False, mode="max-autotune" if freeze else "default")
+        module(x.to(dtype))
+    return lambda: module(x.to(dtype))
 
 
 def _onnx_runtime(subject: Subject, x: torch.Tensor, threads: int) -> Call:
@@ -101,12 +100,12 @@ def _onnx_runtime(subject: Subject, x: torch.Tensor, threads: int) -> Call:
     return lambda: session.run(None, inputs)[0]
 
 
-def _openvino(subject: Subject, x: torch.Tensor, threads: int) -> Call:
+def _openvino(precision: str, subject: Subject, x: torch.Tensor, threads: int) -> Call:
     import openvino
 
     settings = {
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
     }
@@ -135,14 +134,17 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+OPENVINO = "openvino", "onnx", "onnxscript"
 PEERS = [
     Contender("eager", _eager),
     Contender("eager channels-last", partial(_channels_last, torch.float32)),
     Contender("eager bfloat16", partial(_channels_last, torch.bfloat16), "bfloat16"),
-    Contender("torch.compile", partial(_compiled, False)),
-    Contender("torch.compile max", partial(_compiled, True)),
+    Contender("torch.compile", partial(_compiled, False, torch.float32)),
+    Contender("torch.compile max", partial(_compiled, True, torch.float32)),
+    Contender("torch.compile bfloat16", partial(_compiled, True, torch.bfloat16), "bfloat16"),
     Contender("ONNX Runtime", _onnx_runtime, packages=("onnxruntime", "onnx", "onnxscript")),
-    Contender("OpenVINO", _openvino, packages=("openvino", "onnx", "onnxscript")),
+    Contender("OpenVINO", partial(_openvino, "f32"), packages=OPENVINO),
+    Contender("OpenVINO bfloat16", partial(_openvino, "bf16"), "bfloat16", OPENVINO),
 ]
 
 
