@@ -58,6 +58,13 @@ int pitch_of(const Geometry& g) {
   return depth % 256 == 0 ? depth + kAmxDepth : depth;
 }
 
+Padded padded(const Geometry& g) {
+  const int width = extent(g, 1);
+  // What a row's last tile reads behind it, and the last row's zeros.
+  const int behind = kAmxRows * step_of(g, 1) + width;
+  return {width, extent(g, 0), pitch_of(g), {margins(g, 0).before, margins(g, 1).before}, behind};
+}
+
 }  // namespace
 
 bool Amx::applies(const Kernels& kernels, const Geometry& g) { return has_tiles(kernels) && g.groups == 1; }
@@ -82,14 +89,8 @@ bool Amx::gives_row_major(const Geometry& g) {
 }
 
 Amx::Amx(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias, Layouts layouts)
-    : kernels_(kernels), geometry_(geometry), layouts_(layouts), plan_(plan(geometry)), pitch_(pitch_of(geometry)) {
-  for (int axis = 0; axis < 2; ++axis) {
-    const Margins m = margins(geometry, axis);
-    step_[axis] = step_of(geometry, axis);
-    before_[axis] = m.before;
-  }
-  height_ = extent(geometry, 0);
-  width_ = extent(geometry, 1);
+    : kernels_(kernels), geometry_(geometry), layouts_(layouts), plan_(plan(geometry)), copy_(padded(geometry)) {
+  for (int axis = 0; axis < 2; ++axis) step_[axis] = step_of(geometry, axis);
   for (int y = 0; y < geometry.phases(0); ++y) {
     for (int x = 0; x < geometry.phases(1); ++x) add_phase(y, x);
   }
@@ -109,7 +110,7 @@ void Amx::add_phase(int first_y, int first_x) {
   }
   for (int y : rows) {
     if (plan_.stacked > 1 && y != phase.first_row) continue;
-    for (int x : columns) phase.taps.push_back((int64_t{y} * width_ + x) * pitch_);
+    for (int x : columns) phase.taps.push_back((int64_t{y} * copy_.width + x) * copy_.pitch);
   }
   phases_.push_back(std::move(phase));
 }
@@ -151,13 +152,13 @@ void Amx::pack(const WeightAt& weight, const float* bias) {
 
 // Images go together where they are small; of those that are larger than the copy may be, bands of rows.
 void Amx::choose_band() {
-  const int64_t row = int64_t{width_} * pitch_, image = row * height_;
+  const int64_t row = copy_.row(), image = copy_.image();
   const int rows = geometry_.axis[0].out;
   band_ = rows;
   if (image <= kCopyElements) {
     const int64_t positions = int64_t{phases_.front().outputs[0]} * phases_.front().outputs[1];
     group_ = static_cast<int>(std::clamp<int64_t>(kWorthwhile / positions, 1, kCopyElements / image));
-    copied_rows_ = int64_t{before_[0]} + group_ * height_;
+    copied_rows_ = int64_t{copy_.before[0]} + group_ * copy_.height;
     return;
   }
   const auto read = [&](int band) { return geometry_.last_row_read(band - 1) - geometry_.first_row_read(0) + 2; };
@@ -166,13 +167,40 @@ void Amx::choose_band() {
 }
 
 int64_t Amx::copy_size(int64_t rows) const {
-  // What a row's last tile reads behind it, and the last row's zeros.
-  const int64_t behind = int64_t{kAmxRows} * step_[1] + width_;
-  return round_up((before_[1] + rows * width_ + behind) * pitch_, 2 * kLineFloats);
+  return round_up((copy_.before[1] + rows * copy_.width + copy_.behind) * copy_.pitch, 2 * kLineFloats);
+}
+
+std::string Amx::algorithm() const {
+  return std::string(plan_.stacked > 1 ? "amx stacked" : "amx") + (in_place_ ? " in place" : "") + ", bfloat16";
+}
+
+// Results are whole pairs of tiles, so that what they have more than channels is no part of a pixel.
+bool Amx::give_padded(const Padded& layout) {
+  if (layouts_.out_row_major || geometry_.out_channels % (2 * kAmxColumns) != 0) return false;
+  out_ = layout;
+  return true;
+}
+
+// Zeros around these rows of results.
+void Amx::clear_around(const Operands& x, int first_row, int last_row) const {
+  const int rows = geometry_.axis[0].out, columns = geometry_.axis[1].out;
+  const auto clear = [](uint16_t* at, int64_t elements) {
+    std::memset(at, 0, static_cast<size_t>(elements) * sizeof *at);
+  };
+  auto* image = reinterpret_cast<uint16_t*>(x.out);
+  if (first_row == 0) clear(image - out_->ahead(), out_->ahead());
+  for (int64_t i = 0; i < x.images; ++i, image += out_->image()) {
+    for (int row = first_row; row < last_row; ++row) {
+      const int64_t beside = int64_t{out_->width - columns} * out_->pitch;
+      clear(image + (row + 1) * out_->row() - beside, beside);
+    }
+    if (last_row == rows) clear(image + rows * out_->row(), (out_->height - rows) * out_->row());
+  }
 }
 
 void Amx::run(const Operands& x, Share share, float* scratch) const {
   const int rows = geometry_.axis[0].out;
+  if (out_ && share.index == 0) clear_around(x, 0, rows);
   for (int64_t image = 0; image < x.images; image += group_) {
     const int images = static_cast<int>(std::min<int64_t>(group_, x.images - image));
     for (int row = 0; row < rows; row += band_) {
@@ -182,6 +210,7 @@ void Amx::run(const Operands& x, Share share, float* scratch) const {
 }
 
 void Amx::run_rows(const Operands& x, int first_row, int last_row, float* scratch) const {
+  if (out_) clear_around(x, first_row, last_row);
   for (int row = first_row; row < last_row; row += band_) {
     run_band(x, 0, 1, row, std::min(last_row, row + band_), {}, scratch);
   }
@@ -189,8 +218,8 @@ void Amx::run_rows(const Operands& x, int first_row, int last_row, float* scratc
 
 Amx::Part Amx::part(const Phase& phase, int images, int first_row, int last_row, Share share) const {
   Part part = {};
-  part.row_positions = plan_.flat ? width_ : static_cast<int>(round_up(phase.outputs[1], kAmxRows));
-  part.image_rows = plan_.flat ? height_ : phase.outputs[0];
+  part.row_positions = plan_.flat ? copy_.width : static_cast<int>(round_up(phase.outputs[1], kAmxRows));
+  part.image_rows = plan_.flat ? copy_.height : phase.outputs[0];
   const auto below = [&](int row) {  // rows of the phase before output row `row`
     return std::clamp(ceil_div(row - phase.first[0], geometry_.phases(0)), 0, phase.outputs[0]);
   };
@@ -214,13 +243,13 @@ int64_t Amx::steps(const Phase& phase, const Part& part) const {
 // The row of the copy, row 0 being that of the first image, that a position is in without padding.
 int Amx::row_read(const Part& part, int64_t position) const {
   const int64_t row = position / part.row_positions;
-  return static_cast<int>(row / part.image_rows * height_ + row % part.image_rows * step_[0]);
+  return static_cast<int>(row / part.image_rows * copy_.height + row % part.image_rows * step_[0]);
 }
 
 void Amx::run_band(const Operands& x, int64_t image, int images, int first_row, int last_row, Share share,
                    float* scratch) const {
   std::vector<Part> parts;
-  int from = images * height_, to = -before_[0];
+  int from = images * copy_.height, to = -copy_.before[0];
   int64_t all_steps = 1;
   for (const Phase& phase : phases_) {
     const Part p = part(phase, images, first_row, last_row, share);
@@ -230,8 +259,12 @@ void Amx::run_band(const Operands& x, int64_t image, int images, int first_row, 
     to = std::max(to, row_read(p, std::min(p.last * kAmxRows, p.positions) - 1) + phase.last_row + 1);
     all_steps += steps(phase, p);
   }
-  auto* const copy = reinterpret_cast<uint16_t*>(scratch);
-  fill(x, image, images, from, to, copy);
+  const uint16_t* row_0 = reinterpret_cast<const uint16_t*>(x.in) + image * copy_.image();
+  if (!in_place_) {
+    auto* const copy = reinterpret_cast<uint16_t*>(scratch);
+    fill(x, image, images, from, to, copy);
+    row_0 = copy + (copy_.before[1] - int64_t{from} * copy_.width) * copy_.pitch;
+  }
   // The program's next images come from memory: their lines are asked for in step with the products.
   constexpr int64_t kLine = kLineFloats * int64_t{sizeof(float)};
   const int64_t following = std::min<int64_t>(images, x.images + x.ahead - image - images);
@@ -241,7 +274,7 @@ void Amx::run_band(const Operands& x, int64_t image, int images, int first_row, 
   for (size_t p = 0; p < phases_.size(); ++p) {
     if (parts[p].first == parts[p].last) continue;
     AmxArgs a = arguments(phases_[p], parts[p], x, image);
-    a.in = copy + (before_[1] - int64_t{from} * width_) * pitch_;
+    a.in = row_0;
     const int64_t own_steps = steps(phases_[p], parts[p]);
     a.next = next;
     a.next_lines = lines * own_steps / all_steps;
@@ -258,9 +291,9 @@ AmxArgs Amx::arguments(const Phase& phase, const Part& part, const Operands& x, 
   a.taps = phase.taps.data();
   a.tap_count = static_cast<int32_t>(phase.taps.size());
   a.depth = static_cast<int32_t>(round_up(geometry_.in_channels, kAmxDepth));
-  a.in_image = int64_t{height_} * width_ * pitch_;
-  a.in_row = int64_t{step_[0]} * width_ * pitch_;
-  a.in_pixel = int64_t{step_[1]} * pitch_;
+  a.in_image = copy_.image();
+  a.in_row = step_[0] * copy_.row();
+  a.in_pixel = int64_t{step_[1]} * copy_.pitch;
   a.weights = reinterpret_cast<const uint16_t*>(weights_.data()) + phase.weights;
   a.bias = bias_.data();
   a.out_channels = geometry_.out_channels;
@@ -273,14 +306,24 @@ AmxArgs Amx::arguments(const Phase& phase, const Part& part, const Operands& x, 
   a.columns = phase.outputs[1];
   const int64_t pixel = layouts_.out_row_major ? 1 : channels;
   const int64_t at = (phase.first[0] * width + phase.first[1]) * pixel;
-  a.out = x.out + image * x.out_stride + at;
-  a.out_image = x.out_stride;
-  a.out_row = geometry_.phases(0) * width * pixel;
-  a.out_pixel = geometry_.phases(1) * pixel;
-  a.out_channel = layouts_.out_row_major ? height * width : 1;
-  a.stacked = plan_.stacked;
   a.addend = x.addend ? x.addend + image * x.addend_stride + at : nullptr;
   a.addend_image = x.addend_stride;
+  a.addend_row = geometry_.phases(0) * width * pixel;
+  a.addend_pixel = geometry_.phases(1) * pixel;
+  if (out_) {
+    a.out_image = out_->image();
+    a.out_row = geometry_.phases(0) * out_->row();
+    a.out_pixel = int64_t{geometry_.phases(1)} * out_->pitch;
+    a.rounded = reinterpret_cast<uint16_t*>(x.out) + image * a.out_image + phase.first[0] * out_->row() +
+                int64_t{phase.first[1]} * out_->pitch;
+  } else {
+    a.out = x.out + image * x.out_stride + at;
+    a.out_image = x.out_stride;
+    a.out_row = a.addend_row;
+    a.out_pixel = a.addend_pixel;
+  }
+  a.out_channel = layouts_.out_row_major ? height * width : 1;
+  a.stacked = plan_.stacked;
   a.activation = x.activation;
   return a;
 }
@@ -288,30 +331,31 @@ AmxArgs Amx::arguments(const Phase& phase, const Part& part, const Operands& x, 
 // Rows first_row to last_row of the images one below the other, each with zeros up to the next, rounded to bfloat16.
 void Amx::fill(const Operands& x, int64_t image, int images, int first_row, int last_row, uint16_t* copy) const {
   const int rows = geometry_.axis[0].in, columns = geometry_.axis[1].in, channels = geometry_.in_channels;
-  const int64_t row_size = int64_t{width_} * pitch_;
+  const int64_t row_size = copy_.row();
   const auto clear = [this](uint16_t* at, int64_t pixels) {
-    std::memset(at, 0, static_cast<size_t>(pixels * pitch_) * sizeof *at);
+    std::memset(at, 0, static_cast<size_t>(pixels * copy_.pitch) * sizeof *at);
   };
-  clear(copy, before_[1]);
-  uint16_t* const row_0 = copy + int64_t{before_[1]} * pitch_ - first_row * row_size;
+  clear(copy, copy_.before[1]);
+  uint16_t* const row_0 = copy + int64_t{copy_.before[1]} * copy_.pitch - first_row * row_size;
   for (int row = first_row; row < last_row;) {
-    const int number = row < 0 ? 0 : row / height_, top = number * height_;
+    const int number = row < 0 ? 0 : row / copy_.height, top = number * copy_.height;
     const bool inside = row >= 0 && row - top < rows && number < images;
     const int end = std::min(last_row, inside ? top + rows : row + 1);
     if (!inside) {
-      clear(row_0 + row * row_size, width_);
+      clear(row_0 + row * row_size, copy_.width);
     } else {
       const float* const in = x.in + (image + number) * x.in_stride;
       uint16_t* const out = row_0 + top * row_size;
       if (layouts_.in_row_major) {
         kernels_.amx_turn({in, int64_t{rows} * columns, out, row_size, (row - top) * columns, (end - top) * columns,
-                           columns, channels, pitch_});
+                           columns, channels, copy_.pitch});
       }
       for (int y = row - top; y < end - top; ++y) {
         if (!layouts_.in_row_major) {
-          kernels_.amx_round({in + int64_t{y} * columns * channels, out + y * row_size, columns, channels, pitch_});
+          kernels_.amx_round(
+              {in + int64_t{y} * columns * channels, out + y * row_size, columns, channels, copy_.pitch});
         }
-        clear(out + y * row_size + int64_t{columns} * pitch_, width_ - columns);
+        clear(out + y * row_size + int64_t{columns} * copy_.pitch, copy_.width - columns);
       }
     }
     row = end;

@@ -2,13 +2,16 @@
 //
 // A tile holds 16 pixels of 32 input channels, or 32 input channels of 16 output channels; one instruction multiplies
 // two, 16,384 operations in 16 cycles. Pixels side by side are rows of one tile, so that every tap is one more product
-// and nothing is gathered: images are only rounded to bfloat16 on their way into memory with zeros around each.
+// and nothing is gathered: images are only rounded to bfloat16 on their way into memory with zeros around each. Another
+// convolution on tiles may leave them so.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "buffer.h"
 #include "convolution.h"
+#include "padded.h"
 
 namespace fastinv {
 
@@ -23,10 +26,13 @@ class Amx : public Convolution {
   Amx(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias, Layouts layouts);
 
   void run(const Operands& operands, Share share, float* scratch) const override;
-  int64_t scratch_floats(int64_t) const override { return copy_size(copied_rows_) / 2; }  // two elements in each
+  int64_t scratch_floats(int64_t) const override { return in_place_ ? 0 : copy_size(copied_rows_) / 2; }
   int row_step() const override { return plan_.flat ? 0 : 1; }
   void run_rows(const Operands& operands, int first_row, int last_row, float* scratch) const override;
-  std::string algorithm() const override { return plan_.stacked > 1 ? "amx stacked, bfloat16" : "amx, bfloat16"; }
+  std::string algorithm() const override;
+  const Padded* reads_padded() const override { return layouts_.in_row_major ? nullptr : &copy_; }
+  void read_padded() override { in_place_ = true; }
+  bool give_padded(const Padded& layout) override;
 
   // How positions, outputs of a phase side by side, are laid out in tiles: each row of outputs in tiles of its own; or
   // flat, one position after the other through the zeros between rows and images, where rows would leave tiles empty.
@@ -56,6 +62,7 @@ class Amx : public Convolution {
   };
 
   void add_phase(int first_y, int first_x);
+  void clear_around(const Operands& operands, int first_row, int last_row) const;
   void pack(const WeightAt& weight, const float* bias);
   void choose_band();
   int64_t copy_size(int64_t rows) const;  // elements
@@ -71,13 +78,13 @@ class Amx : public Convolution {
   const Geometry geometry_;
   const Layouts layouts_;
   const Plan plan_;
-  int step_[2];              // inputs from output to output of a phase
-  int pitch_;                // elements of a pixel in the copy
-  int before_[2];            // zeros that are read before an image, by axis
-  int width_, height_;       // of an image in the copy, zeros up to the next included
-  int group_ = 1;            // images at once
-  int band_;                 // output rows at once; of groups all
-  int64_t copied_rows_ = 0;  // at most
+  const Padded copy_;          // images as they are multiplied
+  bool in_place_ = false;      // they are given so
+  std::optional<Padded> out_;  // how results are given, where they are handed over
+  int step_[2];                // inputs from output to output of a phase
+  int group_ = 1;              // images at once
+  int band_;                   // output rows at once; of groups all
+  int64_t copied_rows_ = 0;    // at most
   std::vector<Phase> phases_;
   Buffer weights_, bias_;
 };

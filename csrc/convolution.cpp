@@ -131,9 +131,8 @@ Choice choose(const Kernels& kernels, const Geometry& geometry, Layout input, bo
   return best;
 }
 
-std::unique_ptr<const Convolution> make_convolution(const Kernels& kernels, const Geometry& geometry,
-                                                    const WeightAt& weight, const float* bias, const Choice& choice,
-                                                    bool abreast, double* rounding) {
+std::unique_ptr<Convolution> make_convolution(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight,
+                                              const float* bias, const Choice& choice, bool abreast, double* rounding) {
   if (choice.amx) {
     *rounding -= kAmxRounding;
     return std::make_unique<Amx>(kernels, geometry, weight, bias, choice.layouts);

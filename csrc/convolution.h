@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "padded.h"
 #include "share.h"
 
 namespace fastinv {
@@ -81,6 +82,12 @@ class Convolution {
   // Whether it runs on [C, H, W] instead, the layout at the public door.
   virtual bool row_major() const { return false; }
 
+  // How it could read its input, or null; and to make it do so: then `in` is where the first pixel lies.
+  virtual const Padded* reads_padded() const { return nullptr; }
+  virtual void read_padded() {}
+  // To give results so, if it can; then `out` is where the first pixel lies.
+  virtual bool give_padded(const Padded&) { return false; }
+
   // What runs, for describe(): form and tile.
   virtual std::string algorithm() const = 0;
 };
@@ -105,9 +112,8 @@ Choice choose(const Kernels& kernels, const Geometry& geometry, Layout input, bo
 
 // The convolution that was chosen. `bias` is [out_channels] or null; `rounding` is as above, and is spent where it
 // gains.
-std::unique_ptr<const Convolution> make_convolution(const Kernels& kernels, const Geometry& geometry,
-                                                    const WeightAt& weight, const float* bias, const Choice& choice,
-                                                    bool abreast, double* rounding);
+std::unique_ptr<Convolution> make_convolution(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight,
+                                              const float* bias, const Choice& choice, bool abreast, double* rounding);
 
 // The same for the gradient of one, which has neither bias nor activation: `geometry` and `weight` are its own.
 std::unique_ptr<const Convolution> make_gradient(const Kernels& kernels, const Geometry& geometry,

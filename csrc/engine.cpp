@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <numeric>
 #include <stdexcept>
 
 #include "arena.h"
@@ -50,17 +49,20 @@ void Engine::plan_memory() {
   Arena arena;
   for (size_t v = 0; v < shapes.size(); ++v) {
     const bool callers = v == 0 || v + 1 == shapes.size();  // input and output are used where the caller has them
-    stride_.push_back(callers ? element_count(shapes[v]) : round_up(element_count(shapes[v]), kLineFloats));
+    const int64_t image = program_.image_floats(static_cast<int>(v));
+    stride_.push_back(callers ? image : round_up(image, kLineFloats));
     if (callers) {
       offset_.push_back(0);
       continue;
     }
     // Value v is written by node v − 1: memory of a value last read there cannot be taken yet.
     const auto node = static_cast<int>(v) - 1;
-    offset_.push_back(arena.place(stride_[v], node, std::max(node, last_use[v])));
+    offset_.push_back(arena.place(size(v), node, std::max(node, last_use[v])));
   }
   arena_size_ = arena.size();
 }
+
+int64_t Engine::size(size_t value) const { return stride_[value] + program_.floats_around(static_cast<int>(value)); }
 
 std::unique_ptr<Engine::Workspace> Engine::make_workspace() const {
   auto workspace = std::make_unique<Workspace>();
@@ -81,20 +83,24 @@ void Engine::use_strips(Workspace& workspace) const {
   workspace.before = Buffer(floats_before_strips() * block_);
   float* at = workspace.before.data();
   for (int v = 1; v <= strips_->first(); ++v) {
-    workspace.data[static_cast<size_t>(v)] = at;
-    at += stride_[static_cast<size_t>(v)] * block_;
+    workspace.data[static_cast<size_t>(v)] = at + program_.floats_before(v);
+    at += size(static_cast<size_t>(v)) * block_;
   }
 }
 
 int64_t Engine::floats_before_strips() const {
-  return std::accumulate(stride_.begin() + 1, stride_.begin() + 1 + strips_->first(), int64_t{0});
+  int64_t floats = 0;
+  for (int v = 1; v <= strips_->first(); ++v) floats += size(static_cast<size_t>(v));
+  return floats;
 }
 
 // Those that threads share have all values there.
 void Engine::use_arena(Workspace& workspace) const {
   if (workspace.arena.size() > 0) return;
   workspace.arena = Buffer::for_work(arena_size_ * block_);
-  for (size_t v = 1; v + 1 < offset_.size(); ++v) workspace.data[v] = workspace.arena.data() + offset_[v] * block_;
+  for (size_t v = 1; v + 1 < offset_.size(); ++v) {
+    workspace.data[v] = workspace.arena.data() + offset_[v] * block_ + program_.floats_before(static_cast<int>(v));
+  }
 }
 
 const void* Source::at(int64_t element) const {

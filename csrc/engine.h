@@ -61,6 +61,7 @@ class Engine {
     return std::max(program_.scratch_floats(1), abreast_ > 0 ? program_.scratch_floats(abreast_) : 0);
   }
   int64_t floats_before_strips() const;  // of one image
+  int64_t size(size_t value) const;      // floats of one image, and around it
   void use_arena(Workspace& workspace) const;
   void use_strips(Workspace& workspace) const;
   std::unique_ptr<Workspace> make_workspace() const;

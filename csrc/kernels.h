@@ -181,10 +181,11 @@ struct AmxArgs {
   int32_t row_positions, image_rows;
   int32_t rows, columns;
   float* out;
-  int64_t out_image, out_row, out_pixel;  // floats from one to the next
+  uint16_t* rounded;                      // where not null, results go here, as bfloat16: whole pairs of tiles
+  int64_t out_image, out_row, out_pixel;  // elements from one to the next
   int64_t out_channel;                    // 1; else pixels of a row lie side by side, and each row has its own tiles
-  const float* addend;                    // as above, or null
-  int64_t addend_image;
+  const float* addend;                    // or null
+  int64_t addend_image, addend_row, addend_pixel;
   const char* next;  // what is read next, to be fetched meanwhile: so many lines with each step of a product
   int64_t next_lines;
   int32_t lines_a_step;

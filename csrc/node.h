@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "padded.h"
 #include "quadratic.h"
 #include "share.h"
 
@@ -80,6 +81,11 @@ class Node {
   // Σ (forward(z) − v)² as a quadratic form of images z [H, W, C], where that can be had and pays; once prepared for
   // backward passes.
   virtual Quadratic* quadratic() { return nullptr; }
+
+  // As of a convolution, for its first input and for its output.
+  virtual const Padded* reads_padded() const { return nullptr; }
+  virtual void read_padded() {}
+  virtual bool give_padded(const Padded&) { return false; }
 
   // What runs: kernel and, where there is a choice, its form.
   virtual std::string describe() const = 0;

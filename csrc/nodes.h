@@ -28,6 +28,9 @@ class ConvolutionNode : public Node {
   void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
                 Share) const override;
   Quadratic* quadratic() override { return quadratic_.get(); }
+  const Padded* reads_padded() const override { return convolution_->reads_padded(); }
+  void read_padded() override { convolution_->read_padded(); }
+  bool give_padded(const Padded& layout) override { return convolution_->give_padded(layout); }
   std::string describe() const override;
 
  private:
@@ -36,7 +39,7 @@ class ConvolutionNode : public Node {
 
   const Geometry geometry_;
   std::vector<float> weight_, bias_;  // until prepare_backward
-  const std::unique_ptr<const Convolution> convolution_;
+  const std::unique_ptr<Convolution> convolution_;
   std::unique_ptr<const Convolution> gradient_;
   std::unique_ptr<Quadratic> quadratic_;
 };

@@ -130,10 +130,48 @@ int Program::in_layout(int value, bool channels_last) {
 int Program::finish(int value) {
   if (!differentiable_) value = in_layout(value, false);
   // The output is memory of its own, and the last value.
-  if (value == output() && value != 0) return value;
-  const Shape s = shape(value);
-  append_in<LayoutNode>(channels_last(value), {}, {value}, s, 1, element_count(s), true, 1);
+  if (value != output() || value == 0) {
+    const Shape s = shape(value);
+    append_in<LayoutNode>(channels_last(value), {}, {value}, s, 1, element_count(s), true, 1);
+  }
+  hand_over();
   return output();
+}
+
+// Values that one node reads, and would round and put zeros around, are given so.
+void Program::hand_over() {
+  std::vector<std::vector<Node*>> readers(shapes_.size());
+  for (const auto& node : nodes_) {
+    for (int input : node->inputs) readers[static_cast<size_t>(input)].push_back(node.get());
+  }
+  for (const auto& giver : nodes_) {
+    const auto& found = readers[static_cast<size_t>(giver->output)];
+    if (found.size() != 1 || found.front()->inputs.front() != giver->output) continue;
+    const Padded* layout = found.front()->reads_padded();
+    if (!layout || !giver->give_padded(*layout)) continue;
+    found.front()->read_padded();
+    padded_.emplace(giver->output, *layout);
+  }
+}
+
+int64_t Program::image_floats(int value) const {
+  const auto padded = padded_.find(value);
+  return padded == padded_.end() ? element_count(shape(value)) : padded->second.image() / 2;
+}
+
+int64_t Program::row_floats(int value) const {
+  const auto padded = padded_.find(value);
+  return padded == padded_.end() ? element_count(shape(value)) / height(value) : padded->second.row() / 2;
+}
+
+int64_t Program::floats_before(int value) const {
+  const auto padded = padded_.find(value);
+  return padded == padded_.end() ? 0 : padded->second.ahead() / 2;
+}
+
+int64_t Program::floats_around(int value) const {
+  const auto padded = padded_.find(value);
+  return padded == padded_.end() ? 0 : padded->second.around() / 2;
 }
 
 // Appends a node whose inputs and output are channels last.

@@ -70,6 +70,11 @@ class Program {
   // The rows of an image that lie one after the other in memory; 1 for all other values.
   int height(int value) const;
   bool channels_last(int value) const { return channels_last_[static_cast<size_t>(value)]; }
+  // Floats of an image of this value, of a row of one, and of what is before the first image, and around all of them.
+  int64_t image_floats(int value) const;
+  int64_t row_floats(int value) const;
+  int64_t floats_before(int value) const;
+  int64_t floats_around(int value) const;
   // One image of this value from [C, H, W] to how it lies, or back.
   void lay_out(int value, const float* from, float* to) const;
   void bring_back(int value, const float* from, float* to) const;
@@ -88,6 +93,7 @@ class Program {
   bool is_chain_of(bool (Node::*property)() const) const;
   // The value in this layout, converted where it is not; values of other ranks are in both.
   int in_layout(int value, bool channels_last);
+  void hand_over();
   bool same_in_both(int value) const;
   template <class T, class... Args>
   int append(Activation activation, std::vector<int> inputs, Shape output, Args&&... args);
@@ -103,6 +109,7 @@ class Program {
   bool rounds_ = false;
   std::vector<Shape> shapes_;
   std::vector<bool> channels_last_;
+  std::map<int, Padded> padded_;  // values that lie so
   std::map<int, int> converted_;  // a value to the same in the other layout
   std::vector<std::unique_ptr<Node>> nodes_;
 };

@@ -22,8 +22,9 @@ Strips::Strips(const Program& program, int64_t bytes) : program_(program), reade
     std::vector<Window> found = windows(&steps);
     int64_t floats = 0;
     for (Window& window : found) {
-      window.offset = floats;
-      floats += round_up(window.floats, kLineFloats);
+      const auto value = static_cast<int>(&window - found.data());
+      window.offset = floats + program_.floats_before(value);
+      floats += round_up(window.floats, kLineFloats) + program_.floats_around(value);
     }
     if (count > 1 && floats >= window_floats_) continue;
     steps_ = std::move(steps);
@@ -100,11 +101,11 @@ std::vector<Strips::Window> Strips::windows(std::vector<Step>* steps) const {
         const int from = done[static_cast<size_t>(reader)], all = height(node.output);
         if (from < all) step.first_kept = std::min(step.first_kept, rows_read(node, input, {from, all}).begin);
       }
-      const int64_t size = element_count(program_.shapes()[static_cast<size_t>(value)]);
-      window.row = size / height(value);
-      window.floats = std::max(window.floats, (step.rows.end - step.first_kept) * window.row);
+      window.row = program_.row_floats(value);
+      const int64_t after = program_.image_floats(value) - height(value) * window.row;  // the zeros of padded ones
+      window.floats = std::max(window.floats, (step.rows.end - step.first_kept) * window.row + after);
     } else if (value != program_.output()) {
-      window.floats = element_count(program_.shapes()[static_cast<size_t>(value)]);
+      window.floats = program_.image_floats(value);
     }
     done[static_cast<size_t>(step.node)] = step.rows.end;
   }

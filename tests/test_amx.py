@@ -151,6 +151,46 @@ def test_images_larger_than_the_cache_go_in_strips_and_bands(tiles: str) -> None
     assert all(name.startswith(("amx", "layout")) for name in check(network, batch=2, bound=2 * BOUND))
 
 
+@pytest.mark.parametrize(("size", "activation", "second"), [
+    ((9, 33), nn.ReLU(), nn.Conv2d(64, 48, 3, padding=1)),  # rows in tiles of their own, the last ones part empty
+    ((6, 5), nn.Sigmoid(), nn.Conv2d(64, 48, 3, padding=1)),  # through the zeros between rows and images
+    ((8, 16), nn.Sigmoid(), nn.Conv2d(64, 3, 3, padding=1)),  # stacked, [C, H, W]
+    ((7, 20), nn.ReLU(), nn.ConvTranspose2d(64, 40, 4, 2, 1)),
+    ((12, 18), nn.ReLU(), nn.Conv2d(64, 40, 3, 2, dilation=2, padding=(0, 5))),
+    ((5, 1), nn.Sigmoid(), nn.Conv2d(64, 64, (3, 1), padding=(9, 0))),
+    ((1, 31), nn.ReLU(), nn.Conv2d(64, 64, (1, 3))),  # no zeros at all
+    ((52, 60), nn.ReLU(), nn.Conv2d(64, 48, 3, padding=1)),  # in strips
+    ((35, 31), nn.ReLU(), nn.ConvTranspose2d(64, 64, 5, 2, padding=2)),
+])  # fmt: skip
+@pytest.mark.parametrize("first", [nn.Conv2d(40, 64, 3, padding=1), nn.ConvTranspose2d(40, 64, 3, 1, 1)])
+def test_what_is_handed_over_is_what_would_be_rounded(tiles: str, size, second, activation, first) -> None:
+    """Two layers on tiles to the bit as one after the other, for images alone, together and shared by threads."""
+    torch.manual_seed(0)
+    both = exported((40, *size), first, activation, second)
+    names = kernels(both, "bfloat16")
+    assert [" in place" in name for name in names if name.startswith("amx")] == [False, True], names
+    x = randn(5, 40, *size)
+    one = exported((40, *size), first, activation)
+    assert all(name.startswith(("amx", "layout")) for name in kernels(one, "bfloat16"))
+    between = compiled(one)(x)
+    expected = compiled(exported(between.shape[1:], second))(between)
+    for threads in (1, 3):
+        engine = compiled(both, threads)
+        for some in (x, x[:1], x[1:3]):
+            first_image = 1 if len(some) == 2 else 0
+            assert np.array_equal(engine(some), expected[first_image : first_image + len(some)])
+
+
+def test_what_two_read_is_not_handed_over(tiles: str) -> None:
+    def step(source: int, **options) -> Step:
+        weight = np.random.default_rng(source).normal(size=(64, 64, 3, 3)) / 24
+        weights = {"weight": weight.astype(np.float32), "bias": np.zeros(64, np.float32)}
+        return Step(Conv2d(padding=(1, 1, 1, 1)), (source,), weights, **options)
+
+    residual = Network((64, 9, 32), (step(0), step(1), Step(Add(), (2, 1)), step(3)))
+    assert ["in place" in name for name in check(residual, bound=2 * BOUND) if "amx" in name] == [False, False, True]
+
+
 def test_of_no_images_there_are_no_results(tiles: str) -> None:
     network = exported((64, 8, 8), nn.Conv2d(64, 64, 3))
     assert compiled(network)(np.empty((0, 64, 8, 8), np.float32)).shape == (0, 64, 6, 6)

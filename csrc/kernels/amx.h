@@ -178,8 +178,27 @@ FASTINV_INLINE void amx_results(const AmxArgs& a, const float* sums, int64_t pix
       y = activate_cheap(y, kind);
       whole ? store(out + c, y) : store_first(out + c, y, some);
     }
-    if (addend) addend += a.out_pixel;
+    if (addend) addend += a.addend_pixel;
     if (!is_cheap(kind)) activate_in_place(out, lanes, a.activation);
+  }
+}
+
+// The same of a pair of tiles' channels, rounded.
+FASTINV_AMX_TARGET static void amx_rounded_results(const AmxArgs& a, const float* sums, int64_t pixels, int channel,
+                                                   uint16_t* out, const float* addend) {
+  constexpr int kLanes = 2 * kAmxColumns;
+  const ActivationKind kind = a.activation.kind;
+  for (int64_t p = 0; p < pixels; ++p, sums += kLanes, out += a.out_pixel) {
+    alignas(64) float results[kLanes];
+#pragma GCC unroll 8
+    for (int c = 0; c < kLanes; c += kWidth) {
+      V y = add(load(sums + c), load(a.bias + channel + c));
+      if (addend) y = add(y, load(addend + c));
+      store(results + c, activate_cheap(y, kind));
+    }
+    if (addend) addend += a.addend_pixel;
+    if (!is_cheap(kind)) activate_in_place(results, kLanes, a.activation);
+    round_depth(results, out, kLanes);
   }
 }
 
@@ -208,10 +227,16 @@ void amx_tiles(Tiles& tiles, const AmxArgs& a, int64_t tile, const uint16_t* wei
   for (int64_t p = 0; p < end;) {  // as far as pixels of one row go
     const int64_t there = place.row < a.rows && place.column < a.columns ? a.columns - place.column : 0;
     const int64_t of_row = a.row_positions - place.column, row_end = p + of_row < end ? p + of_row : end;
-    const int64_t at = place.row * a.out_row + place.column * a.out_pixel + channel;
-    amx_results<kLanes>(a, sums[p], row_end - p < there ? row_end - p : there, channel, lanes,
-                        a.out + place.image * a.out_image + at,
-                        a.addend ? a.addend + place.image * a.addend_image + at : nullptr);
+    const int64_t pixels = row_end - p < there ? row_end - p : there;
+    const int64_t at = place.image * a.out_image + place.row * a.out_row + place.column * a.out_pixel + channel;
+    const float* addend = a.addend ? a.addend + place.image * a.addend_image + place.row * a.addend_row +
+                                         place.column * a.addend_pixel + channel
+                                   : nullptr;
+    if (kColumns == 2 && a.rounded) {
+      amx_rounded_results(a, sums[p], pixels, channel, a.rounded + at, addend);
+    } else {
+      amx_results<kLanes>(a, sums[p], pixels, channel, lanes, a.out + at, addend);
+    }
     p = row_end;
     place.column = 0;
     if (++place.row == a.image_rows) place.row = 0, ++place.image;
