@@ -10,13 +10,29 @@
 
 #ifdef FASTINV_BFLOAT16
 #define FASTINV_AMX_TARGET FASTINV_TARGET
+// kAmxDepth floats.
+FASTINV_TARGET static inline void store_depth(const V* in, uint16_t* out) {
+  _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(in[1], in[0]));
+}
+#else
+#define FASTINV_AMX_TARGET
+static inline void store_depth(const V* in, uint16_t* out) {
+  for (int v = 0; v < kAmxDepth / kWidth; ++v) store_bfloat16(out + v * kWidth, in[v]);
+}
+#endif
+
 // kAmxDepth floats of which the first n are there, and zeros.
-FASTINV_TARGET static inline void round_depth(const float* in, uint16_t* out, int n) {
-  const V low = n >= kWidth ? load(in) : load_first(in, n);
-  const V high = n == kAmxDepth ? load(in + kWidth) : n > kWidth ? load_first(in + kWidth, n - kWidth) : zero();
-  _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+FASTINV_AMX_TARGET static inline void round_depth(const float* in, uint16_t* out, int n) {
+  V all[kAmxDepth / kWidth];
+#pragma GCC unroll 8
+  for (int v = 0; v < kAmxDepth / kWidth; ++v) {
+    const int some = n - v * kWidth;
+    all[v] = some >= kWidth ? load(in + v * kWidth) : some > 0 ? load_first(in + v * kWidth, some) : zero();
+  }
+  store_depth(all, out);
 }
 
+#ifdef FASTINV_BFLOAT16
 // kAmxDepth channels of which the first n are there, of so many pixels, one after the other: [pixel][channel]. Rounded
 // first, two channels to a float's memory, it takes half the moves of floats turned over.
 FASTINV_TARGET static void turn_depth(const float* in, int64_t in_channel, int n, int pixels, uint16_t* out,
@@ -32,13 +48,6 @@ FASTINV_TARGET static void turn_depth(const float* in, int64_t in_channel, int n
   transpose_block(pairs[0], kWidth, reinterpret_cast<float*>(out), out_step / 2);
 }
 #else
-#define FASTINV_AMX_TARGET
-static inline void round_depth(const float* in, uint16_t* out, int n) {
-  for (int c = 0; c < kAmxDepth; c += kWidth) {
-    store_bfloat16(out + c, c < n ? load_first(in + c, n - c < kWidth ? n - c : kWidth) : zero());
-  }
-}
-
 static void turn_depth(const float* in, int64_t in_channel, int n, int pixels, uint16_t* out, int64_t out_step) {
   for (int p = 0; p < pixels; ++p) {
     float channels[kAmxDepth];
@@ -183,23 +192,31 @@ FASTINV_INLINE void amx_results(const AmxArgs& a, const float* sums, int64_t pix
   }
 }
 
-// The same of a pair of tiles' channels, rounded.
-FASTINV_AMX_TARGET static void amx_rounded_results(const AmxArgs& a, const float* sums, int64_t pixels, int channel,
+// The same of a pair of tiles' channels, rounded; `sums` may change.
+FASTINV_AMX_TARGET static void amx_rounded_results(const AmxArgs& a, float* sums, int64_t pixels, int channel,
                                                    uint16_t* out, const float* addend) {
-  constexpr int kLanes = 2 * kAmxColumns;
+  constexpr int kLanes = kAmxDepth, kVectors = kLanes / kWidth;
+  static_assert(kLanes == 2 * kAmxColumns);
   const ActivationKind kind = a.activation.kind;
-  for (int64_t p = 0; p < pixels; ++p, sums += kLanes, out += a.out_pixel) {
-    alignas(64) float results[kLanes];
+  const bool cheap = is_cheap(kind);
+  V bias[kVectors];
 #pragma GCC unroll 8
-    for (int c = 0; c < kLanes; c += kWidth) {
-      V y = add(load(sums + c), load(a.bias + channel + c));
-      if (addend) y = add(y, load(addend + c));
-      store(results + c, activate_cheap(y, kind));
+  for (int v = 0; v < kVectors; ++v) bias[v] = load(a.bias + channel + v * kWidth);
+  for (int64_t p = 0; p < pixels; ++p) {
+    V y[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      float* sum = sums + p * kLanes + v * kWidth;
+      y[v] = add(load(sum), bias[v]);
+      if (addend) y[v] = add(y[v], load(addend + p * a.addend_pixel + v * kWidth));
+      y[v] = activate_cheap(y[v], kind);
+      if (!cheap) store(sum, y[v]);
     }
-    if (addend) addend += a.addend_pixel;
-    if (!is_cheap(kind)) activate_in_place(results, kLanes, a.activation);
-    round_depth(results, out, kLanes);
+    if (cheap) store_depth(y, out + p * a.out_pixel);
   }
+  if (cheap) return;
+  activate_in_place(sums, pixels * kLanes, a.activation);
+  for (int64_t p = 0; p < pixels; ++p) round_depth(sums + p * kLanes, out + p * a.out_pixel, kLanes);
 }
 
 // The pixels of kRows tiles by the output channels of kColumns.
