@@ -233,11 +233,12 @@ Amx::Part Amx::part(const Phase& phase, int images, int first_row, int last_row,
   return part;
 }
 
-// Products of four pairs of tiles.
-int64_t Amx::steps(const Phase& phase, const Part& part) const {
+// Pieces of work (see AmxAhead): four products of tiles each, or a tile turned over.
+int64_t Amx::pieces(const Phase& phase, const Part& part) const {
   const int64_t taps = static_cast<int64_t>(phase.taps.size());
   const int64_t depth = ceil_div(geometry_.in_channels, kAmxDepth), out = ceil_div(geometry_.out_channels, kAmxColumns);
-  return taps * depth * out * (part.last - part.first) / 4;
+  const int64_t tiles = part.last - part.first;
+  return taps * depth * out * tiles / 4 + (plan_.stacked > 1 ? tiles : 0);
 }
 
 // The row of the copy, row 0 being that of the first image, that a position is in without padding.
@@ -250,36 +251,39 @@ void Amx::run_band(const Operands& x, int64_t image, int images, int first_row, 
                    float* scratch) const {
   std::vector<Part> parts;
   int from = images * copy_.height, to = -copy_.before[0];
-  int64_t all_steps = 1;
+  int64_t all_pieces = 1;
   for (const Phase& phase : phases_) {
     const Part p = part(phase, images, first_row, last_row, share);
     parts.push_back(p);
     if (p.first == p.last || phase.taps.empty()) continue;
     from = std::min(from, row_read(p, p.first * kAmxRows) + phase.first_row);
     to = std::max(to, row_read(p, std::min(p.last * kAmxRows, p.positions) - 1) + phase.last_row + 1);
-    all_steps += steps(phase, p);
+    all_pieces += pieces(phase, p);
+  }
+  // The program's next images come from memory: their lines are asked for in step with all else.
+  AmxAhead ahead = {};
+  if (x.ahead > 0 && share.count == 1 && band_ == geometry_.axis[0].out) {
+    const int64_t following = std::clamp<int64_t>(x.images + x.ahead - image - images, 0, images);
+    if (layouts_.in_row_major) {
+      const int64_t pixels = int64_t{geometry_.axis[0].in} * geometry_.axis[1].in;
+      all_pieces += images * ceil_div(geometry_.in_channels, kAmxDepth) * ((pixels + kAmxRows - 1) / kAmxRows);
+    }
+    const float* next = x.in + (image + images) * x.in_stride;
+    ahead.next = reinterpret_cast<const char*>(next);
+    ahead.end = reinterpret_cast<const char*>(next + following * x.in_stride);
+    ahead.lines = static_cast<int32_t>(following * x.in_stride / kLineFloats / all_pieces + 1);
   }
   const uint16_t* row_0 = reinterpret_cast<const uint16_t*>(x.in) + image * copy_.image();
   if (!in_place_) {
     auto* const copy = reinterpret_cast<uint16_t*>(scratch);
-    fill(x, image, images, from, to, copy);
+    fill(x, image, images, from, to, copy, &ahead);
     row_0 = copy + (copy_.before[1] - int64_t{from} * copy_.width) * copy_.pitch;
   }
-  // The program's next images come from memory: their lines are asked for in step with the products.
-  constexpr int64_t kLine = kLineFloats * int64_t{sizeof(float)};
-  const int64_t following = std::min<int64_t>(images, x.images + x.ahead - image - images);
-  const bool fetches = x.ahead > 0 && share.count == 1 && band_ == geometry_.axis[0].out;
-  const int64_t lines = fetches ? following * x.in_stride / kLineFloats : 0;
-  const auto* next = reinterpret_cast<const char*>(x.in + (image + images) * x.in_stride);
   for (size_t p = 0; p < phases_.size(); ++p) {
     if (parts[p].first == parts[p].last) continue;
     AmxArgs a = arguments(phases_[p], parts[p], x, image);
     a.in = row_0;
-    const int64_t own_steps = steps(phases_[p], parts[p]);
-    a.next = next;
-    a.next_lines = lines * own_steps / all_steps;
-    a.lines_a_step = static_cast<int32_t>(a.next_lines / std::max<int64_t>(1, own_steps) + 1);
-    next += a.next_lines * kLine;
+    a.ahead = &ahead;
     kernels_.amx(a);
   }
 }
@@ -329,7 +333,8 @@ AmxArgs Amx::arguments(const Phase& phase, const Part& part, const Operands& x, 
 }
 
 // Rows first_row to last_row of the images one below the other, each with zeros up to the next, rounded to bfloat16.
-void Amx::fill(const Operands& x, int64_t image, int images, int first_row, int last_row, uint16_t* copy) const {
+void Amx::fill(const Operands& x, int64_t image, int images, int first_row, int last_row, uint16_t* copy,
+               AmxAhead* ahead) const {
   const int rows = geometry_.axis[0].in, columns = geometry_.axis[1].in, channels = geometry_.in_channels;
   const int64_t row_size = copy_.row();
   const auto clear = [this](uint16_t* at, int64_t pixels) {
@@ -348,7 +353,7 @@ void Amx::fill(const Operands& x, int64_t image, int images, int first_row, int 
       uint16_t* const out = row_0 + top * row_size;
       if (layouts_.in_row_major) {
         kernels_.amx_turn({in, int64_t{rows} * columns, out, row_size, (row - top) * columns, (end - top) * columns,
-                           columns, channels, copy_.pitch});
+                           columns, channels, copy_.pitch, ahead});
       }
       for (int y = row - top; y < end - top; ++y) {
         if (!layouts_.in_row_major) {

@@ -146,6 +146,13 @@ struct Bfloat16ProductArgs {
 
 constexpr int kAmxRows = 16, kAmxDepth = 32, kAmxColumns = 16;  // of tiles: pixels, input and output channels
 
+// Memory that is read next, from `next` to `end`: so many lines are asked for with each piece of other work, a hundred
+// cycles or so. More of them at once would wait for each other.
+struct AmxAhead {
+  const char *next, *end;
+  int32_t lines;
+};
+
 // [pixel][in channel] floats as bfloat16, with zeros up to a multiple of kAmxDepth, out_step from pixel to pixel.
 struct AmxRoundArgs {
   const float* in;
@@ -162,6 +169,7 @@ struct AmxTurnArgs {
   int64_t out_row;     // elements from row to row
   int32_t first, last, row_pixels;
   int32_t channels, out_step;
+  AmxAhead* ahead;
 };
 
 // Tiles first to last of one phase's positions: position q is column q % row_positions of row q / row_positions, and
@@ -186,9 +194,7 @@ struct AmxArgs {
   int64_t out_channel;                    // 1; else pixels of a row lie side by side, and each row has its own tiles
   const float* addend;                    // or null
   int64_t addend_image, addend_row, addend_pixel;
-  const char* next;  // what is read next, to be fetched meanwhile: so many lines with each step of a product
-  int64_t next_lines;
-  int32_t lines_a_step;
+  AmxAhead* ahead;
   Activation activation;
 };
 

@@ -57,6 +57,12 @@ static void turn_depth(const float* in, int64_t in_channel, int n, int pixels, u
 }
 #endif
 
+FASTINV_INLINE void amx_fetch(AmxAhead& ahead) {
+  constexpr int kLine = 64;
+  for (int line = 0; line < ahead.lines; ++line, ahead.next += kLine) __builtin_prefetch(ahead.next, 0, 2);
+  if (ahead.next >= ahead.end) ahead.lines = 0;
+}
+
 FASTINV_AMX_TARGET void amx_round(const AmxRoundArgs& a) {
   const int whole = a.channels / kAmxDepth * kAmxDepth;
   for (int64_t p = 0; p < a.pixels; ++p) {
@@ -73,6 +79,7 @@ void amx_turn(const AmxTurnArgs& a) {
     const int depth = a.channels - channel < kAmxDepth ? a.channels - channel : kAmxDepth;
     for (int p = a.first; p < a.last; p += kAmxRows) {
       const int pixels = a.last - p < kAmxRows ? a.last - p : kAmxRows;
+      amx_fetch(*a.ahead);
       const auto at = [&](int pixel) {
         return a.out + pixel / a.row_pixels * a.out_row + int64_t{pixel % a.row_pixels} * a.out_step + channel;
       };
@@ -101,18 +108,17 @@ FASTINV_INLINE AmxPlace amx_place(const AmxArgs& a, int64_t position) {
 // Sums of products of kRows tiles of pixels, which begin at `in`, with kColumns tiles of weights: [row][column].
 template <int kRows, int kColumns>
 FASTINV_INLINE void amx_sums(Tiles& tiles, const AmxArgs& a, const uint16_t* const* in, const uint16_t* weights,
-                             float* sums, const char*& next) {
+                             float* sums, AmxAhead& ahead) {
   constexpr int kA = kRows * kColumns, kAs = kRows > 2 ? 2 : kRows, kB = kA + kAs;  // numbers of tiles; 0 on: sums
   static_assert(kB + kColumns <= 8);
   constexpr int64_t kTile = kAmxDepth * kAmxColumns, kLine = 64;
   const int64_t step = a.in_pixel * int64_t{sizeof(uint16_t)};
-  const int lines = next < a.next + a.next_lines * kLine ? a.lines_a_step : 0;
   tiles.clear<0>();
   if constexpr (kA > 1) tiles.clear<1>();
   if constexpr (kA > 2) tiles.clear<2>(), tiles.clear<3>();
   for (int t = 0; t < a.tap_count; ++t) {
     for (int64_t k = a.taps[t], end = k + a.depth; k < end; k += kAmxDepth, weights += kColumns * kTile) {
-      for (int line = 0; line < lines; ++line, next += kLine) __builtin_prefetch(next, 0, 2);
+      amx_fetch(ahead);
       tiles.load<kB>(weights, kLine);
       tiles.load<kA>(in[0] + k, step);
       tiles.multiply<0, kA, kB>();
@@ -221,7 +227,7 @@ FASTINV_AMX_TARGET static void amx_rounded_results(const AmxArgs& a, float* sums
 
 // The pixels of kRows tiles by the output channels of kColumns.
 template <int kRows, int kColumns>
-void amx_tiles(Tiles& tiles, const AmxArgs& a, int64_t tile, const uint16_t* weights, int channel, const char*& next) {
+void amx_tiles(Tiles& tiles, const AmxArgs& a, int64_t tile, const uint16_t* weights, int channel, AmxAhead& ahead) {
   constexpr int kLanes = kColumns * kAmxColumns;
   const uint16_t* in[kRows];
   for (int r = 0; r < kRows; ++r) {
@@ -229,7 +235,7 @@ void amx_tiles(Tiles& tiles, const AmxArgs& a, int64_t tile, const uint16_t* wei
     in[r] = a.in + place.image * a.in_image + place.row * a.in_row + place.column * a.in_pixel;
   }
   alignas(64) float sums[kRows * kAmxRows][kLanes];
-  amx_sums<kRows, kColumns>(tiles, a, in, weights, sums[0], next);
+  amx_sums<kRows, kColumns>(tiles, a, in, weights, sums[0], ahead);
   if (kColumns == 1 && a.out_channel > 1) {
     for (int r = 0; r < kRows; ++r) {
       alignas(64) float turned[kAmxColumns * kAmxRows];
@@ -261,14 +267,14 @@ void amx_tiles(Tiles& tiles, const AmxArgs& a, int64_t tile, const uint16_t* wei
 }
 
 template <int kRows, int kColumns>
-void amx_columns(Tiles& tiles, const AmxArgs& a, const uint16_t* weights, int channel, const char*& next) {
+void amx_columns(Tiles& tiles, const AmxArgs& a, const uint16_t* weights, int channel, AmxAhead& ahead) {
   int64_t tile = a.first;
-  for (; tile + kRows <= a.last; tile += kRows) amx_tiles<kRows, kColumns>(tiles, a, tile, weights, channel, next);
-  for (; tile < a.last; ++tile) amx_tiles<1, kColumns>(tiles, a, tile, weights, channel, next);
+  for (; tile + kRows <= a.last; tile += kRows) amx_tiles<kRows, kColumns>(tiles, a, tile, weights, channel, ahead);
+  for (; tile < a.last; ++tile) amx_tiles<1, kColumns>(tiles, a, tile, weights, channel, ahead);
 }
 
 // A row of outputs sums over rows of products, each made once for all rows of taps: one product of tiles for so many.
-void amx_stacked(Tiles& tiles, const AmxArgs& a, const char*& next) {
+void amx_stacked(Tiles& tiles, const AmxArgs& a, AmxAhead& ahead) {
   constexpr int kMostRows = 32;  // of products: 32 KB of sums
   alignas(64) float turned[kMostRows][kAmxColumns * kAmxRows];
   const int64_t tiles_a_row = a.row_positions / kAmxRows, last = a.last / tiles_a_row;
@@ -285,9 +291,10 @@ void amx_stacked(Tiles& tiles, const AmxArgs& a, const char*& next) {
         const uint16_t* from[kRows];
         for (int64_t i = 0; i < kRows; ++i) from[i] = in + (r + i) * a.in_row;
         const int64_t some = r + kRows <= products ? kRows : 1;
-        some > 1 ? amx_sums<kRows, 1>(tiles, a, from, a.weights, sums[0], next)
-                 : amx_sums<1, 1>(tiles, a, from, a.weights, sums[0], next);
+        some > 1 ? amx_sums<kRows, 1>(tiles, a, from, a.weights, sums[0], ahead)
+                 : amx_sums<1, 1>(tiles, a, from, a.weights, sums[0], ahead);
         for (int64_t i = 0; i < some; ++i, ++r) {
+          amx_fetch(ahead);
           transpose(sums[i], kAmxColumns, turned[r], kAmxRows, kAmxRows, kAmxColumns);
         }
       }
@@ -304,16 +311,17 @@ void amx(const AmxArgs& a) {
   Tiles tiles;
   tiles.begin();
   const uint16_t* weights = a.weights;
-  const char* next = a.next;
-  if (a.stacked > 1) amx_stacked(tiles, a, next);
+  AmxAhead ahead = *a.ahead;
+  if (a.stacked > 1) amx_stacked(tiles, a, ahead);
   for (int channel = 0; channel < a.out_channels && a.stacked == 1;) {
     const bool two = a.out_channels - channel > kAmxColumns;
-    two ? amx_columns<2, 2>(tiles, a, weights, channel, next) : amx_columns<4, 1>(tiles, a, weights, channel, next);
+    two ? amx_columns<2, 2>(tiles, a, weights, channel, ahead) : amx_columns<4, 1>(tiles, a, weights, channel, ahead);
     const int columns = (two ? 2 : 1) * kAmxColumns;
     weights += int64_t{a.tap_count} * a.depth * columns;
     channel += columns;
   }
   tiles.end();
+  *a.ahead = ahead;
 }
 #else
 constexpr void (*amx)(const AmxArgs&) = nullptr;
