@@ -188,7 +188,7 @@ void Amx::clear_around(const Operands& x, int first_row, int last_row) const {
     std::memset(at, 0, static_cast<size_t>(elements) * sizeof *at);
   };
   auto* image = reinterpret_cast<uint16_t*>(x.out);
-  if (first_row == 0) clear(image - out_->ahead(), out_->ahead());
+  if (first_row == 0) clear(image - out_->elements_before(), out_->elements_before());
   for (int64_t i = 0; i < x.images; ++i, image += out_->image()) {
     for (int row = first_row; row < last_row; ++row) {
       const int64_t beside = int64_t{out_->width - columns} * out_->pitch;
@@ -260,19 +260,8 @@ void Amx::run_band(const Operands& x, int64_t image, int images, int first_row, 
     to = std::max(to, row_read(p, std::min(p.last * kAmxRows, p.positions) - 1) + phase.last_row + 1);
     all_pieces += pieces(phase, p);
   }
-  // The program's next images come from memory: their lines are asked for in step with all else.
   AmxAhead ahead = {};
-  if (x.ahead > 0 && share.count == 1 && band_ == geometry_.axis[0].out) {
-    const int64_t following = std::clamp<int64_t>(x.images + x.ahead - image - images, 0, images);
-    if (layouts_.in_row_major) {
-      const int64_t pixels = int64_t{geometry_.axis[0].in} * geometry_.axis[1].in;
-      all_pieces += images * ceil_div(geometry_.in_channels, kAmxDepth) * ((pixels + kAmxRows - 1) / kAmxRows);
-    }
-    const float* next = x.in + (image + images) * x.in_stride;
-    ahead.next = reinterpret_cast<const char*>(next);
-    ahead.end = reinterpret_cast<const char*>(next + following * x.in_stride);
-    ahead.lines = static_cast<int32_t>(following * x.in_stride / kLineFloats / all_pieces + 1);
-  }
+  if (share.count == 1 && band_ == geometry_.axis[0].out) ahead = what_is_next(x, image, images, all_pieces);
   const uint16_t* row_0 = reinterpret_cast<const uint16_t*>(x.in) + image * copy_.image();
   if (!in_place_) {
     auto* const copy = reinterpret_cast<uint16_t*>(scratch);
@@ -286,6 +275,20 @@ void Amx::run_band(const Operands& x, int64_t image, int images, int first_row, 
     a.ahead = &ahead;
     kernels_.amx(a);
   }
+}
+
+// The program's next images come from memory. Beside these pieces of work there are those of turning images over.
+AmxAhead Amx::what_is_next(const Operands& x, int64_t image, int images, int64_t pieces) const {
+  const int64_t following = std::min<int64_t>(images, x.images + x.ahead - image - images);
+  if (x.ahead == 0 || following <= 0) return {};
+  if (layouts_.in_row_major) {
+    const int64_t pixels = int64_t{geometry_.axis[0].in} * geometry_.axis[1].in;
+    pieces += images * ceil_div(geometry_.in_channels, kAmxDepth) * ((pixels + kAmxRows - 1) / kAmxRows);
+  }
+  const float* next = x.in + (image + images) * x.in_stride;
+  const int64_t floats = following * x.in_stride;
+  return {reinterpret_cast<const char*>(next), reinterpret_cast<const char*>(next + floats),
+          static_cast<int32_t>(floats / kLineFloats / pieces + 1)};
 }
 
 // All but what comes from the copy.

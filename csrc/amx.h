@@ -71,6 +71,7 @@ class Amx : public Convolution {
   Part part(const Phase& phase, int images, int first_row, int last_row, Share share) const;
   int64_t pieces(const Phase& phase, const Part& part) const;
   int row_read(const Part& part, int64_t position) const;
+  AmxAhead what_is_next(const Operands& operands, int64_t image, int images, int64_t pieces) const;
   void fill(const Operands& operands, int64_t image, int images, int first_row, int last_row, uint16_t* copy,
             AmxAhead* ahead) const;
   AmxArgs arguments(const Phase& phase, const Part& part, const Operands& operands, int64_t image) const;

@@ -15,8 +15,8 @@ struct Padded {
   // Elements: of a row, of an image, and of what is before and behind.
   int64_t row() const { return int64_t{width} * pitch; }
   int64_t image() const { return row() * height; }
-  int64_t ahead() const { return before[0] * row() + int64_t{before[1]} * pitch; }
-  int64_t around() const { return ahead() + int64_t{behind} * pitch; }
+  int64_t elements_before() const { return before[0] * row() + int64_t{before[1]} * pitch; }
+  int64_t around() const { return elements_before() + int64_t{behind} * pitch; }
 };
 
 }  // namespace fastinv

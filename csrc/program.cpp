@@ -166,7 +166,7 @@ int64_t Program::row_floats(int value) const {
 
 int64_t Program::floats_before(int value) const {
   const auto padded = padded_.find(value);
-  return padded == padded_.end() ? 0 : padded->second.ahead() / 2;
+  return padded == padded_.end() ? 0 : padded->second.elements_before() / 2;
 }
 
 int64_t Program::floats_around(int value) const {
