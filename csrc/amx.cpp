@@ -58,6 +58,8 @@ int pitch_of(const Geometry& g) {
   return depth % 256 == 0 ? depth + kAmxDepth : depth;
 }
 
+void clear(uint16_t* at, int64_t elements) { std::memset(at, 0, static_cast<size_t>(elements) * sizeof *at); }
+
 Padded padded(const Geometry& g) {
   const int width = extent(g, 1);
   // What a row's last tile reads behind it, and the last row's zeros.
@@ -184,16 +186,11 @@ bool Amx::give_padded(const Padded& layout) {
 // Zeros around these rows of results.
 void Amx::clear_around(const Operands& x, int first_row, int last_row) const {
   const int rows = geometry_.axis[0].out, columns = geometry_.axis[1].out;
-  const auto clear = [](uint16_t* at, int64_t elements) {
-    std::memset(at, 0, static_cast<size_t>(elements) * sizeof *at);
-  };
+  const int64_t beside = int64_t{out_->width - columns} * out_->pitch;
   auto* image = reinterpret_cast<uint16_t*>(x.out);
   if (first_row == 0) clear(image - out_->elements_before(), out_->elements_before());
   for (int64_t i = 0; i < x.images; ++i, image += out_->image()) {
-    for (int row = first_row; row < last_row; ++row) {
-      const int64_t beside = int64_t{out_->width - columns} * out_->pitch;
-      clear(image + (row + 1) * out_->row() - beside, beside);
-    }
+    for (int row = first_row; row < last_row; ++row) clear(image + (row + 1) * out_->row() - beside, beside);
     if (last_row == rows) clear(image + rows * out_->row(), (out_->height - rows) * out_->row());
   }
 }
@@ -339,18 +336,16 @@ AmxArgs Amx::arguments(const Phase& phase, const Part& part, const Operands& x, 
 void Amx::fill(const Operands& x, int64_t image, int images, int first_row, int last_row, uint16_t* copy,
                AmxAhead* ahead) const {
   const int rows = geometry_.axis[0].in, columns = geometry_.axis[1].in, channels = geometry_.in_channels;
-  const int64_t row_size = copy_.row();
-  const auto clear = [this](uint16_t* at, int64_t pixels) {
-    std::memset(at, 0, static_cast<size_t>(pixels * copy_.pitch) * sizeof *at);
-  };
-  clear(copy, copy_.before[1]);
-  uint16_t* const row_0 = copy + int64_t{copy_.before[1]} * copy_.pitch - first_row * row_size;
+  const int64_t row_size = copy_.row(), before = int64_t{copy_.before[1]} * copy_.pitch;
+  const int64_t beside = int64_t{copy_.width - columns} * copy_.pitch;
+  clear(copy, before);
+  uint16_t* const row_0 = copy + before - first_row * row_size;
   for (int row = first_row; row < last_row;) {
     const int number = row < 0 ? 0 : row / copy_.height, top = number * copy_.height;
     const bool inside = row >= 0 && row - top < rows && number < images;
     const int end = std::min(last_row, inside ? top + rows : row + 1);
     if (!inside) {
-      clear(row_0 + row * row_size, copy_.width);
+      clear(row_0 + row * row_size, row_size);
     } else {
       const float* const in = x.in + (image + number) * x.in_stride;
       uint16_t* const out = row_0 + top * row_size;
@@ -363,7 +358,7 @@ void Amx::fill(const Operands& x, int64_t image, int images, int first_row, int 
           kernels_.amx_round(
               {in + int64_t{y} * columns * channels, out + y * row_size, columns, channels, copy_.pitch});
         }
-        clear(out + y * row_size + int64_t{columns} * copy_.pitch, copy_.width - columns);
+        clear(out + (y + 1) * row_size - beside, beside);
       }
     }
     row = end;

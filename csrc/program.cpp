@@ -154,24 +154,29 @@ void Program::hand_over() {
   }
 }
 
+const Padded* Program::padded(int value) const {
+  const auto found = padded_.find(value);
+  return found == padded_.end() ? nullptr : &found->second;
+}
+
 int64_t Program::image_floats(int value) const {
-  const auto padded = padded_.find(value);
-  return padded == padded_.end() ? element_count(shape(value)) : padded->second.image() / 2;
+  const Padded* layout = padded(value);
+  return layout ? layout->image() / 2 : element_count(shape(value));
 }
 
 int64_t Program::row_floats(int value) const {
-  const auto padded = padded_.find(value);
-  return padded == padded_.end() ? element_count(shape(value)) / height(value) : padded->second.row() / 2;
+  const Padded* layout = padded(value);
+  return layout ? layout->row() / 2 : element_count(shape(value)) / height(value);
 }
 
 int64_t Program::floats_before(int value) const {
-  const auto padded = padded_.find(value);
-  return padded == padded_.end() ? 0 : padded->second.elements_before() / 2;
+  const Padded* layout = padded(value);
+  return layout ? layout->elements_before() / 2 : 0;
 }
 
 int64_t Program::floats_around(int value) const {
-  const auto padded = padded_.find(value);
-  return padded == padded_.end() ? 0 : padded->second.around() / 2;
+  const Padded* layout = padded(value);
+  return layout ? layout->around() / 2 : 0;
 }
 
 // Appends a node whose inputs and output are channels last.

@@ -94,6 +94,7 @@ class Program {
   // The value in this layout, converted where it is not; values of other ranks are in both.
   int in_layout(int value, bool channels_last);
   void hand_over();
+  const Padded* padded(int value) const;  // how it lies, if so
   bool same_in_both(int value) const;
   template <class T, class... Args>
   int append(Activation activation, std::vector<int> inputs, Shape output, Args&&... args);

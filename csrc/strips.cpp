@@ -21,10 +21,10 @@ Strips::Strips(const Program& program, int64_t bytes) : program_(program), reade
     std::vector<Step> steps = plan(ceil_div(rows, count));
     std::vector<Window> found = windows(&steps);
     int64_t floats = 0;
-    for (Window& window : found) {
-      const auto value = static_cast<int>(&window - found.data());
-      window.offset = floats + program_.floats_before(value);
-      floats += round_up(window.floats, kLineFloats) + program_.floats_around(value);
+    for (int v = 0; v <= program_.output(); ++v) {
+      Window& window = found[static_cast<size_t>(v)];
+      window.offset = floats + program_.floats_before(v);
+      floats += round_up(window.floats, kLineFloats) + program_.floats_around(v);
     }
     if (count > 1 && floats >= window_floats_) continue;
     steps_ = std::move(steps);

@@ -182,6 +182,17 @@ def test_what_is_handed_over_is_what_would_be_rounded(tiles: str, size, first, a
             assert np.array_equal(engine(x[begin:end]), expected[begin:end])
 
 
+def test_what_is_handed_over_before_linear_layers(tiles: str) -> None:
+    """Strips begin behind them; images in blocks go as far."""
+    torch.manual_seed(0)
+    before = [nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 32, 3, padding=1), nn.Flatten()]
+    after = [nn.Unflatten(1, (32, 13, 15)), nn.ConvTranspose2d(32, 64, 4, 4), nn.ReLU(), nn.Conv2d(64, 48, 1)]
+    network = exported((64, 4, 4), *before, nn.Linear(512, 32 * 13 * 15), *after)
+    assert compiled(network).describe()[0]["strips"] > 1
+    places = [" in place" in name for name in check(network, batch=5, bound=3 * BOUND) if name.startswith("amx")]
+    assert places == [False, True, False, True]
+
+
 def test_what_two_read_is_not_handed_over(tiles: str) -> None:
     def step(source: int, **options) -> Step:
         weight = np.random.default_rng(source).normal(size=(64, 64, 3, 3)) / 24
