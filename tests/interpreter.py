@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 import triton
 from checks import randn, reference, relative
-from triton.runtime import interpreter
+from hasten import hasten
 
 from fastinv import tensors
 from fastinv.attacks.rmle import rmle
@@ -26,34 +24,8 @@ from fastinv.ops.linear import Linear
 
 DEVICE = "cpu" if CudaBackend().available() else "cuda"
 
-
-def _hasten() -> None:
-    """Take out of Triton's interpreter what costs time and finds nothing: the longest test took 190 s, and 73 s so."""
-    # Each integer sum once more in 64 bits, to see whether it overflowed: what matters of that is seen in the results.
-    options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
-    interpreter.interpreter_builder.options = options
-
-    # The language is replaced by one that computes at each call of a function, not only where a kernel begins.
-    replace, replaced = interpreter._patch_lang, set()
-
-    def replace_once(function):
-        if function.__module__ in replaced:
-            return None
-        replaced.add(function.__module__)
-        scope = replace(function)
-        restore = scope.restore
-
-        def restore_all() -> None:
-            replaced.clear()
-            restore()
-
-        scope.restore = restore_all
-        return scope
-
-    interpreter._patch_lang = replace_once
-
-
-_hasten()
+if DEVICE == "cpu":
+    hasten()
 
 
 def _stored(x: np.ndarray, dtype: str) -> torch.Tensor:
