@@ -21,6 +21,7 @@ CIFAR_NORMALISATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 def lenet5(classes: int = 10) -> nn.Sequential:
     """The paper's MNIST target, [1, 28, 28] to logits; split points conv1 and ReLU2 in its tables."""
+    _expect_classes("lenet5", classes)
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(1, 8, 5),
@@ -41,6 +42,7 @@ def lenet5(classes: int = 10) -> nn.Sequential:
 
 def cifar_net(classes: int = 10) -> nn.Sequential:
     """The paper's CIFAR-10 target, [3, 32, 32] to logits; split points conv11, ReLU22 and ReLU32 in its tables."""
+    _expect_classes("cifar_net", classes)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     channels = 3
     for block, width in ((1, 64), (2, 128), (3, 128)):
@@ -54,6 +56,11 @@ def cifar_net(classes: int = 10) -> nn.Sequential:
     layers["sigmoid"] = nn.Sigmoid()
     layers["fc2"] = nn.Linear(512, classes)
     return nn.Sequential(layers)
+
+
+def _expect_classes(model: str, classes: int) -> None:
+    if not (is_whole(classes) and classes >= 1):
+        raise NetworkError(f"{model}: classes {classes!r:.40}, expected a whole number from 1 on")
 
 
 # ---- shadow structures, where the target's is not known (paper, Table 5) -------------------------------------------

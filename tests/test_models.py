@@ -53,6 +53,13 @@ def test_targets_have_the_paper_s_layers() -> None:
     assert lenet5()(torch.zeros(2, 1, 28, 28)).shape == cifar_net()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
+@pytest.mark.parametrize("target", [lenet5, cifar_net])
+@pytest.mark.parametrize("classes", ["a", -1, 0, 2.0, True, None])
+def test_targets_refuse_numbers_of_classes_that_are_none(target, classes) -> None:
+    with pytest.raises(NetworkError, match=f"{target.__name__}: classes {classes!r}, expected a whole"):
+        target(classes)
+
+
 @pytest.mark.parametrize("split", FEATURES)
 def test_edges_decoders_and_shadows_have_matching_shapes(split: str) -> None:
     features, image = FEATURES[split]
