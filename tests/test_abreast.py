@@ -11,7 +11,6 @@ from torch import nn
 import fastinv
 from fastinv import _core
 from fastinv.backends.cpu import CpuSolver
-from fastinv.export import export
 from fastinv.inverters import RMLE
 from fastinv.models import make_decoder
 
@@ -32,7 +31,7 @@ CHAINS = {
 def test_abreast_gives_what_one_at_a_time_gives(isa: str, name: str) -> None:
     torch.manual_seed(0)
     module, shape = CHAINS[name]
-    network = export(module.eval(), torch.zeros(2, *shape))
+    network = exported(shape, module)
     width = _core.vector_width(isa)
     x = randn(2 * width + 3, *shape)
     single = np.concatenate([run(network, row[None]) for row in x])
@@ -44,7 +43,7 @@ def test_abreast_gives_what_one_at_a_time_gives(isa: str, name: str) -> None:
 
 def test_other_types_go_abreast_too() -> None:
     module, shape = CHAINS["MNIST ReLU2"]
-    network = export(module.eval(), torch.zeros(2, *shape))
+    network = exported(shape, module)
     engine = fastinv.compile(network, backend="cpu")
     x = randn(37, *shape).astype(np.float16)
     np.testing.assert_array_equal(engine(x), engine(x.astype(np.float32)))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from checks import ISAS, randn, reference, relative
+from checks import ISAS, exported, randn, reference, relative
 from torch import nn
 
 import fastinv
 from fastinv import _core
 from fastinv.benchmark import DECODERS
 from fastinv.errors import BackendError
-from fastinv.export import export
 from fastinv.inverters import RMLE
 from fastinv.models import make_decoder
 
@@ -37,7 +36,7 @@ def strided(channels: int, kernel: int, depth: int) -> nn.Sequential:
 
 
 def network_of(module: nn.Module, shape: tuple[int, ...]) -> fastinv.Network:
-    return export(module, torch.zeros(2, *shape))
+    return exported(shape, module)
 
 
 @needs_bfloat16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -125,6 +126,7 @@ def edge_of(target: torch.nn.Module, at: str, shape: tuple[int, ...]) -> Network
     return export(fastinv.Split(target, at=at).edge, torch.zeros(2, *shape))
 
 
+@functools.cache
 def make_edge(name: str) -> Network:
     torch.manual_seed(3)
     if name in ("conv1", "ReLU2", "fc1act"):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checks import randn, relative
+from checks import exported, randn, relative
 from machine_code import dump, kernels, touched_in_flight
 from torch import nn
 
@@ -49,7 +49,7 @@ EDGES: dict[str, Any] = {
 def edge_of(name: str) -> Network:
     torch.manual_seed(0)
     module, shape = EDGES[name]
-    return export(module().eval(), torch.zeros(2, *shape))
+    return exported(shape, module())
 
 
 def kernel_for(recipe: Any, images: int) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checks import ISAS, randn
+from checks import ISAS, exported, randn
 from torch import Tensor, nn
 
 import fastinv
@@ -69,7 +69,7 @@ def objective(edge: nn.Module, z: np.ndarray, v: np.ndarray, weight: float) -> f
 @pytest.mark.parametrize("weight", [0.0, 0.1, 2.0])
 def test_the_minimum(name: str, weight: float, backend: str) -> None:
     edge = edge_of(name)
-    network = export(edge, torch.zeros(2, *SHAPE))
+    network = exported(SHAPE, edge)
     v = randn(3, *network.output_shape)
     recipe = RMLE(network, SHAPE, optimizer="exact", clamp=None, tv_weight=weight, steps=2000)
     z, report, _ = fastinv.compile(recipe, backend)._compiled.solve(v, np.zeros(SHAPE, np.float32))
@@ -88,7 +88,7 @@ def test_the_minimum(name: str, weight: float, backend: str) -> None:
 def test_every_instruction_set(name: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTINV_ISA", isa)
     edge = edge_of(name)
-    network = export(edge, torch.zeros(2, *SHAPE))
+    network = exported(SHAPE, edge)
     v, start = randn(2, *network.output_shape), randn(2, *SHAPE, seed=1)
     recipe = RMLE(network, SHAPE, optimizer="exact", clamp=None, steps=2000)
     z, *_ = fastinv.compile(recipe, "cpu")._compiled.solve(v, start)
@@ -100,7 +100,7 @@ def test_every_instruction_set(name: str, isa: str, monkeypatch: pytest.MonkeyPa
 
 def test_no_adam_gets_lower(backend: str) -> None:
     edge = edge_of("valid")
-    network = export(edge, torch.zeros(2, *SHAPE))
+    network = exported(SHAPE, edge)
     v = randn(4, *network.output_shape)
     options = {"clamp": None, "steps": 300, "lr": 0.05}
     _, exact = fastinv.compile(RMLE(network, SHAPE, optimizer="exact", **options), backend).solve(v)
@@ -133,7 +133,7 @@ def test_large_images(weight: float) -> None:
 def test_small_images_take_a_step_or_two(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the inverse of their matrix; the same for an image alone and in any company."""
     monkeypatch.setenv("FASTINV_ISA", isa)
-    network = export(edge_of("conv"), torch.zeros(2, *SHAPE))
+    network = exported(SHAPE, edge_of("conv"))
     v, start = randn(45, *network.output_shape), randn(*SHAPE, seed=1)
     v[5] *= 1e3
     recipe = RMLE(network, SHAPE, optimizer="exact", clamp=None)
@@ -153,7 +153,7 @@ def test_small_images_take_a_step_or_two(isa: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_steps_are_a_limit(backend: str) -> None:
-    network = export(edge_of("stride 2"), torch.zeros(2, *SHAPE))
+    network = exported(SHAPE, edge_of("stride 2"))
     v, start = randn(2, *network.output_shape), np.full(SHAPE, 0.25, np.float32)
     recipe = RMLE(network, SHAPE, optimizer="exact", clamp=None, steps=3, init=start)
     _, report = fastinv.compile(recipe, backend).solve(v)
@@ -163,7 +163,7 @@ def test_steps_are_a_limit(backend: str) -> None:
 
 @pytest.mark.parametrize("name", ["conv", "stride 2"])
 def test_no_steps(name: str, backend: str) -> None:
-    network = export(edge_of(name), torch.zeros(2, *SHAPE))
+    network = exported(SHAPE, edge_of(name))
     v, start = randn(2, *network.output_shape), np.full(SHAPE, 0.25, np.float32)
     images, report = fastinv.compile(RMLE(network, SHAPE, optimizer="exact", clamp=None, steps=0), backend).solve(
         v, init=start
@@ -174,7 +174,7 @@ def test_no_steps(name: str, backend: str) -> None:
 
 def test_features_that_the_start_explains(backend: str) -> None:
     edge = edge_of("conv")
-    network = export(edge, torch.zeros(2, *SHAPE))
+    network = exported(SHAPE, edge)
     v = fastinv.compile(network, backend)(np.zeros((1, *SHAPE), np.float32))
     recipe = RMLE(network, SHAPE, optimizer="exact", clamp=None, init=0.0)
     images, report = fastinv.compile(recipe, backend).solve(v)
@@ -183,7 +183,7 @@ def test_features_that_the_start_explains(backend: str) -> None:
 
 
 def test_auto() -> None:
-    affine = export(edge_of("two"), torch.zeros(2, *SHAPE))
+    affine = exported(SHAPE, edge_of("two"))
     other = export(nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU()).eval(), torch.zeros(2, *SHAPE))
     for network, options, method in (
         (affine, {"clamp": None}, "exact"),

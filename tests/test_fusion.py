@@ -6,11 +6,10 @@ import copy
 
 import pytest
 import torch
-from checks import check_gradient, randn, relative, run
+from checks import check_gradient, exported, randn, relative, run
 from torch import nn
 
 import fastinv
-from fastinv.export import export
 from fastinv.models import make_decoder
 
 TOLERANCE = 1e-5
@@ -20,7 +19,7 @@ def plan(module: nn.Module, shape: tuple[int, ...]) -> list[str]:
     """Kernels of the module, compiled, after its results were compared with PyTorch's in float64."""
     torch.manual_seed(0)
     module = module.eval()
-    network = export(module, torch.zeros(2, *shape))
+    network = exported(shape, module)
     x = randn(3, *shape)
     expected = copy.deepcopy(module).double()(torch.from_numpy(x).double()).detach().numpy()
     assert relative(run(network, x), expected) < TOLERANCE

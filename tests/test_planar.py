@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from checks import check_gradient, randn, reference, relative, run
+from checks import check_gradient, exported, randn, reference, relative, run
 from torch import nn
 
 import fastinv
-from fastinv.export import export
 from fastinv.models import make_decoder
 
 TOLERANCE = 1e-5
@@ -21,7 +20,7 @@ def kernels(network: fastinv.Network) -> list[str]:
 
 def check(layers: list[nn.Module], shape: tuple[int, ...], batch: int = 3) -> list[str]:
     torch.manual_seed(0)
-    network = export(nn.Sequential(*layers).eval(), torch.zeros(2, *shape))
+    network = exported(shape, *layers)
     x = randn(batch, *shape)
     assert relative(run(network, x), reference(network, x)) < TOLERANCE
     assert np.array_equal(run(network, x), np.concatenate([run(network, row[None]) for row in x]))
@@ -45,14 +44,14 @@ def test_tall_kernels(isa: str, outputs: int, rows: int) -> None:
     conv = nn.Conv2d(1, outputs, (rows, 3), padding=(rows // 2, 1))
     assert (check([conv], (1, 48, 20)) == ["planar"]) == (rows <= 16)
     check([nn.ConvTranspose2d(2, outputs, (rows, 4), 2)], (2, 12, 9))
-    check_gradient(export(conv.eval(), torch.zeros(2, 1, 48, 20)))
+    check_gradient(exported((1, 48, 20), conv))
 
 
 @pytest.mark.parametrize("padding", [4, 16, 17, 40])
 @pytest.mark.parametrize("shape", [(1, 3, 3), (1, 28, 28)])
 def test_kernels_wholly_in_the_padding(isa: str, shape: tuple[int, ...], padding: int) -> None:
     assert check([nn.ZeroPad2d(padding), nn.Conv2d(1, 2, 3), nn.ReLU()], shape) == ["planar"]
-    check_gradient(export(nn.Conv2d(1, 1, 3, padding=padding).eval(), torch.zeros(2, *shape)))
+    check_gradient(exported(shape, nn.Conv2d(1, 1, 3, padding=padding)))
 
 
 @pytest.mark.parametrize("outputs", [1, 2, 3])
@@ -95,14 +94,14 @@ def test_a_value_read_in_both_layouts(isa: str) -> None:
 
 def test_the_papers_shallow_decoders_stay_row_major() -> None:
     for features, image in (((8, 24, 24), (1, 28, 28)), ((64, 32, 32), (3, 32, 32))):
-        network = export(make_decoder(features, image).eval(), torch.zeros(2, *features))
+        network = exported(features, make_decoder(features, image))
         assert kernels(network) == ["planar"]
 
 
 def winograd(layers: list[nn.Module], shape: tuple[int, ...]) -> None:
     """Check the layers, of which the first runs as F(4, 3)."""
     check(layers, shape)
-    network = export(nn.Sequential(*layers).eval(), torch.zeros(2, *shape))
+    network = exported(shape, *layers)
     assert fastinv.compile(network, backend="cpu").describe()[0]["kernel"].startswith("planar winograd 4x")
 
 

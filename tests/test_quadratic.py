@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checks import check_gradient, randn, relative
+from checks import check_gradient, exported, randn, relative
 from torch import nn
 
 import fastinv
 from fastinv.attacks.rmle import rmle
-from fastinv.export import export
 from fastinv.inverters import RMLE
 
 
@@ -21,7 +20,7 @@ def network_of(module: nn.Module, shape: tuple[int, ...]) -> fastinv.Network:
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             part.reset_parameters()
-    return export(module.eval(), torch.zeros(2, *shape))
+    return exported(shape, module)
 
 
 def is_quadratic(network: fastinv.Network, **options: Any) -> bool:

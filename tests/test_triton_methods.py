@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checks import InterruptAt, randn, reference, reference_gradient, relative
+from checks import InterruptAt, exported, randn, reference, reference_gradient, relative
 from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
@@ -17,7 +17,6 @@ from interpreter import check_solver, recipe_for, solve_by_definition, solver_on
 from fastinv.backends.cuda_quadratic import quadratic_form
 from fastinv.backends.torch import as_module
 from fastinv.errors import BackendError
-from fastinv.export import export
 from fastinv.network import Network
 
 SHAPE = (2, 7, 6)
@@ -37,7 +36,7 @@ QUADRATIC = ("conv", "valid", "full", "column")
 
 def edge_of(name: str) -> Network:
     torch.manual_seed(0)
-    return export(EDGES[name]().eval(), torch.zeros(2, *SHAPE))
+    return exported(SHAPE, EDGES[name]())
 
 
 def times_matrix(form: Any, z: np.ndarray) -> np.ndarray:
