@@ -76,7 +76,7 @@ _exported: dict[bytes, Network] = {}
 
 def exported(shape: tuple[int, ...], *layers: torch.nn.Module) -> Network:
     """The layers as a network for inputs of this shape. Of PyTorch's own, which say all of themselves in their repr and
-    weights, once: for most kernels' tests, each on every instruction set, tracing took nine tenths of the time."""
+    weights, once: of kernels' tests, each on every instruction set, tracing took most of the time."""
     model = torch.nn.Sequential(*layers).eval()
     if not all(type(part).__module__.startswith("torch.nn.modules.") for part in model.modules()):
         return export(model, torch.zeros(2, *shape))
