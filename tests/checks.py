@@ -75,12 +75,14 @@ _exported: dict[bytes, Network] = {}
 
 
 def exported(shape: tuple[int, ...], *layers: torch.nn.Module) -> Network:
-    """The layers as a network for inputs of this shape. Of PyTorch's own, which say all of themselves in their repr and
-    weights, once: of kernels' tests, each on every instruction set, tracing took most of the time."""
+    """The layers as a network for inputs of this shape. Of PyTorch's own, whose attributes and weights say all of them,
+    once: of kernels' tests, each on every instruction set, tracing took most of the time."""
     model = torch.nn.Sequential(*layers).eval()
-    if not all(type(part).__module__.startswith("torch.nn.modules.") for part in model.modules()):
+    parts = list(model.named_modules())
+    if not all(type(part).__module__.startswith("torch.nn.modules.") for _, part in parts):
         return export(model, torch.zeros(2, *shape))
-    key = hashlib.sha256(repr((shape, model)).encode())
+    own = [(name, type(part), {k: v for k, v in vars(part).items() if not k.startswith("_")}) for name, part in parts]
+    key = hashlib.sha256(repr((shape, own)).encode())
     for value in model.state_dict().values():
         key.update(value.contiguous().numpy())
     if key.digest() not in _exported:
