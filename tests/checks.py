@@ -82,12 +82,13 @@ def exported(shape: tuple[int, ...], *layers: torch.nn.Module) -> Network:
     if not all(type(part).__module__.startswith("torch.nn.modules.") for _, part in parts):
         return export(model, torch.zeros(2, *shape))
     own = [(name, type(part), {k: v for k, v in vars(part).items() if not k.startswith("_")}) for name, part in parts]
-    key = hashlib.sha256(repr((shape, own)).encode())
+    content = hashlib.sha256(repr((shape, own)).encode())
     for value in model.state_dict().values():
-        key.update(value.contiguous().numpy())
-    if key.digest() not in _exported:
-        _exported[key.digest()] = export(model, torch.zeros(2, *shape))
-    return _exported[key.digest()]
+        content.update(value.contiguous().numpy())
+    key = content.digest()
+    if key not in _exported:
+        _exported[key] = export(model, torch.zeros(2, *shape))
+    return _exported[key]
 
 
 def kernels(network: Network, precision: str = "float32") -> list[str]:

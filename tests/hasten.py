@@ -1,4 +1,4 @@
-"""Takes out of Triton's interpreter what costs time and finds nothing: its tests take about a fourth.
+"""Takes out of Triton's interpreter what costs time and finds nothing.
 
 It replaces parts of Triton, as they are from 3.6 to 3.9: not where kernels are compiled.
 """
@@ -26,7 +26,8 @@ def _do_not_compute_twice() -> None:
 
 
 def _replace_once() -> None:
-    """The language is replaced by one that computes where a kernel begins: not at each call of a function, too."""
+    """The language is replaced by one that computes where a kernel begins: not at each call of a function, too. With
+    that, and the sums in 64 bits, the longest test took 190 s: without, 73."""
     replace, replaced = interpreter._patch_lang, set()
 
     def replace_once(function):

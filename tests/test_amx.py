@@ -16,7 +16,6 @@ from torch import nn
 import fastinv
 from fastinv import _core
 from fastinv.benchmark import DECODERS
-from fastinv.export import export
 from fastinv.models import make_decoder
 from fastinv.network import Network, Step
 from fastinv.ops.add import Add
@@ -233,7 +232,7 @@ def test_any_shape(transposed, channels, size, kernel, stride, padding, batch) -
 def test_decoders(tiles: str, name: str) -> None:
     torch.manual_seed(0)
     shape, image = DECODERS[name]
-    network = export(make_decoder(shape, image).eval(), torch.zeros(2, *shape))
+    network = exported(shape, make_decoder(shape, image))
     x = np.maximum(randn(4, *shape), 0)
     engine = compiled(network)
     assert engine.precision == "bfloat16"

@@ -35,16 +35,12 @@ def strided(channels: int, kernel: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*layers).eval()
 
 
-def network_of(module: nn.Module, shape: tuple[int, ...]) -> fastinv.Network:
-    return exported(shape, module)
-
-
 @needs_bfloat16
 @pytest.mark.parametrize("name", list(DECODERS))
 def test_decoders_keep_the_bound(name: str) -> None:
     torch.manual_seed(0)
     shape, *_ = DECODERS[name]
-    network = network_of(make_decoder(*DECODERS[name]).eval(), shape)
+    network = exported(shape, make_decoder(*DECODERS[name]))
     engine = fastinv.compile(network, backend="cpu", precision="bfloat16")
     x = np.maximum(randn(5, *shape), 0)
     error = relative(engine(x), reference(network, x))
@@ -63,7 +59,7 @@ def test_decoders_keep_the_bound(name: str) -> None:
 def test_the_bound_holds_for_any_depth(kernel: int, depth: int) -> None:
     for seed in range(3):
         torch.manual_seed(seed)
-        network = network_of(strided(64, kernel, depth), (64, 4, 4))
+        network = exported((64, 4, 4), strided(64, kernel, depth))
         engine = fastinv.compile(network, backend="cpu", precision="bfloat16")
         x = np.maximum(randn(2, 64, 4, 4), 0)
         assert engine.precision == "bfloat16"
@@ -75,7 +71,7 @@ def test_the_bound_holds_for_any_depth(kernel: int, depth: int) -> None:
 @pytest.mark.parametrize("size", [(5, 7), (1, 6), (2, 2)])
 def test_ragged_shapes(channels: tuple[int, int], size: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    network = network_of(nn.Sequential(nn.ConvTranspose2d(*channels, 4, 2, 1)).eval(), (channels[0], *size))
+    network = exported((channels[0], *size), nn.ConvTranspose2d(*channels, 4, 2, 1))
     for batch in (0, 1, 3):
         x = randn(batch, channels[0], *size)
         y = fastinv.compile(network, backend="cpu", precision="bfloat16")(x)
@@ -85,7 +81,7 @@ def test_ragged_shapes(channels: tuple[int, int], size: tuple[int, int]) -> None
 @needs_bfloat16
 def test_results_depend_on_the_image_alone() -> None:
     torch.manual_seed(0)
-    network = network_of(strided(64, 3, 2), (64, 8, 8))
+    network = exported((64, 8, 8), strided(64, 3, 2))
     x = randn(37, 64, 8, 8)
     alone, shared = (fastinv.compile(network, backend="cpu", precision="bfloat16", threads=n) for n in (1, 2))
     y = alone(x)
@@ -98,10 +94,10 @@ def test_results_depend_on_the_image_alone() -> None:
 @needs_bfloat16
 def test_auto_takes_it_where_it_is_faster_and_for_networks_only() -> None:
     torch.manual_seed(0)
-    network = network_of(strided(64, 3, 1), (64, 8, 8))
+    network = exported((64, 8, 8), strided(64, 3, 1))
     assert fastinv.compile(network, backend="cpu", precision="auto").precision == "bfloat16"
     assert fastinv.compile(network, backend="cpu").precision == "float32"
-    edge = network_of(nn.Conv2d(3, 8, 3).eval(), (3, 8, 8))
+    edge = exported((3, 8, 8), nn.Conv2d(3, 8, 3))
     assert fastinv.compile(edge, backend="cpu", precision="auto").precision == "float32"
     assert fastinv.compile(RMLE(edge, (3, 8, 8), steps=1), backend="cpu", precision="auto").precision == "float32"
     with pytest.raises(BackendError, match="no precision bfloat16 for solvers here, only float32"):
@@ -111,7 +107,7 @@ def test_auto_takes_it_where_it_is_faster_and_for_networks_only() -> None:
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "avx512"])
 def test_elsewhere_it_is_refused_and_auto_is_float32(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTINV_ISA", isa)
-    network = network_of(strided(64, 3, 1), (64, 4, 4))
+    network = exported((64, 4, 4), strided(64, 3, 1))
     assert not _core.has_bfloat16(isa)
     assert fastinv.compile(network, backend="cpu", precision="auto").precision == "float32"
     with pytest.raises(BackendError, match="'cpu': it has no precision bfloat16 here, only float32"):

@@ -36,7 +36,6 @@ from fastinv.attacks.rmle import rmle, total_variation
 from fastinv.backends.cpu import ACTIVATION_CODES, LOWERINGS, CpuBackend, CpuSolver
 from fastinv.backends.torch import as_module
 from fastinv.errors import BackendError
-from fastinv.export import export
 from fastinv.inverters import RMLE
 from fastinv.models import cifar_net, lenet5, shadow_edge
 from fastinv.network import Network, Step
@@ -123,7 +122,7 @@ def test_an_image_has_one_answer(name: str, isa: str) -> None:
 
 
 def edge_of(target: torch.nn.Module, at: str, shape: tuple[int, ...]) -> Network:
-    return export(fastinv.Split(target, at=at).edge, torch.zeros(2, *shape))
+    return exported(shape, fastinv.Split(target, at=at).edge)
 
 
 @functools.cache
@@ -134,7 +133,7 @@ def make_edge(name: str) -> Network:
     if name.startswith("shadow-"):
         split = name.removeprefix("shadow-")
         shape = (1, 28, 28) if split in ("conv1", "ReLU2") else (3, 32, 32)
-        return export(shadow_edge(split).eval(), torch.zeros(2, *shape))
+        return exported(shape, shadow_edge(split))
     return edge_of(cifar_net(), name, (3, 32, 32))
 
 
@@ -263,7 +262,7 @@ def test_threads_share_an_image(edge: nn.Module, isa: str) -> None:
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.reset_parameters()
     channels = edge[0].in_channels
-    recipe = recipe_for(export(edge.eval(), torch.zeros(2, channels, 99, 61)), steps=6)
+    recipe = recipe_for(exported((channels, 99, 61), edge), steps=6)
     (z, _), (expected, _) = solve_both(recipe, randn(*recipe.input_shape, seed=6), images=1)
     assert relative(z, expected) < 1e-3
     features = reference(recipe.edge, randn(3, *recipe.input_shape, seed=7)).astype(np.float32)
@@ -498,7 +497,7 @@ def test_steps_that_nothing_depends_on_change_nothing(isa: str) -> None:
 def test_any_size_is_turned_to_channels_last_and_back(shape: tuple[int, ...], images: int, isa: str) -> None:
     pool = nn.MaxPool2d(3, 1, 1).eval()
     x = randn(images, *shape)
-    found = fastinv.compile(export(pool, torch.zeros(2, *shape)), backend="cpu", threads=2)
+    found = fastinv.compile(exported(shape, pool), backend="cpu", threads=2)
     assert [row["op"] for row in found.describe()] == ["layout", "max_pool2d", "layout"]
     np.testing.assert_array_equal(found(x), pool(torch.from_numpy(x)).numpy())
 

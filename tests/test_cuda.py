@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from checks import randn
+from checks import exported, randn
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +25,6 @@ from fastinv.backends.cuda_host import Copy
 from fastinv.backends.cuda_lowering import PRECISIONS
 from fastinv.backends.cuda_plan import ALIGNMENT, Arena, Buffer, Stage, bucket, place
 from fastinv.errors import BackendError
-from fastinv.export import export
 from fastinv.inverters import METHODS, RMLE, InverseNetwork
 from fastinv.network import Network, Step
 from fastinv.ops.activation import Activation
@@ -315,8 +314,8 @@ def test_whether_features_are_finite(values: list[float], expected: bool) -> Non
 def test_a_second_gpu() -> None:
     """Computes what the first does; what is there stays there; the current device stays what it is."""
     torch.manual_seed(0)
-    network = export(torch.nn.Sequential(torch.nn.ConvTranspose2d(4, 2, 2, stride=2)).eval(), torch.zeros(2, 4, 3, 4))
-    edge = export(torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3)).eval(), torch.zeros(2, 2, 5, 6))
+    network = exported((4, 3, 4), torch.nn.ConvTranspose2d(4, 2, 2, stride=2))
+    edge = exported((2, 5, 6), torch.nn.Conv2d(2, 4, 3))
     x = randn(9, 4, 3, 4)
     for inverter in (InverseNetwork(network), RMLE(edge, (2, 5, 6), steps=5)):
         first, second = (fastinv.invert(x, inverter, device=device) for device in ("cuda:0", "cuda:1"))

@@ -23,7 +23,6 @@ from interpreter import DEVICE, check_solver, recipe_for, solve_by_definition, s
 
 from fastinv import _cuda
 from fastinv.backends import cuda_methods, cuda_native
-from fastinv.export import export
 from fastinv.network import Network
 
 
@@ -130,7 +129,7 @@ def test_halves_hold_what_float32_does(monkeypatch: pytest.MonkeyPatch) -> None:
     conv = nn.Conv2d(1, 8, 5)
     with torch.no_grad():
         conv.weight *= torch.logspace(-4, 0, 25).reshape(5, 5)
-    recipe = recipe_for(export(conv.eval(), torch.zeros(2, 1, 12, 17)), steps=10, tv_weight=0.0)
+    recipe = recipe_for(exported((1, 12, 17), conv), steps=10, tv_weight=0.0)
     start = randn(6, 1, 12, 17)
     for size in (1e-3, 1.0, 1e4):
         features = randn(6, *recipe.edge.output_shape) * np.float32(size)
@@ -243,14 +242,12 @@ def test_images_that_are_done_are_left_alone(name: str, processors: int, monkeyp
     ids=str,
 )
 def test_what_is_left_to_triton(module: nn.Module, shape: tuple[int, ...], options: dict[str, Any]) -> None:
-    assert not is_on_chip(recipe_for(export(module.eval(), torch.zeros(2, *shape)), **options))
+    assert not is_on_chip(recipe_for(exported(shape, module), **options))
 
 
 def test_what_has_no_room_on_a_smaller_gpu_is_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of shared memory a block can have 227 KiB on an H100, 99 on GPUs of compute capability 8.6, 8.9 and 12.0."""
-    recipes = [
-        recipe_for(export(nn.Sequential(*two_layers()).eval(), torch.zeros(2, 1, side, side))) for side in (28, 32, 40)
-    ]
+    recipes = [recipe_for(exported((1, side, side), *two_layers())) for side in (28, 32, 40)]
     for kilobytes, expected in [(227, [True, True, True]), (99, [True, True, False]), (72, [True, False, False])]:
         monkeypatch.setattr(cuda_native, "shared_memory", lambda device, bytes=kilobytes * 1024: bytes)
         assert [is_on_chip(recipe) for recipe in recipes] == expected

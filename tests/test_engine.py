@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checks import ISAS, randn
+from checks import ISAS, exported, randn
 from samples import FEATURES, IMAGE, features, inverse_network, rmle
 from torch import nn
 
@@ -17,7 +17,6 @@ import fastinv
 from fastinv import BackendError, Engine, FeatureError, Network, NetworkError, Solver, Step
 from fastinv.backends import BACKENDS, select
 from fastinv.backends.cuda import CudaBackend
-from fastinv.export import export
 from fastinv.ops.activation import Activation
 
 NETWORK = inverse_network().network
@@ -253,7 +252,7 @@ def test_no_value_that_is_not_finite_hides(monkeypatch: pytest.MonkeyPatch, isa:
     """Wherever it lies: compiled networks may look for it in their results instead."""
     monkeypatch.setenv("FASTINV_ISA", isa)
     shape = (3, 30, 38) if name == "large" else (3, 8, 10)
-    made = fastinv.compile(export(AFFINE[name].eval(), torch.zeros(2, *shape)), backend="cpu", threads=2)
+    made = fastinv.compile(exported(shape, AFFINE[name]), backend="cpu", threads=2)
     for count, step in ((1, 1), (37, 97)):
         x = randn(count, *shape)
         for at in range(0, x.size, step * (7 if name == "large" else 1)):
@@ -272,7 +271,7 @@ def test_finite_features_may_overflow(count: int) -> None:
     """What is computed from them is not their fault."""
     module = nn.Conv2d(3, 1, 3, padding=1)
     nn.init.ones_(module.weight)
-    made = fastinv.compile(export(module.eval(), torch.zeros(2, 3, 8, 10)), backend="cpu")
+    made = fastinv.compile(exported((3, 8, 10), module), backend="cpu")
     images = made(np.full((count, 3, 8, 10), 3e38, np.float32))
     assert images.shape == (count, 1, 8, 10)
     assert not np.isfinite(images).all()

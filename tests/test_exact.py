@@ -14,7 +14,6 @@ import fastinv
 from fastinv.attacks.rmle import rmle, total_variation
 from fastinv.backends.cpu import CpuSolver
 from fastinv.errors import NetworkError
-from fastinv.export import export
 from fastinv.inverters import RMLE
 
 
@@ -114,7 +113,7 @@ def test_large_images(weight: float) -> None:
     """Too large for the inverse of their matrix: conjugate gradients, by the quadratic form."""
     shape = (2, 33, 18)
     edge = edge_of("conv")
-    network = export(edge, torch.zeros(2, *shape))
+    network = exported(shape, edge)
     v = randn(3, *network.output_shape)
     recipe = RMLE(network, shape, optimizer="exact", clamp=None, tv_weight=weight, steps=2000)
     z, report, _ = CpuSolver(recipe, 2).solve(v, randn(*shape, seed=1))
@@ -184,7 +183,7 @@ def test_features_that_the_start_explains(backend: str) -> None:
 
 def test_auto() -> None:
     affine = exported(SHAPE, edge_of("two"))
-    other = export(nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU()).eval(), torch.zeros(2, *SHAPE))
+    other = exported(SHAPE, nn.Conv2d(2, 4, 3), nn.ReLU())
     for network, options, method in (
         (affine, {"clamp": None}, "exact"),
         (affine, {"clamp": None, "tv_beta": 1.0, "tv_weight": 0.0}, "exact"),
@@ -211,7 +210,7 @@ def test_auto() -> None:
     ],
 )
 def test_what_is_not_quadratic(layers: list[nn.Module], options: dict[str, Any], message: str) -> None:
-    network = export(nn.Sequential(*layers).eval(), torch.zeros(2, *SHAPE))
+    network = exported(SHAPE, *layers)
     with pytest.raises(NetworkError, match=message):
         RMLE(network, SHAPE, optimizer="exact", **options)
 

@@ -7,11 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from checks import randn, reference, relative
+from checks import exported, randn, reference, relative
 from torch import Tensor, nn
 
 import fastinv
-from fastinv.export import export
 from fastinv.models import make_decoder, resnet_decoder
 
 CHANNELS, HEIGHT, WIDTH = 32, 67, 75  # each value is 640 kB
@@ -82,7 +81,7 @@ def test_every_kind_of_layer(name: str) -> None:
             if isinstance(part, nn.BatchNorm2d):
                 part.running_mean.normal_()
                 part.running_var.uniform_(0.5, 2)
-    engine = check(export(module, torch.zeros(2, CHANNELS, HEIGHT, WIDTH)))
+    engine = check(exported((CHANNELS, HEIGHT, WIDTH), module))
     assert all(row["strips"] > 1 for row in engine.describe()) == (name not in WHOLE)
 
 
@@ -90,22 +89,22 @@ def test_every_kind_of_layer(name: str) -> None:
 def test_odd_sizes(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(conv(padding=1), nn.ReLU(), up(4, 2, padding=1), conv(padding=1)).eval()
-    check(export(module, torch.zeros(2, CHANNELS, *size)), images=2)
+    check(exported((CHANNELS, *size), module), images=2)
 
 
 @pytest.mark.usefixtures("isa")
 def test_strips_that_end_within_a_line() -> None:
     module = nn.Sequential(conv(padding=1), nn.ReLU(), conv(padding=1)).eval()
-    engine = check(export(module, torch.zeros(2, CHANNELS, 128, 105)), images=2)
+    engine = check(exported((CHANNELS, 128, 105), module), images=2)
     assert all(row["strips"] > 1 for row in engine.describe())
 
 
 def test_large_images_are_cut_and_small_ones_are_not() -> None:
     torch.manual_seed(0)
-    large = export(resnet_decoder().eval(), torch.zeros(2, 64, 56, 56))
+    large = exported((64, 56, 56), resnet_decoder())
     engine = check(large, images=2)
     assert all(row["strips"] > 10 for row in engine.describe())
-    small = export(make_decoder((128, 8, 8), (3, 32, 32)).eval(), torch.zeros(2, 128, 8, 8))
+    small = exported((128, 8, 8), make_decoder((128, 8, 8), (3, 32, 32)))
     assert all(row["strips"] == 1 for row in fastinv.compile(small, backend="cpu").describe())
     # Windows instead of whole values: 64 × 112 × 112 and 32 × 224 × 224 floats are 9.6 MB.
     assert engine._compiled._engine.workspace_bytes < 6e6
@@ -115,7 +114,7 @@ def test_large_images_are_cut_and_small_ones_are_not() -> None:
 def test_linear_layers_come_before_the_strips() -> None:
     """All images of a block go through them together; their memory is the windows and what leads there."""
     torch.manual_seed(0)
-    network = export(make_decoder((40,), (3, 64, 64)).eval(), torch.zeros(2, 40))
+    network = exported((40,), make_decoder((40,), (3, 64, 64)))
     engine = check(network, images=26)  # blocks of 12 and a rest
     assert all(row["strips"] > 10 and row["images"] == 12 for row in engine.describe())
     assert engine._compiled._engine.workspace_bytes < 4e6
@@ -136,13 +135,13 @@ def test_what_is_read_before_a_linear_layer_and_after_it(skips: bool) -> None:
             return self.last(self.convs(y + x if skips else y))
 
     torch.manual_seed(0)
-    engine = check(export(Skipping().eval(), torch.zeros(2, 6, 4, 4)), images=5)
+    engine = check(exported((6, 4, 4), Skipping()), images=5)
     assert all(row["strips"] > 1 for row in engine.describe())
 
 
 def test_bytes_and_quantised_features() -> None:
     torch.manual_seed(0)
-    network = export(nn.Sequential(conv(padding=1), nn.Sigmoid()).eval(), torch.zeros(2, CHANNELS, 96, 96))
+    network = exported((CHANNELS, 96, 96), conv(padding=1), nn.Sigmoid())
     engine = fastinv.compile(network, backend="cpu", threads=1)
     q = np.random.default_rng(0).integers(0, 256, (3, CHANNELS, 96, 96), np.uint8)
     x = (q.astype(np.float32) - 3) * np.float32(0.02)
@@ -151,7 +150,7 @@ def test_bytes_and_quantised_features() -> None:
 
 
 def test_nan_is_refused() -> None:
-    network = export(nn.Sequential(conv(padding=1)).eval(), torch.zeros(2, CHANNELS, 96, 96))
+    network = exported((CHANNELS, 96, 96), conv(padding=1))
     x = randn(2, CHANNELS, 96, 96)
     x[1, 5, 95, 95] = np.nan
     with pytest.raises(fastinv.FeatureError, match="first in image 1"):

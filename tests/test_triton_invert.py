@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from checks import randn, reference, relative
+from checks import exported, randn, reference, relative
 from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
@@ -21,25 +21,20 @@ from fastinv.backends.cuda import CudaBackend
 from fastinv.backends.cuda_batch import Batch
 from fastinv.backends.cuda_solver import CudaSolver
 from fastinv.errors import FeatureError
-from fastinv.export import export
 from fastinv.inverters import RMLE, InverseNetwork, Inverter
-
-
-def _export(*layers: torch.nn.Module, shape: tuple[int, ...]) -> fastinv.Network:
-    return export(torch.nn.Sequential(*layers).eval(), torch.zeros(2, *shape))
 
 
 @pytest.fixture(scope="module")
 def inverse_network() -> InverseNetwork:
     torch.manual_seed(0)
-    network = _export(torch.nn.ConvTranspose2d(4, 2, 2, stride=2), torch.nn.Tanh(), shape=(4, 3, 4))
+    network = exported((4, 3, 4), torch.nn.ConvTranspose2d(4, 2, 2, stride=2), torch.nn.Tanh())
     return InverseNetwork(network, mean=(0.5, 0.4), std=(0.3, 0.2))
 
 
 @pytest.fixture(scope="module")
 def rmle(inverse_network: InverseNetwork) -> RMLE:
     torch.manual_seed(0)
-    edge = _export(torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.AvgPool2d(2), shape=(2, 6, 8))
+    edge = exported((2, 6, 8), torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.AvgPool2d(2))
     return RMLE(edge, (2, 6, 8), mean=(0.5, 0.4), std=(0.3, 0.2), steps=4, lr=0.05, init=inverse_network)
 
 
@@ -152,7 +147,7 @@ def test_an_engine_takes_what_is_on_the_gpu(inverse_network: InverseNetwork, the
 def test_a_reshape_at_the_end(shape: tuple[int, ...], layers: list[nn.Module]) -> None:
     """It launches nothing, but what is before it has other channels: nothing may be written beyond the results."""
     torch.manual_seed(0)
-    network = _export(*layers, shape=shape)
+    network = exported(shape, *layers)
     compiled = cuda_network.CudaNetwork(network, "float32", torch.empty(0, device=DEVICE).device)
     x = torch.from_numpy(randn(3, *shape)).to(DEVICE)
     whole = torch.full((9, *network.output_shape), 7.0, device=DEVICE)

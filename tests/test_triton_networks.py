@@ -16,7 +16,6 @@ from fastinv import _core, tensors
 from fastinv.backends import cuda_host, cuda_native, cuda_network, cuda_stream
 from fastinv.benchmark import DECODERS
 from fastinv.errors import FeatureError
-from fastinv.export import export
 from fastinv.models import cifar_net, lenet5, make_decoder
 from fastinv.network import Network
 from fastinv.split import Split
@@ -34,7 +33,7 @@ def edges_of(mnist: int, cifar: int) -> dict[str, Network]:
         (cifar_net(), (3, cifar, cifar), ("conv11", "ReLU22", "ReLU32")),
     ):
         for at in splits:
-            found[at] = export(Split(target, at).edge.eval(), torch.zeros(2, *image))
+            found[at] = exported(image, Split(target, at).edge)
     return found
 
 
@@ -51,7 +50,7 @@ def small_edges() -> dict[str, Network]:
 def decoder(name: str) -> Network:
     torch.manual_seed(0)
     features, image = DECODERS[name]
-    return export(make_decoder(features, image).eval(), torch.zeros(2, *features))
+    return exported(features, make_decoder(features, image))
 
 
 @pytest.fixture
@@ -98,7 +97,7 @@ def test_rmle_by_triton_alone(name: str, small_edges: dict[str, Network], triton
 def small_edge() -> Network:
     torch.manual_seed(1)
     module = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
-    return export(module.eval(), torch.zeros(2, 2, 6, 8))
+    return exported((2, 6, 8), module)
 
 
 @pytest.mark.parametrize(

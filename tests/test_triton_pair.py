@@ -18,7 +18,6 @@ from fastinv import tensors
 from fastinv.backends import cuda_lowering, cuda_native, cuda_pair
 from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
 from fastinv.benchmark import DECODERS, RESIDUAL_DECODERS
-from fastinv.export import export
 from fastinv.models import make_decoder
 from fastinv.network import Network
 
@@ -153,7 +152,7 @@ class Added(nn.Module):
 
 @pytest.mark.parametrize("between", [False, True])
 def test_what_is_added(between: bool, always: None) -> None:
-    network = export(Added(between).eval(), torch.zeros(2, 4, 5, 6))
+    network = exported((4, 5, 6), Added(between))
     kernels = [type(node.kernel).__name__ for node in Lowering(network, DEVICE, PRECISIONS["float32"]).nodes]
     assert ("Pair" in kernels) == (not between)
     x = randn(2, 4, 5, 6)
@@ -196,7 +195,7 @@ def test_pairs_are_taken_where_they_pay() -> None:
     found = {}
     for kind, decoders in (("paper", DECODERS), ("residual", RESIDUAL_DECODERS)):
         for name, (features, image) in decoders.items():
-            network = export(make_decoder(features, image, kind, depth=0).eval(), torch.zeros(2, *features))
+            network = exported(features, make_decoder(features, image, kind, depth=0))
             found[name] = {p for p in PRECISIONS if pair_in(network, p)} if len(network.steps) > 1 else set()
     assert found["MNIST conv1"] == found["MNIST ReLU2"] == found["CIFAR conv11"] == set()
     for name in ("CIFAR ReLU22", "CIFAR ReLU32", "residual 32x32"):
@@ -207,7 +206,7 @@ def test_pairs_are_taken_where_they_pay() -> None:
 
 def test_the_plan_is_told() -> None:
     shape, image = DECODERS["CIFAR ReLU32"]
-    network = export(make_decoder(shape, image).eval(), torch.zeros(2, *shape))
+    network = exported(shape, make_decoder(shape, image))
     first, pair = network_on(network, "bfloat16").describe()
     assert (first["step"], pair["step"]) == (0, 2)
     assert pair["kernel"] == "Pair 256x64x64, boxes"
