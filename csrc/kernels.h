@@ -390,6 +390,36 @@ struct AffineArgs {
   Activation activation;
 };
 
+// ---- norms
+// -----------------------------------------------------------------------------------------------------------
+
+// y = (x − μ) / √(σ² + eps) · weight + bias of a matrix [rows, channels], μ and σ² over channels / groups channels of a
+// row, or, where `spatial`, of all rows.
+struct NormalizeArgs {
+  const float* in;
+  float* out;
+  const float* weight;  // [channel]
+  const float* bias;    // [channel]
+  int64_t rows;
+  int32_t channels, groups;
+  int64_t first, last;  // of rows, or of groups where `spatial`: those to be done
+  bool spatial;
+  bool centered;  // else μ is 0
+  float eps;
+  Activation activation;
+  float* statistics;  // μ and 1 / √(σ² + eps) of each [row,] group; or null
+  float* scratch;     // where `spatial`: kNormalizeScratch · channels floats
+};
+
+constexpr int kNormalizeScratch = 4;
+
+struct NormalizeGradientArgs {
+  NormalizeArgs norm;  // with what the forward pass left; out, bias and activation unused
+  const float* grad_out;
+  float* grad_in;
+  bool accumulate;
+};
+
 // ---- types at the public door --------------------------------------------------------------------------------------
 
 enum class Dtype : int { kFloat32, kFloat16, kBfloat16, kUint8, kInt8 };
@@ -478,6 +508,8 @@ struct Kernels {
   void (*binary)(const BinaryArgs&);
   void (*binary_gradient)(const BinaryGradientArgs&);
   void (*affine)(const AffineArgs&);
+  void (*normalize)(const NormalizeArgs&);
+  void (*normalize_gradient)(const NormalizeGradientArgs&);
   void (*activate)(const float* in, float* out, int64_t size, Activation);
   // grad[i] *= activation'(x[i]), from x and y = activation(x); x may be y where needs_input() says no.
   void (*activate_gradient)(const float* x, const float* y, float* grad, int64_t size, Activation);

@@ -378,6 +378,15 @@ PYBIND11_MODULE(_core, m) {
           },
           py::arg("input"), py::arg("scale"), py::arg("shift"), py::arg("activation"))
       .def(
+          "normalize",
+          [](Program& p, int input, const FloatArray& weight, const FloatArray& bias, int groups, bool spatial,
+             bool centered, float eps, const ActivationTuple& activation) {
+            return p.normalize(input, to_vector(weight), to_vector(bias), {groups, spatial, centered, eps},
+                               to_activation(activation));
+          },
+          py::arg("input"), py::arg("weight"), py::arg("bias"), py::kw_only(), py::arg("groups"), py::arg("spatial"),
+          py::arg("centered"), py::arg("eps"), py::arg("activation"))
+      .def(
           "activate",
           [](Program& p, int input, const ActivationTuple& activation) {
             return p.activate(input, to_activation(activation));

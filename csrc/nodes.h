@@ -167,6 +167,34 @@ class AffineNode : public Node {
   const int height_;
 };
 
+class NormalizeNode : public Node {
+ public:
+  // `geometry` holds sizes and what is normalized, of images of this height.
+  NormalizeNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
+                const NormalizeArgs& geometry, std::vector<float> weight, std::vector<float> bias, int height);
+  int row_step() const override { return height_ > 1 && !geometry_.spatial ? 1 : 0; }
+  void forward_rows(const Frame& values, Rows rows) const override;
+  void forward(const Frame& values, int64_t images, Share share) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
+                Share) const override;
+  bool shares_image() const override { return units() >= kSharedUnits; }
+  bool shares_backward() const override { return true; }
+  int64_t scratch_floats(int64_t) const override;
+  int64_t saved_floats() const override;
+  bool reads_inputs_back() const override { return true; }
+  std::string describe() const override { return geometry_.spatial ? "normalize image" : "normalize rows"; }
+
+ private:
+  static constexpr int64_t kSharedUnits = 16;  // of which the threads' shares come out about even
+  int64_t units() const { return geometry_.spatial ? geometry_.groups : geometry_.rows; }
+  template <class Body>
+  void for_each_part(int64_t images, Share share, const Body& body) const;
+
+  NormalizeArgs geometry_;
+  const std::vector<float> weight_, bias_;
+  const int height_;
+};
+
 // Between [C, H, W] and [H, W, C]; or a copy, of values of other ranks.
 class LayoutNode : public Node {
  public:

@@ -298,6 +298,28 @@ int Program::binary(BinaryKind kind, int a, int b, Shape output, Activation acti
   return append<BinaryNode>(activation, {a, b}, std::move(output), geometry, size_a, size_b);
 }
 
+int Program::normalize(int input, std::vector<float> weight, std::vector<float> bias, const NormalizeSpec& spec,
+                       Activation activation) {
+  const Shape in = shape(input);
+  const auto channels = static_cast<int64_t>(weight.size());
+  const bool image = in.size() == 3;
+  if (channels != (image ? in.front() : in.back()) || bias.size() != weight.size()) {
+    throw std::invalid_argument("normalize: wrong number of weights");
+  }
+  if (spec.groups < 1 || channels % spec.groups != 0 || (spec.spatial && !image)) {
+    throw std::invalid_argument("normalize: wrong groups");
+  }
+  NormalizeArgs args = {};
+  args.rows = element_count(in) / channels;
+  args.channels = static_cast<int32_t>(channels);
+  args.groups = spec.groups;
+  args.spatial = spec.spatial;
+  args.centered = spec.centered;
+  args.eps = spec.eps;
+  return append<NormalizeNode>(activation, {input}, in, args, std::move(weight), std::move(bias),
+                               image ? static_cast<int>(in[1]) : 1);
+}
+
 int Program::affine(int input, std::vector<float> scale, std::vector<float> shift, Activation activation) {
   const Shape in = shape(input);
   const int64_t size = element_count(in), inner = static_cast<int64_t>(scale.size());

@@ -30,6 +30,12 @@ struct PoolSpec {
   int kernel[2], stride[2], padding[2], dilation[2];
 };
 
+struct NormalizeSpec {
+  int groups;
+  bool spatial, centered;
+  float eps;
+};
+
 // A sparse matrix in compressed rows, [rows, columns].
 struct SparseMatrix {
   std::vector<int32_t> first, index;
@@ -57,6 +63,8 @@ class Program {
   int gather(int input, std::vector<int32_t> index, Shape output, Activation activation);
   int concat(std::vector<int> inputs, int axis, Shape output, Activation activation);
   int binary(BinaryKind kind, int a, int b, Shape output, Activation activation);
+  int normalize(int input, std::vector<float> weight, std::vector<float> bias, const NormalizeSpec& spec,
+                Activation activation);
   int affine(int input, std::vector<float> scale, std::vector<float> shift, Activation activation);
   int activate(int input, Activation activation);
 

@@ -10,6 +10,7 @@ import torch
 from fastinv import aten_arithmetic as arithmetic
 from fastinv import aten_axes as axes
 from fastinv import aten_layers as layers
+from fastinv import aten_norms as norms
 from fastinv.aten_activations import ACTIVATIONS
 from fastinv.conversion import Conversion, Value
 from fastinv.network import Network
@@ -54,7 +55,11 @@ def _table() -> dict[str, Callable[..., Any]]:
         **_named(layers.conv2d, "conv2d.default", "conv2d.padding"),
         **_named(layers.conv_transpose2d, "conv_transpose2d.input"),
         **_named(layers.linear, "linear.default"),
-        **_named(layers.batch_norm, "batch_norm.default", "instance_norm.default"),
+        **_named(norms.batch_norm, "batch_norm.default"),
+        **_named(norms.instance_norm, "instance_norm.default"),
+        **_named(norms.group_norm, "group_norm.default"),
+        **_named(norms.layer_norm, "layer_norm.default"),
+        **_named(norms.rms_norm, "rms_norm.default"),
         **_named(layers.max_pool2d, "max_pool2d.default"),
         **_named(layers.max_pool2d_with_indices, "max_pool2d_with_indices.default"),
         **_named(layers.adaptive_max_pool2d, "adaptive_max_pool2d.default"),

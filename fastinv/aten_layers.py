@@ -9,7 +9,6 @@ import torch
 
 from fastinv.conversion import Conversion, Value, holds
 from fastinv.ops.adaptive_avg_pool2d import AdaptiveAvgPool2d
-from fastinv.ops.affine import Affine
 from fastinv.ops.avg_pool2d import AvgPool2d
 from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.conv_transpose2d import ConvTranspose2d
@@ -92,29 +91,6 @@ def linear(to: Conversion, x: Value, weight: torch.Tensor, bias: torch.Tensor | 
     if holds((weight, bias), Value):
         to.unsupported("linear with computed weights")
     return to.emit(Linear(), [x], weight=weight, bias=torch.zeros(len(weight)) if bias is None else bias)
-
-
-def batch_norm(
-    to: Conversion,
-    x: Value,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    variance: torch.Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn: bool = False,
-) -> Value:
-    """Also instance norm, whose running statistics are used in the same way."""
-    if training or mean is None or variance is None:
-        to.unsupported("a norm on the statistics of its input")
-    scale = 1 / (variance.double() + eps).sqrt()
-    if weight is not None:
-        scale = scale * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    spread = (-1, *[1] * (len(x.shape) - 1))
-    return to.emit(Affine(), [x], scale=scale.reshape(spread), shift=shift.reshape(spread))
 
 
 # ---- pools and resampling ------------------------------------------------------------------------------------------

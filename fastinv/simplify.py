@@ -15,6 +15,7 @@ from fastinv.ops.base import Shape
 from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.linear import Linear
+from fastinv.ops.normalize import Normalize, channel_axis
 from fastinv.ops.permute import Permute
 from fastinv.ops.reshape import Reshape
 from fastinv.ops.separable import Separable
@@ -300,6 +301,8 @@ def _channel_axis(step: Step, shape: Shape) -> int | None:
     """The axis of the step's result that its bias runs along; None for ops without one."""
     if isinstance(step.op, (Conv2d, ConvTranspose2d)):
         return 0
+    if isinstance(step.op, Normalize):
+        return channel_axis(shape)
     return len(shape) - 1 if isinstance(step.op, Linear) else None
 
 

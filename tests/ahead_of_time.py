@@ -318,6 +318,10 @@ def all_launches() -> Iterator[Launch]:
         for case in OPS[name].cases():
             if case.name in CASES:
                 yield from network_launches(network_of(case), "bfloat16")
+    norms = nn.Sequential(nn.Conv2d(3, 64, 3), nn.GroupNorm(8, 64), nn.ReLU(), nn.InstanceNorm2d(64), nn.Flatten(2))
+    edge = export(nn.Sequential(*norms, nn.LayerNorm(900), nn.RMSNorm(900)).eval(), torch.zeros(2, 3, 32, 32))
+    for precision in ("float32", "bfloat16"):
+        yield from solver_launches(RMLE(edge, (3, 32, 32), steps=10), precision)
     for kind in KINDS:
         edge = Network((5, 7, 9), (Step(Activation(kind, 0.5, 0.5), (0,)),))
         yield from solver_launches(RMLE(edge, edge.input_shape, steps=10), "float32")

@@ -11,7 +11,7 @@ from torch import nn
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Batch norms that do something, and eval mode."""
+    """Norms that do something, and eval mode."""
     generator = torch.Generator().manual_seed(seed)
     for part in model.modules():
         if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -20,6 +20,9 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             part.running_var = torch.rand(size, generator=generator) + 0.5
             part.weight.data = torch.rand(size, generator=generator) + 0.5
             part.bias.data = torch.randn(size, generator=generator) * 0.3
+        elif isinstance(part, (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)):
+            for parameter in part.parameters():
+                parameter.data = torch.rand(parameter.shape, generator=generator) + 0.5
     return model.eval()
 
 
@@ -205,6 +208,72 @@ class TransformerOrder(nn.Module):
         return F.softplus(self.mix(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
 
+class NormedBlock(nn.Module):
+    """A residual block as those of diffusion models' and detectors' backbones: group norm, SiLU, convolution."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(groups, channels), nn.GroupNorm(groups, channels)
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """ConvNeXt's layer norm of [N, C, H, W]: over the channels of each pixel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNeXtBlock(nn.Module):
+    """A depthwise convolution, and layer norm, two linear layers and a scale of each channel in channels-last order."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.expand, self.project = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+        self.scale = nn.Parameter(torch.full((channels,), 0.3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        y = self.scale * self.project(F.gelu(self.expand(y)))
+        return x + y.permute(0, 3, 1, 2)
+
+
+def convnext_prefix() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 12, 4, 4), ChannelNorm(12), ConvNeXtBlock(12)),
+        *(ChannelNorm(12), nn.Conv2d(12, 20, 2, 2), ConvNeXtBlock(20)),
+    )
+
+
+class Mixer(nn.Module):
+    """MLP-Mixer's block on tokens [N, T, D]: layer norms, and linear layers across tokens and across channels."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.RMSNorm(width)
+        self.across = nn.Sequential(nn.Linear(tokens, 9), nn.GELU(), nn.Linear(9, tokens))
+        self.along = nn.Sequential(nn.Linear(width, 30), nn.GELU(), nn.Linear(30, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.across(self.norm1(x).transpose(1, 2)).transpose(1, 2)
+        return x + self.along(self.norm2(x))
+
+
+class MixerPrefix(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 14, 4, 4)
+        self.blocks = nn.Sequential(Mixer(12, 14), Mixer(12, 14))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(self.patches(x).flatten(2).transpose(1, 2))
+
+
 def mlp_decoder() -> nn.Module:
     return nn.Sequential(
         nn.Linear(20, 48),
@@ -246,6 +315,12 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "squeeze-excite": (SqueezeExcite, (3, 9, 11)),
     "pre-activation": (PreActivation, (3, 8, 10)),
     "channels-last": (TransformerOrder, (3, 6, 5)),
+    "group-norm-blocks": (
+        lambda: nn.Sequential(nn.Conv2d(3, 24, 3, 2, 1), NormedBlock(24, 6), nn.InstanceNorm2d(24), NormedBlock(24, 1)),
+        (3, 13, 18),
+    ),
+    "convnext-prefix": (convnext_prefix, (3, 24, 32)),
+    "mixer-prefix": (MixerPrefix, (3, 12, 16)),
     "mlp-decoder": (mlp_decoder, (20,)),
     "pixel-shuffle-decoder": (pixel_shuffle_decoder, (8, 6, 7)),
 }

@@ -33,7 +33,7 @@ def test_kernels_share_no_code_between_instruction_sets(isa: str, vectors: str, 
     ]
     source = ROOT / "csrc/kernels/kernels.cpp"
     # Without optimisation nothing is inlined, so that every weak symbol shows; at -O3 this takes a minute and a half.
-    command = [compiler, "-std=c++17", "-O0", "-w", f"-I{ROOT / 'csrc'}", *flags.split(), *defines]
+    command = [compiler, "-std=c++17", "-fno-exceptions", "-O0", "-w", f"-I{ROOT / 'csrc'}", *flags.split(), *defines]
     subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
     listing = subprocess.run([nm, "-C", str(target)], capture_output=True, text=True, check=True).stdout
     symbols = [

@@ -21,6 +21,7 @@ from fastinv.ops.concat import Concat
 from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.max_pool2d import MaxPool2d
+from fastinv.ops.normalize import Normalize
 from fastinv.ops.permute import Permute
 from fastinv.ops.pixel_shuffle import PixelShuffle
 from fastinv.ops.rearrange import Rearrange
@@ -109,6 +110,8 @@ def test_rearranging_is_a_permutation(case: Case) -> None:
         (lambda: PixelShuffle(0), "factor 0"),
         (lambda: Reshape((4, -1)), "positive sizes"),
         (lambda: Permute((0, 0, 1)), "each of 0 to 2 once"),
+        (lambda: Normalize(0), "0 groups, expected >= 1"),
+        (lambda: Normalize(eps=-1.0), "eps -1.0, expected >= 0"),
         (lambda: Concat(9), "axis 9"),
         (lambda: Activation("swish"), "kind 'swish'"),
         (lambda: Activation("clamp", 1.0, 0.0), "above"),
@@ -139,6 +142,8 @@ def test_wrong_attributes(make, message: str) -> None:
         ("concat", [(3, 4, 4)], {}, "two or more"),
         ("affine", [(3, 4, 4)], {"scale": (4, 1, 1), "shift": (4, 1, 1)}, "does not broadcast"),
         ("affine", [(3, 4, 4)], {"scale": (3, 1, 1), "shift": (1, 1, 1)}, "shift"),
+        ("normalize", [(3, 4, 5)], {"weight": (5,), "bias": (5,)}, r"weight has shape \[5\], expected \[3\]"),
+        ("normalize", [()], {}, "a scalar"),
         ("separable", [(3, 4, 5)], {}, "no weights"),
         ("separable", [(3, 4, 5)], {"rows": (4,)}, "expected rank 2"),
         ("separable", [(3, 4, 5)], {"rows": (2, 5)}, r"rows has shape \[2, 5\], expected \[2, 4\]"),

@@ -20,6 +20,7 @@ from fastinv.ops.concat import Concat
 from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.linear import Linear
+from fastinv.ops.normalize import Normalize
 from fastinv.ops.permute import Permute
 from fastinv.ops.reshape import Reshape
 from fastinv.ops.separable import Separable
@@ -72,6 +73,14 @@ def test_affine_folds_into_linear() -> None:
     layer = (Linear(), {"weight": RNG.standard_normal((7, 5)), "bias": RNG.standard_normal(7)})
     check(chain((5,), layer, affine(7)), "linear")
     check(chain((2, 5), layer, affine(1, 7)), "linear")
+
+
+def test_affine_folds_into_a_norm() -> None:
+    """Its channels are an image's first axis, and the last of any other value."""
+    norm = {"weight": RNG.standard_normal(6), "bias": RNG.standard_normal(6)}
+    check(chain((6, 4, 5), (Normalize(3, spatial=True), norm), affine(6, 1, 1), Activation("relu")), "normalize")
+    check(chain((5, 6), (Normalize(), norm), affine(1, 6)), "normalize")
+    check(chain((5, 6), (Normalize(), norm), affine(5, 1)), "normalize", "affine")
 
 
 def test_affine_that_differs_over_pixels_stays() -> None:

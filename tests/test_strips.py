@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from architectures import ChannelNorm
 from checks import exported, randn, reference, relative
 from torch import Tensor, nn
 
@@ -53,6 +54,8 @@ NETWORKS: dict[str, Callable[[], list[nn.Module]]] = {
         nn.Conv2d(4, 3, 5, padding=2),
     ],
     "one channel": lambda: [nn.Conv2d(CHANNELS, 1, 3), nn.Conv2d(1, CHANNELS, 3, padding=1), nn.ReLU(), conv()],
+    "norms of pixels": lambda: [conv(padding=1), ChannelNorm(CHANNELS), nn.GELU(), conv(), ChannelNorm(CHANNELS)],
+    "norms of images": lambda: [conv(padding=1), nn.GroupNorm(4, CHANNELS), nn.ReLU(), conv(padding=1)],
     "to a vector": lambda: [conv(padding=1), nn.ReLU(), nn.MaxPool2d(8), nn.Flatten(), nn.Linear(CHANNELS * 72, 10)],
 }
 

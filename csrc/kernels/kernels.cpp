@@ -29,6 +29,7 @@ static_assert(kMaxVectors == FASTINV_MAX_VECTORS);
 #include "kernels/elementwise.h"
 #include "kernels/gate.h"
 #include "kernels/lanes.h"
+#include "kernels/normalize.h"
 #include "kernels/peak.h"
 #include "kernels/planar.h"
 #include "kernels/planar_winograd.h"
@@ -79,6 +80,8 @@ const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
     binary,
     binary_gradient,
     affine,
+    normalize,
+    normalize_gradient,
     activate,
     activate_gradient,
     take_gate,

@@ -28,6 +28,7 @@ from fastinv.ops.concat import Concat
 from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.max_pool2d import MaxPool2d
+from fastinv.ops.normalize import Normalize
 from fastinv.ops.rearrange import Rearrange
 from fastinv.ops.resample import Resample
 from fastinv.tensors import Source
@@ -336,6 +337,21 @@ def _affine(to: Lowering, step: Step, values: list[int], shapes: list[Shape], ou
     return to.program.affine(values[0], scale, shift, encode(step.activation))
 
 
+def _normalize(to: Lowering, step: Step, values: list[int], shapes: list[Shape], output: Shape) -> int:
+    op = step.op
+    assert isinstance(op, Normalize)
+    return to.program.normalize(
+        values[0],
+        step.weights["weight"],
+        step.weights["bias"],
+        groups=op.groups,
+        spatial=op.spatial,
+        centered=op.centered,
+        eps=op.eps,
+        activation=encode(step.activation),
+    )
+
+
 def _activation(to: Lowering, step: Step, values: list[int], shapes: list[Shape], output: Shape) -> int:
     assert isinstance(step.op, Activation)
     value = to.program.activate(values[0], encode(step.op))
@@ -357,6 +373,7 @@ LOWERINGS: dict[str, Lower] = {
     "add": _add,
     "mul": _mul,
     "affine": _affine,
+    "normalize": _normalize,
     "concat": _concat,
     "activation": _activation,
 }

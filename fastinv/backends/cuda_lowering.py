@@ -19,6 +19,7 @@ from fastinv.backends.cuda_nodes import (
     Index,
     MaxPoolNode,
     Node,
+    NormalizeNode,
     ResampleNode,
     inverse,
     is_identity,
@@ -40,6 +41,7 @@ from fastinv.ops.concat import Concat
 from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.max_pool2d import MaxPool2d
+from fastinv.ops.normalize import Normalize
 from fastinv.ops.rearrange import Rearrange
 from fastinv.ops.resample import Resample
 
@@ -362,6 +364,20 @@ def _affine(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Shape],
     return to.add(GatherNode(tuple(inputs), to.buffer(count), forward, [(back, None)], Ending(step.activation)))
 
 
+def _normalize(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Shape], shape: Shape) -> Buffer:
+    from fastinv.kernels.triton.normalize import Normalization
+
+    op = step.op
+    assert isinstance(op, Normalize)
+    weight, bias = (to.floats(step.weights[key]) for key in ("weight", "bias"))
+    size = math.prod(shape)
+    places = size // len(step.weights["weight"])
+    rows, pixels = (1, places) if op.spatial else (places, 1)
+    kernel = Normalization(weight, bias, rows, pixels, op.groups, op.centered, op.eps)
+    statistics = Buffer(kernel.statistics, "float32") if to.differentiable else None
+    return to.add(NormalizeNode(tuple(inputs), to.buffer(size), kernel, statistics, Ending(step.activation)))
+
+
 def _activation(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Shape], shape: Shape) -> Buffer:
     assert isinstance(step.op, Activation)
     value = to.activated(inputs[0], step.op)
@@ -383,6 +399,7 @@ LOWERINGS: dict[str, Lower] = {
     "add": _binary,
     "mul": _binary,
     "affine": _affine,
+    "normalize": _normalize,
     "concat": _concat,
     "activation": _activation,
 }

@@ -114,6 +114,33 @@ class MaxPoolNode:
 
 
 @dataclass(eq=False)
+class NormalizeNode:
+    """A norm; `statistics` keeps mean and deviation of each group where a gradient is to go back."""
+
+    inputs: tuple[Buffer, ...]
+    output: Buffer
+    kernel: Any
+    statistics: Buffer | None
+    ending: Ending
+
+    def forward(self) -> Stage:
+        def make(tensors: Any) -> Any:
+            x, out = tensors(self.inputs[0]), tensors(self.output)
+            return self.kernel.launch(x, out, tensors(self.statistics), self.ending.epilogue(tensors))
+
+        return Stage(make, self.inputs, (self.output,) if self.statistics is None else (self.output, self.statistics))
+
+    def backward(self, which: int, gradient: Buffer, into: Buffer, ending: Ending) -> Stage:
+        assert self.statistics is not None
+        reads = (gradient, *self.inputs, self.statistics)
+
+        def make(tensors: Any) -> Any:
+            return self.kernel.launch_backward(*map(tensors, reads), tensors(into), ending.epilogue(tensors))
+
+        return Stage(make, (*reads, *ending.reads), (into,))
+
+
+@dataclass(eq=False)
 class ResampleNode:
     """A separable resampling, and the one with transposed matrices."""
 

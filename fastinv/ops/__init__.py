@@ -12,6 +12,7 @@ from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.linear import Linear
 from fastinv.ops.max_pool2d import MaxPool2d
 from fastinv.ops.mul import Mul
+from fastinv.ops.normalize import Normalize
 from fastinv.ops.permute import Permute
 from fastinv.ops.pixel_shuffle import PixelShuffle
 from fastinv.ops.reshape import Reshape
@@ -33,6 +34,7 @@ OPS: dict[str, type[Op]] = {
         Add,
         Mul,
         Affine,
+        Normalize,
         Concat,
         Reshape,
         Permute,
