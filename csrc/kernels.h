@@ -420,6 +420,38 @@ struct NormalizeGradientArgs {
   bool accumulate;
 };
 
+// ---- attention
+// -------------------------------------------------------------------------------------------------------
+
+constexpr int kAttentionBlock = 24;  // queries at once: four tiles of rows
+
+// out = activation(softmax(scale · q · kᵀ) · v) of each head, whose channels lie side by side.
+struct AttentionArgs {
+  const float* q;                 // [query][head][channel]
+  const float* k;                 // [key][head][channel]
+  const float* v;                 // [key][head][value channel]
+  float* out;                     // [query][head][value channel]
+  int64_t queries, keys, blocks;  // blocks: of queries
+  int32_t heads, channels, value_channels;
+  int64_t first, last;  // of [head][block of queries], those to be done
+  float scale;
+  Activation activation;
+  float* scratch;  // attention_scratch() floats
+};
+
+// For keys in whole vectors.
+constexpr int64_t attention_scratch(int64_t keys, int64_t channels, int64_t value_channels) {
+  return keys * (channels + value_channels + 2 * kAttentionBlock) + kAttentionBlock;
+}
+
+struct AttentionGradientArgs {
+  AttentionArgs attention;  // out and activation unused; first and last are heads unless `input` is 0
+  int input;                // whose gradient: 0 q, 1 k, 2 v
+  const float* grad_out;
+  float* grad_in;
+  bool accumulate;
+};
+
 // ---- types at the public door --------------------------------------------------------------------------------------
 
 enum class Dtype : int { kFloat32, kFloat16, kBfloat16, kUint8, kInt8 };
@@ -510,6 +542,8 @@ struct Kernels {
   void (*affine)(const AffineArgs&);
   void (*normalize)(const NormalizeArgs&);
   void (*normalize_gradient)(const NormalizeGradientArgs&);
+  void (*attention)(const AttentionArgs&);
+  void (*attention_gradient)(const AttentionGradientArgs&);
   void (*activate)(const float* in, float* out, int64_t size, Activation);
   // grad[i] *= activation'(x[i]), from x and y = activation(x); x may be y where needs_input() says no.
   void (*activate_gradient)(const float* x, const float* y, float* grad, int64_t size, Activation);

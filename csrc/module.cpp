@@ -387,6 +387,12 @@ PYBIND11_MODULE(_core, m) {
           py::arg("input"), py::arg("weight"), py::arg("bias"), py::kw_only(), py::arg("groups"), py::arg("spatial"),
           py::arg("centered"), py::arg("eps"), py::arg("activation"))
       .def(
+          "attention",
+          [](Program& p, int q, int k, int v, int heads, float scale, const ActivationTuple& activation) {
+            return p.attention(q, k, v, heads, scale, to_activation(activation));
+          },
+          py::arg("q"), py::arg("k"), py::arg("v"), py::arg("heads"), py::arg("scale"), py::arg("activation"))
+      .def(
           "activate",
           [](Program& p, int input, const ActivationTuple& activation) {
             return p.activate(input, to_activation(activation));

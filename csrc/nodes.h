@@ -195,6 +195,27 @@ class NormalizeNode : public Node {
   const int height_;
 };
 
+class AttentionNode : public Node {
+ public:
+  // Of queries, keys and values; `geometry` holds sizes and scale.
+  AttentionNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
+                const AttentionArgs& geometry);
+  void forward(const Frame& values, int64_t images, Share share) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
+                Share) const override;
+  bool shares_image() const override { return true; }
+  bool shares_backward() const override { return true; }
+  int64_t scratch_floats(int64_t) const override;
+  bool reads_inputs_back() const override { return true; }
+  std::string describe() const override { return "attention"; }
+
+ private:
+  // Of this image, with the units from first to last.
+  AttentionArgs args(const Frame& values, int64_t image, float* scratch, int64_t first, int64_t last) const;
+
+  const AttentionArgs geometry_;
+};
+
 // Between [C, H, W] and [H, W, C]; or a copy, of values of other ranks.
 class LayoutNode : public Node {
  public:

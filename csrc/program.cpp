@@ -320,6 +320,25 @@ int Program::normalize(int input, std::vector<float> weight, std::vector<float> 
                                image ? static_cast<int>(in[1]) : 1);
 }
 
+int Program::attention(int q, int k, int v, int heads, float scale, Activation activation) {
+  const Shape queries = shape(q), keys = shape(k), values = shape(v);
+  const bool matrices = queries.size() == 2 && keys.size() == 2 && values.size() == 2;
+  if (!matrices || queries[1] != keys[1] || keys[0] != values[0])
+    throw std::invalid_argument("attention: wrong shapes");
+  if (heads < 1 || queries[1] % heads != 0 || values[1] % heads != 0) {
+    throw std::invalid_argument("attention: wrong number of heads");
+  }
+  AttentionArgs args = {};
+  args.queries = queries[0];
+  args.keys = keys[0];
+  args.blocks = (args.queries + kAttentionBlock - 1) / kAttentionBlock;
+  args.heads = heads;
+  args.channels = static_cast<int32_t>(queries[1] / heads);
+  args.value_channels = static_cast<int32_t>(values[1] / heads);
+  args.scale = scale;
+  return append<AttentionNode>(activation, {q, k, v}, {queries[0], values[1]}, args);
+}
+
 int Program::affine(int input, std::vector<float> scale, std::vector<float> shift, Activation activation) {
   const Shape in = shape(input);
   const int64_t size = element_count(in), inner = static_cast<int64_t>(scale.size());

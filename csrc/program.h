@@ -65,6 +65,7 @@ class Program {
   int binary(BinaryKind kind, int a, int b, Shape output, Activation activation);
   int normalize(int input, std::vector<float> weight, std::vector<float> bias, const NormalizeSpec& spec,
                 Activation activation);
+  int attention(int q, int k, int v, int heads, float scale, Activation activation);
   int affine(int input, std::vector<float> scale, std::vector<float> shift, Activation activation);
   int activate(int input, Activation activation);
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastinv import aten_arithmetic as arithmetic
+from fastinv import aten_attention as attention
 from fastinv import aten_axes as axes
 from fastinv import aten_layers as layers
 from fastinv import aten_norms as norms
@@ -39,6 +40,11 @@ def _cast(to: Conversion, x: Value, *args: Any, **kwargs: Any) -> Value:
     return x
 
 
+def _matmul(to: Conversion, a: Any, b: Any) -> Value:
+    computed = isinstance(a, Value) and isinstance(b, Value)
+    return attention.matmul(to, a, b) if computed else axes.matmul(to, a, b)
+
+
 def _dropout(to: Conversion, x: Value, p: float, train: bool) -> Value:
     if train and p > 0:
         to.unsupported("dropout in training mode")
@@ -55,6 +61,7 @@ def _table() -> dict[str, Callable[..., Any]]:
         **_named(layers.conv2d, "conv2d.default", "conv2d.padding"),
         **_named(layers.conv_transpose2d, "conv_transpose2d.input"),
         **_named(layers.linear, "linear.default"),
+        **_named(attention.attention, "scaled_dot_product_attention.default"),
         **_named(norms.batch_norm, "batch_norm.default"),
         **_named(norms.instance_norm, "instance_norm.default"),
         **_named(norms.group_norm, "group_norm.default"),
@@ -97,7 +104,9 @@ def _table() -> dict[str, Callable[..., Any]]:
         **_named(axes.sum_, "sum.dim_IntList"),
         **_named(axes.amax, "amax.default"),
         **_named(axes.max_along, "max.dim"),
-        **_named(axes.matmul, "matmul.default", "mm.default"),
+        **_named(axes.matmul, "mm.default"),
+        **_named(_matmul, "matmul.default"),
+        **_named(attention.softmax, "softmax.int"),
         **_named(axes.addmm, "addmm.default"),
         **_named(axes.einsum, "einsum.default"),
         **_named(axes.reshape, "flatten.using_ints", "unflatten.int", "squeeze.default", "squeeze.dim", "squeeze.dims"),
@@ -110,8 +119,12 @@ def _table() -> dict[str, Callable[..., Any]]:
         table |= _named(_same, f"{name}.default")
     for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
         table |= _named(_dropout, f"{name}.default", f"{name}_.default")
-    for name in ("add", "sub", "mul", "div"):
-        converter = getattr(arithmetic, name)
+    for name, converter in (
+        ("add", arithmetic.add),
+        ("sub", arithmetic.sub),
+        ("mul", attention.or_scores(arithmetic.mul, attention.scaled)),
+        ("div", attention.or_scores(arithmetic.div, attention.divided)),
+    ):
         table |= _named(converter, *(f"{name}{end}.{kind}" for end in ("", "_") for kind in ("Tensor", "Scalar")))
     for name, converter in layers.LAYERS_1D.items():
         table |= _named(converter, name)

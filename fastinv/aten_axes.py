@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,10 +108,12 @@ def reordered(to: Conversion, x: Value, *args: Any, **kwargs: Any) -> Value:
     """permute, transpose, movedim, …: torch says where the axes of a tensor whose sizes tell them apart go."""
     assert to.node is not None
     assert callable(to.node.target)
-    sizes = to.node.target(torch.empty(*range(len(x.shape) + 1), device="meta"), *args, **kwargs).shape
-    if sizes[0] != 0:
-        to.unsupported("a permutation that moves the batch axis")
-    return to.emit(Permute(tuple(size - 1 for size in sizes[1:])), [x])
+    sizes = list(range(1, len(x.shape) + 1))
+    sizes.insert(x.batch, 0)
+    found = list(to.node.target(torch.empty(*sizes, device="meta"), *args, **kwargs).shape)
+    batch = found.index(0)
+    y = to.emit(Permute(tuple(size - 1 for size in found if size)), [x])
+    return replace(y, batch=batch)
 
 
 def expand(to: Conversion, x: Value, *_: Any, **__: Any) -> Value:
@@ -158,8 +161,10 @@ def narrow(to: Conversion, x: Value, axis: int, start: int, length: int) -> Valu
 
 
 def select(to: Conversion, x: Value, axis: int, position: int) -> Value:
+    place = axis % (len(x.shape) + 1)
     axis = axis_of(to, x, axis)
-    return _without(to, take(to, x, axis, positions(x, axis)[position].reshape(1)), [axis])
+    y = _without(to, take(to, x, axis, positions(x, axis)[position].reshape(1)), [axis])
+    return replace(y, batch=x.batch - (place < x.batch))
 
 
 def index_select(to: Conversion, x: Value, axis: int, index: Any) -> Value:
@@ -187,8 +192,7 @@ def split(how: Callable[..., Any]) -> Callable[..., Pieces]:
 
 
 def unbind(to: Conversion, x: Value, axis: int = 0) -> Pieces:
-    axis = axis_of(to, x, axis)
-    return [_without(to, take(to, x, axis, index), [axis]) for index in positions(x, axis)[:, None]]
+    return [select(to, x, axis, position) for position in range(x.shape[axis_of(to, x, axis)])]
 
 
 def _without(to: Conversion, x: Value, axes: Sequence[int]) -> Value:
@@ -230,7 +234,7 @@ def repeat_interleave(to: Conversion, x: Value, count: int, axis: int | None = N
 
 def stack(to: Conversion, values: Sequence[Any], axis: int = 0) -> Value:
     if not all(isinstance(v, Value) for v in values):
-        to.unsupported("joining computed values with constants")
+        to.unsupported("stacking computed values and constants")
     shape = to.result_shape()
     place = axis % (len(shape) + 1) - 1
     if place < 0:
@@ -240,9 +244,18 @@ def stack(to: Conversion, values: Sequence[Any], axis: int = 0) -> Value:
 
 
 def cat(to: Conversion, values: Sequence[Any], axis: int = 0) -> Value:
-    if not all(isinstance(v, Value) for v in values):
-        to.unsupported("joining computed values with constants")
-    return values[0] if len(values) == 1 else to.emit(Concat(axis_of(to, values[0], axis)), values)
+    like = next(v for v in values if isinstance(v, Value))
+    axis = axis_of(to, like, axis)
+    joined = [v if isinstance(v, Value) else _constant(to, v, like, axis) for v in values]
+    return like if len(joined) == 1 else to.emit(Concat(axis), joined)
+
+
+def _constant(to: Conversion, constant: torch.Tensor, like: Value, axis: int) -> Value:
+    """A constant [1, ...], as a class token is, for each image: nothing times a part of what it is to be joined to."""
+    if constant.ndim != len(like.shape) + 1 or constant.shape[0] != 1:
+        to.unsupported("joining computed values and a constant that differs from image to image")
+    part = take(to, like, axis, torch.zeros(constant.shape[axis + 1], dtype=torch.int64))
+    return linear_map(to, part, 0.0, constant)
 
 
 def pad(to: Conversion, x: Value, padding: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:

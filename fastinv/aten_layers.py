@@ -28,9 +28,9 @@ def _pair(value: Any) -> tuple[int, int]:
 def axis_of(to: Conversion, x: Value, axis: int) -> int:
     """An axis as torch counts it (with the batch) as fastinv counts it (without)."""
     axis = axis % (len(x.shape) + 1)
-    if axis == 0:
+    if axis == x.batch:
         to.unsupported("an operation along the batch axis")
-    return axis - 1
+    return axis - (axis > x.batch)
 
 
 def expect_image(to: Conversion, x: Any, what: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,10 +21,17 @@ from fastinv.simplify import simplify
 
 @dataclass(frozen=True)
 class Value:
-    """A value of the network being built: what depends on the input. Everything else is a constant."""
+    """A value of the network being built: what depends on the input. Everything else is a constant.
+
+    Attributes:
+        index: its number; -1 of what is none, as the scores of attention.
+        shape: without the batch axis.
+        batch: which of torch's axes that is. Only what moves axes, or takes parts along one, is told of any but 0.
+    """
 
     index: int
-    shape: Shape  # without the batch axis
+    shape: Shape
+    batch: int = 0
 
 
 Converters = Mapping[str, Callable[..., Any]]  # by aten call; each takes the Conversion and the call's arguments
@@ -33,7 +40,18 @@ SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)  # numbers that depend o
 # What may be told sizes: the converters go by the shape that torch traced.
 RESHAPES = (
     *("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.unflatten.int"),
-    "aten.expand.default",
+    *("aten.expand.default", "aten.repeat.default"),
+)
+# What takes values whose batch axis is not the first.
+MOVES = (
+    *("aten.permute.default", "aten.transpose.int", "aten.movedim.int", "aten.movedim.intlist"),
+    *("aten.swapaxes.default", "aten.swapdims.default", "aten.select.int", "aten.unbind.int"),
+    *("aten.contiguous.default", "aten.clone.default"),
+)
+# What takes the scores of attention, which are no value.
+OF_SCORES = (
+    *(f"aten.{name}{end}.{kind}" for name in ("mul", "div") for end in ("", "_") for kind in ("Tensor", "Scalar")),
+    *("aten.matmul.default", "aten.softmax.int", "aten.dropout.default", "aten.clone.default", "aten.to.dtype"),
 )
 
 
@@ -87,6 +105,10 @@ class Conversion:
         if not isinstance(outputs[0], Value):
             raise NetworkError("export: the output does not depend on the input")
         value = outputs[0]
+        if value.batch:
+            self.unsupported("a permutation that moves the batch axis")
+        if value.index < 0:
+            self.unsupported("a product of two computed values, which only attention may be,")
         if value.index != len(self.steps):  # the last step must be the output: end with a copy
             self.emit(Activation(), [value])
         return simplify(Network(self.input_shape, tuple(self.steps)))
@@ -105,11 +127,18 @@ class Conversion:
         if holds((args, kwargs), SYMBOLS) and name not in RESHAPES:
             self.unsupported(f"the operation {name} on the batch size, which must not change what one image gives")
         if not holds((args, kwargs), Value):
+            if name in ("aten.expand.default", "aten.repeat.default"):  # for each image: as one, which broadcasts
+                args = (args[0], [1, *args[1][1:]] if isinstance(args[1][0], SYMBOLS) else args[1])
             with torch.no_grad():
                 assert callable(node.target)
                 return node.target(*args, **kwargs)
         if name not in self.converters:
             self.unsupported(f"the operation {name}")
+        given = list(values_in((args, kwargs)))
+        if name not in MOVES and any(value.batch for value in given):
+            self.unsupported("a permutation that moves the batch axis")
+        if name not in OF_SCORES and any(value.index < 0 for value in given):
+            self.unsupported(f"{name} of a product of two computed values, which only attention may be,")
         result = self.converters[name](self, *args, **kwargs)
         if name.split(".")[1].endswith("_"):  # in place: who reads the argument from now on sees the result
             changed = node.args[0]
@@ -165,6 +194,17 @@ class Conversion:
                 "image must be computed by itself, with the batch axis first"
             )
         return tuple(sizes[1:])
+
+
+def values_in(argument: Any) -> Iterator[Value]:
+    """All values anywhere in the argument."""
+    if isinstance(argument, dict):
+        argument = tuple(argument.values())
+    if isinstance(argument, (tuple, list)):
+        for a in argument:
+            yield from values_in(a)
+    elif isinstance(argument, Value):
+        yield argument
 
 
 def holds(argument: Any, kinds: type | tuple[type, ...]) -> bool:

@@ -38,12 +38,13 @@ def export(module: torch.nn.Module, example: torch.Tensor) -> Network:
     import torch
 
     from fastinv.aten import convert
+    from fastinv.aten_attention import batch_first_attention
 
     _check(module, example)
     example = example.detach().float()
     batch = torch.export.Dim("batch", min=2)
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), batch_first_attention():
             program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
     except FastinvError:
         raise
@@ -51,7 +52,7 @@ def export(module: torch.nn.Module, example: torch.Tensor) -> Network:
         said = " ".join(str(error).split())
         raise NetworkError(
             f"torch.export cannot trace {type(module).__name__} for any batch size ({said:.300}); its forward "
-            "must not branch on values or on the batch size, nor mix images"
+            "must not branch on values or on the batch size, nor take len(x) for x.shape[0], nor mix images"
         ) from error
     network = convert(program, tuple(example.shape[1:]))
     _verify(network, module, example)

@@ -270,7 +270,7 @@ def _picked_early(network: Network) -> Network:
     steps = list(network.steps)
     for index, step in enumerate(network.steps[:-1]):
         readers = network.consumers[index + 1]
-        picks = [_picks(network.steps[reader]) for reader in readers]
+        picks = [picked_channels(network.steps[reader]) for reader in readers]
         if not isinstance(step.op, Conv2d) or step.op.groups != 1 or not readers:
             continue
         if any(pick is None for pick in picks) or sum(map(len, picks)) > len(step.weights["bias"]):  # type: ignore[arg-type]
@@ -288,7 +288,7 @@ def _picked_early(network: Network) -> Network:
     return Network(network.input_shape, tuple(steps)) if steps != list(network.steps) else network
 
 
-def _picks(step: Step) -> npt.NDArray[np.intp] | None:
+def picked_channels(step: Step) -> npt.NDArray[np.intp] | None:
     """The channels that a step copies, if that is all it does: a 1×1 convolution of zeros and ones."""
     if step.op != Conv2d() or step.weights["weight"].shape[2:] != (1, 1) or step.weights["bias"].any():
         return None

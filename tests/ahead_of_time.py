@@ -23,6 +23,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import triton
+from architectures import SelfAttention, TransformerBlock, VisionTransformer
 from fastinv.kernels.triton import convolution
 from fastinv.kernels.triton.convolution import Tiled
 from fastinv.kernels.triton.direct import DirectConvolution
@@ -322,6 +323,13 @@ def all_launches() -> Iterator[Launch]:
     edge = export(nn.Sequential(*norms, nn.LayerNorm(900), nn.RMSNorm(900)).eval(), torch.zeros(2, 3, 32, 32))
     for precision in ("float32", "bfloat16"):
         yield from solver_launches(RMLE(edge, (3, 32, 32), steps=10), precision)
+    blocks = TransformerBlock(192, 3, SelfAttention), TransformerBlock(192, 6, SelfAttention)
+    transformer = VisionTransformer(32, 4, 192, *blocks)
+    edge = export(transformer.eval(), torch.zeros(2, 3, 32, 32))
+    for precision in ("float32", "tf32", "bfloat16"):  # its matrix products are as those above
+        for launch in solver_launches(RMLE(edge, (3, 32, 32), steps=10), precision):
+            if launch.kernel.__name__.startswith("_attention"):
+                yield launch
     for kind in KINDS:
         edge = Network((5, 7, 9), (Step(Activation(kind, 0.5, 0.5), (0,)),))
         yield from solver_launches(RMLE(edge, edge.input_shape, steps=10), "float32")

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES, make
+from architectures import make
 from checks import check_gradient, kernels, randn, reference, relative, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,10 +129,3 @@ def test_inverse_network_with_norms() -> None:
     with torch.no_grad():
         expected = copy.deepcopy(decoder).double()(torch.from_numpy(features).double()).numpy()
     assert relative(fastinv.invert(features, inverter, backend="cpu"), expected) < 1e-5
-
-
-def test_the_architectures_are_those_with_norms() -> None:
-    for name in ARCHITECTURES:
-        module, shape = make(name)
-        network = fastinv.export(module, torch.zeros(2, *shape))
-        assert (name in NORMED) == any(isinstance(step.op, Normalize) for step in network.steps)

@@ -15,6 +15,7 @@ from fastinv.errors import NetworkError
 from fastinv.ops import OPS
 from fastinv.ops.activation import Activation
 from fastinv.ops.adaptive_avg_pool2d import AdaptiveAvgPool2d
+from fastinv.ops.attention import Attention
 from fastinv.ops.avg_pool2d import AvgPool2d
 from fastinv.ops.base import Case
 from fastinv.ops.concat import Concat
@@ -110,6 +111,7 @@ def test_rearranging_is_a_permutation(case: Case) -> None:
         (lambda: PixelShuffle(0), "factor 0"),
         (lambda: Reshape((4, -1)), "positive sizes"),
         (lambda: Permute((0, 0, 1)), "each of 0 to 2 once"),
+        (lambda: Attention(0), "0 heads, expected >= 1"),
         (lambda: Normalize(0), "0 groups, expected >= 1"),
         (lambda: Normalize(eps=-1.0), "eps -1.0, expected >= 0"),
         (lambda: Concat(9), "axis 9"),
@@ -144,6 +146,10 @@ def test_wrong_attributes(make, message: str) -> None:
         ("affine", [(3, 4, 4)], {"scale": (3, 1, 1), "shift": (1, 1, 1)}, "shift"),
         ("normalize", [(3, 4, 5)], {"weight": (5,), "bias": (5,)}, r"weight has shape \[5\], expected \[3\]"),
         ("normalize", [()], {}, "a scalar"),
+        ("attention", [(3, 4), (5, 6), (5, 2)], {}, "keys of 6 channels, expected 4"),
+        ("attention", [(3, 4), (5, 4), (6, 2)], {}, "6 values, expected 5"),
+        ("attention", [(3, 4), (5, 4)], {}, "2 inputs, expected 3"),
+        ("attention", [(2, 3, 4)] * 3, {}, "expected rank 2"),
         ("separable", [(3, 4, 5)], {}, "no weights"),
         ("separable", [(3, 4, 5)], {"rows": (4,)}, "expected rank 2"),
         ("separable", [(3, 4, 5)], {"rows": (2, 5)}, r"rows has shape \[2, 5\], expected \[2, 4\]"),

@@ -16,13 +16,17 @@ from fastinv.kernels.triton.epilogue import Epilogue
 from interpreter import DEVICE, forward, gradient, rounded
 
 from fastinv.backends.cuda_lowering import LOWERINGS, PRECISIONS, Lowering
+from fastinv.errors import BackendError
 from fastinv.network import Network, Step
 from fastinv.ops import OPS
 from fastinv.ops.activation import Activation
 from fastinv.ops.add import Add
 from fastinv.ops.affine import Affine
+from fastinv.ops.attention import Attention
+from fastinv.ops.base import Case
 from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.conv_transpose2d import ConvTranspose2d
+from fastinv.ops.linear import Linear
 from fastinv.ops.mul import Mul
 from fastinv.ops.permute import Permute
 from fastinv.ops.upsample import Upsample
@@ -105,6 +109,38 @@ def test_small_results_keep_their_digits(kind: str) -> None:
     x = np.concatenate([sign * np.logspace(-6, 0, 500) for sign in (-1, 1)]).astype(np.float32)[None]
     network = Network(x.shape[1:], (Step(Activation(kind), (0,)),))
     np.testing.assert_allclose(forward(network, x, "float32"), reference(network, x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize(("tokens", "heads", "channels", "values"), [(130, 2, 20, 12), (65, 1, 9, 40)])
+def test_attention_over_several_tiles(tokens: int, heads: int, channels: int, values: int, precision: str) -> None:
+    """Larger scores after smaller ones: what was summed is scaled anew."""
+    steps = [linear(0, heads * size, 16, seed) for seed, size in enumerate((channels, channels, values))]
+    attention = Step(Attention(heads, 3 / math.sqrt(channels)), (1, 2, 3))  # scores of some 3
+    network = Network((tokens, 16), (*steps, attention))
+    x = rounded(randn(2, *network.input_shape), precision)
+    assert relative(forward(network, x, precision), reference(network, x)) < 2 * TOLERANCES[precision]
+    check_gradient(network, precision)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 70), (66, 3)])
+def test_attention_to_as_many_other_tokens(queries: int, keys: int) -> None:
+    network = network_of(Case("", Attention(1, 1.0), ((queries, 4), (keys, 4), (keys, 3))))
+    x = randn(2, *network.input_shape)
+    assert relative(forward(network, x, "float32"), reference(network, x)) < 1e-5
+    check_gradient(network)
+
+
+def linear(value: int, outputs: int, inputs: int, seed: int) -> Step:
+    weight = randn(outputs, inputs, seed=seed) / np.float32(math.sqrt(inputs))
+    return Step(Linear(), (value,), {"weight": weight, "bias": randn(outputs, seed=seed + 9)})
+
+
+def test_heads_of_too_many_channels_for_a_tile() -> None:
+    shapes = ((3, 1100),) * 3
+    network = network_of(Case("", Attention(2, 0.1), shapes))
+    with pytest.raises(BackendError, match="550 channels a head, expected at most 512"):
+        Lowering(network, DEVICE, PRECISIONS["float32"])
 
 
 def conv(inputs: tuple[int, ...], o: int, c: int, k: int = 3, seed: int = 0, kind: str = "identity") -> Step:

@@ -39,7 +39,8 @@ def test_every_kernel_is_compiled(compiled) -> None:
 
 
 def test_matrix_products_are_on_tensor_cores(compiled) -> None:
-    products = [row for row in compiled if row["kernel"] in ("_convolution_kernel", "_boxes_kernel", "_pair_kernel")]
+    kinds = ("_convolution_kernel", "_boxes_kernel", "_pair_kernel")
+    products = [row for row in compiled if row["kernel"] in kinds or row["kernel"].startswith("_attention")]
     assert len(products) > 20
     assert sum(row["kernel"] == "_pair_kernel" for row in products) > 20
     assert [row for row in products if not row["wgmma"]] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from architectures import make
 from checks import InterruptAt, exported, randn, reference, relative
 from torch import nn
 
@@ -92,6 +93,13 @@ def test_rmle_through_the_paper_s_edges(name: str, edges: dict[str, Network]) ->
 @pytest.mark.parametrize("name", EDGES)
 def test_rmle_by_triton_alone(name: str, small_edges: dict[str, Network], triton_alone: None) -> None:
     check_rmle(name, small_edges)
+
+
+@pytest.mark.parametrize("name", ["group-norm-blocks", "convnext-prefix", "vision-transformer-one-layer"])
+def test_rmle_through_edges_of_other_people(name: str) -> None:
+    """Norms on the statistics of an image, and attention, among all else."""
+    module, shape = make(name)
+    check_solver(recipe_for(exported(shape, module), steps=2, lr=1e-2), count=3, most=2, within=1e-3)
 
 
 def small_edge() -> Network:

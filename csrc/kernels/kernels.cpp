@@ -22,6 +22,7 @@ static_assert(kMaxVectors == FASTINV_MAX_VECTORS);
 
 #include "kernels/activation.h"
 #include "kernels/amx.h"
+#include "kernels/attention.h"
 #include "kernels/bfloat16.h"
 #include "kernels/convert.h"
 #include "kernels/correlate.h"
@@ -82,6 +83,8 @@ const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
     affine,
     normalize,
     normalize_gradient,
+    attention,
+    attention_gradient,
     activate,
     activate_gradient,
     take_gate,

@@ -1,6 +1,8 @@
 // Norms on the statistics of the image itself, and the way back: y = (x − μ) / σ · weight + bias.
 #pragma once
 
+#include "kernels/vectors.h"
+
 constexpr int kChains = 4;  // of sums side by side: an addition waits four cycles for the one before
 
 // Sums of one or several things over elements 0 to size, lane by lane, over stretches and then over those: so few
@@ -87,14 +89,6 @@ FASTINV_INLINE void sums_of_columns(int64_t rows, int64_t columns, float* sums, 
 // 1 / σ, from a sum of squared differences.
 FASTINV_INLINE float inverse_deviation(double squares, double count, float eps) {
   return 1.0f / sqrtf(static_cast<float>(squares / count + static_cast<double>(eps)));
-}
-
-// Calls body(i, lanes) for each vector of so many elements.
-template <class Body>
-FASTINV_INLINE void for_vectors(int64_t size, Body body) {
-  int64_t i = 0;
-  for (; i + kWidth <= size; i += kWidth) body(i, kWidth);
-  if (i < size) body(i, static_cast<int>(size - i));
 }
 
 // A row of so many elements, or a group of channels of one.

@@ -5,6 +5,12 @@
 #include "nodes.h"
 
 namespace fastinv {
+namespace {
+
+// Of weights at once, half of the smallest L2: 384 to 1,536 channels of 197 tokens took 2.9 ms all at once, on a Xeon.
+constexpr int64_t kWeightBytes = 256 * 1024;
+
+}  // namespace
 
 // y = W·x + b for rows of x, as a correlation with one run: pixels of a tile are rows.
 class LinearNode::Matrix {
@@ -46,10 +52,19 @@ class LinearNode::Matrix {
   int blocks() const { return ceil_div(out_, block_); }  // of outputs
 
  private:
-  // Rows begin to end, outputs first to last: row r is read at in + r·in_step and written at out + r·out_step.
+  // Rows begin to end, outputs first to last: row r is read at in + r·in_step and written at out + r·out_step. All rows
+  // go through the weights of so many outputs as stay in the cache, and then through the next ones'.
   void run_rows(const float* in, int64_t in_step, float* out, int64_t out_step, int64_t begin, int64_t end, int first,
                 int last, bool accumulate, Activation activation) const {
-    out += first;
+    const int outputs = block_ * std::max(1, static_cast<int>(kWeightBytes / (int64_t{4} * in_ * block_)));
+    for (; first < last; first += outputs) {
+      const int until = std::min(last, first + outputs);
+      run_tiles(in, in_step, out + first, out_step, begin, end, first, until, accumulate, activation);
+    }
+  }
+
+  void run_tiles(const float* in, int64_t in_step, float* out, int64_t out_step, int64_t begin, int64_t end, int first,
+                 int last, bool accumulate, Activation activation) const {
     for (; begin < end; begin += pixels_) {
       Tile tile = {};
       Run run = {};

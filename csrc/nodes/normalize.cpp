@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "nodes.h"
 
 namespace fastinv {
@@ -27,14 +25,12 @@ int64_t NormalizeNode::saved_floats() const {
 // Calls body(image, part) for this share of the rows, or groups, of all images.
 template <class Body>
 void NormalizeNode::for_each_part(int64_t images, Share share, const Body& body) const {
-  const int64_t end = share.end(images * units());
-  for (int64_t at = share.begin(images * units()); at < end;) {
+  for_each_stretch(images, units(), share, [&](int64_t image, int64_t first, int64_t last) {
     NormalizeArgs part = geometry_;
-    part.first = at % units();
-    part.last = std::min(units(), part.first + end - at);
-    body(at / units(), part);
-    at += part.last - part.first;
-  }
+    part.first = first;
+    part.last = last;
+    body(image, part);
+  });
 }
 
 void NormalizeNode::forward(const Frame& values, int64_t images, Share share) const {

@@ -51,18 +51,15 @@ void for_each_part(const PoolArgs& pool, bool row_major, int64_t lanes, int64_t 
   const int planes = row_major ? pool.channels : 1;
   PoolArgs plane = pool;
   plane.channels = static_cast<int32_t>(pool.channels / planes * lanes);
-  const int64_t rows = pool.out_h, end = share.end(images * rows);
-  for (int64_t at = share.begin(images * rows); at < end;) {
-    const int64_t image = at / rows, first = at % rows, last = std::min(rows, first + end - at);
-    at += last - first;
-    const bool whole = last - first == rows;
+  for_each_stretch(images, pool.out_h, share, [&](int64_t image, int64_t first, int64_t last) {
+    const bool whole = last - first == pool.out_h;
     if (whole && lanes == 1) {
       body(image, Part{pool});
     } else {
       for_each_plane(plane, planes, whole ? Part{plane} : window_rows(plane, first, last),
                      [&](const Part& part) { body(image, part); });
     }
-  }
+  });
 }
 
 }  // namespace

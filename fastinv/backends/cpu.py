@@ -23,6 +23,7 @@ from fastinv.inverters import METHODS
 from fastinv.network import Network, Step
 from fastinv.ops.activation import IDENTITY, Activation
 from fastinv.ops.affine import Affine
+from fastinv.ops.attention import Attention
 from fastinv.ops.base import Shape
 from fastinv.ops.concat import Concat
 from fastinv.ops.conv2d import Conv2d
@@ -352,6 +353,13 @@ def _normalize(to: Lowering, step: Step, values: list[int], shapes: list[Shape],
     )
 
 
+def _attention(to: Lowering, step: Step, values: list[int], shapes: list[Shape], output: Shape) -> int:
+    op = step.op
+    assert isinstance(op, Attention)
+    q, k, v = values
+    return to.program.attention(q, k, v, op.heads, op.scale, encode(step.activation))
+
+
 def _activation(to: Lowering, step: Step, values: list[int], shapes: list[Shape], output: Shape) -> int:
     assert isinstance(step.op, Activation)
     value = to.program.activate(values[0], encode(step.op))
@@ -374,6 +382,7 @@ LOWERINGS: dict[str, Lower] = {
     "mul": _mul,
     "affine": _affine,
     "normalize": _normalize,
+    "attention": _attention,
     "concat": _concat,
     "activation": _activation,
 }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastinv.backends.cuda_nodes import (
+    AttentionNode,
     ConvolutionNode,
     GatherNode,
     Index,
@@ -33,9 +34,11 @@ from fastinv.backends.cuda_tuning import tuned
 from fastinv.backends.cuda_window import use_windows
 from fastinv.backends.cuda_window_halves import in_halves
 from fastinv.backends.fusion import fused
+from fastinv.errors import BackendError
 from fastinv.network import Network, Step
 from fastinv.ops.activation import IDENTITY, Activation
 from fastinv.ops.affine import Affine
+from fastinv.ops.attention import Attention
 from fastinv.ops.base import Pair, Shape
 from fastinv.ops.concat import Concat
 from fastinv.ops.conv2d import Conv2d
@@ -378,6 +381,26 @@ def _normalize(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Shap
     return to.add(NormalizeNode(tuple(inputs), to.buffer(size), kernel, statistics, Ending(step.activation)))
 
 
+def _attention(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Shape], shape: Shape) -> Buffer:
+    from fastinv.kernels.triton import attention
+
+    op = step.op
+    assert isinstance(op, Attention)
+    (queries, channels), (keys, value_channels) = shapes[0], shapes[2]
+    sizes = queries, keys, op.heads, channels // op.heads, value_channels // op.heads
+    if max(sizes[3:]) > attention.MOST_CHANNELS:
+        raise BackendError(
+            f"cuda: attention of {max(sizes[3:])} channels a head, expected at most {attention.MOST_CHANNELS}, as "
+            "tiles hold; use backend='cpu' or 'torch'"
+        )
+    kernel = attention.Attention(*sizes, op.scale, to.numbers.dot)
+    total = Buffer(kernel.totals, "float32") if to.differentiable else None
+    apart = to.differentiable and step.activation != IDENTITY  # the way back reads what is before it
+    ending = Ending(IDENTITY if apart else step.activation)
+    value = to.add(AttentionNode(tuple(inputs), to.buffer(math.prod(shape)), kernel, total, ending))
+    return to.activated(value, step.activation) if apart else value
+
+
 def _activation(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Shape], shape: Shape) -> Buffer:
     assert isinstance(step.op, Activation)
     value = to.activated(inputs[0], step.op)
@@ -400,6 +423,7 @@ LOWERINGS: dict[str, Lower] = {
     "mul": _binary,
     "affine": _affine,
     "normalize": _normalize,
+    "attention": _attention,
     "concat": _concat,
     "activation": _activation,
 }

@@ -141,6 +141,33 @@ class NormalizeNode:
 
 
 @dataclass(eq=False)
+class AttentionNode:
+    """Attention of queries, keys and values; `total` keeps each query's sum where a gradient is to go back."""
+
+    inputs: tuple[Buffer, ...]
+    output: Buffer
+    kernel: Any
+    total: Buffer | None
+    ending: Ending
+
+    def forward(self) -> Stage:
+        def make(tensors: Any) -> Any:
+            q, k, v = map(tensors, self.inputs)
+            return self.kernel.launch(q, k, v, tensors(self.output), tensors(self.total), self.ending.epilogue(tensors))
+
+        return Stage(make, self.inputs, (self.output,) if self.total is None else (self.output, self.total))
+
+    def backward(self, which: int, gradient: Buffer, into: Buffer, ending: Ending) -> Stage:
+        assert self.total is not None
+        reads = (gradient, *self.inputs, self.output, self.total)
+
+        def make(tensors: Any) -> Any:
+            return self.kernel.launch_backward(which, *map(tensors, reads), tensors(into), ending.epilogue(tensors))
+
+        return Stage(make, (*reads, *ending.reads), (into,))
+
+
+@dataclass(eq=False)
 class ResampleNode:
     """A separable resampling, and the one with transposed matrices."""
 

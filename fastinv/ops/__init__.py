@@ -4,6 +4,7 @@ from fastinv.ops.activation import Activation
 from fastinv.ops.adaptive_avg_pool2d import AdaptiveAvgPool2d
 from fastinv.ops.add import Add
 from fastinv.ops.affine import Affine
+from fastinv.ops.attention import Attention
 from fastinv.ops.avg_pool2d import AvgPool2d
 from fastinv.ops.base import Op
 from fastinv.ops.concat import Concat
@@ -35,6 +36,7 @@ OPS: dict[str, type[Op]] = {
         Mul,
         Affine,
         Normalize,
+        Attention,
         Concat,
         Reshape,
         Permute,

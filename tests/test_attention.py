@@ -1,0 +1,127 @@
+"""Attention: kernels over odd sizes, large scores, shared by threads; every way to write it becomes the one op."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from architectures import ARCHITECTURES, make
+from checks import check_gradient, kernels, network_of, randn, reference, relative, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fastinv
+from fastinv.errors import FastinvError
+from fastinv.network import Network
+from fastinv.ops.activation import IDENTITY, Activation
+from fastinv.ops.attention import Attention
+from fastinv.ops.base import Case
+from fastinv.ops.linear import Linear
+from fastinv.ops.permute import Permute
+from fastinv.ops.reshape import Reshape
+
+TRANSFORMERS = [name for name in ARCHITECTURES if "transformer" in name]
+
+
+def attention(
+    queries: int, keys: int, heads: int, channels: int, values: int, scale: float, activation: Activation = IDENTITY
+) -> Network:
+    shapes = (queries, heads * channels), (keys, heads * channels), (keys, heads * values)
+    return network_of(Case("", Attention(heads, scale), shapes), activation)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), *[st.integers(1, 5)] * 2, st.integers(1, 70), st.integers(1, 70))
+def test_any_shape(queries: int, keys: int, heads: int, scale: int, channels: int, values: int) -> None:
+    network = attention(queries, keys, heads, channels, values, scale / 10)
+    x = randn(2, *network.input_shape)
+    found = run(network, x)
+    assert relative(found, reference(network, x)) < 1e-5
+    assert np.array_equal(found, np.concatenate([run(network, row[None], threads=3) for row in x]))
+
+
+@pytest.mark.parametrize("kind", ["identity", "gelu"])
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "channels", "values"),
+    [(49, 50, 2, 33, 16), (24, 24, 3, 8, 8), (25, 1, 1, 5, 70), (1, 31, 2, 16, 3), (73, 47, 1, 64, 65)],
+)
+def test_gradient(isa: str, queries: int, keys: int, heads: int, channels: int, values: int, kind: str) -> None:
+    check_gradient(attention(queries, keys, heads, channels, values, 0.3, Activation(kind)))
+
+
+@pytest.mark.parametrize("scale", [100.0, -3.0, 0.0])
+def test_scores_of_any_size(isa: str, scale: float) -> None:
+    """The largest is taken from all before the exponential: none overflows. float32 keeps 1e-5 of scores of 100."""
+    network = attention(20, 37, 2, 16, 9, scale)
+    x = randn(2, *network.input_shape)
+    assert relative(run(network, x), reference(network, x)) < 1e-4
+
+
+def test_one_value_three_times(isa: str) -> None:
+    """Queries, keys and values may be the same: three gradients add up."""
+    step = attention(9, 9, 2, 4, 4, 0.5).steps[-1]
+    network = Network((9, 8), (dataclasses.replace(step, inputs=(0, 0, 0)),))
+    x = randn(3, 9, 8)
+    assert relative(run(network, x), reference(network, x)) < 1e-5
+    assert kernels(network) == ["attention"]
+    check_gradient(network)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_no_element_moves(name: str) -> None:
+    """Whatever a model does to have its heads apart: layers of tokens, attention of tokens, and nothing between."""
+    module, shape = make(name)
+    network = fastinv.export(module, torch.zeros(2, *shape))
+    first = next(i for i, step in enumerate(network.steps) if step.op.name == "normalize" or step.op.name == "linear")
+    blocks = network.steps[first:]
+    assert sum(isinstance(step.op, Attention) for step in blocks) == 2
+    assert not any(isinstance(step.op, (Permute, Reshape)) for step in blocks)
+    for step in blocks:
+        if isinstance(step.op, Attention):
+            assert all(isinstance(network.steps[value - 1].op, Linear) for value in step.inputs)
+
+
+def test_attention_across() -> None:
+    """Queries from one place, keys and values, of other sizes, from another."""
+
+    class Across(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(12, 3, kdim=8, vdim=10, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x[:, 0, :, :12], x[:, 1, :5, :8], x[:, 2, :5, :10], need_weights=False)[0]
+
+    torch.manual_seed(0)
+    module = Across().eval()
+    x = torch.randn(3, 3, 7, 14)
+    engine = fastinv.compile(fastinv.export(module, x), backend="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(engine(x), module(x), rtol=1e-5, atol=1e-5)
+
+
+def test_pytorch_is_left_as_it_was() -> None:
+    forward, fast = nn.MultiheadAttention.forward, torch.backends.mha.get_fastpath_enabled()
+    fastinv.export(make("vision-transformer-of-pytorch")[0], torch.zeros(2, 3, 16, 16))
+    with pytest.raises(FastinvError, match="batch axis"):
+        fastinv.export(nn.TransformerEncoderLayer(8, 2, 8).eval(), torch.zeros(2, 5, 8))
+    assert nn.MultiheadAttention.forward is forward
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+def test_rmle_through_a_transformer(optimizer: str) -> None:
+    module, shape = make("vision-transformer-one-layer")
+    edge = fastinv.export(module, torch.zeros(2, *shape))
+    images = np.random.default_rng(0).uniform(0, 1, (3, *shape)).astype(np.float32)
+    features = reference(edge, images).astype(np.float32)
+    start = np.random.default_rng(1).uniform(0.3, 0.7, shape).astype(np.float32)
+    recipe = fastinv.RMLE(edge, shape, steps=20, lr=0.05, optimizer=optimizer, init=start, tv_weight=1e-3)
+    recovered, report = fastinv.invert(features, recipe, backend="cpu", return_report=True)
+    _, told = fastinv.invert(features, recipe, backend="torch", return_report=True)
+    within = 1e-3 if optimizer == "adam" else 2e-2  # line searches go apart where rounding decides
+    np.testing.assert_allclose(report.objective, told.objective, rtol=within)
+    np.testing.assert_array_equal(fastinv.invert(features[1:2], recipe, backend="cpu", threads=2), recovered[1:2])
