@@ -178,7 +178,7 @@ def _problem(
     """The objective, summed over the images, and where they start."""
     recipe = _recipe(subject)
     edge = copy.deepcopy(subject.eager).requires_grad_(False).to(memory_format=layout)  # type: ignore[call-overload]
-    features = x.contiguous(memory_format=layout)
+    features = x.contiguous(memory_format=layout) if x.ndim == 4 else x  # tokens have no channels to be last
 
     def objective(z: torch.Tensor) -> torch.Tensor:
         residual = (edge(z) - features).square().sum()

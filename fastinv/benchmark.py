@@ -25,7 +25,7 @@ from fastinv.engine import Engine, Solver, compile
 from fastinv.errors import BackendError
 from fastinv.export import export
 from fastinv.inverters import RMLE
-from fastinv.models import cifar_net, lenet5, make_decoder, resnet_decoder, resnet_edge
+from fastinv.models import cifar_net, lenet5, make_decoder, resnet_decoder, resnet_edge, transformer_edge
 from fastinv.network import Network, Step
 from fastinv.ops import OPS
 from fastinv.ops.activation import IDENTITY, Activation
@@ -129,12 +129,13 @@ def ops() -> Iterator[Subject]:
 
 
 def solvers(steps: int = SOLVER_STEPS) -> Iterator[Subject]:
-    """rMLE through the paper's edges, and through the first layers of ResNet-18, from a random start."""
+    """rMLE through the paper's edges, and the first layers of ResNet-18 and of a vision transformer; random starts."""
     torch.manual_seed(0)
     for target, image, splits in (
         (lenet5(), (1, 28, 28), ("conv1", "ReLU2")),
         (cifar_net(), (3, 32, 32), ("conv11", "ReLU22", "ReLU32")),
         (resnet_edge(), (3, 64, 64), ("layer1",)),
+        (transformer_edge(), (3, 32, 32), ("blocks",)),
     ):
         start = np.random.default_rng(0).random(image, np.float32)
         for at in splits:

@@ -276,3 +276,27 @@ def resnet_edge() -> nn.Sequential:
     )
     initialise(edge)
     return edge
+
+
+class _Tokens(nn.Module):
+    """Patches of [3, 32, 32] images as tokens [64, width], with their positions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, 64, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens: torch.Tensor = self.patches(x).flatten(2).mT + self.positions
+        return tokens
+
+
+def transformer_edge() -> nn.Sequential:
+    """Two blocks of a vision transformer (ViT-Ti: width 192, three heads) on 4×4 patches of images [3, 32, 32], to
+    tokens [64, 192], for benchmarks."""
+    width, heads = 192, 3
+    blocks = (
+        nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, nn.functional.gelu, batch_first=True, norm_first=True)
+        for _ in range(2)
+    )
+    return nn.Sequential(OrderedDict(tokens=_Tokens(width), blocks=nn.Sequential(*blocks)))
