@@ -41,8 +41,8 @@ def _cast(to: Conversion, x: Value, *args: Any, **kwargs: Any) -> Value:
 
 
 def _matmul(to: Conversion, a: Any, b: Any) -> Value:
-    computed = isinstance(a, Value) and isinstance(b, Value)
-    return attention.matmul(to, a, b) if computed else axes.matmul(to, a, b)
+    constant = not (isinstance(a, Value) and isinstance(b, Value))
+    return axes.matmul(to, a, b) if constant else attention.matmul(to, a, b)
 
 
 def _dropout(to: Conversion, x: Value, p: float, train: bool) -> Value:
@@ -105,7 +105,7 @@ def _table() -> dict[str, Callable[..., Any]]:
         **_named(axes.amax, "amax.default"),
         **_named(axes.max_along, "max.dim"),
         **_named(axes.matmul, "mm.default"),
-        **_named(_matmul, "matmul.default"),
+        **_named(attention.or_scores(_matmul, attention.matmul), "matmul.default"),
         **_named(attention.softmax, "softmax.int"),
         **_named(axes.addmm, "addmm.default"),
         **_named(axes.einsum, "einsum.default"),

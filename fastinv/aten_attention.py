@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
@@ -105,8 +104,8 @@ def matmul(to: Conversion, a: Any, b: Any) -> Value:
     """Of two computed values: q · kᵀ, or what its softmax weighs."""
     if isinstance(a, Scores) and a.softmax and isinstance(b, Value) and not isinstance(b, Scores):
         return _attention(to, a.q, a.k, b, a.scale)
-    fits = len(a.shape) == len(b.shape) in (2, 3) and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2]
-    if isinstance(a, Scores) or isinstance(b, Scores) or not fits:
+    known = isinstance(a, Scores) or isinstance(b, Scores)
+    if known or len(a.shape) not in (2, 3) or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
         to.unsupported("a product of two computed values, which only attention may be,")
     axes = (*range(len(b.shape) - 2), len(b.shape) - 1, len(b.shape) - 2)
     keys = to.emit(Permute(axes), [b])
@@ -121,7 +120,7 @@ def scaled(to: Conversion, a: Any, b: Any) -> Value:
 
 
 def divided(to: Conversion, a: Any, b: Any) -> Value:
-    return scaled(to, a, 1 / b)
+    return scaled(to, a, b if isinstance(b, Value) else 1 / b)
 
 
 def softmax(to: Conversion, x: Value, axis: int, *_: Any) -> Value:
@@ -205,10 +204,11 @@ def batch_first_attention() -> Iterator[None]:
     gradient is asked for, go through `scaled_dot_product_attention` with the batch first, which computes the same."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    nn.MultiheadAttention.forward = _multihead_attention  # type: ignore[method-assign]
     try:
-        with patch.object(nn.MultiheadAttention, "forward", _multihead_attention):
-            yield
+        yield
     finally:
+        nn.MultiheadAttention.forward = _original  # type: ignore[method-assign]
         torch.backends.mha.set_fastpath_enabled(fast)
 
 

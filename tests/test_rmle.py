@@ -5,9 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import checks
 import numpy as np
 import pytest
 import torch
+from architectures import make
+from checks import relative
 from torch import nn
 
 import fastinv
@@ -242,3 +245,25 @@ def test_presets_make_recipes(split: fastinv.Split) -> None:
     edge = fastinv.export(split.edge, torch.zeros(2, 1, 28, 28))
     recipe = fastinv.RMLE(edge, (1, 28, 28), **NORM, **PAPER_PRESETS["ReLU2"])
     assert (recipe.steps, recipe.lr, recipe.clamp) == (5000, 1e-3, None)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+@pytest.mark.parametrize(
+    "name", ["group-norm-blocks", "convnext-prefix", "mixer-prefix", "vision-transformer-one-layer"]
+)
+def test_rmle_through_edges_of_other_people(name: str, optimizer: str) -> None:
+    """The compiled solver's objective is that of the definition, in float64, however many threads share an image."""
+    module, shape = make(name)
+    edge = fastinv.export(module, torch.zeros(2, *shape))
+    images = np.random.default_rng(0).uniform(0, 1, (3, *shape)).astype(np.float32)
+    features = checks.reference(edge, images).astype(np.float32)
+    start = np.random.default_rng(1).uniform(0.3, 0.7, shape).astype(np.float32)
+    recipe = fastinv.RMLE(edge, shape, steps=20, lr=0.05, optimizer=optimizer, init=start, tv_weight=1e-3)
+    recovered, report = fastinv.invert(features, recipe, backend="cpu", return_report=True)
+    expected, told = fastinv.invert(features, recipe, backend="torch", return_report=True)
+    within = 1e-3 if optimizer == "adam" else 2e-2  # line searches go apart where rounding decides
+    np.testing.assert_allclose(report.objective, told.objective, rtol=within)
+    if optimizer == "adam":
+        assert relative(recovered, expected) < 1e-3
+    one = fastinv.invert(features[1:2], recipe, backend="cpu", threads=2)
+    np.testing.assert_array_equal(one, recovered[1:2])
