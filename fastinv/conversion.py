@@ -127,8 +127,8 @@ class Conversion:
         if holds((args, kwargs), SYMBOLS) and name not in RESHAPES:
             self.unsupported(f"the operation {name} on the batch size, which must not change what one image gives")
         if not holds((args, kwargs), Value):
-            if name in ("aten.expand.default", "aten.repeat.default"):  # for each image: as one, which broadcasts
-                args = (args[0], [1, *args[1][1:]] if isinstance(args[1][0], SYMBOLS) else args[1])
+            if holds(args, SYMBOLS):
+                args = self._for_one_image(name, args)
             with torch.no_grad():
                 assert callable(node.target)
                 return node.target(*args, **kwargs)
@@ -145,6 +145,13 @@ class Conversion:
             assert isinstance(changed, Node)
             self.known[changed] = result
         return result
+
+    def _for_one_image(self, name: str, args: Any) -> Any:
+        """The arguments of a call that gives a constant to each image of the batch, for one, which broadcasts."""
+        constant, sizes = args[0], list(args[-1])
+        if len(args) != 2 or not isinstance(sizes[0], SYMBOLS) or holds(sizes[1:], SYMBOLS):
+            self.unsupported(f"the operation {name} on the batch size, which must not change what one image gives")
+        return constant, [1, *sizes[1:]]
 
     def _resolve(self, argument: Any) -> Any:
         """`argument` with nodes replaced by what they stand for."""

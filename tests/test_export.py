@@ -179,6 +179,7 @@ def test_functions(function) -> None:
             "attention to constants",
         ),
         (Function(lambda x: F.scaled_dot_product_attention(*[x.view(-1, 3, 2, 2, 4)] * 3)), "attention of shapes"),
+        (Function(lambda x: x + torch.ones(1).expand(3, x.shape[0]).T[:, :, None, None]), "on the batch size"),
         (Function(lambda x: x.permute(1, 0, 2, 3)), "moves the batch axis"),
         (Function(lambda x: x.permute(1, 0, 2, 3) + 1), "moves the batch axis"),
         (Function(lambda x: torch.cat([x.permute(1, 0, 2, 3)] * 2, 2)), "moves the batch axis"),

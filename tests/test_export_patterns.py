@@ -168,6 +168,7 @@ FUNCTIONS = (
     "(x @ x.mT).mul(0.2).softmax(3).clone() @ x",
     "x.permute(1, 0, 3, 2)[2].mT + x.permute(2, 1, 0, 3).unbind(1)[0].movedim(1, 0)",
     "torch.cat([c[:6].reshape(1, 6, 1, 1).expand(x.shape[0], -1, 3, 10), x], 2)",
+    "torch.cat([c[:6].repeat(x.shape[0], 1).view(x.shape[0], 6, 1, 1).expand(-1, -1, 8, 2), x], 3)",
     "torch.cat([x.flatten(2), c[:20].reshape(1, 1, 20).repeat(x.shape[0], 6, 1)], 2)",
     "torch.maximum(x, x.flip(3)) - torch.min(x, 0.5 * x)",
     "torch.maximum(x, torch.tensor(0.3)) + torch.minimum(c[:10], x)",
