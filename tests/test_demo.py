@@ -161,7 +161,7 @@ def test_subjects_cover_decoders_and_splits() -> None:
     assert [subject.name for subject in benchmark.decoders()] == names
     solvers = list(benchmark.solvers(steps=1))
     assert [subject.name for subject in solvers] == [
-        f"rMLE {at}, 1 steps" for at in ("conv1", "ReLU2", "conv11", "ReLU22", "ReLU32", "layer1")
+        f"rMLE {at}, 1 steps" for at in ("conv1", "ReLU2", "conv11", "ReLU22", "ReLU32", "layer1", "blocks")
     ]
     timing = benchmark.measure(solvers[0], batch=2, repeat=1)
     assert timing.error < benchmark.SOLVER_TOLERANCE
