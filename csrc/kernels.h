@@ -390,8 +390,7 @@ struct AffineArgs {
   Activation activation;
 };
 
-// ---- norms
-// -----------------------------------------------------------------------------------------------------------
+// ---- norms ---------------------------------------------------------------------------------------------------------
 
 // y = (x − μ) / √(σ² + eps) · weight + bias of a matrix [rows, channels], μ and σ² over channels / groups channels of a
 // row, or, where `spatial`, of all rows.
@@ -420,8 +419,7 @@ struct NormalizeGradientArgs {
   bool accumulate;
 };
 
-// ---- attention
-// -------------------------------------------------------------------------------------------------------
+// ---- attention -----------------------------------------------------------------------------------------------------
 
 constexpr int kAttentionBlock = 24;  // queries at once: four tiles of rows
 

@@ -323,8 +323,9 @@ int Program::normalize(int input, std::vector<float> weight, std::vector<float> 
 int Program::attention(int q, int k, int v, int heads, float scale, Activation activation) {
   const Shape queries = shape(q), keys = shape(k), values = shape(v);
   const bool matrices = queries.size() == 2 && keys.size() == 2 && values.size() == 2;
-  if (!matrices || queries[1] != keys[1] || keys[0] != values[0])
+  if (!matrices || queries[1] != keys[1] || keys[0] != values[0]) {
     throw std::invalid_argument("attention: wrong shapes");
+  }
   if (heads < 1 || queries[1] % heads != 0 || values[1] % heads != 0) {
     throw std::invalid_argument("attention: wrong number of heads");
   }

@@ -32,7 +32,7 @@ from fastinv.ops.permute import Permute
 from fastinv.ops.rearrange import Rearrange
 from fastinv.ops.reshape import Reshape
 from fastinv.ops.separable import Separable
-from fastinv.simplify import picked_channels
+from fastinv.simplify import picked, picked_channels
 
 Index = npt.NDArray[np.int64]
 
@@ -79,9 +79,8 @@ def _attention(to: Conversion, q: Value, k: Value, v: Value, scale: float) -> Va
     heads = q.shape[0] if len(q.shape) == 3 else 1
     if len(q.shape) not in (2, 3) or any(x.shape[:-2] != q.shape[:-2] for x in (k, v)):
         to.unsupported(f"attention of shapes {list(q.shape)}, {list(k.shape)} and {list(v.shape)}")
-    (queries, q_factor), (keys, k_factor) = (_tokens(to, *_unscaled(to, x)) for x in (q, k))
-    values, _ = _tokens(to, v)
-    y = to.emit(Attention(heads, scale * q_factor * k_factor), [queries, keys, values])
+    (q, q_factor), (k, k_factor) = (_unscaled(to, x) for x in (q, k))
+    y = to.emit(Attention(heads, scale * q_factor * k_factor), [_tokens(to, x) for x in (q, k, v)])
     if len(q.shape) == 2:
         return y
     return to.emit(Permute((1, 0, 2)), [to.emit(Reshape((y.shape[0], heads, v.shape[2])), [y])])
@@ -144,8 +143,8 @@ def _unscaled(to: Conversion, x: Value) -> tuple[Value, float]:
     return x, 1.0
 
 
-def _tokens(to: Conversion, x: Value, factor: float = 1.0) -> tuple[Value, float]:
-    """x [heads, T, D] as [T, heads · D]; [T, D] as it is; and the factor."""
+def _tokens(to: Conversion, x: Value) -> Value:
+    """x [heads, T, D] as [T, heads · D]; [T, D] as it is."""
     shape = x.shape if len(x.shape) == 3 else (1, *x.shape)
     tokens, size = shape[1], math.prod(shape)
     index = np.arange(size).reshape(shape).transpose(1, 0, 2).reshape(tokens, -1)
@@ -161,16 +160,16 @@ def _tokens(to: Conversion, x: Value, factor: float = 1.0) -> tuple[Value, float
         value = to.steps[value - 1].inputs[0]
     if found is None:
         turned = to.emit(Permute((1, 0, 2)), [x])
-        return to.emit(Reshape((tokens, size // tokens)), [turned]), factor
+        return to.emit(Reshape((tokens, size // tokens)), [turned])
     value, columns = found
     width = to.shapes[value][1]
     if np.array_equal(columns, np.arange(width)):
-        return Value(value, to.shapes[value]), factor
+        return Value(value, to.shapes[value])
     step = to.steps[value - 1] if value > 0 else None
     if step is None or not isinstance(step.op, Linear) or step.activation != IDENTITY:
-        return take(to, Value(value, to.shapes[value]), 1, torch.from_numpy(columns)), factor
+        return take(to, Value(value, to.shapes[value]), 1, torch.from_numpy(columns))
     weights = {key: torch.from_numpy(weight[columns]) for key, weight in step.weights.items()}
-    return to.emit(Linear(), [Value(step.inputs[0], to.shapes[step.inputs[0]])], **weights), factor
+    return to.emit(Linear(), [Value(step.inputs[0], to.shapes[step.inputs[0]])], **weights)
 
 
 def _columns(index: Index, shape: Shape) -> Index | None:
@@ -192,9 +191,8 @@ def _moved(step: Step, shapes: list[Shape]) -> Index | None:
     if isinstance(step.op, Conv2d) and (channels := picked_channels(step)) is not None:
         return np.arange(math.prod(shape)).reshape(shape)[channels]
     if isinstance(step.op, Separable) and "columns" not in step.weights:
-        rows = step.weights["rows"]
-        if ((rows != 0).sum(1) == 1).all() and ((rows == 1).sum(1) == 1).all():
-            return np.arange(math.prod(shape)).reshape(shape)[:, rows.argmax(1)]
+        rows = picked(step.weights["rows"])
+        return None if rows is None else np.arange(math.prod(shape)).reshape(shape)[:, rows]
     return None
 
 

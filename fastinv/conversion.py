@@ -105,10 +105,7 @@ class Conversion:
         if not isinstance(outputs[0], Value):
             raise NetworkError("export: the output does not depend on the input")
         value = outputs[0]
-        if value.batch:
-            self.unsupported("a permutation that moves the batch axis")
-        if value.index < 0:
-            self.unsupported("a product of two computed values, which only attention may be,")
+        self._expect_plain("the result", [value])
         if value.index != len(self.steps):  # the last step must be the output: end with a copy
             self.emit(Activation(), [value])
         return simplify(Network(self.input_shape, tuple(self.steps)))
@@ -125,8 +122,9 @@ class Conversion:
                 self.unsupported("the positions of maxima")
             return piece
         if holds((args, kwargs), SYMBOLS) and name not in RESHAPES:
-            self.unsupported(f"the operation {name} on the batch size, which must not change what one image gives")
-        if not holds((args, kwargs), Value):
+            self._refuse_batch_size(name)
+        given = list(instances((args, kwargs), Value))
+        if not given:
             if holds(args, SYMBOLS):
                 args = self._for_one_image(name, args)
             with torch.no_grad():
@@ -134,11 +132,7 @@ class Conversion:
                 return node.target(*args, **kwargs)
         if name not in self.converters:
             self.unsupported(f"the operation {name}")
-        given = list(values_in((args, kwargs)))
-        if name not in MOVES and any(value.batch for value in given):
-            self.unsupported("a permutation that moves the batch axis")
-        if name not in OF_SCORES and any(value.index < 0 for value in given):
-            self.unsupported(f"{name} of a product of two computed values, which only attention may be,")
+        self._expect_plain(name, given)
         result = self.converters[name](self, *args, **kwargs)
         if name.split(".")[1].endswith("_"):  # in place: who reads the argument from now on sees the result
             changed = node.args[0]
@@ -150,8 +144,18 @@ class Conversion:
         """The arguments of a call that gives a constant to each image of the batch, for one, which broadcasts."""
         constant, sizes = args[0], list(args[-1])
         if len(args) != 2 or not isinstance(sizes[0], SYMBOLS) or holds(sizes[1:], SYMBOLS):
-            self.unsupported(f"the operation {name} on the batch size, which must not change what one image gives")
+            self._refuse_batch_size(name)
         return constant, [1, *sizes[1:]]
+
+    def _refuse_batch_size(self, name: str) -> NoReturn:
+        self.unsupported(f"the operation {name} on the batch size, which must not change what one image gives")
+
+    def _expect_plain(self, name: str, values: Sequence[Value]) -> None:
+        """What this call, or "the result", is made of has the batch first and is a value, but for what takes others."""
+        if name not in MOVES and any(value.batch for value in values):
+            self.unsupported("a permutation that moves the batch axis")
+        if name not in OF_SCORES and any(value.index < 0 for value in values):
+            self.unsupported(f"{name} of a product of two computed values, which only attention may be,")
 
     def _resolve(self, argument: Any) -> Any:
         """`argument` with nodes replaced by what they stand for."""
@@ -203,21 +207,17 @@ class Conversion:
         return tuple(sizes[1:])
 
 
-def values_in(argument: Any) -> Iterator[Value]:
-    """All values anywhere in the argument."""
+def instances(argument: Any, kinds: type | tuple[type, ...]) -> Iterator[Any]:
+    """All of these types anywhere in the argument."""
     if isinstance(argument, dict):
         argument = tuple(argument.values())
     if isinstance(argument, (tuple, list)):
         for a in argument:
-            yield from values_in(a)
-    elif isinstance(argument, Value):
+            yield from instances(a, kinds)
+    elif isinstance(argument, kinds):
         yield argument
 
 
 def holds(argument: Any, kinds: type | tuple[type, ...]) -> bool:
     """Whether something of these types is anywhere in the argument."""
-    if isinstance(argument, dict):
-        argument = tuple(argument.values())
-    if isinstance(argument, (tuple, list)):
-        return any(holds(a, kinds) for a in argument)
-    return isinstance(argument, kinds)
+    return any(True for _ in instances(argument, kinds))

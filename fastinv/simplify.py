@@ -292,9 +292,13 @@ def picked_channels(step: Step) -> npt.NDArray[np.intp] | None:
     """The channels that a step copies, if that is all it does: a 1×1 convolution of zeros and ones."""
     if step.op != Conv2d() or step.weights["weight"].shape[2:] != (1, 1) or step.weights["bias"].any():
         return None
-    weight = step.weights["weight"][:, :, 0, 0]
-    alone = ((weight == 1).sum(1) == 1) & ((weight != 0).sum(1) == 1)
-    return weight.argmax(1) if alone.all() else None
+    return picked(step.weights["weight"][:, :, 0, 0])
+
+
+def picked(matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.intp] | None:
+    """Which element each row of a matrix copies, if that is all that rows do: a 1 each, and zeros."""
+    alone = ((matrix == 1).sum(1) == 1) & ((matrix != 0).sum(1) == 1)
+    return matrix.argmax(1) if alone.all() else None
 
 
 def _channel_axis(step: Step, shape: Shape) -> int | None:

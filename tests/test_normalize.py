@@ -1,4 +1,4 @@
-"""Norms on the statistics of the image itself: kernels over odd sizes, far from zero, shared by threads, and rMLE."""
+"""Norms on the statistics of the image itself: kernels over odd sizes, far from zero, shared by threads; decoders."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_any_shape(network: Network) -> None:
     ("op", "shape"),
     [
         (Normalize(2, spatial=True), (6, 40, 31)),  # several stretches of a sum
-        (Normalize(1, spatial=True), (150, 9, 9)),  # blocks of four vectors, two and one
+        (Normalize(1, spatial=True), (150, 9, 9)),  # two vectors of channels at a time, and one
         (Normalize(16, spatial=True), (64, 24, 24)),
         (Normalize(7, spatial=True, centered=False), (7, 33, 20)),
         (Normalize(), (96, 12, 12)),

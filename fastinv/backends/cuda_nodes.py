@@ -87,84 +87,58 @@ class ConvolutionNode:
 
 
 @dataclass(eq=False)
-class MaxPoolNode:
-    """A max pool; `taps` keeps the places of the maxima where a gradient is to go back."""
+class KeepingNode:
+    """A node whose kernel keeps something for the way back, in `kept`; None where no gradient is to go back."""
 
     inputs: tuple[Buffer, ...]
     output: Buffer
     kernel: Any
-    taps: Buffer | None
+    kept: Buffer | None
     ending: Ending
 
     def forward(self) -> Stage:
         def make(tensors: Any) -> Any:
-            x, out = tensors(self.inputs[0]), tensors(self.output)
-            return self.kernel.launch(x, out, tensors(self.taps), self.ending.epilogue(tensors))
+            given, out, kept = map(tensors, self.inputs), tensors(self.output), tensors(self.kept)
+            return self.kernel.launch(*given, out, kept, self.ending.epilogue(tensors))
 
-        return Stage(make, self.inputs, (self.output,) if self.taps is None else (self.output, self.taps))
-
-    def backward(self, which: int, gradient: Buffer, into: Buffer, ending: Ending) -> Stage:
-        assert self.taps is not None
-
-        def make(tensors: Any) -> Any:
-            taps, out = tensors(self.taps), tensors(into)
-            return self.kernel.launch_backward(tensors(gradient), taps, out, ending.epilogue(tensors))
-
-        return Stage(make, (gradient, self.taps, *ending.reads), (into,))
-
-
-@dataclass(eq=False)
-class NormalizeNode:
-    """A norm; `statistics` keeps mean and deviation of each group where a gradient is to go back."""
-
-    inputs: tuple[Buffer, ...]
-    output: Buffer
-    kernel: Any
-    statistics: Buffer | None
-    ending: Ending
-
-    def forward(self) -> Stage:
-        def make(tensors: Any) -> Any:
-            x, out = tensors(self.inputs[0]), tensors(self.output)
-            return self.kernel.launch(x, out, tensors(self.statistics), self.ending.epilogue(tensors))
-
-        return Stage(make, self.inputs, (self.output,) if self.statistics is None else (self.output, self.statistics))
+        return Stage(make, self.inputs, (self.output,) if self.kept is None else (self.output, self.kept))
 
     def backward(self, which: int, gradient: Buffer, into: Buffer, ending: Ending) -> Stage:
-        assert self.statistics is not None
-        reads = (gradient, *self.inputs, self.statistics)
+        assert self.kept is not None
+        reads = (gradient, *self.read_again(), self.kept)
 
         def make(tensors: Any) -> Any:
-            return self.kernel.launch_backward(*map(tensors, reads), tensors(into), ending.epilogue(tensors))
+            return self.launch_backward(which, *map(tensors, reads), tensors(into), ending.epilogue(tensors))
 
         return Stage(make, (*reads, *ending.reads), (into,))
 
+    def read_again(self) -> tuple[Buffer, ...]:
+        """What the way back reads of the way forward, besides."""
+        return self.inputs
 
-@dataclass(eq=False)
-class AttentionNode:
-    """Attention of queries, keys and values; `total` keeps each query's sum where a gradient is to go back."""
+    def launch_backward(self, which: int, *tensors: Any) -> Any:
+        return self.kernel.launch_backward(*tensors)
 
-    inputs: tuple[Buffer, ...]
-    output: Buffer
-    kernel: Any
-    total: Buffer | None
-    ending: Ending
 
-    def forward(self) -> Stage:
-        def make(tensors: Any) -> Any:
-            q, k, v = map(tensors, self.inputs)
-            return self.kernel.launch(q, k, v, tensors(self.output), tensors(self.total), self.ending.epilogue(tensors))
+class MaxPoolNode(KeepingNode):
+    """A max pool, which keeps the places of the maxima."""
 
-        return Stage(make, self.inputs, (self.output,) if self.total is None else (self.output, self.total))
+    def read_again(self) -> tuple[Buffer, ...]:
+        return ()
 
-    def backward(self, which: int, gradient: Buffer, into: Buffer, ending: Ending) -> Stage:
-        assert self.total is not None
-        reads = (gradient, *self.inputs, self.output, self.total)
 
-        def make(tensors: Any) -> Any:
-            return self.kernel.launch_backward(which, *map(tensors, reads), tensors(into), ending.epilogue(tensors))
+class NormalizeNode(KeepingNode):
+    """A norm, which keeps mean and deviation of each group."""
 
-        return Stage(make, (*reads, *ending.reads), (into,))
+
+class AttentionNode(KeepingNode):
+    """Attention of queries, keys and values, which keeps the sum of each query's weights."""
+
+    def read_again(self) -> tuple[Buffer, ...]:
+        return (*self.inputs, self.output)
+
+    def launch_backward(self, which: int, *tensors: Any) -> Any:
+        return self.kernel.launch_backward(which, *tensors)
 
 
 @dataclass(eq=False)

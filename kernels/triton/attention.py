@@ -183,9 +183,9 @@ class Attention:
         # Registers hold the sums, and with tf32x3 the halves of factors: what is left is for tiles of the others.
         width = max(self._constants["PC"], self._constants["PE"]) * tensors["q"].element_size()
         own = 64 if width <= 256 else 32 if width <= 512 else 16
-        tiles = {"BM": min(own, 32) if width > 128 else 64, "BN": min(own, 32) if width > 128 else 64, block: own}
+        other = 64 if width <= 128 else min(own, 32)
+        tiles = {"BM": other, "BN": other, block: own}
         constants = {**self._constants, **constants, **tiles, "KIND": epilogue.kind}
         programs = images * self._heads * ceil_div(tokens, tiles[block])
-        return Launch(
-            kernel, programs, {**tensors, **self._args, **epilogue.args}, constants, 8 if width > 256 else 4, 2
-        )
+        args = {**tensors, **self._args, **epilogue.args}
+        return Launch(kernel, programs, args, constants, warps=8 if width > 256 else 4, stages=2)
