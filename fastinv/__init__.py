@@ -43,6 +43,7 @@ from fastinv.network import Network, Step
 if TYPE_CHECKING:
     from fastinv.attacks.inverse_network import train_inverse_network
     from fastinv.attacks.shadow import fit_shadow, train_shadow
+    from fastinv.bulk.log import LogReport, invert_log
     from fastinv.data import knowledge
     from fastinv.metrics import psnr, ssim
     from fastinv.models import make_decoder
@@ -51,8 +52,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "LogReport": "fastinv.bulk.log",
     "Split": "fastinv.split",
     "fit_shadow": "fastinv.attacks.shadow",
+    "invert_log": "fastinv.bulk.log",
     "knowledge": "fastinv.data",
     "make_decoder": "fastinv.models",
     "psnr": "fastinv.metrics",
@@ -72,6 +75,7 @@ __all__ = [
     "Interrupted",
     "InverseNetwork",
     "Inverter",
+    "LogReport",
     "Network",
     "NetworkError",
     "Report",
@@ -85,6 +89,7 @@ __all__ = [
     "export",
     "fit_shadow",
     "invert",
+    "invert_log",
     "knowledge",
     "load",
     "make_decoder",

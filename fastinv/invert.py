@@ -70,7 +70,7 @@ def use(inverter: str | Path | Inverter | None) -> None:
         NetworkError: neither a path nor an inverter.
     """
     global _default
-    _default = None if inverter is None else _resolve(inverter)
+    _default = None if inverter is None else resolve(inverter)
 
 
 def invert(
@@ -124,7 +124,7 @@ def invert(
         raise FeatureError(f"dtype {given!r:.40}, expected one of {', '.join(DTYPES)}")
     if batch_size is not None and (not tensors.is_whole(batch_size) or batch_size < 1):
         raise FeatureError(f"batch_size {batch_size!r:.40}, expected an integer of at least 1, or None")
-    found = _resolve(inverter)
+    found = resolve(inverter)
     if tensors.on_gpu(features):
         batch = tensors.features_there(features, found.feature_shape, scale=scale, zero_point=zero_point)
         images, report = _machine(found, backend, precision, threads).run_there(batch, dtype)
@@ -184,7 +184,8 @@ def _copied(images: Any, out: Any) -> Any:
     return out.copy_(images)
 
 
-def _resolve(inverter: Any) -> Inverter:
+def resolve(inverter: Any) -> Inverter:
+    """The inverter that this argument of `invert` stands for."""
     inverter = _default if inverter is None else inverter
     inverter = os.environ.get("FASTINV_INVERTER") or None if inverter is None else inverter
     if isinstance(inverter, Inverter):

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from fastinv.errors import FormatError
+
+FRESH = 60  # seconds; a file may be younger that is about to be locked
+
+_PREFIX, _SUFFIX = ".fastinv-", ".tmp"
 
 
 @contextmanager
@@ -22,7 +28,7 @@ def beside(path: str | Path) -> Iterator[Path]:
     What the system refuses is raised as it comes, an OSError.
     """
     target = _real(path)
-    temporary = target.with_name(f".fastinv-{secrets.token_hex(8)}.tmp")  # fits where a long name of `path` does
+    temporary = target.with_name(f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")  # fits where a long name of `path` does
     try:
         yield temporary
         os.replace(temporary, target)
@@ -35,9 +41,20 @@ def beside(path: str | Path) -> Iterator[Path]:
 def new_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` as `beside` has it, once it is on the disk."""
     with beside(path) as temporary, open(temporary, "xb") as file:
+        with suppress(OSError):  # where files cannot be locked, none is swept
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield file
         file.flush()
         os.fsync(file.fileno())
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that were killed had begun to write `beside` files in this folder, and below it."""
+    for temporary in folder.rglob(f"{_PREFIX}*{_SUFFIX}"):
+        with suppress(OSError), open(temporary, "rb") as file:
+            if time.time() - os.fstat(file.fileno()).st_mtime > FRESH:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while somebody writes it
+                temporary.unlink()
 
 
 def try_beside(path: str | Path) -> None:

@@ -243,6 +243,13 @@ def _as_it_is(x: torch.Tensor) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Bits:
+    """bfloat16 numbers of a file, for which numpy has no type, as their bits: uint16."""
+
+    data: npt.NDArray[np.uint16]
+
+
 def as_numpy(x: Any, what: str, also: str = "") -> tuple[npt.NDArray[Any], str, bool]:
     """`x` as an array of the same memory (bfloat16 as uint16), its dtype's name, and whether it is a torch tensor.
 
@@ -269,6 +276,8 @@ def as_numpy(x: Any, what: str, also: str = "") -> tuple[npt.NDArray[Any], str, 
         x = x.detach().resolve_neg().resolve_conj()
         bits = x.view(torch.uint16) if x.dtype is torch.bfloat16 else x
         return bits.numpy(), dtype, True
+    if isinstance(x, Bits):
+        return x.data, "bfloat16", False
     if isinstance(x, np.ma.MaskedArray):
         raise FeatureError(f"{what}: a masked array, expected a plain one: pass x.filled(number)")
     if isinstance(x, np.ndarray):

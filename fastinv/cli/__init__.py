@@ -1,6 +1,7 @@
 """The command line: `fastinv demo | train | invert | info | bench`, one file each.
 
-Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted, or ended by SIGTERM.
+Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 3 finished but for some rows or files of a
+log, 130 interrupted, or ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         with _termination_as_interruption():
-            args.run(args)
+            code = args.run(args) or 0
         sys.stdout.flush()
     except KeyboardInterrupt as stopped:
         print(f"fastinv {args.command}: {str(stopped) or 'interrupted'}", file=sys.stderr)
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FastinvError, OSError) as error:
         print(f"fastinv {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    return 0
+    return int(code)
 
 
 def _prepare_streams() -> None:
@@ -82,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         prog="fastinv",
         description="Recover the inputs of a split neural network from its features. Use it only on systems "
         "that you own or may test.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 finished with failed rows, 130 interrupted.",
     )
     top.add_argument("--version", action="version", version=f"fastinv {fastinv.__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -91,5 +92,5 @@ def parser() -> argparse.ArgumentParser:
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=Help)
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, misused=command.error)
     return top

@@ -1,9 +1,10 @@
-"""Recover images from a file of features, to a .npy file or a folder of PNGs."""
+"""Recover images from features: of one file to a .npy file or a folder of PNGs, of a whole log to as many files."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,25 @@ from tqdm import tqdm
 import fastinv
 from fastinv import tensors
 from fastinv.backends.base import Report
+from fastinv.bulk.features import LAYOUTS, SUFFIXES, Choice, read
+from fastinv.bulk.images import FORMATS, check_png, write_png
+from fastinv.bulk.log import LogReport, invert_log
 from fastinv.cli import files
 from fastinv.cli.arguments import add_compile_arguments, numbers, plural, positive, shows_progress
 from fastinv.errors import FeatureError, FormatError, Interrupted, NetworkError
 from fastinv.invert import DTYPES
 
-LAYOUTS = ("NCHW", "NHWC")
 WORDS = {
     "pass np.transpose(features, (0, 3, 1, 2)), or .permute in torch": "pass --layout NHWC",
     "pass scale=": "pass --scale",
+    "with stored_as=": "with --stored-as",
+    "but layout NHWC is": "but --layout NHWC is",
     "scale and zero_point are": "--scale and --zero-point are",
     "pass features": "save features",
 }
 OPTIONS = ("backend", "precision", "threads", "device", "batch_size", "scale", "zero_point")  # of `fastinv.invert`
+OF_LOGS = ("ids", "rows_per_file", "part", "retry_failed", "dry_run")  # of `fastinv.invert_log` alone
+FAILED = 3  # exit code: finished, but some rows or files could not be recovered
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,50 +41,104 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "features",
         metavar="FEATURES",
         type=Path,
-        help="the features [N, ...] in a .npy, .npz, .safetensors or .pt (tensors only) file",
+        nargs="+",
+        help=f"a file of features [N, ...] ({', '.join(SUFFIXES)}); or a log: a folder of such files, or several",
     )
     parser.add_argument(
         "-m", "--inverter", metavar="FILE", help="the .finv file; FASTINV_INVERTER names it where left out"
     )
     parser.add_argument(
-        "-o", "--out", metavar="OUT", type=Path, required=True, help="a .npy file, or a new folder for PNGs"
+        "-o", "--out", metavar="OUT", type=Path, help="a .npy file, or a new folder for PNGs; of a log its folder"
     )
-    parser.add_argument("--key", help="which array of a file that holds several")
+    parser.add_argument("--key", help="which array or column of a file that holds several")
     parser.add_argument("--layout", choices=LAYOUTS, default="NCHW", help="of the features: NHWC has channels last")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of a .npy file: pixels 0-1 or 0-255")
+    parser.add_argument(
+        "--stored-as",
+        choices=tensors.FLOATS + tensors.QUANTISED,
+        help="the type of numbers that a table holds as bytes; by their count where left out",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="pixels 0-1 or 0-255; where left out float32 in one file, uint8 of a log"
+    )
     parser.add_argument("--batch-size", type=positive, help="images run at once; does not change the result")
     parser.add_argument("--scale", type=numbers, help="of quantised features: a number or one a channel: 0.1,0.2")
     parser.add_argument("--zero-point", type=numbers, help="as --scale; negative ones as in --zero-point=-5,3")
     parser.add_argument("--device", help="cpu, cuda or as in cuda:1; what --backend says where left out")
     add_compile_arguments(parser)
+    log = parser.add_argument_group("logs", "A log's results go to a folder, and the same command goes on with it.")
+    log.add_argument("--format", choices=FORMATS, help="parquet where left out; given, one file is a log, too")
+    log.add_argument("--ids", metavar="KEY", help="the array or column of the rows' names; a table's is id")
+    log.add_argument("--rows-per-file", type=positive, help="cut files into several: an interruption costs no more")
+    log.add_argument("--part", type=part, metavar="K/N", help="every N-th file from the K-th: N machines share a log")
+    log.add_argument("--retry-failed", action="store_true", help="do files again of which rows failed")
+    log.add_argument("--dry-run", action="store_true", help="count, look at the first rows, and write nothing")
 
 
-def run(args: argparse.Namespace) -> None:
+def part(text: str) -> tuple[int, int]:
+    """`2/8`: the second of eight parts."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected K/N such as 2/8")
+    return int(match[1]), int(match[2])
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.out is None and args.format != "none":
+        args.misused("-o is needed, but for --format none")
     path = args.inverter or os.environ.get("FASTINV_INVERTER")
     if not path:
         raise NetworkError("no inverter: pass -m FILE or set FASTINV_INVERTER")
-    files.expect_apart(args.out, features=args.features, inverter=Path(path))
-    inverter = fastinv.load(path)
-    features = _channels_first(files.read_features(args.features, args.key), args.layout)
+    try:
+        if args.format is not None or len(args.features) > 1 or args.features[0].is_dir():
+            return _log(args, path)
+        return _file(args, args.features[0], path)
+    except FeatureError as error:
+        raise FeatureError(_in_words_of_the_shell(str(error))) from None
+
+
+def _file(args: argparse.Namespace, path: Path, inverter_path: str) -> int:
+    """Recover what is in one file."""
+    for name in OF_LOGS:
+        if getattr(args, name):
+            args.misused(f"--{name.replace('_', '-')} is for logs: pass --format, too")
+    files.expect_apart(args.out, features=path, inverter=Path(inverter_path))
+    inverter = fastinv.load(inverter_path)
+    choice = Choice(args.key, None, args.layout, args.stored_as)
+    features = read(path, inverter.feature_shape, choice)
     options = {name: getattr(args, name) for name in OPTIONS}
     if args.out.suffix not in ("", ".npy"):
         raise FormatError(f"{args.out}: suffix {args.out.suffix!r}, expected .npy, or a folder's name for PNGs")
     try:
-        images, report = _write(features, inverter, args.out, options, args.dtype)
+        images, report = _write(features, inverter, args.out, options, args.dtype or "float32")
     except Interrupted as stopped:
         raise KeyboardInterrupt(_keep(stopped, inverter, args.out)) from None
-    except FeatureError as error:
-        raise FeatureError(_in_words_of_the_shell(str(error))) from None
     print(f"{args.out}: {_summary(images, report)}")
+    return 0
 
 
-def _channels_first(features: Any, layout: str) -> Any:
-    """The features as [N, C, H, W], in the same memory."""
-    if layout == "NCHW":
-        return features
-    if features.ndim != 4:
-        raise FeatureError(f"features of shape {list(features.shape)}, but --layout NHWC is of four axes: leave it out")
-    return features.transpose(0, 3, 1, 2) if isinstance(features, np.ndarray) else features.permute(0, 3, 1, 2)
+def _log(args: argparse.Namespace, inverter: str) -> int:
+    """Recover a whole log; 3 where something in it could not be."""
+    options = {name: getattr(args, name) for name in (*OPTIONS, *OF_LOGS, "key", "layout", "stored_as")}
+    options |= {"format": args.format or "parquet", "dtype": args.dtype or "uint8", "part": args.part or (1, 1)}
+    log = args.features if len(args.features) > 1 else args.features[0]
+    report = invert_log(log, inverter, args.out, progress=True, **options)
+    for path, error in report.errors.items():
+        print(error if error.startswith(path) else f"{path}: {error}")
+    print(f"{args.out or 'nothing written'}: {_counts(report, args.dry_run)}")
+    return 0 if report.complete else FAILED
+
+
+def _counts(report: LogReport, dry_run: bool) -> str:
+    shards = plural(report.shards, "file")
+    skipped = f", {report.skipped:,} of them there before" if report.skipped else ""
+    failed = f"; {plural(report.failed, 'row')} failed: see .errors.jsonl" if report.failed else ""
+    if report.errors:
+        failed += f"; {plural(len(report.errors), 'file')} failed"
+    if dry_run:
+        return f"{shards}{skipped}, {plural(report.rows, 'row')}{failed}; nothing is written in a dry run"
+    rate = report.images / report.seconds if report.seconds else 0.0
+    this_time = f", {report.images:,} this time in {report.seconds:,.1f} s ({rate:,.0f} a second)"
+    return f"{shards}{skipped}, {plural(report.recovered, 'image')}{this_time}{failed}"
 
 
 def _in_words_of_the_shell(message: str) -> str:
@@ -94,12 +155,12 @@ def _write(
     if out.suffix == ".npy":
         with files.replacing(out) as temporary:
             return _recover(features, inverter, temporary, options | {"dtype": dtype})
-    files.check_png(inverter.image_shape)
+    check_png(inverter.image_shape)
     with files.replacing(out, folder=True) as temporary:
         array = temporary / "images.npy"
         images, report = _recover(features, inverter, array, options | {"dtype": "uint8"})
         for index, image in enumerate(tqdm(images, unit="image", desc="write", disable=None)):
-            files.write_png(temporary / f"{index:06}.png", image)
+            write_png(temporary / f"{index:06}.png", image)
         array.unlink()
     return images, report
 
