@@ -24,6 +24,7 @@ except ImportError:
     raise FormatError("Parquet and Arrow need pyarrow; install it with pip install 'fastinv[parquet]'") from None
 
 NAMES = "id"  # the column of the rows' names, where nothing else is said
+GROUPS = 4  # blocks that a row group may have, to be read whole
 BYTES_OF = {4: "float32", 8: "float64"}  # what so many bytes a number are, where nothing else is said
 
 
@@ -49,6 +50,11 @@ class Table:
                 f"column {self._key!r} is of {schema.field(self._key).type}, expected lists, tensors or bytes"
             )
 
+    def _parts(self, at: int, batch: pa.RecordBatch, start: int, stop: int, rows: int) -> Iterator[Block]:
+        """Those of rows start to stop that are in a batch, which begins with row `at`."""
+        for low in range(max(start - at, 0), min(stop - at, len(batch)), rows):
+            yield self._block(at + low, batch.slice(low, min(rows, stop - at - low)))
+
     def _block(self, start: int, batch: pa.RecordBatch) -> Block:
         data, dtype, failed = rows(batch.column(self._key), self._shape, self._choice.stored_as)
         ids = None if self._ids is None else batch.column(self._ids)
@@ -65,16 +71,17 @@ class ParquetFile(Table):
 
     def blocks(self, start: int, stop: int, rows: int) -> Iterator[Block]:
         metadata = self._file.metadata
-        ends = np.cumsum([metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)], dtype=np.int64)
-        first = int(np.searchsorted(ends, start, "right"))
-        groups = range(first, int(np.searchsorted(ends, stop, "left")) + 1)
+        sizes = [metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)]
+        ends = np.cumsum(sizes, dtype=np.int64)
+        first, last = (int(np.searchsorted(ends, row, "right")) for row in (start, max(start, stop - 1)))
         at = int(ends[first - 1]) if first else 0
         if start == stop:
             return
-        for batch in self._file.iter_batches(rows, row_groups=list(groups), columns=self.columns):
-            low, high = max(start - at, 0), min(stop - at, len(batch))
-            if low < high:
-                yield self._block(at + low, batch.slice(low, high - low))
+        # Whole groups come mapped where they hold plain bytes (9 GB/s); a part of one is a copy (2 to 3 GB/s).
+        group = max(sizes)
+        wanted = group if group <= GROUPS * rows else rows
+        for batch in self._file.iter_batches(wanted, row_groups=list(range(first, last + 1)), columns=self.columns):
+            yield from self._parts(at, batch, start, stop, rows)
             at += len(batch)
 
 
@@ -98,9 +105,7 @@ class ArrowFile(Table):
     def blocks(self, start: int, stop: int, rows: int) -> Iterator[Block]:
         at = 0
         for batch in _batches(self._open()):
-            for low in range(max(start - at, 0), min(stop - at, len(batch)), rows):
-                part = batch.slice(low, min(rows, stop - at - low)).select(self.columns)
-                yield self._block(at + low, part)
+            yield from self._parts(at, batch.select(self.columns), start, stop, rows)
             at += len(batch)
 
 
@@ -174,7 +179,7 @@ def _fitting_lists(column: pa.Array, shape: Shape, stored_as: str | None) -> npt
     """Which rows are lists of as many numbers as they should be: told one by one where not all are."""
     if _numbers(column, shape, stored_as) is not None:
         return np.ones(len(column), np.bool_)
-    rows = (column.slice(k, 1) for k in range(len(column)))
+    rows = (column.take([k]) for k in range(len(column)))  # a slice would be cast with what is beside it
     return np.array([_numbers(row, shape, stored_as) is not None for row in rows], np.bool_)
 
 

@@ -5,6 +5,8 @@ No pickle is read. What a file does not say (which of its arrays, in which layou
 
 from __future__ import annotations
 
+import json
+import math
 import mmap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +23,7 @@ from fastinv.errors import FeatureError, FormatError
 from fastinv.ops.base import Shape
 
 LAYOUTS = ("NCHW", "NHWC")
+SAFETENSORS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "U8": "u1", "I8": "i1"}
 
 
 @dataclass(frozen=True)
@@ -217,24 +220,21 @@ def _npz(path: Path, shape: Shape, choice: Choice) -> FeatureFile:
 def _safetensors(path: Path, shape: Shape, choice: Choice) -> FeatureFile:
     from safetensors import safe_open
 
-    arrays: Any = safe_open(path, framework="numpy")
+    arrays: Any = safe_open(path, framework="numpy")  # checks the header
     names = list(arrays.keys())
     ids = _ids_among(names, choice)
     name = choose(names, choice.key, but=ids)
-    rows = arrays.get_slice(name)
-    dtype, sizes = rows.get_dtype(), rows.get_shape()
-    if dtype.startswith("F8"):
-        raise FormatError(f"holds {dtype}, expected float32, float16, bfloat16, float64, uint8 or int8")
-    if dtype == "BF16":  # numpy has none
-        torch: Any = safe_open(path, framework="pt")
-        rows = torch.get_slice(name)
-    if not sizes:
-        return _of_array(np.empty(()), None, choice)  # refuses it
-
-    def take(start: int, stop: int) -> Any:
-        return rows[start:stop]
-
-    return ArrayFile(take, sizes[0], None if ids is None else arrays.get_tensor(ids), choice)
+    # Mapped: the library's own slices are copies, which took half as long as an engine with two cores (1.6 GB/s).
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(size))[name]
+    kind = SAFETENSORS.get(entry["dtype"])
+    if kind is None:
+        raise FormatError(f"holds {entry['dtype']}, expected float32, float16, bfloat16, float64, uint8 or int8")
+    empty = math.prod(entry["shape"]) == 0  # cannot be mapped
+    rows = np.memmap(path, kind, "r", 8 + size + entry["data_offsets"][0], tuple(entry["shape"])) if not empty else None
+    array = np.empty(entry["shape"], kind) if rows is None else rows
+    return _of_array(array, None if ids is None else arrays.get_tensor(ids), choice, entry["dtype"] == "BF16")
 
 
 def _pt(path: Path, shape: Shape, choice: Choice) -> FeatureFile:
@@ -261,8 +261,8 @@ def _pt(path: Path, shape: Shape, choice: Choice) -> FeatureFile:
     return _of_array(content, ids, choice)
 
 
-def _of_array(array: Any, ids: npt.NDArray[Any] | None, choice: Choice) -> FeatureFile:
-    """What is one array: in memory, or mapped, whose pages then are asked for in time."""
+def _of_array(array: Any, ids: npt.NDArray[Any] | None, choice: Choice, bfloat16: bool = False) -> FeatureFile:
+    """What is one array (of bfloat16's bits, maybe): in memory, or mapped, whose pages then are asked for in time."""
     if array.ndim == 0:
         raise FormatError("holds a single number, expected features [N, ...]")
 
@@ -270,7 +270,7 @@ def _of_array(array: Any, ids: npt.NDArray[Any] | None, choice: Choice) -> Featu
         rows = array[start:stop]
         if isinstance(array, np.memmap):
             _ask_for(array, rows)
-        return rows
+        return tensors.Bits(rows) if bfloat16 else rows
 
     return ArrayFile(take, len(array), ids, choice)
 

@@ -78,7 +78,7 @@ class Output:
     def __init__(self, stem: Path, image_shape: Shape, dtype: str, count: int) -> None:
         self._stem, self._shape, self._dtype = stem, image_shape, dtype
         self._stack = ExitStack()
-        with _told_of(stem):
+        with self._guarded():
             self._files = [
                 self._stack.enter_context(new_file(stem.with_name(stem.name + ending))) for ending in self.endings
             ]
@@ -89,18 +89,32 @@ class Output:
 
     def write(self, part: Recovered) -> None:
         """Add what became of the next rows."""
-        with _told_of(self._stem):
+        with self._guarded():
             self._write(part)
 
     def finish(self) -> None:
         """Let the files appear under their names."""
-        with _told_of(self._stem):
+        with self._guarded():
             self._end()
             self._stack.close()
 
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """After what goes wrong nothing is left; what the system refuses is an error that says what to do."""
+        try:
+            yield
+        except BaseException as error:
+            self.abandon()
+            if isinstance(error, OSError):
+                raise FormatError(
+                    f"{self._stem}: cannot write it ({error.strerror or error}); what was written before stays: "
+                    "run it again to go on"
+                ) from error
+            raise
+
     def abandon(self) -> None:
         """Remove what there is."""
-        with suppress(OSError, ValueError):
+        with suppress(Exception):  # of a file that may not have been begun
             self._end()
         self._stack.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
 
@@ -109,17 +123,6 @@ class Output:
 
     def _end(self) -> None:
         """Write what comes last."""
-
-
-@contextmanager
-def _told_of(stem: Path) -> Iterator[None]:
-    """What the system refuses, as an error that names the file and says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise FormatError(
-            f"{stem}: cannot write it ({error.strerror or error}); what was written before stays: run it again to go on"
-        ) from error
 
 
 class Parquet(Output):

@@ -23,7 +23,7 @@ from fastinv.bulk.images import FORMATS, Output, Recovered
 from fastinv.bulk.job import Job
 from fastinv.bulk.progress import Progress, Tell
 from fastinv.bulk.shards import Shard
-from fastinv.errors import FastinvError, FeatureError
+from fastinv.errors import FastinvError, FeatureError, FormatError
 from fastinv.invert import invert
 from fastinv.places import make_folder
 
@@ -107,7 +107,7 @@ class Run:
                     try:
                         error = self._invert(shard, (block for _, block in read), writing, behind, pace)
                     except BaseException:
-                        behind.begin(writing.abandon)
+                        behind.clean_up(writing.abandon)
                         raise
                     if error is None:
                         behind.do(self._finish, shard, writing)
@@ -128,8 +128,10 @@ class Run:
                 file = open_file(shard.path, self._shape, self._job.choice)
                 key = (shard, shard.rows or (0, file.count))
                 yield key, None
+                start, stop = key[1]
+                parts = max(1, -(-(stop - start) // self._rows))
                 with told_of(shard.path):
-                    for block in file.blocks(*key[1], self._rows):
+                    for block in file.blocks(start, stop, max(1, -(-(stop - start) // parts))):  # alike: none is short
                         if shard in self.errors:
                             break
                         yield key, block
@@ -145,6 +147,7 @@ class Run:
         pace: _Pace,
     ) -> FastinvError | None:
         """Recover a shard's images and have them written; the error that ended it before its time."""
+        rows = 0
         for block in blocks:
             if isinstance(block, FastinvError):
                 return block
@@ -154,8 +157,13 @@ class Run:
                 part = self._recover(block, pace.within)
             except FeatureError as error:
                 return type(error)(f"{shard.path}: {error}")
+            rows += part.count
             behind.do(writing.add, part)
             pace.add(shard, part, writing.count)
+        if rows != writing.count:
+            return FormatError(
+                f"{shard.path}: gave {rows:,} rows of {writing.count:,}: cut off, or written to meanwhile"
+            )
         return None
 
     def _recover(self, block: Block, tell: Callable[[int, int], object]) -> Recovered:
@@ -253,11 +261,15 @@ class _Writing:
 
 
 class _Behind:
-    """Does things one after another in a thread of its own, at most `AHEAD` of them later than asked for."""
+    """Does things one after another in a thread of its own, at most `AHEAD` of them later than asked for.
+
+    After one that went wrong no other is done: they may have built on it.
+    """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "fastinv-write")
         self._pending: deque[Future[None]] = deque()
+        self._failed = False
 
     def __enter__(self) -> _Behind:
         return self
@@ -265,13 +277,13 @@ class _Behind:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
-    def begin(self, what: Callable[..., None], *args: Any) -> None:
-        """Do it after all else; what goes wrong is not told."""
-        self._pending.append(self._pool.submit(what, *args))
+    def clean_up(self, what: Callable[[], None]) -> None:
+        """Do it after all else, whatever went wrong; it is waited for at the end alone."""
+        self._pool.submit(what)
 
     def do(self, what: Callable[..., None], *args: Any) -> None:
         """Do it after all else; raises what went wrong before."""
-        self.begin(what, *args)
+        self._pending.append(self._pool.submit(self._try, what, *args))
         while len(self._pending) > AHEAD:
             self._pending.popleft().result()
 
@@ -279,6 +291,15 @@ class _Behind:
         """Wait for all."""
         while self._pending:
             self._pending.popleft().result()
+
+    def _try(self, what: Callable[..., None], *args: Any) -> None:
+        if self._failed:
+            return
+        try:
+            what(*args)
+        except BaseException:
+            self._failed = True
+            raise
 
 
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:
