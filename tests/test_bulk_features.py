@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
@@ -96,7 +97,9 @@ def written(folder: Path) -> dict[str, Path]:
     np.savez(folder / "a.npz", v=X)
     save_file({"v": X}, folder / "a.safetensors")
     torch.save(torch.from_numpy(X), folder / "a.pt")
-    files = {suffix: folder / f"a.{suffix}" for suffix in ("npy", "npz", "safetensors", "pt")}
+    with h5py.File(folder / "a.h5", "w") as file:
+        file.create_dataset("layer/v", data=X, chunks=(4, *SHAPE), compression="gzip")
+    files = {suffix: folder / f"a.{suffix}" for suffix in ("npy", "npz", "safetensors", "pt", "h5")}
     for name, column in COLUMNS.items():
         files[f"parquet, {name}"] = parquet(folder / f"{name}.parquet", column(X))
     files["arrow"] = arrow(folder / "b.arrow", flat(X))
@@ -186,8 +189,12 @@ def test_names_of_rows(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", v=X, name=names)
     parquet(tmp_path / "a.parquet", flat(X), name=names.tolist(), id=list(range(100, 123)))
     save_file({"v": X, "name": np.arange(23)}, tmp_path / "a.safetensors")
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        file["v"] = X
+        file["name"] = names.tolist()
     for path, choice, expected in (
         (tmp_path / "a.npz", Choice(ids="name"), names.tolist()),
+        (tmp_path / "a.hdf5", Choice(ids="name"), names.tolist()),
         (tmp_path / "a.parquet", Choice(ids="name"), names.tolist()),
         (tmp_path / "a.parquet", Choice(), list(range(100, 123))),
         (tmp_path / "a.safetensors", Choice("v", ids="name"), list(range(23))),

@@ -261,8 +261,24 @@ def _pt(path: Path, shape: Shape, choice: Choice) -> FeatureFile:
     return _of_array(content, ids, choice)
 
 
+def _hdf5(path: Path, shape: Shape, choice: Choice) -> FeatureFile:
+    try:
+        import h5py
+    except ImportError:
+        raise FormatError("HDF5 needs h5py; install it with pip install 'fastinv[hdf5]'") from None
+    names: list[str] = []
+    file = h5py.File(path, "r")
+    file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+    ids = _ids_among(names, choice)
+    rows = file[choose(names, choice.key, but=ids)]
+    if ids is None:
+        return _of_array(rows, None, choice)
+    text = h5py.check_string_dtype(file[ids].dtype) is not None
+    return _of_array(rows, (file[ids].asstr() if text else file[ids])[...], choice)
+
+
 def _of_array(array: Any, ids: npt.NDArray[Any] | None, choice: Choice, bfloat16: bool = False) -> FeatureFile:
-    """What is one array (of bfloat16's bits, maybe): in memory, or mapped, whose pages then are asked for in time."""
+    """What is one array (of bfloat16's bits, maybe): in memory, in a file, or mapped, whose pages are asked for."""
     if array.ndim == 0:
         raise FormatError("holds a single number, expected features [N, ...]")
 
@@ -330,6 +346,8 @@ _OPENERS: dict[str, Callable[[Path, Shape, Choice], FeatureFile]] = {
     ".npz": _npz,
     ".safetensors": _safetensors,
     ".pt": _pt,
+    ".h5": _hdf5,
+    ".hdf5": _hdf5,
     ".parquet": _parquet,
     ".arrow": _arrow,
     ".feather": _arrow,

@@ -85,7 +85,7 @@ def invert_log(
 
     Args:
         log: a file, a folder (all files in it and below it that may hold features), or several files: `.npy`, `.npz`,
-            `.safetensors`, `.pt` (tensors alone), `.parquet`, `.arrow` or `.feather`.
+            `.safetensors`, `.pt` (tensors alone), `.h5`, `.parquet`, `.arrow` or `.feather`.
         inverter: as of `invert`.
         out: a folder, new or with a part of the same job done; not needed with the format "none".
         format: "parquet" (`id`, `image`, of rMLE `objective`, `steps`, `converged`, and `status`), "npy" (an array,
