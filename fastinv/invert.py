@@ -119,7 +119,7 @@ def invert(
     """
     expect_choice(backend, precision, threads)
     backend = _backend(backend, device, features)
-    given, dtype = dtype, _name_of(dtype)
+    given, dtype = dtype, name_of(dtype)
     if dtype not in DTYPES:
         raise FeatureError(f"dtype {given!r:.40}, expected one of {', '.join(DTYPES)}")
     if batch_size is not None and (not tensors.is_whole(batch_size) or batch_size < 1):
@@ -143,7 +143,7 @@ def invert(
     return (images, report) if return_report else images
 
 
-def _name_of(dtype: Any) -> str:
+def name_of(dtype: Any) -> str:
     """A dtype's name, where it is given as numpy's or torch's."""
     name = dtype.__name__ if isinstance(dtype, type) else str(dtype)
     return name.removeprefix("torch.")

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import BinaryIO
 
 from fastinv.errors import FormatError
 
-FRESH = 60  # seconds; a file may be younger that is about to be locked
+FRESH = 2  # seconds; a file may be younger that is about to be locked
+OLD = 86_400  # seconds; after that one of another machine is left over, whose locks may not be seen here
 
 _PREFIX, _SUFFIX = ".fastinv-", ".tmp"
+_HERE = f"{_PREFIX}{zlib.crc32(os.uname().nodename.encode()):08x}-"  # by this machine
 
 
 @contextmanager
@@ -28,7 +31,7 @@ def beside(path: str | Path) -> Iterator[Path]:
     What the system refuses is raised as it comes, an OSError.
     """
     target = _real(path)
-    temporary = target.with_name(f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")  # fits where a long name of `path` does
+    temporary = target.with_name(f"{_HERE}{secrets.token_hex(8)}{_SUFFIX}")  # fits where a long name of `path` does
     try:
         yield temporary
         os.replace(temporary, target)
@@ -52,7 +55,8 @@ def sweep(folder: Path) -> None:
     """Remove what processes that were killed had begun to write `beside` files in this folder, and below it."""
     for temporary in folder.rglob(f"{_PREFIX}*{_SUFFIX}"):
         with suppress(OSError), open(temporary, "rb") as file:
-            if time.time() - os.fstat(file.fileno()).st_mtime > FRESH:
+            least = FRESH if temporary.name.startswith(_HERE) else OLD
+            if time.time() - os.fstat(file.fileno()).st_mtime > least:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while somebody writes it
                 temporary.unlink()
 

@@ -32,8 +32,8 @@ SIZES = {"a.npy": 20, "b/c.parquet": 15, "d.safetensors": 11}
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every shard of more than 8 rows goes in several blocks."""
-    monkeypatch.setattr(pipeline, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(pipeline, "LEAST_ROWS", 8)
+    monkeypatch.setattr(pipeline, "BLOCK_BYTES", 8 * 4 * (60 + 90))
+    monkeypatch.setattr(pipeline, "IMAGES_PER_CORE", 0)
 
 
 @pytest.fixture
@@ -135,9 +135,9 @@ def test_a_tar_of_pictures(log: Path, tmp_path: Path) -> None:
     fastinv.invert_log(log, INVERTER, tmp_path / "out", format="webdataset")
     with tarfile.open(tmp_path / "out/b/c.tar") as tar:
         contents = {entry.name: tar.extractfile(entry).read() for entry in tar}  # type: ignore[union-attr]
-    assert list(contents)[:2] == ["c-000000000.png", "c-000000000.json"]
-    assert json.loads(contents["c-000000014.json"]) == {"row": 14, "id": "row 14"}
-    pictures = [np.asarray(Image.open(io.BytesIO(contents[f"c-{k:09}.png"]))).transpose(2, 0, 1) for k in range(15)]
+    assert list(contents)[:2] == ["b/c-000000000.png", "b/c-000000000.json"]
+    assert json.loads(contents["b/c-000000014.json"]) == {"row": 14, "id": "row 14"}
+    pictures = [np.asarray(Image.open(io.BytesIO(contents[f"b/c-{k:09}.png"]))).transpose(2, 0, 1) for k in range(15)]
     np.testing.assert_array_equal(np.stack(pictures), expected("b/c.parquet"))
 
 
@@ -162,12 +162,12 @@ def test_cut_files_and_parts_make_up_the_log(log: Path, tmp_path: Path) -> None:
     for k in (1, 2, 3):
         fastinv.invert_log(log, INVERTER, tmp_path / "out", rows_per_file=7, part=(k, 3))
     names = sorted(path.name for path in (tmp_path / "out").glob("*.parquet"))
-    assert names == [f"a-{k:05}.parquet" for k in range(3)] + [f"d-{k:05}.parquet" for k in range(2)]
+    assert names == [f"a-{k:06}.parquet" for k in range(3)] + [f"d-{k:06}.parquet" for k in range(2)]
     for name in SIZES:
         stem = (tmp_path / "out" / name).with_suffix("")
         found = [images_in(path) for path in sorted(stem.parent.glob(f"{stem.name}-*.parquet"))]
         np.testing.assert_array_equal(np.concatenate(found), expected(name))
-    assert pq.read_table(tmp_path / "out/a-00001.parquet")["id"].to_pylist() == list(range(7, 14))
+    assert pq.read_table(tmp_path / "out/a-000001.parquet")["id"].to_pylist() == list(range(7, 14))
     counts = json.loads((tmp_path / "out/manifest.json").read_text())["counts"]
     assert counts == {"shards": 8, "done": 8, "recovered": 46, "failed": 0}
 
@@ -289,7 +289,7 @@ def test_after_an_interruption_the_rest_is_done_and_nothing_differs(
 
     def interrupted(*args: Any, **options: Any) -> Any:
         nonlocal count
-        count += 1
+        count += len(args[0]) > 0  # the first is of no features
         if count > calls:
             raise KeyboardInterrupt
         return real(*args, **options)
@@ -364,6 +364,115 @@ def test_what_killed_processes_left_is_swept_but_not_what_others_write(log: Path
         assert [path.exists() for path in (left, written, new)] == [False, True, True]
 
 
+def test_a_file_that_changes_meanwhile_fails(log: Path, tmp_path: Path) -> None:
+    def change(state: Progress) -> None:
+        if state.done == 0:  # within the first file: the second is still to be read
+            write_table(log / "b/c.parquet", rows("b/c.parquet")[:9])
+
+    for format in ("parquet", "npy", "webdataset"):
+        report = fastinv.invert_log(log, INVERTER, tmp_path / format, format=format, rows_per_file=9, progress=change)
+        assert "changed since the log was looked at" in report.errors[str(log / "b/c.parquet")]
+        assert report.recovered == 31
+        assert not list((tmp_path / format / "b").glob("c-*[!l]"))
+        write_table(log / "b/c.parquet", rows("b/c.parquet"))
+
+
+def test_what_is_left_of_files_that_changed_goes(log: Path, tmp_path: Path) -> None:
+    good = (log / "a.npy").read_bytes()
+    (log / "a.npy").write_bytes(b"")
+    fastinv.invert_log(log, INVERTER, tmp_path / "out", rows_per_file=7)
+    assert (tmp_path / "out/a.errors.jsonl").exists()
+    (log / "a.npy").write_bytes(good)
+    fastinv.invert_log(log, INVERTER, tmp_path / "out", rows_per_file=7)
+    assert sorted(path.name for path in (tmp_path / "out").glob("a*.parquet")) == [
+        f"a-{k:06}.parquet" for k in range(3)
+    ]
+    assert not (tmp_path / "out/a.errors.jsonl").exists()
+    np.save(log / "a.npy", rows("a.npy")[:5])
+    report = fastinv.invert_log(log, INVERTER, tmp_path / "out", rows_per_file=7)
+    assert sorted(path.name for path in (tmp_path / "out").glob("a*")) == ["a-000000.parquet", "a-000000.stats.json"]
+    assert (report.recovered, report.complete) == (31, True)
+
+
+def test_a_damaged_file_is_not_done_whatever_it_was_before(log: Path, tmp_path: Path) -> None:
+    fastinv.invert_log(log, INVERTER, tmp_path / "out")
+    (log / "a.npy").write_bytes(b"")
+    report = fastinv.invert_log(log, INVERTER, tmp_path / "out")
+    assert (report.skipped, report.recovered, list(report.errors)) == (2, 26, [str(log / "a.npy")])
+    assert not (tmp_path / "out/a.stats.json").exists()
+
+
+def test_another_file_of_the_same_name_size_and_time_is_done(log: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    np.save(other / "a.npy", rows("a.npy")[::-1])
+    for folder in (log, other):
+        os.utime(folder / "a.npy", (0, 0))
+        assert fastinv.invert_log(folder / "a.npy", INVERTER, tmp_path / "out").skipped == 0
+    np.testing.assert_array_equal(images_in(tmp_path / "out/a.parquet"), expected("a.npy")[::-1])
+
+
+def test_a_mistaken_start_does_not_keep_the_folder(log: Path, tmp_path: Path) -> None:
+    save_file({"v": rows("a.npy"), "w": rows("a.npy")}, tmp_path / "two.safetensors")
+    with pytest.raises(FormatError, match="pass key= to choose one"):
+        fastinv.invert_log(tmp_path / "two.safetensors", INVERTER, tmp_path / "out")
+    assert fastinv.invert_log(tmp_path / "two.safetensors", INVERTER, tmp_path / "out", key="v").complete
+    with pytest.raises(FormatError, match="another job, with key 'v' instead of 'w'"):
+        fastinv.invert_log(tmp_path / "two.safetensors", INVERTER, tmp_path / "out", key="w", dry_run=True)
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (pa.array([2**60, 2**60 + 1, None]), [2**60, 2**60 + 1, None]),
+        (pa.array(["a", None, "c"]), ["a", None, "c"]),
+        (pa.array(["a", "b", "a"]).dictionary_encode(), ["a", "b", "a"]),
+        (pa.array([True, None, False]), ["true", None, "false"]),
+        (pa.array([0, 1, 2], pa.timestamp("s")), [f"1970-01-01 00:00:0{k}.000" for k in range(3)]),
+        (pa.array([b"a", b"b", b"c"]), ["a", "b", "c"]),
+    ],
+)
+def test_names_stay_what_they_are(names: pa.Array, told: list[Any], tmp_path: Path) -> None:
+    x = samples.features(3)
+    x[1] = np.nan
+    write_table(tmp_path / "a.parquet", x, id=names)
+    for format in ("parquet", "npy", "webdataset"):
+        fastinv.invert_log(tmp_path / "a.parquet", INVERTER, tmp_path / format, format=format, key="v")
+        error = json.loads((tmp_path / format / "a.errors.jsonl").read_text())
+        assert (error["row"], error["id"]) == (1, told[1])
+    assert pq.read_table(tmp_path / "parquet/a.parquet")["id"].to_pylist() == told
+    kept = np.load(tmp_path / "npy/a.rows.npz")["id"].tolist()
+    assert kept == (["" if name is None else str(name) for name in told] if None in told else told)
+    with tarfile.open(tmp_path / "webdataset/a.tar") as tar:
+        assert json.loads(tar.extractfile("a-000000002.json").read())["id"] == told[2]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("names", [pa.array([[1], [2], [3]]), pa.array([{"a": 1}] * 3)])
+def test_names_that_are_none_are_refused(names: pa.Array, tmp_path: Path) -> None:
+    write_table(tmp_path / "a.parquet", samples.features(3), name=names)
+    with pytest.raises(FormatError, match=r"column 'name' of names is of .*, expected whole numbers or text"):
+        fastinv.invert_log(tmp_path / "a.parquet", INVERTER, tmp_path / "out", key="v", ids="name")
+
+
+def test_empty_shards_have_the_columns_of_others(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    for name, count in (("a", 3), ("b", 0)):
+        column = pa.array([row.reshape(-1) for row in samples.features(count)], pa.list_(pa.float32()))
+        table = pa.table({"id": pa.array(list("xyz")[:count], pa.string()), "v": column})
+        pq.write_table(table, tmp_path / f"log/{name}.parquet")
+    fastinv.invert_log(tmp_path / "log", samples.rmle(), tmp_path / "out")
+    schemas = [pq.read_schema(tmp_path / f"out/{name}.parquet") for name in "ab"]
+    assert schemas[0] == schemas[1]
+    fastinv.invert_log(tmp_path / "log", samples.rmle(), tmp_path / "npy", format="npy")
+    about = np.load(tmp_path / "npy/b.rows.npz")
+    assert {name: about[name].shape for name in about} == dict.fromkeys(
+        ("id", "status", "objective", "steps", "converged"), (0,)
+    )
+
+
 # ---- what is asked for ---------------------------------------------------------------------------------------------
 
 
@@ -420,3 +529,36 @@ def test_places_that_do_not_go(log: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FormatError, match=r"no files of features; expected some with a suffix of \.npy"):
         fastinv.invert_log(tmp_path / "empty", INVERTER, tmp_path / "out")
+
+
+def test_all_files_of_a_folder_are_found(log: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (log / "a.npy").rename(tmp_path / "elsewhere/A.NPY")
+    (log / "link").symlink_to(tmp_path / "elsewhere")
+    (log / "b/loop").symlink_to(log)
+    report = fastinv.invert_log(log, INVERTER, tmp_path / "out")
+    assert (report.shards, report.recovered) == (3, 46)
+    assert (tmp_path / "out/link/A.parquet").exists()
+
+
+def test_folders_files_twice_and_iterators(log: Path, tmp_path: Path) -> None:
+    both = (path for path in (log / "b", log / "a.npy", log / "a.npy", str(log / "b")))
+    report = fastinv.invert_log(both, INVERTER, tmp_path / "out")
+    assert (report.shards, report.recovered) == (2, 35)
+    assert (tmp_path / "out/b/c.parquet").exists()
+
+
+def test_names_that_are_too_long(log: Path, tmp_path: Path) -> None:
+    (log / "a.npy").rename(log / f"{'ä' * 120}.npy")
+    with pytest.raises(FormatError, match="results' names would be too long"):
+        fastinv.invert_log(log, INVERTER, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_arguments_are_looked_at_before_anything_is_written(log: Path, tmp_path: Path) -> None:
+    for options in ({"batch_size": 0}, {"threads": 0}, {"precision": "float12"}, {"scale": -1}, {"ids": Path("a")}):
+        with pytest.raises(fastinv.FastinvError):
+            fastinv.invert_log(log, INVERTER, tmp_path / "out", **options)
+    assert not list(tmp_path.glob("out/*"))
+    options = {"rows_per_file": np.int64(50), "dtype": np.uint8, "part": [1, 1]}
+    assert fastinv.invert_log(log, INVERTER, tmp_path / "out", **options).complete

@@ -55,10 +55,10 @@ def test_a_log_and_the_same_again(log: Path, finv: Path, tmp_path: Path, capsys:
 def test_one_file_with_options(log: Path, finv: Path, tmp_path: Path) -> None:
     options = ("--format", "npy", "--dtype", "float32", "--ids", "name", "--key", "v", "--rows-per-file", "2")
     assert run("invert", log / "b.parquet", "-m", finv, "-o", tmp_path / "out", *options, "--part", "2/3") == 0
-    assert [path.name for path in sorted((tmp_path / "out").glob("*.npy"))] == ["b-00001.npy"]
+    assert [path.name for path in sorted((tmp_path / "out").glob("*.npy"))] == ["b-000001.npy"]
     expected = fastinv.invert(samples.features(5, seed=3), finv)[2:4]
-    np.testing.assert_array_equal(np.load(tmp_path / "out/b-00001.npy"), expected)
-    assert np.load(tmp_path / "out/b-00001.rows.npz")["id"].tolist() == ["c", "d"]
+    np.testing.assert_array_equal(np.load(tmp_path / "out/b-000001.npy"), expected)
+    assert np.load(tmp_path / "out/b-000001.rows.npz")["id"].tolist() == ["c", "d"]
 
 
 def test_one_table_to_one_array(log: Path, finv: Path, tmp_path: Path) -> None:
@@ -75,9 +75,9 @@ def test_what_fails_is_told_of_and_ends_with_3(
     np.save(log / "a.npy", features)
     (log / "c.npy").write_bytes(b"\x93NUMPY")
     assert run("invert", log, "-m", finv, "-o", tmp_path / "out") == 3
-    out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith(f"{log / 'c.npy'}: cannot read features: cut off")
-    assert out[1].endswith("; 1 row failed: see .errors.jsonl; 1 file failed")
+    told = capsys.readouterr()
+    assert f"{log / 'c.npy'}: cannot read features: cut off" in told.err
+    assert told.out.splitlines()[-1].endswith("; 1 row failed: see .errors.jsonl; 1 file failed")
     assert json.loads((tmp_path / "out/a.errors.jsonl").read_text())["row"] == 2
     (log / "c.npy").unlink()
     np.save(log / "a.npy", samples.features(5))
@@ -118,7 +118,7 @@ def test_errors_speak_of_options(log: Path, finv: Path, tmp_path: Path, capsys: 
     pq.write_table(pa.table({"v": column}), tmp_path / "half.parquet")
     half = ("invert", tmp_path / "half.parquet", "-m", finv, "-o", tmp_path / "o.npy")
     assert run(*half) == 1
-    assert "float16 or bfloat16: say which, with --stored-as" in capsys.readouterr().err
+    assert "numbers of float32: say of which type they are, with --stored-as" in capsys.readouterr().err
     assert run(*half, "--stored-as", "float16") == 0
     assert run("invert", log, "-m", finv, "-o", tmp_path / "out") == 0
     assert run("invert", log, "-m", finv, "-o", tmp_path / "out", "--precision", "bfloat16") == 1

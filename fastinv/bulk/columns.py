@@ -25,7 +25,8 @@ except ImportError:
 
 NAMES = "id"  # the column of the rows' names, where nothing else is said
 GROUPS = 4  # blocks that a row group may have, to be read whole
-BYTES_OF = {4: "float32", 8: "float64"}  # what so many bytes a number are, where nothing else is said
+LEAST = 1024  # rows that are read of a larger one at once: for each reading pyarrow takes as long as for some 100
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 class Table:
@@ -49,16 +50,43 @@ class Table:
             raise FormatError(
                 f"column {self._key!r} is of {schema.field(self._key).type}, expected lists, tensors or bytes"
             )
+        self._none = pa.array([], _storage_type(schema.field(self._key).type))
+        self._no_names = None
+        if ids is not None:
+            try:
+                self._no_names = _as_names(pa.array([], schema.field(ids).type))
+            except pa.ArrowException:
+                raise FormatError(
+                    f"column {ids!r} of names is of {schema.field(ids).type}, expected whole numbers or text: say "
+                    "which column else, with ids="
+                ) from None
 
-    def _parts(self, at: int, batch: pa.RecordBatch, start: int, stop: int, rows: int) -> Iterator[Block]:
-        """Those of rows start to stop that are in a batch, which begins with row `at`."""
-        for low in range(max(start - at, 0), min(stop - at, len(batch)), rows):
-            yield self._block(at + low, batch.slice(low, min(rows, stop - at - low)))
+    def blocks(self, start: int, stop: int, rows: int) -> Iterator[Block]:
+        if stop > self.count:
+            raise FormatError(f"holds {self.count:,} rows, expected {stop:,}: it changed; run it again")
+        if start == stop:
+            yield self._block(start, self._none, self._no_names)
+            return
+        for at, batch in self._batches(start, stop, rows):
+            for low in range(max(start - at, 0), min(stop - at, len(batch)), rows):
+                part = batch.slice(low, min(rows, stop - at - low))
+                ids = None if self._ids is None else _as_names(part.column(self._ids))
+                yield self._block(at + low, part.column(self._key), ids)
+            if at + len(batch) >= stop:
+                return
 
-    def _block(self, start: int, batch: pa.RecordBatch) -> Block:
-        data, dtype, failed = rows(batch.column(self._key), self._shape, self._choice.stored_as)
-        ids = None if self._ids is None else batch.column(self._ids)
-        return Block(start, len(batch), self._choice.channels_first(data), dtype, ids, failed)
+    def _batches(self, start: int, stop: int, rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The columns that are read, in batches that rows start to stop are in, and the number of each one's first."""
+        raise NotImplementedError
+
+    def _block(self, start: int, column: pa.Array, ids: pa.Array | None) -> Block:
+        data, dtype, failed = rows(column, self._shape, self._choice.stored_as)
+        return Block(start, len(column), self._choice.channels_first(data), dtype, ids, failed)
+
+
+def _as_names(column: pa.Array) -> pa.Array:
+    """Whole numbers as they are, all else as text."""
+    return column if pa.types.is_integer(column.type) else column.cast(pa.string())
 
 
 class ParquetFile(Table):
@@ -69,19 +97,17 @@ class ParquetFile(Table):
         super().__init__(self._file.schema_arrow, shape, choice)
         self.count = self._file.metadata.num_rows
 
-    def blocks(self, start: int, stop: int, rows: int) -> Iterator[Block]:
+    def _batches(self, start: int, stop: int, rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
         metadata = self._file.metadata
         sizes = [metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)]
         ends = np.cumsum(sizes, dtype=np.int64)
-        first, last = (int(np.searchsorted(ends, row, "right")) for row in (start, max(start, stop - 1)))
+        first, last = (int(np.searchsorted(ends, row, "right")) for row in (start, stop - 1))
         at = int(ends[first - 1]) if first else 0
-        if start == stop:
-            return
         # Whole groups come mapped where they hold plain bytes (9 GB/s); a part of one is a copy (2 to 3 GB/s).
         group = max(sizes)
-        wanted = group if group <= GROUPS * rows else rows
+        wanted = group if group <= max(GROUPS * rows, LEAST) else max(rows, LEAST)
         for batch in self._file.iter_batches(wanted, row_groups=list(range(first, last + 1)), columns=self.columns):
-            yield from self._parts(at, batch, start, stop, rows)
+            yield at, batch
             at += len(batch)
 
 
@@ -90,31 +116,38 @@ class ArrowFile(Table):
 
     def __init__(self, path: Path, shape: Shape, choice: Choice) -> None:
         self._path = path
-        reader = self._open()
-        super().__init__(reader.schema, shape, choice)
-        self.count = sum(len(batch) for batch in _batches(reader))
+        super().__init__(self._open().schema, shape, choice)
+        self.count = sum(len(batch) for batch in self._all())
+
+    def _batches(self, start: int, stop: int, rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        at = 0
+        for batch in self._all():
+            if at + len(batch) > start:
+                for name in self.columns:  # a wrong offset would have pyarrow read beyond its memory
+                    batch.column(name).validate(full=True)
+                yield at, batch
+            at += len(batch)
 
     def _open(self) -> Any:
         source = pa.memory_map(str(self._path))
         try:
             return pa.ipc.open_file(source)
         except pa.ArrowInvalid:  # no file's magic number
+            source.seek(max(0, source.size() - len(END_OF_STREAM)))
+            if source.read() != END_OF_STREAM:
+                raise FormatError("no Arrow file, and no stream that has an end: cut off?") from None
             source.seek(0)
             return pa.ipc.open_stream(source)
 
-    def blocks(self, start: int, stop: int, rows: int) -> Iterator[Block]:
-        at = 0
-        for batch in _batches(self._open()):
-            yield from self._parts(at, batch.select(self.columns), start, stop, rows)
-            at += len(batch)
-
-
-def _batches(reader: Any) -> Iterator[pa.RecordBatch]:
-    if isinstance(reader, pa.RecordBatchFileReader):
-        for index in range(reader.num_record_batches):
-            yield reader.get_batch(index)
-    else:
-        yield from reader
+    def _all(self) -> Iterator[pa.RecordBatch]:
+        """All batches, with the columns that are read."""
+        reader = self._open()
+        if isinstance(reader, pa.RecordBatchFileReader):
+            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+        else:
+            batches = iter(reader)
+        for batch in batches:
+            yield batch.select(self.columns)
 
 
 def rows(column: pa.Array, shape: Shape, stored_as: str | None) -> tuple[npt.NDArray[Any], str, dict[int, str]]:
@@ -123,7 +156,7 @@ def rows(column: pa.Array, shape: Shape, stored_as: str | None) -> tuple[npt.NDA
     Args:
         column: lists of numbers (flat, or nested as `shape` is), tensors, or bytes.
         shape: of one row.
-        stored_as: the dtype of numbers held as bytes, or "bfloat16" of lists of their bits.
+        stored_as: the dtype of numbers held as bytes, or "bfloat16" of lists of their bits; None: float32.
 
     Returns:
         The rows that fit, their dtype's name (bfloat16 as its bits), and by place what is wrong with the others.
@@ -141,9 +174,9 @@ def rows(column: pa.Array, shape: Shape, stored_as: str | None) -> tuple[npt.NDA
         column = _storage(column, shape)
     find, read = (_fitting_bytes, _bytes) if _is_binary(column.type) else (_fitting_lists, _numbers)
     fits = find(column, shape, stored_as)
-    if not fits.all():
+    if fits is not None:
         failed |= dict.fromkeys(places[~fits].tolist(), f"holds null, or not {list(shape)} numbers")
-        column = column.filter(pa.array(fits))
+        column = column.filter(pa.array(fits))  # without what is beside it, too
     values = read(column, shape, stored_as)
     assert values is not None
     dtype = "bfloat16" if stored_as == "bfloat16" and values.dtype == np.uint16 else values.dtype.name
@@ -151,9 +184,12 @@ def rows(column: pa.Array, shape: Shape, stored_as: str | None) -> tuple[npt.NDA
 
 
 def _holds_rows(kind: pa.DataType) -> bool:
-    if isinstance(kind, pa.BaseExtensionType):
-        kind = kind.storage_type
+    kind = _storage_type(kind)
     return _is_list(kind) or _is_binary(kind)
+
+
+def _storage_type(kind: pa.DataType) -> pa.DataType:
+    return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -175,10 +211,10 @@ def _storage(column: pa.Array, shape: Shape) -> pa.Array:
     return column.storage
 
 
-def _fitting_lists(column: pa.Array, shape: Shape, stored_as: str | None) -> npt.NDArray[np.bool_]:
-    """Which rows are lists of as many numbers as they should be: told one by one where not all are."""
+def _fitting_lists(column: pa.Array, shape: Shape, stored_as: str | None) -> npt.NDArray[np.bool_] | None:
+    """Which rows are lists of as many numbers as they should be, told one by one; None: all are."""
     if _numbers(column, shape, stored_as) is not None:
-        return np.ones(len(column), np.bool_)
+        return None
     rows = (column.take([k]) for k in range(len(column)))  # a slice would be cast with what is beside it
     return np.array([_numbers(row, shape, stored_as) is not None for row in rows], np.bool_)
 
@@ -207,14 +243,17 @@ def _numbers(column: pa.Array, shape: Shape, stored_as: str | None) -> npt.NDArr
     return found
 
 
-def _fitting_bytes(column: pa.Array, shape: Shape, stored_as: str | None) -> npt.NDArray[np.bool_]:
-    """Which rows have as many bytes as they should, or where nothing says how many that are, as most have."""
+def _fitting_bytes(column: pa.Array, shape: Shape, stored_as: str | None) -> npt.NDArray[np.bool_] | None:
+    """Which rows have as many bytes as they should; None: all have."""
+    wanted = math.prod(shape) * _stored(stored_as).itemsize
+    if pa.types.is_fixed_size_binary(column.type) and column.type.byte_width != wanted:
+        raise FeatureError(
+            f"rows of {column.type.byte_width} bytes, expected {wanted}, {list(shape)} numbers of "
+            f"{stored_as or 'float32'}: say of which type they are, with stored_as="
+        )
     offsets = _offsets(column)
-    widths: npt.NDArray[np.int64] = offsets[1:] - offsets[:-1]
-    if stored_as is not None:
-        return np.equal(widths, math.prod(shape) * _stored(stored_as).itemsize)
-    found, counts = np.unique(widths, return_counts=True)
-    return np.equal(widths, found[counts.argmax()] if len(found) else 0)
+    fits = np.equal(offsets[1:] - offsets[:-1], wanted)
+    return None if fits.all() else fits
 
 
 def _offsets(column: pa.Array) -> npt.NDArray[np.int64]:
@@ -230,34 +269,16 @@ def _offsets(column: pa.Array) -> npt.NDArray[np.int64]:
 
 def _bytes(column: pa.Array, shape: Shape, stored_as: str | None) -> npt.NDArray[Any]:
     """The numbers of all rows, which have as many bytes each, flat."""
-    offsets = _offsets(column)
     if not len(column):
-        return np.empty(0, np.float32)
-    dtype = _dtype(int(offsets[1] - offsets[0]), shape, stored_as)
+        return np.empty(0, _stored(stored_as))
+    offsets = _offsets(column)
     size = int(offsets[-1] - offsets[0])
-    return np.frombuffer(column.buffers()[-1], np.uint8, size, int(offsets[0])).view(dtype)
+    return np.frombuffer(column.buffers()[-1], np.uint8, size, int(offsets[0])).view(_stored(stored_as))
 
 
-def _stored(stored_as: str) -> np.dtype[Any]:
-    """The type that holds such numbers: of bfloat16 their bits'."""
-    return np.dtype(np.uint16 if stored_as == "bfloat16" else stored_as)
-
-
-def _dtype(width: int, shape: Shape, stored_as: str | None) -> np.dtype[Any]:
-    """What numbers of this shape are that take so many bytes, bfloat16 as its bits.
-
-    Raises:
-        FeatureError: they take other numbers of bytes, or may be of two types, and nothing says of which.
-    """
-    if stored_as is not None:
-        return _stored(stored_as)
-    size, rest = divmod(width, math.prod(shape))
-    if rest or size not in (1, 2, 4, 8):
-        raise FeatureError(f"rows of {width} bytes, expected {list(shape)} numbers of 1, 2, 4 or 8 bytes each")
-    if size not in BYTES_OF:
-        names = "float16 or bfloat16" if size == 2 else "uint8 or int8"
-        raise FeatureError(f"numbers of {size} byte(s), {names}: say which, with stored_as=")
-    return np.dtype(BYTES_OF[size])
+def _stored(stored_as: str | None) -> np.dtype[Any]:
+    """The type that holds numbers in bytes: of bfloat16 their bits'."""
+    return np.dtype(np.uint16 if stored_as == "bfloat16" else stored_as or np.float32)
 
 
 def _another_shape(found: list[Any], shape: Shape) -> str:

@@ -9,9 +9,10 @@ import json
 import math
 import mmap
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +35,7 @@ class Choice:
         key: which array of a file of several, or which column of a table; None where there is but one.
         ids: the array or column of the rows' names; None: "id" in a table that has one, else the rows' numbers.
         layout: "NCHW", or "NHWC" for features whose channels come last.
-        stored_as: the dtype of numbers that a table holds as bytes; None: float32 or float64, by their count.
+        stored_as: the dtype of numbers that a table holds as bytes, or as lists of bfloat16's bits; None: float32.
     """
 
     key: str | None = None
@@ -48,6 +49,9 @@ class Choice:
         if self.stored_as not in (None, *tensors.FLOATS, *tensors.QUANTISED):
             names = ", ".join(tensors.FLOATS + tensors.QUANTISED)
             raise FeatureError(f"stored_as {self.stored_as!r:.40}, expected one of {names}")
+        for name, value in (("key", self.key), ("ids", self.ids)):
+            if not isinstance(value, str | None):
+                raise FeatureError(f"{name} {value!r:.40}, expected the name of an array or a column, or None")
 
     def stored_shape(self, shape: Shape) -> Shape:
         """The shape in the file of features of this shape."""
@@ -71,7 +75,7 @@ class Block:
         count: how many there are.
         data: the features of those that could be read, in order; bfloat16 as its bits.
         dtype: its name.
-        ids: the names of all, an array of numpy's or pyarrow's; None: their numbers are.
+        ids: the names of all, whole numbers or text, an array of numpy's or pyarrow's; None: their numbers are.
         failed: why the others could not be, by their place in the block.
     """
 
@@ -95,7 +99,19 @@ class Block:
     def without(self, bad: npt.NDArray[np.bool_], why: str) -> Block:
         """The block with these rows of `data` failed, too."""
         failed = dict(self.failed) | dict.fromkeys(self.places[bad].tolist(), why)
-        return Block(self.start, self.count, self.data[~bad], self.dtype, self.ids, failed)
+        return replace(self, data=self.data[~bad], failed=failed)
+
+    def between(self, low: int, high: int) -> Block:
+        """Rows low to high of the block, as one of its own."""
+        kept = (self.places >= low) & (self.places < high) if self.failed else slice(low, high)
+        return Block(
+            self.start + low,
+            high - low,
+            self.data[kept],
+            self.dtype,
+            None if self.ids is None else self.ids[low:high],
+            {place - low: why for place, why in self.failed.items() if low <= place < high},
+        )
 
 
 class FeatureFile(Protocol):
@@ -108,7 +124,7 @@ class FeatureFile(Protocol):
     count: int
 
     def blocks(self, start: int, stop: int, rows: int) -> Iterator[Block]:
-        """Rows start to stop, at most so many at once.
+        """Rows start to stop, at most so many at once; one empty block of none.
 
         Raises:
             FormatError: the file is damaged.
@@ -119,21 +135,47 @@ class FeatureFile(Protocol):
 class ArrayFile:
     """A file of arrays, whose first axis is the rows'."""
 
-    def __init__(self, take: Callable[[int, int], Any], count: int, ids: npt.NDArray[Any] | None, choice: Choice):
-        if ids is not None and len(ids) != count:
-            raise FormatError(f"holds {len(ids)} names of {count} rows")
-        self.count = count
-        self._take = take
-        self._ids = ids
+    def __init__(self, array: Any, ids: npt.NDArray[Any] | None, choice: Choice, bfloat16: bool = False) -> None:
+        if len(array.shape) == 0 or (len(array) and math.prod(array.shape[1:]) == 0):
+            raise FormatError(f"holds features of shape {list(array.shape)}, expected [N, ...]")
+        self.count = len(array)
+        self._array = array
+        self._ids = None if ids is None else _names(ids, self.count)
         self._choice = choice
+        self._bfloat16 = bfloat16  # whose bits the array holds
 
     def blocks(self, start: int, stop: int, rows: int) -> Iterator[Block]:
-        for first in range(start, stop, rows):
+        if stop > self.count:
+            raise FormatError(f"holds {self.count:,} rows, expected {stop:,}: it changed; run it again")
+        for first in range(start, max(stop, start + 1), rows):
             last = min(first + rows, stop)
-            taken = self._take(first, last)
-            data, dtype, _ = tensors.as_numpy(taken, "features")
+            taken = self._array[first:last]
+            if isinstance(taken, np.memmap):
+                _ask_for(taken)
+            data, dtype, _ = tensors.as_numpy(tensors.Bits(taken) if self._bfloat16 else taken, "features")
             ids = None if self._ids is None else self._ids[first:last]
             yield Block(first, last - first, self._choice.channels_first(data), dtype, ids)
+
+
+def _names(ids: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
+    """Names of rows as whole numbers or text of this machine's byte order."""
+    if ids.shape != (count,):
+        raise FormatError(f"holds names of shape {list(ids.shape)}, expected one for each of {count} rows")
+    if ids.dtype.kind in "SO":  # of h5py's text
+        return ids.astype(str)
+    if ids.dtype.kind not in "iuU":
+        raise FormatError(f"holds names of dtype {ids.dtype}, expected whole numbers or text")
+    return ids.astype(ids.dtype.newbyteorder("="))
+
+
+def _ask_for(rows: np.memmap[Any, Any]) -> None:
+    """Have the system read these rows of a mapped file while others are worked on."""
+    if not rows.flags.c_contiguous or rows.nbytes == 0:
+        return
+    base: Any = rows._mmap  # type: ignore[attr-defined]
+    offset = rows.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+    base.madvise(mmap.MADV_WILLNEED, start, offset + rows.nbytes - start)
 
 
 def expect_file(path: Path) -> None:
@@ -156,10 +198,11 @@ def open_file(path: Path, shape: Shape, choice: Choice) -> FeatureFile:
         FormatError: a missing or damaged file, another suffix, a pickle of more than tensors, no such array.
     """
     expect_file(path)
-    if path.suffix not in _OPENERS:
+    suffix = path.suffix.lower()
+    if suffix not in _OPENERS:
         raise FormatError(f"{path}: suffix {path.suffix!r}, expected one of {', '.join(SUFFIXES)}")
     with told_of(path):
-        return _OPENERS[path.suffix](path, shape, choice)
+        return _OPENERS[suffix](path, shape, choice)
 
 
 def read(path: Path, shape: Shape, choice: Choice) -> Any:
@@ -174,8 +217,6 @@ def read(path: Path, shape: Shape, choice: Choice) -> Any:
     for block in blocks:
         for place, why in block.failed.items():
             raise FormatError(f"{path}: row {block.start + place:,}: {why}; recover it as a log, which goes on without")
-    if not blocks:
-        return np.empty((0, *shape), np.float32)
     data = blocks[0].data if len(blocks) == 1 else np.concatenate([block.data for block in blocks])
     return Block(0, file.count, data, blocks[0].dtype).features
 
@@ -205,16 +246,18 @@ def _npy(path: Path, shape: Shape, choice: Choice) -> FeatureFile:
         raise FormatError(
             "cannot read features: cut off, no .npy file, or one of Python objects; expected an array of numbers"
         ) from error
-    return _of_array(array, None, choice)
+    if not isinstance(array, np.ndarray):
+        raise FormatError("cannot read features: a .npz archive; name it so")
+    return ArrayFile(array, None, choice)
 
 
 def _npz(path: Path, shape: Shape, choice: Choice) -> FeatureFile:
+    if not zipfile.is_zipfile(path):
+        raise FormatError("cannot read features: no .npz archive, or cut off")
     with np.load(path, allow_pickle=False) as arrays:
-        if not isinstance(arrays, Mapping):
-            raise FormatError("not a .npz archive")
         ids = _ids_among(list(arrays), choice)
         array = arrays[choose(list(arrays), choice.key, but=ids)]
-        return _of_array(array, None if ids is None else arrays[ids], choice)
+        return ArrayFile(array, None if ids is None else arrays[ids], choice)
 
 
 def _safetensors(path: Path, shape: Shape, choice: Choice) -> FeatureFile:
@@ -231,10 +274,12 @@ def _safetensors(path: Path, shape: Shape, choice: Choice) -> FeatureFile:
     kind = SAFETENSORS.get(entry["dtype"])
     if kind is None:
         raise FormatError(f"holds {entry['dtype']}, expected float32, float16, bfloat16, float64, uint8 or int8")
-    empty = math.prod(entry["shape"]) == 0  # cannot be mapped
-    rows = np.memmap(path, kind, "r", 8 + size + entry["data_offsets"][0], tuple(entry["shape"])) if not empty else None
-    array = np.empty(entry["shape"], kind) if rows is None else rows
-    return _of_array(array, None if ids is None else arrays.get_tensor(ids), choice, entry["dtype"] == "BF16")
+    array: npt.NDArray[Any]
+    if math.prod(entry["shape"]):
+        array = np.memmap(path, kind, "r", 8 + size + entry["data_offsets"][0], tuple(entry["shape"]))
+    else:  # cannot be mapped
+        array = np.broadcast_to(np.zeros((), kind), entry["shape"])
+    return ArrayFile(array, None if ids is None else arrays.get_tensor(ids), choice, entry["dtype"] == "BF16")
 
 
 def _pt(path: Path, shape: Shape, choice: Choice) -> FeatureFile:
@@ -258,7 +303,7 @@ def _pt(path: Path, shape: Shape, choice: Choice) -> FeatureFile:
         raise FormatError(f"key {choice.key or choice.ids!r}, but the file holds one tensor: leave the key out")
     if not torch.is_tensor(content):
         raise FormatError(f"holds a {type(content).__name__}, expected a tensor or a dict of tensors")
-    return _of_array(content, ids, choice)
+    return ArrayFile(content, ids, choice)
 
 
 def _hdf5(path: Path, shape: Shape, choice: Choice) -> FeatureFile:
@@ -272,33 +317,9 @@ def _hdf5(path: Path, shape: Shape, choice: Choice) -> FeatureFile:
     ids = _ids_among(names, choice)
     rows = file[choose(names, choice.key, but=ids)]
     if ids is None:
-        return _of_array(rows, None, choice)
+        return ArrayFile(rows, None, choice)
     text = h5py.check_string_dtype(file[ids].dtype) is not None
-    return _of_array(rows, (file[ids].asstr() if text else file[ids])[...], choice)
-
-
-def _of_array(array: Any, ids: npt.NDArray[Any] | None, choice: Choice, bfloat16: bool = False) -> FeatureFile:
-    """What is one array (of bfloat16's bits, maybe): in memory, in a file, or mapped, whose pages are asked for."""
-    if array.ndim == 0:
-        raise FormatError("holds a single number, expected features [N, ...]")
-
-    def take(start: int, stop: int) -> Any:
-        rows = array[start:stop]
-        if isinstance(array, np.memmap):
-            _ask_for(array, rows)
-        return tensors.Bits(rows) if bfloat16 else rows
-
-    return ArrayFile(take, len(array), ids, choice)
-
-
-def _ask_for(array: np.memmap[Any, Any], rows: npt.NDArray[Any]) -> None:
-    """Have the system read these rows of a mapped file while others are worked on."""
-    if not rows.flags.c_contiguous or rows.nbytes == 0:
-        return
-    base: Any = array._mmap  # type: ignore[attr-defined]
-    offset = rows.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
-    start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-    base.madvise(mmap.MADV_WILLNEED, start, offset + rows.nbytes - start)
+    return ArrayFile(rows, (file[ids].asstr() if text else file[ids])[...], choice)
 
 
 def _ids_among(names: list[str], choice: Choice) -> str | None:
@@ -322,7 +343,7 @@ def choose(names: list[str], key: str | None, *, but: str | None = None, what: s
         return others[0]
     if not others:
         raise FormatError(f"holds no {what}s")
-    raise FormatError(f"holds {len(others)} {what}s ({_listed(others)}): pass --key to choose one")
+    raise FormatError(f"holds {len(others)} {what}s ({_listed(others)}): pass key= to choose one")
 
 
 def _listed(names: list[str]) -> str:

@@ -34,7 +34,7 @@ class Recovered:
     Attributes:
         start: the number of the first row.
         count: how many there are.
-        ids: their names, an array of numpy's or pyarrow's; None: their numbers are.
+        ids: their names, as of a `Block`.
         places: the place among them of each image.
         images: [len(places), C, H, W], float32 or uint8.
         report: on the images.
@@ -49,17 +49,24 @@ class Recovered:
     report: Report
     failed: Mapping[int, str]
 
-    @property
-    def numbers(self) -> npt.NDArray[np.int64]:
-        """The rows' numbers."""
-        return np.arange(self.start, self.start + self.count, dtype=np.int64)
+    def names(self) -> npt.NDArray[Any] | Any:
+        """The rows' names, or their numbers."""
+        return np.arange(self.start, self.start + self.count, dtype=np.int64) if self.ids is None else self.ids
 
-    def names(self) -> npt.NDArray[Any]:
-        """The rows' names, as numpy's."""
-        if self.ids is None:
-            return self.numbers
-        array = self.ids if isinstance(self.ids, np.ndarray) else self.ids.to_numpy(zero_copy_only=False)
-        return array.astype(str) if array.dtype == object else array
+    def status(self) -> list[str]:
+        """Of each row "ok", or why it has no image."""
+        return [self.failed.get(place, OK) for place in range(self.count)]
+
+    def of_rmle(self) -> dict[str, npt.NDArray[Any]]:
+        """What rMLE says of each row; nothing of an inverse network."""
+        report = self.report
+        if report.objective is None:
+            return {}
+        return {
+            "objective": self.spread(report.objective, np.nan),
+            "steps": self.spread(report.steps, 0),
+            "converged": self.spread(report.converged, False),
+        }
 
     def spread(self, values: npt.NDArray[Any], missing: Any) -> npt.NDArray[Any]:
         """One value for each image as one for each row."""
@@ -70,18 +77,39 @@ class Recovered:
         return rows
 
 
+def _as_numpy(names: Any) -> npt.NDArray[Any]:
+    """Names of rows as numpy's; where some are missing, all as text, which is empty there."""
+    if isinstance(names, np.ndarray):
+        return names
+    cells = listed(names)
+    return np.array(["" if name is None else str(name) for name in cells] if None in cells else cells)
+
+
+def listed(names: Any) -> list[Any]:
+    """Names of rows, numpy's or pyarrow's, as Python's: integers, text, None."""
+    found: list[Any] = names.tolist()
+    return found
+
+
 class Output:
-    """The file or files of one shard's images, `stem` with the format's endings."""
+    """The file or files of one shard's images.
+
+    Args:
+        folder: of all results.
+        name: the shard's, a path below the folder; the format's endings are added.
+        image_shape, dtype: of the images.
+        count: how many rows there will be.
+    """
 
     endings: ClassVar[tuple[str, ...]]
 
-    def __init__(self, stem: Path, image_shape: Shape, dtype: str, count: int) -> None:
-        self._stem, self._shape, self._dtype = stem, image_shape, dtype
+    def __init__(self, folder: Path, name: str, image_shape: Shape, dtype: str, count: int) -> None:
+        self._name, self._stem, self._shape, self._dtype = name, folder / name, image_shape, dtype
         self._stack = ExitStack()
         with self._guarded():
-            self._files = [
-                self._stack.enter_context(new_file(stem.with_name(stem.name + ending))) for ending in self.endings
-            ]
+            places = (self._stem.with_name(self._stem.name + ending) for ending in self.endings)
+            self._files = [self._stack.enter_context(new_file(place)) for place in places]
+            self._begin(count)
 
     @classmethod
     def check(cls, image_shape: Shape, dtype: str) -> None:
@@ -98,6 +126,12 @@ class Output:
             self._end()
             self._stack.close()
 
+    def abandon(self) -> None:
+        """Remove what there is."""
+        with suppress(OSError, ValueError):
+            self._close()
+        self._stack.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         """After what goes wrong nothing is left; what the system refuses is an error that says what to do."""
@@ -112,17 +146,17 @@ class Output:
                 ) from error
             raise
 
-    def abandon(self) -> None:
-        """Remove what there is."""
-        with suppress(Exception):  # of a file that may not have been begun
-            self._end()
-        self._stack.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    def _begin(self, count: int) -> None:
+        """Write what comes first."""
 
     def _write(self, part: Recovered) -> None:
         raise NotImplementedError
 
     def _end(self) -> None:
         """Write what comes last."""
+
+    def _close(self) -> None:
+        """Let go of what holds the files."""
 
 
 class Parquet(Output):
@@ -142,16 +176,11 @@ class Parquet(Output):
     def _write(self, part: Recovered) -> None:
         import pyarrow as pa
 
-        table = {"id": part.numbers if part.ids is None else part.ids, "image": self._image_column(part)}
-        report = part.report
-        if report.objective is not None:
-            table["objective"] = part.spread(report.objective, np.nan)
-            table["steps"] = part.spread(report.steps, 0)
-            table["converged"] = part.spread(report.converged, False)
-        table["status"] = [part.failed.get(place, OK) for place in range(part.count)]
-        batch = pa.RecordBatch.from_pydict(table)
+        columns = {"id": part.names(), "image": self._image_column(part), **part.of_rmle(), "status": part.status()}
+        batch = pa.RecordBatch.from_pydict(columns)
         if self._writer is None:
-            self._writer = self._open(batch.schema)
+            schema = batch.schema.set(batch.schema.get_field_index("status"), pa.field("status", pa.string()))
+            self._writer = self._open(schema)
         self._writer.write_batch(batch.cast(self._writer.schema))
 
     def _image_column(self, part: Recovered) -> Any:
@@ -181,11 +210,11 @@ class Parquet(Output):
         )
 
     def _end(self) -> None:
-        if self._writer is None:
-            empty = np.empty((0, *self._shape), self._dtype)
-            nothing = Report(None, np.empty(0, np.int64), np.empty(0, np.bool_), "", "")
-            self._write(Recovered(0, 0, None, np.empty(0, np.intp), empty, nothing, {}))
         self._writer.close()
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 class Npy(Output):
@@ -194,24 +223,22 @@ class Npy(Output):
 
     endings = (".npy", ".rows.npz")
 
-    def __init__(self, stem: Path, image_shape: Shape, dtype: str, count: int) -> None:
-        super().__init__(stem, image_shape, dtype, count)
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
-        np.lib.format.write_array_header_2_0(self._files[0], header | {"shape": (count, *image_shape)})
-        self._rows: dict[str, list[npt.NDArray[Any]]] = {"id": [], "status": []}
+    def _begin(self, count: int) -> None:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(self._dtype)), "fortran_order": False}
+        np.lib.format.write_array_header_2_0(self._files[0], header | {"shape": (count, *self._shape)})
+        self._rows: dict[str, list[npt.NDArray[Any]]] = {}
 
     def _write(self, part: Recovered) -> None:
         self._files[0].write(np.ascontiguousarray(part.spread(part.images, 0)).data)
-        rows = {"id": part.names(), "status": np.array([part.failed.get(k, OK) for k in range(part.count)])}
-        if part.report.objective is not None:
-            rows["objective"] = part.spread(part.report.objective, np.nan)
-            rows["steps"] = part.spread(part.report.steps, 0)
-            rows["converged"] = part.spread(part.report.converged, False)
-        for name, values in rows.items():
+        columns = {"id": _as_numpy(part.names()), "status": np.array(part.status(), str), **part.of_rmle()}
+        for name, values in columns.items():
             self._rows.setdefault(name, []).append(values)
 
     def _end(self) -> None:
-        rows: dict[str, Any] = {name: np.concatenate(parts) for name, parts in self._rows.items() if parts}
+        parts = self._rows["id"]
+        if len({array.dtype.kind for array in parts}) > 1:  # some have text for what is missing
+            self._rows["id"] = [array.astype(str) for array in parts]
+        rows: dict[str, Any] = {name: np.concatenate(arrays) for name, arrays in self._rows.items()}
         np.savez(self._files[1], **rows)
 
 
@@ -227,28 +254,29 @@ class WebDataset(Output):
         if dtype != "uint8":
             raise FormatError(f"PNG files take dtype uint8, not {dtype}: choose another format, or leave the dtype out")
 
-    def __init__(self, stem: Path, image_shape: Shape, dtype: str, count: int) -> None:
-        super().__init__(stem, image_shape, dtype, count)
+    def _begin(self, count: int) -> None:
         self._tar = tarfile.open(fileobj=self._files[0], mode="w")  # noqa: SIM115  (until the end)
-        self._key = stem.name.replace(".", "-")  # WebDataset's keys end at the first dot
+        self._members: list[tarfile.TarInfo] = self._tar.members  # type: ignore[attr-defined]  # grows with every one
+        folder, _, name = self._name.rpartition("/")
+        self._key = f"{folder}/{name.replace('.', '-')}".lstrip("/")  # WebDataset's keys end at a name's first dot
 
     def _write(self, part: Recovered) -> None:
-        names, report = part.names(), part.report
-        for k, image in enumerate(part.images):
-            place = int(part.places[k])
-            about = {"row": part.start + place, "id": names[place].item()}
-            if report.objective is not None:
-                objective = float(report.objective[k])
-                about["objective"] = objective if np.isfinite(objective) else None
-                about |= {"steps": int(report.steps[k]), "converged": bool(report.converged[k])}
-            key = f"{self._key}-{part.start + place:09}"
-            self._add(f"{key}.png", _png(image))
-            self._add(f"{key}.json", json.dumps(about).encode())
+        names, of_rmle = listed(part.names()), part.of_rmle()
+        for place, image in zip(part.places.tolist(), part.images, strict=True):
+            row = part.start + place
+            about = {"row": row, "id": names[place]} | {name: values[place].item() for name, values in of_rmle.items()}
+            if not np.isfinite(about.get("objective", 0.0)):
+                about["objective"] = None  # JSON has no NaN
+            data = io.BytesIO()
+            write_png(data, image)
+            self._add(f"{self._key}-{row:09}.png", data.getvalue())
+            self._add(f"{self._key}-{row:09}.json", json.dumps(about).encode())
 
     def _add(self, name: str, data: bytes) -> None:
         entry = tarfile.TarInfo(name)
         entry.size = len(data)
         self._tar.addfile(entry, io.BytesIO(data))
+        self._members.clear()
 
     def _end(self) -> None:
         self._tar.close()
@@ -277,9 +305,3 @@ def write_png(file: str | os.PathLike[str] | BinaryIO, image: npt.NDArray[np.uin
     from PIL import Image
 
     Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, format="PNG")
-
-
-def _png(image: npt.NDArray[np.uint8]) -> bytes:
-    data = io.BytesIO()
-    write_png(data, image)
-    return data.getvalue()

@@ -50,6 +50,6 @@ class Job:
             "precision": self.precision,
             "scale": None if self.scale is None else list(tensors.floats(self.scale)),
             "zero_point": None if self.zero_point is None else list(tensors.floats(self.zero_point)),
-            "rows_per_file": self.rows_per_file,
+            "rows_per_file": None if self.rows_per_file is None else int(self.rows_per_file),
             **vars(self.choice),
         }

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastinv import tensors
 from fastinv.bulk import record
 from fastinv.bulk.features import Choice
+from fastinv.bulk.images import FORMATS
 from fastinv.bulk.job import Job
 from fastinv.bulk.progress import Tell, shown
 from fastinv.bulk.run import Run
-from fastinv.bulk.shards import cut, expect_apart, find
+from fastinv.bulk.shards import Shard, cut, expect_apart, find, piece_name
 from fastinv.errors import FeatureError, FormatError
-from fastinv.invert import resolve
+from fastinv.invert import name_of, resolve
 from fastinv.inverters import Inverter
 from fastinv.places import sweep
 
@@ -94,12 +96,14 @@ def invert_log(
         key: which array, tensor or column holds the features, in files of several.
         ids: which one holds the rows' names; None: the column "id" of a table that has one, else the rows' numbers.
         layout: "NCHW", or "NHWC" for features whose channels come last.
-        stored_as: the dtype of numbers that a table holds as bytes; None: float32 or float64, by their count.
+        stored_as: the dtype of numbers that a table holds as bytes, or as lists of bfloat16's bits; None: float32.
         rows_per_file: cut shards after so many rows, each into files NAME-00000 and on: an interruption costs no
             more. None: one file for each shard.
-        part: (k, n) does every n-th of these files from the k-th on: n processes or machines share a log so.
+        part: (k, n) does every n-th of these files from the k-th on: n processes or machines share a log so, that does
+            not change meanwhile. The manifest tells what is left, which a call without `part` does.
         retry_failed: whether to do those shards again of which rows failed.
-        dry_run: whether to read no more than a row of each shard, and write nothing; the report says what would fail.
+        dry_run: whether to write nothing, and look at no more than a row of each shard (a `.pt` or `.npz` file is read
+            whole for that); the report says what would fail.
         progress: whether to show progress; or a function that is told how things stand, a `Progress`.
         backend, precision, threads, batch_size, device, scale, zero_point: as of `invert`.
 
@@ -109,35 +113,37 @@ def invert_log(
         NetworkError, BackendError: as of `invert`.
         KeyboardInterrupt: Ctrl-C; its message says how many shards are done.
     """
+    paths = [Path(log)] if isinstance(log, (str, os.PathLike)) else [Path(path) for path in log]
     found, choice = resolve(inverter), Choice(key, ids, layout, stored_as)
-    job = Job(found, choice, format, dtype, precision, scale, zero_point, rows_per_file)
-    if not (tensors.is_shape(part, 2) and part[0] <= part[1]):
+    job = Job(found, choice, format, name_of(dtype), precision, scale, zero_point, rows_per_file)
+    if not (isinstance(part, Sequence) and len(part) == 2 and 1 <= part[0] <= part[1]):
         raise FeatureError(f"part {part!r:.40}, expected (k, n) with 1 <= k <= n")
     if out is None and format != "none":
         raise FormatError(f"out is None, but the format {format!r} needs a folder")
     folder = None if out is None or format == "none" else Path(out)
     if folder is not None:
-        expect_apart(log, folder)
-    shards = find(log)
-    if rows_per_file is not None:
-        shards = list(cut(shards, rows_per_file, found.feature_shape, choice))
-    if folder is not None and not dry_run:
-        record.claim(folder, job.record())
-        sweep(folder)
-    how = {"backend": backend, "threads": threads, "batch_size": batch_size, "device": device}
-    run = Run(job, folder, how)
+        expect_apart(paths, folder)
+    files = find(paths)
+    shards = files if rows_per_file is None else list(cut(files, rows_per_file, found.feature_shape, choice))
+    run = Run(job, folder, {"backend": backend, "threads": threads, "batch_size": batch_size, "device": device})
+    run.compile()
     own = shards[part[0] - 1 :: part[1]]
+    if folder is not None:
+        (record.expect_ours if dry_run else record.claim)(folder, job.record())
     todo = [shard for shard in own if not run.is_done(shard, retry_failed)]
     since = time.perf_counter()
     if dry_run:
         run.survey(todo)
     else:
+        if folder is not None:
+            sweep(folder)
         with shown(progress) as tell:
             run.go_through(todo, tell)
+        if folder is not None:
+            _tidy(folder, files, shards, FORMATS[format].endings)
+            record.conclude(folder, [run.stats(shard) for shard in shards])
     if run.errors and len(run.errors) == len(own):
         raise next(iter(run.errors.values()))
-    if folder is not None and not dry_run:
-        record.conclude(folder, [run.stats(shard) for shard in shards])
     done = [stats for shard in own if (stats := run.stats(shard))]
     return LogReport(
         shards=len(own),
@@ -149,3 +155,16 @@ def invert_log(
         seconds=time.perf_counter() - since,
         errors={str(shard.path): str(error) for shard, error in run.errors.items()},
     )
+
+
+def _tidy(folder: Path, files: Sequence[Shard], shards: Sequence[Shard], endings: Sequence[str]) -> None:
+    """Remove what killed processes left, and results of pieces that files do not have any more."""
+    sweep(folder)
+    names = {shard.name for shard in shards}
+    for file in files:
+        if file.name in names:
+            continue
+        record.remove(folder / file.name, ())  # that it could not be cut
+        number = next(k for k in itertools.count() if piece_name(file.name, k) not in names)
+        while record.remove(folder / piece_name(file.name, number), endings):
+            number += 1

@@ -21,7 +21,8 @@ from fastinv.errors import FormatError
 from fastinv.places import make_folder, new_file
 
 MANIFEST = "manifest.json"
-VERSION = 1
+STATS = ".stats.json"
+ERRORS = ".errors.jsonl"
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,20 @@ class Stats:
     """What became of one shard.
 
     Attributes:
-        size, modified: of the file of features, in bytes and nanoseconds: another one is not this shard.
+        path, size, modified: of the file of features, in bytes and nanoseconds: another one is not this shard.
         rows: from which to which, of the file's.
+        files: of images, by their endings, with their sizes in bytes.
         recovered, failed: how many of them have images, and how many do not.
         objective: of rMLE, the sum over the images that have a finite one; None for inverse networks.
         seconds: what it took.
         ran_on: the backend and its instruction set.
     """
 
+    path: str
     size: int
     modified: int
     rows: tuple[int, int]
+    files: Mapping[str, int]
     recovered: int
     failed: int
     objective: float | None
@@ -48,28 +52,41 @@ class Stats:
 
 
 def claim(folder: Path, job: Mapping[str, Any]) -> None:
-    """Make a folder the place of this job's images, or find that it is.
+    """Make a folder the place of this job's images.
 
     Raises:
-        FormatError: it holds something else, or the images of another job.
+        FormatError: as of `expect_ours`, or it cannot be written to.
     """
-    make_folder(folder)
+    if not expect_ours(folder, job):
+        make_folder(folder)
+        _write(folder / MANIFEST, {"fastinv": fastinv.__version__, "job": job})
+
+
+def expect_ours(folder: Path, job: Mapping[str, Any]) -> bool:
+    """Whether a folder is the place of this job's images already.
+
+    Raises:
+        FormatError: it holds something else, or images of another job.
+    """
     path = folder / MANIFEST
-    if not path.exists():
-        if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+    others = _others(folder)
+    if not path.exists():  # asked after the files: another process may have just begun
+        if others:
             raise FormatError(f"{folder}: the folder holds files but no {MANIFEST}; choose a new one")
-        _write(path, {"version": VERSION, "fastinv": fastinv.__version__, "job": job})
-        return
+        return False
     found = _read(path).get("job")
     if not isinstance(found, dict):
         raise FormatError(f"{path}: describes no job; choose another folder")
     given = json.loads(strict_json.dumps(job))
     for name in sorted(given | found):
         if given.get(name) != found.get(name):
+            if not any(folder.rglob(f"*{STATS}")):  # nothing was done yet
+                return False
             raise FormatError(
                 f"{folder}: holds images of another job, with {name} {found.get(name)!r:.80} instead of "
                 f"{given.get(name)!r:.80}: choose a new folder, or go on with the same"
             )
+    return True
 
 
 def conclude(folder: Path, shards: Sequence[Stats | None]) -> None:
@@ -85,38 +102,64 @@ def conclude(folder: Path, shards: Sequence[Stats | None]) -> None:
     _write(path, _read(path) | {"counts": counts})
 
 
-def stats_path(stem: Path) -> Path:
-    return stem.with_name(f"{stem.name}.stats.json")
-
-
-def errors_path(stem: Path) -> Path:
-    return stem.with_name(f"{stem.name}.errors.jsonl")
-
-
-def done(stem: Path, size: int, modified: int) -> Stats | None:
-    """What became of a shard whose file has this size and time; None where it is still to be done."""
+def done(stem: Path, path: str, size: int, modified: int) -> Stats | None:
+    """What became of a shard of this file, of this size and time; None where it is still to be done."""
     try:
-        found = _read(stats_path(stem))
+        found = _read(_beside(stem, STATS))
         stats = Stats(**{field.name: found[field.name] for field in fields(Stats)})
-    except (FormatError, KeyError):
+        counts = [stats.size, stats.modified, stats.recovered, stats.failed, *stats.files.values()]
+        there = sizes(stem, stats.files)
+    except (FormatError, KeyError, AttributeError, OSError):
         return None
-    return stats if (stats.size, stats.modified) == (size, modified) else None
+    same = (stats.path, stats.size, stats.modified, there) == (path, size, modified, stats.files)
+    return stats if same and all(type(count) is int for count in counts) else None
+
+
+def sizes(stem: Path, endings: Iterable[str]) -> dict[str, int]:
+    """A shard's files of images, with their sizes in bytes."""
+    return {ending: _beside(stem, ending).stat().st_size for ending in endings}
 
 
 def mark(stem: Path, stats: Stats) -> None:
     """Say that a shard is done."""
-    _write(stats_path(stem), asdict(stats))
+    _write(_beside(stem, STATS), asdict(stats))
+
+
+def unmark(stem: Path) -> None:
+    """Say that a shard is not done, whatever files there are."""
+    _beside(stem, STATS).unlink(missing_ok=True)
+
+
+def remove(stem: Path, endings: Iterable[str]) -> bool:
+    """Remove all that there is of a shard; whether there was anything."""
+    paths = [_beside(stem, ending) for ending in (STATS, ERRORS, *endings)]
+    there = [path for path in paths if path.exists()]
+    for path in there:
+        path.unlink()
+    return bool(there)
 
 
 def tell_errors(stem: Path, errors: Iterable[Mapping[str, Any]]) -> None:
     """List the rows of a shard that failed, or why it failed whole; no file where nothing did."""
-    lines = [json.dumps(error) for error in errors]
-    path = errors_path(stem)
-    if lines:
-        with new_file(path) as file:
-            file.write("".join(f"{line}\n" for line in lines).encode())
+    text = "".join(f"{json.dumps(error)}\n" for error in errors)
+    path = _beside(stem, ERRORS)
+    if text:
+        make_folder(path.parent)
+        _write_text(path, text)
     else:
         path.unlink(missing_ok=True)
+
+
+def _beside(stem: Path, ending: str) -> Path:
+    return stem.with_name(stem.name + ending)
+
+
+def _others(folder: Path) -> bool:
+    """Whether a folder holds files that are not hidden."""
+    try:
+        return folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir())
+    except OSError as error:
+        raise FormatError(f"{folder}: cannot be read ({error.strerror}); choose another place") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -130,8 +173,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
+    _write_text(path, f"{json.dumps(content, indent=2)}\n")
+
+
+def _write_text(path: Path, text: str) -> None:
     try:
         with new_file(path) as file:
-            file.write(json.dumps(content, indent=2).encode() + b"\n")
+            file.write(text.encode())
     except OSError as error:
         raise FormatError(f"{path}: cannot write it ({error.strerror})") from error

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
@@ -19,7 +21,7 @@ import numpy.typing as npt
 from fastinv import tensors
 from fastinv.bulk import record
 from fastinv.bulk.features import Block, open_file, told_of
-from fastinv.bulk.images import FORMATS, Output, Recovered
+from fastinv.bulk.images import FORMATS, Output, Recovered, listed
 from fastinv.bulk.job import Job
 from fastinv.bulk.progress import Progress, Tell
 from fastinv.bulk.shards import Shard
@@ -30,13 +32,13 @@ from fastinv.places import make_folder
 # Features and images of a block: some batches for every core, while the blocks that are read, inverted and written at
 # the same time, five at most, stay small.
 BLOCK_BYTES = 2**26
-LEAST_ROWS = 64  # of a block, however large they are: enough for all cores
+IMAGES_PER_CORE = 4  # of a block at least, however large they are
 AHEAD = 2  # blocks that are read before they are needed, and that wait to be written
 
 NOT_FINITE = "features hold NaN or Inf"
 
 Item = TypeVar("Item")
-_Read = tuple[tuple[Shard, tuple[int, int]], Block | FastinvError | None]
+_Read = tuple[Shard, int, Block | FastinvError]  # a shard, how many rows it has, and some of them
 _END: Any = object()
 
 
@@ -57,20 +59,20 @@ class Run:
         self._options = {**how, **self._quantised, "precision": job.precision, "dtype": job.dtype}
         self._shape = job.inverter.feature_shape
         one = 4 * (math.prod(self._shape) + math.prod(job.inverter.image_shape))
-        self._rows = max(LEAST_ROWS, BLOCK_BYTES // one)
+        self._rows = max(IMAGES_PER_CORE * len(os.sched_getaffinity(0)), BLOCK_BYTES // one)
         self._stats: dict[Shard, record.Stats] = {}
+        self._finished: set[Shard] = set()
 
-    def stem(self, shard: Shard) -> Path | None:
-        """Where a shard's results go, without their endings."""
-        return None if self._folder is None else self._folder / shard.name
+    def compile(self) -> None:
+        """Raise what `fastinv.invert` has against the arguments, before anything is written."""
+        dtype = np.float32 if self._job.scale is None and self._job.zero_point is None else np.uint8
+        invert(np.empty((0, *self._shape), dtype), self._job.inverter, **self._options)
 
     def stats(self, shard: Shard) -> record.Stats | None:
         """What became of a shard, now or before; None where it is not done."""
-        stem = self.stem(shard)
-        if shard not in self._stats and stem is not None:
-            endings = FORMATS[self._job.format].endings
-            found = record.done(stem, shard.size, shard.modified)
-            if found and all(stem.with_name(stem.name + ending).exists() for ending in endings):
+        if shard not in self._stats and self._folder is not None:
+            found = record.done(self._folder / shard.name, *_file_of(shard))
+            if found is not None:
                 self._stats[shard] = found
         return self._stats.get(shard)
 
@@ -101,69 +103,74 @@ class Run:
         """
         pace = _Pace(shards, tell)
         try:
-            with _Behind() as behind:
-                for (shard, rows), read in groupby(_ahead(self._read(shards)), key=itemgetter(0)):
-                    writing = _Writing(self._job, self.stem(shard), rows)
+            with _Behind() as behind, closing(_ahead(self._read(shards))) as items:
+                for shard, read in groupby(items, key=itemgetter(0)):
+                    writing = _Writing(self._job, self._folder, shard)
                     try:
-                        error = self._invert(shard, (block for _, block in read), writing, behind, pace)
+                        error = self._invert(shard, read, writing, behind, pace)
+                        if error is None:
+                            behind.do(self._finish, shard, writing)
+                        else:
+                            self.errors[shard] = error
+                            behind.do(writing.fail, error)
                     except BaseException:
                         behind.clean_up(writing.abandon)
                         raise
-                    if error is None:
-                        behind.do(self._finish, shard, writing)
-                    else:
-                        self.errors[shard] = error
-                        behind.do(writing.fail, error)
                     pace.end(shard)
                 behind.drain()
         except KeyboardInterrupt:
-            count = f"{len(self.errors) + sum(shard in self._stats for shard in shards):,} of {len(shards):,}"
+            count = f"{len(self._finished):,} of {len(shards):,}"
             raise KeyboardInterrupt(f"interrupted: {count} shards are done; the same again does the others") from None
 
     def _read(self, shards: Sequence[Shard]) -> Iterator[_Read]:
-        """What there is in shards, block by block: none to begin with, or an error that ends a shard."""
-        for shard in shards:
-            key = (shard, shard.rows or (0, 0))
-            try:
-                file = open_file(shard.path, self._shape, self._job.choice)
-                key = (shard, shard.rows or (0, file.count))
-                yield key, None
-                start, stop = key[1]
-                parts = max(1, -(-(stop - start) // self._rows))
-                with told_of(shard.path):
-                    for block in file.blocks(start, stop, max(1, -(-(stop - start) // parts))):  # alike: none is short
-                        if shard in self.errors:
+        """The rows of shards, block by block, or an error that ends a shard; a file of several is read through."""
+        for _, parts in groupby(shards, key=lambda shard: shard.path):
+            for run in _follow(parts):
+                yield from self._read_run(run)
+
+    def _read_run(self, run: Sequence[Shard]) -> Iterator[_Read]:
+        """Shards of one file that follow each other."""
+        left = deque(run)
+        try:
+            first = run[0]
+            file = open_file(first.path, self._shape, self._job.choice)
+            if first.rows is None and self._job.rows_per_file is not None:
+                raise FormatError(f"{first.path}: could not be read when files were cut, and can be now: run it again")
+            start, stop = (0, file.count) if first.rows is None else (first.rows[0], (run[-1].rows or first.rows)[1])
+            parts = max(1, -(-(stop - start) // self._rows))
+            rows = max(1, -(-(stop - start) // parts))  # alike: none is short
+            with told_of(first.path):
+                first.expect_unchanged()
+                for block in file.blocks(start, stop, rows):
+                    while left:
+                        shard = left[0]
+                        begin, end = shard.rows or (start, stop)
+                        low, high = max(begin, block.start), min(end, block.start + block.count)
+                        if shard not in self.errors:  # else refused: what is left is not looked at
+                            yield shard, end - begin, block.between(low - block.start, high - block.start)
+                        if high < end:
                             break
-                        yield key, block
-            except FastinvError as error:
-                yield key, error
+                        left.popleft()
+                    if self.errors.keys() >= set(left):
+                        break
+                    first.expect_unchanged()
+        except FastinvError as error:
+            for shard in left:
+                yield shard, 0, error
 
     def _invert(
-        self,
-        shard: Shard,
-        blocks: Iterator[Block | FastinvError | None],
-        writing: _Writing,
-        behind: _Behind,
-        pace: _Pace,
+        self, shard: Shard, read: Iterator[_Read], writing: _Writing, behind: _Behind, pace: _Pace
     ) -> FastinvError | None:
         """Recover a shard's images and have them written; the error that ended it before its time."""
-        rows = 0
-        for block in blocks:
+        for _, count, block in read:
             if isinstance(block, FastinvError):
                 return block
-            if block is None:
-                continue
             try:
                 part = self._recover(block, pace.within)
             except FeatureError as error:
                 return type(error)(f"{shard.path}: {error}")
-            rows += part.count
-            behind.do(writing.add, part)
-            pace.add(shard, part, writing.count)
-        if rows != writing.count:
-            return FormatError(
-                f"{shard.path}: gave {rows:,} rows of {writing.count:,}: cut off, or written to meanwhile"
-            )
+            behind.do(writing.add, part, count)
+            pace.add(shard, part, count)
         return None
 
     def _recover(self, block: Block, tell: Callable[[int, int], object]) -> Recovered:
@@ -189,75 +196,96 @@ class Run:
         return np.logical_not(np.isfinite(values.reshape(len(values), -1)).all(axis=1))
 
     def _finish(self, shard: Shard, writing: _Writing) -> None:
-        stats = writing.finish(shard)
+        stats = writing.finish()
         self._stats[shard] = stats
+        self._finished.add(shard)
         self.images += stats.recovered
 
 
 class _Writing:
     """A shard's results as they come, in the thread that writes; their files are begun with the first."""
 
-    def __init__(self, job: Job, stem: Path | None, rows: tuple[int, int]) -> None:
-        self.count = rows[1] - rows[0]
-        self._job, self._stem, self._rows = job, stem, rows
+    def __init__(self, job: Job, folder: Path | None, shard: Shard) -> None:
+        self._job, self._folder, self._shard = job, folder, shard
         self._begun = time.perf_counter()
         self._output: Output | None = None
         self._errors: list[dict[str, Any]] = []
-        self._recovered = 0
+        self._count = self._recovered = 0
         self._objective: float | None = None
         self._ran_on = ""
 
-    def add(self, part: Recovered) -> None:
-        """Write what became of the next rows."""
-        if self._stem is not None:
-            self._opened(self._stem).write(part)
+    def add(self, part: Recovered, count: int) -> None:
+        """Write what became of the next of `count` rows."""
         report = part.report
+        if self._folder is not None:
+            if self._output is None:
+                stem = self._folder / self._shard.name
+                make_folder(stem.parent)
+                record.unmark(stem)
+                kind, image_shape = FORMATS[self._job.format], self._job.inverter.image_shape
+                self._output = kind(self._folder, self._shard.name, image_shape, self._job.dtype, count)
+            self._output.write(part)
+        self._count = count
         self._recovered += len(part.images)
         self._ran_on = f"{report.backend} {report.isa}"
         if report.objective is not None:
             finite = report.objective[np.isfinite(report.objective)]
             self._objective = (self._objective or 0.0) + float(finite.sum())
         if part.failed:
-            names = part.names()
+            names = listed(part.names())
             for place, why in sorted(part.failed.items()):
-                self._errors.append({"row": part.start + place, "id": names[place].item(), "error": why})
+                self._errors.append({"row": part.start + place, "id": names[place], "error": why})
 
-    def finish(self, shard: Shard) -> record.Stats:
+    def finish(self) -> record.Stats:
         """Let the files appear, and say that the shard is done."""
+        start = self._shard.rows[0] if self._shard.rows else 0
         stats = record.Stats(
-            shard.size,
-            shard.modified,
-            self._rows,
-            self._recovered,
-            len(self._errors),
-            self._objective,
-            time.perf_counter() - self._begun,
-            self._ran_on,
+            *_file_of(self._shard),
+            rows=(start, start + self._count),
+            files={},
+            recovered=self._recovered,
+            failed=len(self._errors),
+            objective=self._objective,
+            seconds=time.perf_counter() - self._begun,
+            ran_on=self._ran_on,
         )
-        if self._stem is not None:
-            self._opened(self._stem).finish()
-            record.tell_errors(self._stem, self._errors)
-            record.mark(self._stem, stats)
+        if self._folder is not None and self._output is not None:
+            stem = self._folder / self._shard.name
+            self._output.finish()
+            record.tell_errors(stem, self._errors)
+            stats = replace(stats, files=record.sizes(stem, self._output.endings))
+            record.mark(stem, stats)
         return stats
 
     def fail(self, error: FastinvError) -> None:
         """Remove what there is of the shard, and say why."""
         self.abandon()
-        if self._stem is not None:
-            make_folder(self._stem.parent)
-            record.tell_errors(self._stem, [{"error": str(error)}])
+        if self._folder is not None:
+            stem = self._folder / self._shard.name
+            record.unmark(stem)
+            record.tell_errors(stem, [{"error": str(error)}])
 
     def abandon(self) -> None:
         """Remove what there is of the shard."""
         if self._output is not None:
             self._output.abandon()
 
-    def _opened(self, stem: Path) -> Output:
-        if self._output is None:
-            make_folder(stem.parent)
-            kind = FORMATS[self._job.format]
-            self._output = kind(stem, self._job.inverter.image_shape, self._job.dtype, self.count)
-        return self._output
+
+def _file_of(shard: Shard) -> tuple[str, int, int]:
+    """What says that a file is the same: its real path, its size, and its time."""
+    return os.path.realpath(shard.path), shard.size, shard.modified
+
+
+def _follow(shards: Iterable[Shard]) -> Iterator[list[Shard]]:
+    """Shards of one file in groups that each follow without a gap."""
+    run: list[Shard] = []
+    for shard in shards:
+        if run and (run[-1].rows is None or shard.rows is None or run[-1].rows[1] != shard.rows[0]):
+            yield run
+            run = []
+        run.append(shard)
+    if run:
+        yield run
 
 
 class _Behind:
@@ -302,7 +330,7 @@ class _Behind:
             raise
 
 
-def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+def _ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
     """The items, of which a thread makes the next `AHEAD` while one is looked at."""
     with ThreadPoolExecutor(1, "fastinv-read") as pool:
         pending = deque(pool.submit(next, items, _END) for _ in range(AHEAD))
@@ -328,7 +356,7 @@ class _Pace:
 
     def add(self, shard: Shard, part: Recovered, count: int) -> None:
         """A block of a shard of `count` rows is done."""
-        self._rows += part.count / count
+        self._rows += part.count / max(1, count)
         at = self._read + self._rows * shard.size * shard.part
         state = self._state
         self._state = replace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ WORDS = {
     "pass np.transpose(features, (0, 3, 1, 2)), or .permute in torch": "pass --layout NHWC",
     "pass scale=": "pass --scale",
     "with stored_as=": "with --stored-as",
+    "pass key=": "pass --key",
+    "with ids=": "with --ids",
     "but layout NHWC is": "but --layout NHWC is",
     "scale and zero_point are": "--scale and --zero-point are",
     "pass features": "save features",
@@ -55,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stored-as",
         choices=tensors.FLOATS + tensors.QUANTISED,
-        help="the type of numbers that a table holds as bytes; by their count where left out",
+        help="the type of numbers that a table holds as bytes; float32 where left out",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, help="pixels 0-1 or 0-255; where left out float32 in one file, uint8 of a log"
@@ -92,8 +95,8 @@ def run(args: argparse.Namespace) -> int:
         if args.format is not None or len(args.features) > 1 or args.features[0].is_dir():
             return _log(args, path)
         return _file(args, args.features[0], path)
-    except FeatureError as error:
-        raise FeatureError(_in_words_of_the_shell(str(error))) from None
+    except (FeatureError, FormatError) as error:
+        raise type(error)(_in_words_of_the_shell(str(error))) from None
 
 
 def _file(args: argparse.Namespace, path: Path, inverter_path: str) -> int:
@@ -122,9 +125,9 @@ def _log(args: argparse.Namespace, inverter: str) -> int:
     options |= {"format": args.format or "parquet", "dtype": args.dtype or "uint8", "part": args.part or (1, 1)}
     log = args.features if len(args.features) > 1 else args.features[0]
     report = invert_log(log, inverter, args.out, progress=True, **options)
-    for path, error in report.errors.items():
-        print(error if error.startswith(path) else f"{path}: {error}")
-    print(f"{args.out or 'nothing written'}: {_counts(report, args.dry_run)}")
+    for error in report.errors.values():
+        print(_in_words_of_the_shell(error), file=sys.stderr)
+    print(f"{'nothing written' if args.format == 'none' else args.out}: {_counts(report, args.dry_run)}")
     return 0 if report.complete else FAILED
 
 
