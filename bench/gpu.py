@@ -60,7 +60,7 @@ def main() -> int:
         os.execv(
             sys.executable, [sys.executable, *sys.argv, "--no-build", "--minutes", str((end - time.monotonic()) / 60)]
         )
-    from fastinv.backends.cuda_device import missing
+    from fastinv.backends.cuda.device import missing
     from fastinv.cli.files import expect_place
 
     if (reason := missing(0)) is not None:

@@ -22,8 +22,8 @@ from gpu_contenders import DTYPES, NETWORK_CONTENDERS, SOLVER_CONTENDERS, Build,
 from gpu_results import HOST_TO_HOST, Ceilings, Row
 
 from fastinv import benchmark
-from fastinv.backends.cuda_native import usable_on
-from fastinv.backends.cuda_tuning import tune
+from fastinv.backends.cuda.native import usable_on
+from fastinv.backends.cuda.tuning import tune
 from fastinv.benchmark import SOLVER_TOLERANCE, Subject
 from fastinv.engine import Engine, compile
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fastinv import _core
-from fastinv.backends import cuda_host
-from fastinv.backends.cuda_device import Streams
+from fastinv.backends.cuda import host as cuda_host
+from fastinv.backends.cuda.device import Streams
 
 VALUES = 2**26  # float32, 256 MiB: more than a cache holds
 BATCH = 2**25  # values: 1,024 images' features at CIFAR-10's ReLU22

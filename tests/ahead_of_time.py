@@ -34,10 +34,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastinv.backends import cuda_lowering, cuda_native, cuda_pair
-from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
-from fastinv.backends.cuda_network import CudaNetwork
-from fastinv.backends.cuda_solver import CudaSolver
+from fastinv.backends.cuda import native as cuda_native
+from fastinv.backends.cuda import ops as cuda_ops
+from fastinv.backends.cuda import pair as cuda_pair
+from fastinv.backends.cuda.lowering import PRECISIONS, Lowering
+from fastinv.backends.cuda.network import CudaNetwork
+from fastinv.backends.cuda.solver import CudaSolver
 from fastinv.benchmark import DECODERS, decoders, network_of, solvers
 from fastinv.export import export
 from fastinv.inverters import RMLE
@@ -257,7 +259,7 @@ def rare_launches() -> Iterator[Launch]:
         def choose(kernel: Tiled, device: torch.device, choice: int = choice) -> Tiled:
             return kernel.with_tile(kernel.candidates[min(choice, len(kernel.candidates) - 1)])
 
-        with patch.object(cuda_lowering, "tuned", choose), patch.object(cuda_pair, "tuned", choose):
+        with patch.object(cuda_ops, "tuned", choose), patch.object(cuda_pair, "tuned", choose):
             yield from benchmarked_launches()
     for images in (1, 3):
         yield from benchmarked_launches(images)

@@ -12,11 +12,11 @@ from hasten import hasten
 from fastinv import tensors
 from fastinv.attacks.rmle import rmle
 from fastinv.backends.cuda import CudaBackend
-from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
-from fastinv.backends.cuda_network import CudaNetwork
-from fastinv.backends.cuda_nodes import places
-from fastinv.backends.cuda_plan import Arena, Buffer, Ending, Stage
-from fastinv.backends.cuda_solver import CudaSolver
+from fastinv.backends.cuda.lowering import PRECISIONS, Lowering
+from fastinv.backends.cuda.network import CudaNetwork
+from fastinv.backends.cuda.nodes import places
+from fastinv.backends.cuda.plan import Arena, Buffer, Ending, Stage
+from fastinv.backends.cuda.solver import CudaSolver
 from fastinv.backends.torch import as_module
 from fastinv.inverters import RMLE
 from fastinv.network import Network, Step

@@ -366,3 +366,17 @@ def test_shapes_that_would_never_end(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(FormatError, match=r"holds features of shape \[1000000000000, 0, 6, 5\]"):
         open_file(tmp_path / "a.safetensors", SHAPE, Choice())
+
+
+def test_small_batches_are_read_together(tmp_path: Path) -> None:
+    table = pa.table({"v": pa.FixedShapeTensorArray.from_numpy_ndarray(X), "id": list(range(23))})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    with pa.ipc.new_stream(tmp_path / "b.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    for name in ("a.parquet", "a.arrow", "b.arrow"):
+        blocks = list(open_file(tmp_path / name, SHAPE, Choice()).blocks(3, 22, 8))
+        assert len(blocks) <= 5
+        np.testing.assert_array_equal(joined(blocks), X[3:22])
+        assert [row for block in blocks for row in block.ids.to_pylist()] == list(range(3, 22))

@@ -18,12 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastinv
-from fastinv.backends import BACKENDS, cuda_device, cuda_host, cuda_native, select
+from fastinv.backends import BACKENDS, select
 from fastinv.backends.cuda import CudaBackend
-from fastinv.backends.cuda_device import halving, missing, room_for_images
-from fastinv.backends.cuda_host import Copy
-from fastinv.backends.cuda_lowering import PRECISIONS
-from fastinv.backends.cuda_plan import ALIGNMENT, Arena, Buffer, Stage, bucket, place
+from fastinv.backends.cuda import device as cuda_device
+from fastinv.backends.cuda import host as cuda_host
+from fastinv.backends.cuda import native as cuda_native
+from fastinv.backends.cuda.device import halving, missing, room_for_images
+from fastinv.backends.cuda.host import Copy
+from fastinv.backends.cuda.lowering import PRECISIONS
+from fastinv.backends.cuda.plan import ALIGNMENT, Arena, Buffer, Stage, bucket, place
 from fastinv.errors import BackendError
 from fastinv.inverters import METHODS, RMLE, InverseNetwork
 from fastinv.network import Network, Step
@@ -77,7 +80,7 @@ def test_a_fork_is_told(monkeypatch: pytest.MonkeyPatch, no_gpu: None) -> None:
 def test_a_fork_asks_again() -> None:
     code = """
 import os
-from fastinv.backends import cuda_device
+from fastinv.backends.cuda import device as cuda_device
 
 parent = os.getpid()
 cuda_device._driver_count = lambda: 0 if os.getpid() == parent else None

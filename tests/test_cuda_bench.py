@@ -22,7 +22,7 @@ import torch
 
 import fastinv
 from fastinv import benchmark
-from fastinv.backends import cuda_device
+from fastinv.backends.cuda import device as cuda_device
 
 BENCH = Path(__file__).parents[1] / "bench"
 

@@ -22,7 +22,8 @@ from fastinv.kernels.triton import launch
 from interpreter import DEVICE, check_solver, recipe_for, solve_by_definition, solver_on
 
 from fastinv import _cuda
-from fastinv.backends import cuda_methods, cuda_native
+from fastinv.backends.cuda import methods as cuda_methods
+from fastinv.backends.cuda import native as cuda_native
 from fastinv.network import Network
 
 

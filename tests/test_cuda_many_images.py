@@ -18,7 +18,7 @@ pytest.importorskip("fastinv._cuda", reason="the kernels in CUDA C++ are not bui
 from fastinv.kernels.triton import launch
 from interpreter import DEVICE, expect_close, network_on, rounded
 
-from fastinv.backends import cuda_layers
+from fastinv.backends.cuda import layers as cuda_layers
 
 if DEVICE == "cuda" and not cuda_layers.runs_on(torch.device("cuda", 0)):
     pytest.skip("this GPU has other tensor cores", allow_module_level=True)

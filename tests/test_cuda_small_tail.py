@@ -18,8 +18,8 @@ pytest.importorskip("fastinv._cuda", reason="the kernels in CUDA C++ are not bui
 
 from interpreter import DEVICE, rounded
 
-from fastinv.backends import cuda_native
-from fastinv.backends.cuda_network import CudaNetwork
+from fastinv.backends.cuda import native as cuda_native
+from fastinv.backends.cuda.network import CudaNetwork
 from fastinv.errors import FeatureError
 from fastinv.models import make_decoder
 from fastinv.network import Network

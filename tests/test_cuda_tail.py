@@ -19,8 +19,10 @@ pytest.importorskip("fastinv._cuda", reason="the kernels in CUDA C++ are not bui
 from fastinv.kernels.triton import launch
 from interpreter import DEVICE, rounded
 
-from fastinv.backends import cuda_layers, cuda_native, cuda_tail
-from fastinv.backends.cuda_network import CudaNetwork
+from fastinv.backends.cuda import layers as cuda_layers
+from fastinv.backends.cuda import native as cuda_native
+from fastinv.backends.cuda import tail as cuda_tail
+from fastinv.backends.cuda.network import CudaNetwork
 from fastinv.errors import FeatureError
 from fastinv.network import Network
 from fastinv.tensors import Source

@@ -17,10 +17,11 @@ from fastinv.kernels.triton.launch import Launch
 from interpreter import DEVICE, forward
 from triton.runtime.errors import OutOfResources
 
-from fastinv.backends import cuda_device, cuda_tuning
 from fastinv.backends.cuda import CudaBackend
-from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
-from fastinv.backends.cuda_tuning import Measured, read_measured, tiles_file, tune, write_measured
+from fastinv.backends.cuda import device as cuda_device
+from fastinv.backends.cuda import tuning as cuda_tuning
+from fastinv.backends.cuda.lowering import PRECISIONS, Lowering
+from fastinv.backends.cuda.tuning import Measured, read_measured, tiles_file, tune, write_measured
 from fastinv.cli import main
 from fastinv.errors import BackendError
 from fastinv.inverters import RMLE, InverseNetwork

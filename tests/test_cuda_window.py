@@ -18,8 +18,8 @@ from fastinv.kernels.triton import launch
 from interpreter import DEVICE, rounded
 
 from fastinv import _cuda
-from fastinv.backends import cuda_layers
-from fastinv.backends.cuda_network import CudaNetwork
+from fastinv.backends.cuda import layers as cuda_layers
+from fastinv.backends.cuda.network import CudaNetwork
 from fastinv.models import make_decoder
 from fastinv.network import Network
 

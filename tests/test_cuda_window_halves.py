@@ -18,8 +18,8 @@ from fastinv.kernels.triton import launch
 from interpreter import DEVICE, check_solver, expect_close, forward, gradient, recipe_for
 
 from fastinv import _cuda
-from fastinv.backends import cuda_layers
-from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
+from fastinv.backends.cuda import layers as cuda_layers
+from fastinv.backends.cuda.lowering import PRECISIONS, Lowering
 from fastinv.network import Network
 
 if DEVICE == "cuda" and not cuda_layers.runs_on(torch.device("cuda", 0)):

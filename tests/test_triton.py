@@ -15,7 +15,8 @@ from fastinv.kernels.triton import pool
 from fastinv.kernels.triton.epilogue import Epilogue
 from interpreter import DEVICE, forward, gradient, rounded
 
-from fastinv.backends.cuda_lowering import LOWERINGS, PRECISIONS, Lowering
+from fastinv.backends.cuda.lowering import PRECISIONS, Lowering
+from fastinv.backends.cuda.ops import LOWERINGS
 from fastinv.errors import BackendError
 from fastinv.network import Network, Step
 from fastinv.ops import OPS

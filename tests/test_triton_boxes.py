@@ -18,8 +18,8 @@ from fastinv.kernels.triton.launch import copies_boxes
 from interpreter import DEVICE, forward, gradient, network_on
 
 from fastinv import tensors
-from fastinv.backends import cuda_lowering
-from fastinv.backends.cuda_lowering import PRECISIONS
+from fastinv.backends.cuda import ops as cuda_ops
+from fastinv.backends.cuda.lowering import PRECISIONS, Lowering
 
 # Relative. The interpreter computes tf32 products in float32.
 TOLERANCES = {"float32": 1e-5, "tf32": 1e-5 if DEVICE == "cpu" else 5e-3, "float16": 5e-3}
@@ -52,7 +52,7 @@ def in_boxes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         found.append(kernel.candidates[1 if request.param == "few pixels" else -1])
         return kernel.with_tile(found[-1])
 
-    monkeypatch.setattr(cuda_lowering, "tuned", choose)
+    monkeypatch.setattr(cuda_ops, "tuned", choose)
     monkeypatch.setattr(convolution, "processors", lambda device: 3)
     return found
 
@@ -70,7 +70,7 @@ def test_forward(name: str, precision: str, in_boxes: list[Tile]) -> None:
 
 def tiles_of(layer: nn.Module, precision: str, shape: tuple[int, ...] = (16, 8, 8)) -> tuple[Tile, ...]:
     """Those of the only layer, the one it has by default first."""
-    (node,) = cuda_lowering.Lowering(exported(shape, layer), "cpu", PRECISIONS[precision]).nodes
+    (node,) = Lowering(exported(shape, layer), "cpu", PRECISIONS[precision]).nodes
     kernel = getattr(node.kernel, "other", node.kernel)  # of CUDA C++'s, the one of Triton whose place it takes
     assert kernel.tile == kernel.candidates[0]
     return kernel.candidates
@@ -101,7 +101,7 @@ def test_older_gpus_have_no_boxes(name: str, precision: str, monkeypatch: pytest
     monkeypatch.setattr(convolution, "copies_boxes", lambda device: False)
     shape, layers = LAYERS[name]
     network = exported(shape, *layers)
-    nodes = cuda_lowering.Lowering(network, "cpu", PRECISIONS[precision]).nodes
+    nodes = Lowering(network, "cpu", PRECISIONS[precision]).nodes
     assert not any(tile.boxes for node in nodes for tile in node.kernel.candidates)
     x = randn(2, *shape)
     assert relative(forward(network, x, precision), reference(network, x)) < TOLERANCES[precision]

@@ -17,7 +17,7 @@ from fastinv.kernels.triton.geometry import Geometry, correlation, transposed
 from interpreter import DEVICE, check_features, forward, gradient, network_on
 
 from fastinv import tensors
-from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
+from fastinv.backends.cuda.lowering import PRECISIONS, Lowering
 from fastinv.network import Network
 
 TOLERANCES = {"float32": 1e-5, "float16": 5e-3}  # relative

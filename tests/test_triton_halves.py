@@ -16,7 +16,7 @@ from fastinv.kernels.triton import convolution
 from fastinv.kernels.triton.halves import add_product, halved, halves
 from interpreter import DEVICE, forward
 
-from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
+from fastinv.backends.cuda.lowering import PRECISIONS, Lowering
 
 SPECIAL = [0.0, -0.0, 1.0, 1 + 2**-11, 1 + 2**-10, -1 - 2**-23, 2 - 2**-23, 1 / 3, 2.0**-126, 2.0**-149, 3e38, 65504.0]
 

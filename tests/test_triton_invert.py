@@ -16,10 +16,11 @@ from interpreter import DEVICE
 
 import fastinv
 from fastinv import tensors
-from fastinv.backends import cuda_device, cuda_network
 from fastinv.backends.cuda import CudaBackend
-from fastinv.backends.cuda_batch import Batch
-from fastinv.backends.cuda_solver import CudaSolver
+from fastinv.backends.cuda import device as cuda_device
+from fastinv.backends.cuda import network as cuda_network
+from fastinv.backends.cuda.batch import Batch
+from fastinv.backends.cuda.solver import CudaSolver
 from fastinv.errors import FeatureError
 from fastinv.inverters import RMLE, InverseNetwork, Inverter
 

@@ -18,11 +18,15 @@ pytest.importorskip("triton", reason="Triton is not installed: it is there for L
 
 from interpreter import DEVICE
 
-from fastinv.backends import cuda_batch, cuda_device, cuda_host, cuda_solver, cuda_stream
-from fastinv.backends.cuda_batch import Batch
-from fastinv.backends.cuda_network import CudaNetwork
-from fastinv.backends.cuda_plan import MOST_BYTES, Arena, bucket
-from fastinv.backends.cuda_solver import CudaSolver
+from fastinv.backends.cuda import batch as cuda_batch
+from fastinv.backends.cuda import device as cuda_device
+from fastinv.backends.cuda import host as cuda_host
+from fastinv.backends.cuda import solver as cuda_solver
+from fastinv.backends.cuda import stream as cuda_stream
+from fastinv.backends.cuda.batch import Batch
+from fastinv.backends.cuda.network import CudaNetwork
+from fastinv.backends.cuda.plan import MOST_BYTES, Arena, bucket
+from fastinv.backends.cuda.solver import CudaSolver
 from fastinv.benchmark import decoders, solvers
 from fastinv.errors import BackendError
 from fastinv.inverters import RMLE

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed: it is there for L
 
 from interpreter import check_solver, recipe_for, solve_by_definition, solver_on
 
-from fastinv.backends.cuda_quadratic import quadratic_form
+from fastinv.backends.cuda.quadratic import quadratic_form
 from fastinv.backends.torch import as_module
 from fastinv.errors import BackendError
 from fastinv.network import Network
@@ -201,7 +201,7 @@ def test_an_image_has_one_answer_in_any_batch(method: str, name: str) -> None:
 @pytest.mark.usefixtures("exact_rows")
 @pytest.mark.parametrize("method", ["lbfgs", "exact"])
 def test_what_ctrl_c_leaves(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastinv.backends.cuda_batch.LOOK_SOON", 4)
+    monkeypatch.setattr("fastinv.backends.cuda.batch.LOOK_SOON", 4)
     network = edge_of("stride 2")
     start, features = randn(5, *SHAPE), randn(5, *network.output_shape, seed=1)
     recipe = recipe_for(network, optimizer=method, steps=40)

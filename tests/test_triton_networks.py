@@ -14,7 +14,10 @@ pytest.importorskip("triton", reason="Triton is not installed: it is there for L
 from interpreter import DEVICE, check_features, check_solver, network_on, recipe_for, solver_on
 
 from fastinv import _core, tensors
-from fastinv.backends import cuda_host, cuda_native, cuda_network, cuda_stream
+from fastinv.backends.cuda import host as cuda_host
+from fastinv.backends.cuda import native as cuda_native
+from fastinv.backends.cuda import network as cuda_network
+from fastinv.backends.cuda import stream as cuda_stream
 from fastinv.benchmark import DECODERS
 from fastinv.errors import FeatureError
 from fastinv.models import cifar_net, lenet5, make_decoder
@@ -130,7 +133,7 @@ def test_rmle_options(options) -> None:
 
 
 def test_rmle_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastinv.backends.cuda_batch.LOOK", 2)
+    monkeypatch.setattr("fastinv.backends.cuda.batch.LOOK", 2)
     told: list[tuple[int, int]] = []
     solver = solver_on(recipe_for(small_edge(), steps=8), most=4)
     start, features = randn(3, 2, 6, 8), randn(3, 4, 3, 4)
@@ -139,7 +142,7 @@ def test_rmle_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rmle_keeps_what_ctrl_c_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastinv.backends.cuda_batch.LOOK", 2)
+    monkeypatch.setattr("fastinv.backends.cuda.batch.LOOK", 2)
     recipe = recipe_for(small_edge(), steps=8)
     start, features = randn(5, 2, 6, 8), randn(5, 4, 3, 4)
     z, report, finished = solver_on(recipe, most=4).solve(features, start, InterruptAt(4))

@@ -15,8 +15,10 @@ from fastinv.kernels.triton.pair import Pair
 from interpreter import DEVICE, forward, network_on
 
 from fastinv import tensors
-from fastinv.backends import cuda_lowering, cuda_native, cuda_pair
-from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
+from fastinv.backends.cuda import native as cuda_native
+from fastinv.backends.cuda import ops as cuda_ops
+from fastinv.backends.cuda import pair as cuda_pair
+from fastinv.backends.cuda.lowering import PRECISIONS, Lowering
 from fastinv.benchmark import DECODERS, RESIDUAL_DECODERS
 from fastinv.models import make_decoder
 from fastinv.network import Network
@@ -58,7 +60,7 @@ def by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it costs, also where the first layer alone would be taken product by product."""
-    monkeypatch.setattr(cuda_lowering, "_few", lambda inputs, itemsize: 4 if itemsize == 4 else 0)
+    monkeypatch.setattr(cuda_ops, "_few", lambda inputs, itemsize: 4 if itemsize == 4 else 0)
     monkeypatch.setattr(cuda_pair, "FLOPS_PER_BYTE", dict.fromkeys(cuda_pair.FLOPS_PER_BYTE, float("inf")))
 
 

@@ -176,12 +176,12 @@ class Parquet(Output):
     def _write(self, part: Recovered) -> None:
         import pyarrow as pa
 
-        columns = {"id": part.names(), "image": self._image_column(part), **part.of_rmle(), "status": part.status()}
-        batch = pa.RecordBatch.from_pydict(columns)
+        status = pa.array(part.status(), pa.string())
+        columns = {"id": part.names(), "image": self._image_column(part), **part.of_rmle(), "status": status}
+        table = pa.table(columns)
         if self._writer is None:
-            schema = batch.schema.set(batch.schema.get_field_index("status"), pa.field("status", pa.string()))
-            self._writer = self._open(schema)
-        self._writer.write_batch(batch.cast(self._writer.schema))
+            self._writer = self._open(table.schema)
+        self._writer.write_table(table.replace_schema_metadata(self._writer.schema.metadata))
 
     def _image_column(self, part: Recovered) -> Any:
         import pyarrow as pa

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastinv import tensors
 from fastinv.bulk import record
 from fastinv.bulk.features import Choice
 from fastinv.bulk.images import FORMATS
@@ -97,7 +98,7 @@ def invert_log(
         ids: which one holds the rows' names; None: the column "id" of a table that has one, else the rows' numbers.
         layout: "NCHW", or "NHWC" for features whose channels come last.
         stored_as: the dtype of numbers that a table holds as bytes, or as lists of bfloat16's bits; None: float32.
-        rows_per_file: cut shards after so many rows, each into files NAME-00000 and on: an interruption costs no
+        rows_per_file: cut shards after so many rows, each into files NAME-000000 and on: an interruption costs no
             more. None: one file for each shard.
         part: (k, n) does every n-th of these files from the k-th on: n processes or machines share a log so, that does
             not change meanwhile. The manifest tells what is left, which a call without `part` does.
@@ -116,7 +117,7 @@ def invert_log(
     paths = [Path(log)] if isinstance(log, (str, os.PathLike)) else [Path(path) for path in log]
     found, choice = resolve(inverter), Choice(key, ids, layout, stored_as)
     job = Job(found, choice, format, name_of(dtype), precision, scale, zero_point, rows_per_file)
-    if not (isinstance(part, Sequence) and len(part) == 2 and 1 <= part[0] <= part[1]):
+    if not (tensors.is_shape(part, 2) and part[0] <= part[1]):
         raise FeatureError(f"part {part!r:.40}, expected (k, n) with 1 <= k <= n")
     if out is None and format != "none":
         raise FormatError(f"out is None, but the format {format!r} needs a folder")

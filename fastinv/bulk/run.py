@@ -82,17 +82,17 @@ class Run:
         return stats is not None and not (retry_failed and stats.failed)
 
     def survey(self, shards: Sequence[Shard]) -> None:
-        """Count the rows of shards, and see whether the first of each fits."""
-        for shard in shards:
+        """Count the rows of shards, and see whether the first of each file fits."""
+        for path, group in groupby(shards, key=lambda shard: shard.path):
+            parts = list(group)
             try:
-                with told_of(shard.path):
-                    file = open_file(shard.path, self._shape, self._job.choice)
-                    start, stop = shard.rows or (0, file.count)
-                    for block in file.blocks(start, min(start + 1, stop), 1):
+                file = open_file(path, self._shape, self._job.choice)
+                with told_of(path):
+                    for block in file.blocks(0, min(1, file.count), 1):
                         tensors.source(block.features, self._shape, **self._quantised)
-                self.surveyed += stop - start
+                self.surveyed += sum(file.count if part.rows is None else part.rows[1] - part.rows[0] for part in parts)
             except FastinvError as error:
-                self.errors[shard] = error
+                self.errors |= dict.fromkeys(parts, error)
 
     def go_through(self, shards: Sequence[Shard], tell: Tell) -> None:
         """Recover all images of shards.
@@ -152,8 +152,9 @@ class Run:
                             break
                         left.popleft()
                     if self.errors.keys() >= set(left):
-                        break
+                        return
                     first.expect_unchanged()
+                raise FormatError("holds fewer rows than it says: cut off?")
         except FastinvError as error:
             for shard in left:
                 yield shard, 0, error

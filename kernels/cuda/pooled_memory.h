@@ -5,7 +5,7 @@
 
 namespace fastinv {
 
-// Both convolutions' weights, and what bounds their results (fastinv/backends/cuda_pooled.py).
+// Both convolutions' weights, and what bounds their results (fastinv/backends/cuda/pooled.py).
 struct PooledLayers {
   const float* target;      // float32 [images, rows of the result, columns, kSecond]
   const uint32_t* weights;  // [kWeights]

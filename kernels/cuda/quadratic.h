@@ -1,5 +1,5 @@
 // An edge whose objective has the gradient H·z + c, H a convolution whose weights differ near the border
-// (fastinv/backends/cuda_quadratic.py).
+// (fastinv/backends/cuda/quadratic.py).
 #pragma once
 
 #include "descent.h"

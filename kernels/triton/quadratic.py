@@ -1,5 +1,5 @@
 """The gradient of a quadratic objective by its matrix: a convolution from image to image whose weights differ near the
-border (`fastinv.backends.cuda_quadratic`)."""
+border (`fastinv.backends.cuda.quadratic`)."""
 
 from __future__ import annotations
 

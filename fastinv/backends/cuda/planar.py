@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastinv.backends.cuda_device import shared_memory
-from fastinv.backends.cuda_fragments import left
-from fastinv.backends.cuda_layers import AROUND, FINISHES, finish_of, reads, result_of
-from fastinv.backends.cuda_native import extension, launching, set_fields, usable_on
-from fastinv.backends.cuda_nodes import ConvolutionNode, Node
-from fastinv.backends.cuda_plan import Buffer
-from fastinv.backends.cuda_tuning import native_is_faster
+from fastinv.backends.cuda.device import shared_memory
+from fastinv.backends.cuda.fragments import left
+from fastinv.backends.cuda.layers import AROUND, FINISHES, finish_of, reads, result_of
+from fastinv.backends.cuda.native import extension, launching, set_fields, usable_on
+from fastinv.backends.cuda.nodes import ConvolutionNode, Node
+from fastinv.backends.cuda.plan import Buffer
+from fastinv.backends.cuda.tuning import native_is_faster
 
 if TYPE_CHECKING:
     import torch

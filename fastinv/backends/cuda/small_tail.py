@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastinv.backends.cuda_layers import FINISHES, LINEAR, finish_of, padded, result_of, slope_of
-from fastinv.backends.cuda_native import extension, launching, set_fields, usable_on
-from fastinv.backends.cuda_nodes import ConvolutionNode
+from fastinv.backends.cuda.layers import FINISHES, LINEAR, finish_of, padded, result_of, slope_of
+from fastinv.backends.cuda.native import extension, launching, set_fields, usable_on
+from fastinv.backends.cuda.nodes import ConvolutionNode
 
 if TYPE_CHECKING:
     from fastinv.kernels.triton.geometry import Geometry

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fastinv import _core, tensors
 from fastinv.backends.base import Array
-from fastinv.backends.cuda_device import DRIVER, Streams, nothing, room_for
+from fastinv.backends.cuda.device import DRIVER, Streams, nothing, room_for
 from fastinv.errors import BackendError
 
 if TYPE_CHECKING:

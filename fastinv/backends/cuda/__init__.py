@@ -8,16 +8,16 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from fastinv.backends.cuda_device import missing, room_for
+from fastinv.backends.cuda.device import missing, room_for
 from fastinv.inverters import METHODS
 from fastinv.network import Network, Step
 
 if TYPE_CHECKING:
     import torch
 
-    from fastinv.backends.cuda_network import CudaNetwork
-    from fastinv.backends.cuda_solver import CudaSolver
-    from fastinv.backends.cuda_tuning import Measured
+    from fastinv.backends.cuda.network import CudaNetwork
+    from fastinv.backends.cuda.solver import CudaSolver
+    from fastinv.backends.cuda.tuning import Measured
     from fastinv.inverters import RMLE
 
 
@@ -42,18 +42,18 @@ class CudaBackend:
         return missing(self.index)
 
     def supports(self, step: Step) -> bool:
-        from fastinv.backends.cuda_lowering import LOWERINGS
+        from fastinv.backends.cuda.ops import LOWERINGS
 
         return step.op.name in LOWERINGS
 
     def compile(self, network: Network, precision: str, threads: int | None) -> CudaNetwork:
-        from fastinv.backends.cuda_network import CudaNetwork
+        from fastinv.backends.cuda.network import CudaNetwork
 
         with room_for_weights():
             return CudaNetwork(network, precision, self._device())
 
     def compile_solver(self, recipe: RMLE, precision: str, threads: int | None) -> CudaSolver:
-        from fastinv.backends.cuda_solver import CudaSolver
+        from fastinv.backends.cuda.solver import CudaSolver
 
         with room_for_weights():
             return CudaSolver(recipe, precision, self._device(), self.name)
@@ -67,7 +67,7 @@ class CudaBackend:
         Raises:
             BackendError: the file cannot be written.
         """
-        from fastinv.backends.cuda_tuning import tune
+        from fastinv.backends.cuda.tuning import tune
 
         return tune(network, precision, self._device(), solver)
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastinv.backends.cuda_device import Streams, flag_on, repeatable, wait_for_all
-from fastinv.backends.cuda_host import Copy, Upload
-from fastinv.backends.cuda_nodes import of_channels, pixels_and_channels
-from fastinv.backends.cuda_plan import Buffer, bucket
+from fastinv.backends.cuda.device import Streams, flag_on, repeatable, wait_for_all
+from fastinv.backends.cuda.host import Copy, Upload
+from fastinv.backends.cuda.nodes import of_channels, pixels_and_channels
+from fastinv.backends.cuda.plan import Buffer, bucket
 from fastinv.ops.base import Shape
 from fastinv.tensors import Source, chunks
 

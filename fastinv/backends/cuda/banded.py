@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastinv.backends.cuda_fragments import scale_below, split_right
-from fastinv.backends.cuda_native import Problem
-from fastinv.backends.cuda_quadratic import QuadraticForm
+from fastinv.backends.cuda.fragments import scale_below, split_right
+from fastinv.backends.cuda.native import Problem
+from fastinv.backends.cuda.quadratic import QuadraticForm
 
 COLUMNS, WINDOW = 8, 16  # that are made, and that they are made from: as many more to each side
 MARGIN = (WINDOW - COLUMNS) // 2

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from fastinv.backends.base import Array, Progress, Report, Start
 from fastinv.backends.compiled import RAW_DTYPES
-from fastinv.backends.cuda_batch import Batch, Shift
-from fastinv.backends.cuda_device import (
+from fastinv.backends.cuda.batch import Batch, Shift
+from fastinv.backends.cuda.device import (
     Streams,
     flag_on,
     halving,
@@ -27,11 +27,11 @@ from fastinv.backends.cuda_device import (
     room_for_images,
     wait,
 )
-from fastinv.backends.cuda_host import Download, Drain, Feed, Given, Kept, Upload, finite
-from fastinv.backends.cuda_methods import Objective, method_of
-from fastinv.backends.cuda_network import NOT_FINITE
-from fastinv.backends.cuda_nodes import of_channels
-from fastinv.backends.cuda_plan import MOST_IMAGES, Arena, Buffer, fitting
+from fastinv.backends.cuda.host import Download, Drain, Feed, Given, Kept, Upload, finite
+from fastinv.backends.cuda.methods import Objective, method_of
+from fastinv.backends.cuda.network import NOT_FINITE
+from fastinv.backends.cuda.nodes import of_channels
+from fastinv.backends.cuda.plan import MOST_IMAGES, Arena, Buffer, fitting
 from fastinv.errors import BackendError, FeatureError
 from fastinv.inverters import RMLE, channelwise
 from fastinv.tensors import Source, chunks

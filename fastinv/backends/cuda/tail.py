@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastinv.backends.cuda_layers import (
+from fastinv.backends.cuda.layers import (
     AROUND,
     AROUND_TWO,
     FINISHES,
@@ -25,8 +25,8 @@ from fastinv.backends.cuda_layers import (
     slope_of,
     tap_tiles,
 )
-from fastinv.backends.cuda_native import extension, launching, set_fields
-from fastinv.backends.cuda_nodes import ConvolutionNode
+from fastinv.backends.cuda.native import extension, launching, set_fields
+from fastinv.backends.cuda.nodes import ConvolutionNode
 
 if TYPE_CHECKING:
     from fastinv import _cuda

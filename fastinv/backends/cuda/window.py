@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastinv.backends.cuda_layers import (
+from fastinv.backends.cuda.layers import (
     AROUND,
     AROUND_TWO,
     FINISHES,
@@ -20,9 +20,9 @@ from fastinv.backends.cuda_layers import (
     runs_on,
     tap_tiles,
 )
-from fastinv.backends.cuda_native import extension, launching, set_fields
-from fastinv.backends.cuda_nodes import ConvolutionNode, Node
-from fastinv.backends.cuda_tuning import native_is_faster
+from fastinv.backends.cuda.native import extension, launching, set_fields
+from fastinv.backends.cuda.nodes import ConvolutionNode, Node
+from fastinv.backends.cuda.tuning import native_is_faster
 
 if TYPE_CHECKING:
     from fastinv import _cuda

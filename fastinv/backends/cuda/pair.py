@@ -6,11 +6,11 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from fastinv.backends.cuda_nodes import ConvolutionNode, Node
-from fastinv.backends.cuda_plan import Buffer
-from fastinv.backends.cuda_small_tail import SmallTail
-from fastinv.backends.cuda_tail import Tail
-from fastinv.backends.cuda_tuning import native_is_faster, tuned
+from fastinv.backends.cuda.nodes import ConvolutionNode, Node
+from fastinv.backends.cuda.plan import Buffer
+from fastinv.backends.cuda.small_tail import SmallTail
+from fastinv.backends.cuda.tail import Tail
+from fastinv.backends.cuda.tuning import native_is_faster, tuned
 
 # FLOPs that tensor cores do while memory moves a byte, by how products are computed ("ieee": from two bytes). Data
 # sheets give 156 (A100) to 295 (H100), half of them for tf32, of which float32 takes three; here it is about half of

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastinv.backends.cuda_fragments import halved, scale_below
-from fastinv.backends.cuda_layers import (
+from fastinv.backends.cuda.fragments import halved, scale_below
+from fastinv.backends.cuda.layers import (
     AROUND,
     FINISHES,
     OUTPUTS,
@@ -22,8 +22,8 @@ from fastinv.backends.cuda_layers import (
     runs_on,
     tap_tiles,
 )
-from fastinv.backends.cuda_native import extension, launching, set_fields
-from fastinv.backends.cuda_tuning import native_is_faster
+from fastinv.backends.cuda.native import extension, launching, set_fields
+from fastinv.backends.cuda.tuning import native_is_faster
 
 if TYPE_CHECKING:
     from fastinv import _cuda

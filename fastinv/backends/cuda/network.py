@@ -14,8 +14,8 @@ import numpy.typing as npt
 from fastinv import tensors
 from fastinv.backends.base import Array
 from fastinv.backends.compiled import RAW_DTYPES, timed
-from fastinv.backends.cuda_describe import plan_of
-from fastinv.backends.cuda_device import (
+from fastinv.backends.cuda.describe import plan_of
+from fastinv.backends.cuda.device import (
     flag_on,
     halving,
     isa_of,
@@ -28,10 +28,10 @@ from fastinv.backends.cuda_device import (
     wait,
     wait_for_all,
 )
-from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
-from fastinv.backends.cuda_nodes import ConvolutionNode, Door, pixels_and_channels
-from fastinv.backends.cuda_plan import MOST_IMAGES, Arena, Buffer, Stage, fitting
-from fastinv.backends.cuda_stream import Stream
+from fastinv.backends.cuda.lowering import PRECISIONS, Lowering
+from fastinv.backends.cuda.nodes import ConvolutionNode, Door, pixels_and_channels
+from fastinv.backends.cuda.plan import MOST_IMAGES, Arena, Buffer, Stage, fitting
+from fastinv.backends.cuda.stream import Stream
 from fastinv.errors import FeatureError
 from fastinv.network import Network
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastinv.backends.cuda_device import on_device, shared_memory
-from fastinv.backends.cuda_pooled import FIRST, SECOND, TAPS, pooled_fields
-from fastinv.backends.cuda_quadratic import QuadraticForm
+from fastinv.backends.cuda.device import on_device, shared_memory
+from fastinv.backends.cuda.pooled import FIRST, SECOND, TAPS, pooled_fields
+from fastinv.backends.cuda.quadratic import QuadraticForm
 from fastinv.errors import BackendError
 from fastinv.network import Network
 from fastinv.ops.activation import IDENTITY, Activation

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinv.backends.cuda_device import gpu_name, on_device, seconds
+from fastinv.backends.cuda.device import gpu_name, on_device, seconds
 from fastinv.errors import BackendError
 from fastinv.network import Network
 from fastinv.places import beside
@@ -141,7 +141,7 @@ def tune(
     Raises:
         BackendError: the file cannot be written.
     """
-    from fastinv.backends.cuda_lowering import PRECISIONS, Lowering
+    from fastinv.backends.cuda.lowering import PRECISIONS, Lowering
     from fastinv.kernels.triton.convolution import Tiled
 
     gpu = gpu_name(device) or device.type
@@ -192,7 +192,7 @@ def _rivals(kernel: Any, other: Any, device: torch.device) -> tuple[Any, Any]:
     """Launches of a kernel in CUDA C++, and of what it takes the place of, on the same values."""
     import torch
 
-    from fastinv.backends.cuda_planar import PlanarConvolution
+    from fastinv.backends.cuda.planar import PlanarConvolution
     from fastinv.kernels.triton.epilogue import Epilogue
 
     x, out = _batch(other, device)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastinv.backends.base import Progress
-from fastinv.backends.cuda_device import mark, nothing, repeatable, wait
-from fastinv.backends.cuda_methods import Method, Objective
-from fastinv.backends.cuda_nodes import pixels_and_channels
-from fastinv.backends.cuda_plan import Arena, Buffer, bucket
+from fastinv.backends.cuda.device import mark, nothing, repeatable, wait
+from fastinv.backends.cuda.methods import Method, Objective
+from fastinv.backends.cuda.nodes import pixels_and_channels
+from fastinv.backends.cuda.plan import Arena, Buffer, bucket
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fastinv.backends.base import Array
 from fastinv.backends.compiled import channels_last
-from fastinv.backends.cuda_plan import Buffer, Ending, Stage
+from fastinv.backends.cuda.plan import Buffer, Ending, Stage
 from fastinv.ops.base import Shape
 
 Index = npt.NDArray[np.int64]

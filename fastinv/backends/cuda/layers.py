@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastinv.backends.cuda_native import usable_on
+from fastinv.backends.cuda.native import usable_on
 
 if TYPE_CHECKING:
     import torch

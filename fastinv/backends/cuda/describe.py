@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fastinv.backends.cuda_lowering import Lowering
-from fastinv.backends.cuda_nodes import Node
+from fastinv.backends.cuda.lowering import Lowering
+from fastinv.backends.cuda.nodes import Node
 from fastinv.network import Network
 
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastinv.backends.cuda_banded import banded_problem
-from fastinv.backends.cuda_lowering import PRECISIONS, Lowering, kernel_for
-from fastinv.backends.cuda_native import OnChipDescent, pooled_problem, quadratic_problem
-from fastinv.backends.cuda_nodes import ConvolutionNode, copy
-from fastinv.backends.cuda_plan import Buffer, Ending, Stage
-from fastinv.backends.cuda_quadratic import quadratic_form
+from fastinv.backends.cuda.banded import banded_problem
+from fastinv.backends.cuda.lowering import PRECISIONS, Lowering
+from fastinv.backends.cuda.native import OnChipDescent, pooled_problem, quadratic_problem
+from fastinv.backends.cuda.nodes import ConvolutionNode, copy
+from fastinv.backends.cuda.ops import kernel_for
+from fastinv.backends.cuda.plan import Buffer, Ending, Stage
+from fastinv.backends.cuda.quadratic import quadratic_form
 from fastinv.inverters import RMLE
 from fastinv.network import Network
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastinv.backends.cuda_fragments import exponent, halved, left, scale_below, split_right
+from fastinv.backends.cuda.fragments import exponent, halved, left, scale_below, split_right
 
 TAPS, FIRST, SECOND = 5, 8, 16  # of both convolutions, and their channels
 LARGEST = 13  # the weights' largest is next below this power of two
