@@ -20,6 +20,7 @@ enum class ActivationKind : int {
   kSoftplus,
   kHardtanh,
   kClamp,
+  kElu,
 };
 
 struct Activation {

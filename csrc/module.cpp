@@ -27,7 +27,7 @@ using Pair = std::array<int, 2>;
 
 Activation to_activation(const ActivationTuple& t) {
   const int kind = std::get<0>(t);
-  if (kind < 0 || kind > static_cast<int>(ActivationKind::kClamp)) throw std::invalid_argument("unknown activation");
+  if (kind < 0 || kind > static_cast<int>(ActivationKind::kElu)) throw std::invalid_argument("unknown activation");
   return {static_cast<ActivationKind>(kind), std::get<1>(t), std::get<2>(t)};
 }
 

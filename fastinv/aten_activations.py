@@ -22,8 +22,26 @@ def activation(kind: str, *defaults: float) -> Callable[..., Value]:
     return converter
 
 
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805  # Klambauer et al., 2017
+
 relu = activation("relu")
 softplus = activation("softplus", 1.0, 20.0)
+
+
+def elu(to: Conversion, x: Value, alpha: float = 1.0, scale: float = 1.0, rate: float = 1.0) -> Value:
+    """scale · (x above zero, alpha · (exp(rate · x) − 1) below)."""
+    if alpha < 0 or rate <= 0:
+        to.unsupported("elu with a negative alpha or input scale")
+    y = relu(to, x) if alpha == 0 else to.emit(Activation("elu", float(alpha), float(rate)), [x])
+    return y if scale == 1 else linear_map(to, y, scale, 0.0)
+
+
+def selu(to: Conversion, x: Value) -> Value:
+    return elu(to, x, SELU_ALPHA, SELU_SCALE)
+
+
+def celu(to: Conversion, x: Value, alpha: float = 1.0) -> Value:
+    return elu(to, x, alpha, 1.0, 1 / alpha)
 
 
 def gelu(to: Conversion, x: Value, *, approximate: str = "none") -> Value:
@@ -55,6 +73,10 @@ def mish(to: Conversion, x: Value) -> Value:
 
 def log_sigmoid(to: Conversion, x: Value) -> Value:
     return neg(to, softplus(to, neg(to, x)))
+
+
+def softshrink(to: Conversion, x: Value, bound: float = 0.5) -> Value:
+    return sub(to, relu(to, sub(to, x, bound)), relu(to, sub(to, neg(to, x), bound)))
 
 
 def prelu(to: Conversion, x: Value, slope: Any) -> Value:
@@ -116,6 +138,9 @@ IN_PLACE: dict[str, Callable[..., Value]] = {  # those that PyTorch also has wit
     "tanh": activation("tanh"),
     "silu": activation("silu"),
     "gelu": gelu,
+    "elu": elu,
+    "selu": selu,
+    "celu": celu,
     "clamp": clamp,
     "clamp_min": clamp,
     "clamp_max": clamp_max,
@@ -131,6 +156,7 @@ ACTIVATIONS: dict[str, Callable[..., Value]] = {
     **{f"aten.{name}{end}.default": converter for name, converter in IN_PLACE.items() for end in ("", "_")},
     "aten.softplus.default": softplus,
     "aten.log_sigmoid.default": log_sigmoid,
+    "aten.softshrink.default": softshrink,
     "aten.prelu.default": prelu,
     "aten.maximum.default": maximum,
     "aten.minimum.default": minimum,

@@ -221,8 +221,8 @@ def direct_launches(layers: Iterable[nn.Module]) -> Iterator[Launch]:
 
 def activated_launches(kind: str, channels: int, precision: str) -> list[Launch]:
     """A convolution that ends in an activation, and one that something is added to before."""
-    a, b = {"softplus": (1.0, 20.0), "clamp": (0.0, 1.0), "hardtanh": (0.0, 6.0)}.get(kind, (0.1, 0.0))
-    activation = Activation(kind, a, b)
+    parameters = {"softplus": (1.0, 20.0), "clamp": (0.0, 1.0), "hardtanh": (0.0, 6.0), "elu": (1.0, 1.0)}
+    activation = Activation(kind, *parameters.get(kind, (0.1, 0.0)))
     weights = {"weight": np.ones((channels, channels, 3, 3), np.float32), "bias": np.ones(channels, np.float32)}
     plain = Step(Conv2d(padding=(1, 1, 1, 1)), (0,), weights)
     first = dataclasses.replace(plain, activation=activation)
@@ -280,7 +280,7 @@ def all_launches() -> Iterator[Launch]:
     yield from other_tiles(network, "float32")
     for images in (1, 3):
         yield from network_launches(network, "bfloat16", images=images)
-    for kind in ("gelu", "softplus"):
+    for kind in ("gelu", "softplus", "elu"):
         for channels, precision in ((128, "bfloat16"), (128, "tf32"), (64, "tf32"), (64, "float32")):
             yield from activated_launches(kind, channels, precision)
     yield from network_launches(network, "bfloat16", "bfloat16", "uint8")

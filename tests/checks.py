@@ -45,6 +45,7 @@ ACTIVATIONS = [
         "softplus": (1.5, 3.0),
         "hardtanh": (0.0, 6.0),
         "clamp": (-0.3, 0.4),
+        "elu": (1.5, 0.7),
     }.items()
 ]
 ISAS = [name for name, runnable in _core.isas() if runnable]

@@ -101,7 +101,7 @@ def test_auto_falls_to_the_cpu(no_gpu: None, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_looking_for_a_gpu_loads_nothing() -> None:
     code = (
-        "import sys, numpy, fastinv; from fastinv.backends import cuda_device; cuda_device._driver_count = lambda: 0;"
+        "import sys, numpy, fastinv; from fastinv.backends.cuda import device; device._driver_count = lambda: 0;"
         "from fastinv.network import Network; assert fastinv.compile(Network((4,))).backend == 'cpu';"
         "assert not {'torch', 'triton'} & set(sys.modules)"
     )

@@ -149,7 +149,7 @@ def test_functions(function) -> None:
 @pytest.mark.parametrize(
     ("module", "named"),
     [
-        (nn.ELU(), "aten.elu.default"),
+        (nn.Hardshrink(), "aten.hardshrink.default"),
         (nn.Softmax(1), "a softmax that is not attention's"),
         (nn.AdaptiveMaxPool2d(3), "do not divide evenly"),
         (nn.ConstantPad2d(1, -torch.inf), "padding with an infinite constant"),

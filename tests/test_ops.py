@@ -119,6 +119,7 @@ def test_rearranging_is_a_permutation(case: Case) -> None:
         (lambda: Activation("clamp", 1.0, 0.0), "above"),
         (lambda: Activation("leaky_relu", float("nan")), "finite"),
         (lambda: Activation("softplus", 0.0), "beta"),
+        (lambda: Activation("elu", 1.0), "alpha 1.0 and rate 0.0, expected > 0"),
     ],
 )
 def test_wrong_attributes(make, message: str) -> None:

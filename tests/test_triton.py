@@ -105,10 +105,10 @@ def test_activation_over_its_whole_range(activation: Activation) -> None:
     np.testing.assert_allclose(forward(network, x, "float32"), reference(network, x), rtol=2e-6, atol=3e-7)
 
 
-@pytest.mark.parametrize("kind", ["tanh", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("kind", ["tanh", "gelu_tanh", "silu", "elu"])
 def test_small_results_keep_their_digits(kind: str) -> None:
     x = np.concatenate([sign * np.logspace(-6, 0, 500) for sign in (-1, 1)]).astype(np.float32)[None]
-    network = Network(x.shape[1:], (Step(Activation(kind), (0,)),))
+    network = Network(x.shape[1:], (Step(Activation(kind, *(1.0, 1.0) if kind == "elu" else ()), (0,)),))
     np.testing.assert_allclose(forward(network, x, "float32"), reference(network, x), rtol=1e-6)
 
 

@@ -52,6 +52,7 @@ ACTIVATION_CODES = {  # the order of ActivationKind in csrc/kernels.h
             "softplus",
             "hardtanh",
             "clamp",
+            "elu",
         )
     )
 }

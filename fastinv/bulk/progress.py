@@ -32,7 +32,7 @@ class Progress:
 
     def __str__(self) -> str:
         rate = self.images / self.seconds if self.seconds else 0.0
-        failed = f", {self.failed:,} rows failed" if self.failed else ""
+        failed = f", failed rows: {self.failed:,}" if self.failed else ""
         return f"{self.done:,} of {self.shards:,} shards, {self.images:,} images, {rate:,.0f} images/s{failed}"
 
 

@@ -28,6 +28,8 @@ class Activation(Op):
             expect(self.a <= self.b, f"{self.kind}: low {self.a} is above high {self.b}")
         if self.kind == "softplus":
             expect(self.a > 0, f"softplus: beta {self.a}, expected > 0")
+        if self.kind == "elu":
+            expect(self.a > 0 and self.b > 0, f"elu: alpha {self.a} and rate {self.b}, expected > 0")
 
     def shape(self, inputs: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
         expect_inputs(self, inputs, 1)
@@ -44,6 +46,7 @@ class Activation(Op):
             "clamp": (-0.5, 0.7),
             "hardtanh": (0.0, 6.0),
             "softplus": (2.0, 20.0),
+            "elu": (1.5, 0.7),
         }
         image = tuple(Case(kind, Activation(kind, *examples.get(kind, (0.0, 0.0))), ((5, 7, 9),)) for kind in KINDS)
         return (*image, Case("flat", Activation("relu"), ((37,),)))
@@ -73,6 +76,7 @@ KINDS: dict[str, Callable[[torch.Tensor, float, float], torch.Tensor]] = {
     "softplus": lambda x, a, b: _functional("softplus")(x, a, b),  # a: beta, b: threshold
     "hardtanh": lambda x, a, b: _functional("hardtanh")(x, a, b),  # a: low, b: high
     "clamp": lambda x, a, b: x.clamp(a, b),  # a: low, b: high
+    "elu": lambda x, a, b: x.where(x > 0, a * (b * x).clamp(max=0).expm1()),  # a: alpha, b: rate
 }
 
 IDENTITY = Activation()
