@@ -14,6 +14,7 @@ if not Path("/dev/nvidiactl").exists():
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
+import samples
 import torch
 from checks import ISAS
 from hypothesis import settings
@@ -64,6 +65,14 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every instruction set that runs here, by name, as the one that the cpu backend takes."""
     monkeypatch.setenv("FASTINV_ISA", request.param)
     return str(request.param)
+
+
+@pytest.fixture
+def finv(tmp_path: Path) -> Path:
+    """An inverse network's file."""
+    path = tmp_path / "inverse.finv"
+    samples.inverse_network().save(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -26,14 +26,6 @@ COMMANDS = ("demo", "train", "invert", "info", "bench")
 
 
 @pytest.fixture
-def finv(tmp_path: Path) -> Path:
-    """An inverse network's file."""
-    path = tmp_path / "inverse.finv"
-    samples.inverse_network().save(path)
-    return path
-
-
-@pytest.fixture
 def features(tmp_path: Path) -> Path:
     """Features of five images."""
     path = tmp_path / "features.npy"

@@ -20,14 +20,6 @@ from fastinv.cli import main
 
 
 @pytest.fixture
-def finv(tmp_path: Path) -> Path:
-    """An inverse network's file."""
-    path = tmp_path / "inverse.finv"
-    samples.inverse_network().save(path)
-    return path
-
-
-@pytest.fixture
 def log(tmp_path: Path) -> Path:
     """Two files of five rows each."""
     folder = tmp_path / "log"
