@@ -20,7 +20,8 @@ bool needs_input(Activation activation) {
     case ActivationKind::kRelu:
     case ActivationKind::kSigmoid:
     case ActivationKind::kTanh:
-    case ActivationKind::kHardtanh: return false;
+    case ActivationKind::kHardtanh:
+    case ActivationKind::kElu: return false;
     case ActivationKind::kLeakyRelu: return activation.a <= 0.0f;
     default: return true;
   }

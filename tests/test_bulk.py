@@ -21,7 +21,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import fastinv
+from fastinv.bulk import record
 from fastinv.bulk import run as pipeline
+from fastinv.bulk.features import Choice
+from fastinv.bulk.job import Job
 from fastinv.bulk.progress import Progress
 from fastinv.errors import FeatureError, FormatError
 
@@ -159,8 +162,10 @@ def test_an_empty_shard_gives_an_empty_file(format: str, tmp_path: Path) -> None
 
 
 def test_cut_files_and_parts_make_up_the_log(log: Path, tmp_path: Path) -> None:
-    for k in (1, 2, 3):
-        fastinv.invert_log(log, INVERTER, tmp_path / "out", rows_per_file=7, part=(k, 3))
+    shards = [
+        fastinv.invert_log(log, INVERTER, tmp_path / "out", rows_per_file=7, part=(k, 3)).shards for k in (1, 2, 3)
+    ]
+    assert shards == [2, 3, 3]
     names = sorted(path.name for path in (tmp_path / "out").glob("*.parquet"))
     assert names == [f"a-{k:06}.parquet" for k in range(3)] + [f"d-{k:06}.parquet" for k in range(2)]
     for name in SIZES:
@@ -341,6 +346,51 @@ def test_a_folder_of_other_files_is_refused(log: Path, tmp_path: Path) -> None:
     assert tree(tmp_path / "out") == {"thesis.txt": b"years of work"}
 
 
+def test_a_retry_that_fails_is_not_done(log: Path, tmp_path: Path) -> None:
+    bad = rows("a.npy")
+    bad[3] = np.nan
+    np.save(log / "a.npy", bad)
+    fastinv.invert_log(log, INVERTER, tmp_path / "out")
+    seen = (log / "a.npy").stat()
+    (log / "a.npy").write_bytes(b"?" * seen.st_size)
+    os.utime(log / "a.npy", ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    report = fastinv.invert_log(log, INVERTER, tmp_path / "out", retry_failed=True, dry_run=True)
+    assert (report.rows, report.recovered, report.failed) == (26, 26, 0)
+    report = fastinv.invert_log(log, INVERTER, tmp_path / "out", retry_failed=True)
+    assert (report.skipped, report.recovered, list(report.errors)) == (2, 26, [str(log / "a.npy")])
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["counts"]["done"] == 2
+
+
+def test_images_of_another_job_are_no_proof(log: Path, tmp_path: Path) -> None:
+    def overtaken(state: Progress) -> None:
+        if not state.done and not (tmp_path / "seen").exists():
+            (tmp_path / "seen").touch()
+            fastinv.invert_log(
+                log, other, tmp_path / "out", dry_run=True
+            )  # nothing is done yet: it may have the folder
+            record.claim(tmp_path / "out", pipeline_job(other))
+
+    other = samples.inverse_network(1)
+    with pytest.raises(FormatError, match="images of another job"):
+        fastinv.invert_log(log, INVERTER, tmp_path / "out", progress=overtaken)
+    report = fastinv.invert_log(log, other, tmp_path / "out")
+    assert (report.skipped, report.complete) == (0, True)
+    images = fastinv.invert(rows("a.npy"), other, dtype="uint8")
+    np.testing.assert_array_equal(images_in(tmp_path / "out/a.parquet"), images)
+
+
+def pipeline_job(inverter: fastinv.InverseNetwork) -> dict[str, Any]:
+    return Job(inverter, Choice(), "parquet", "uint8", "float32", None, None, None).record()
+
+
+@pytest.mark.parametrize("files", [{}, {"/x": 1}, {"\0": 1}, {".parquet": "1"}, None])
+def test_records_of_other_files_are_no_proof(files: Any, log: Path, tmp_path: Path) -> None:
+    fastinv.invert_log(log, INVERTER, tmp_path / "out")
+    path = tmp_path / "out/a.stats.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": files}))
+    assert fastinv.invert_log(log, INVERTER, tmp_path / "out").skipped == 2
+
+
 def test_damaged_records_are_no_proof(log: Path, tmp_path: Path) -> None:
     fastinv.invert_log(log, INVERTER, tmp_path / "out")
     (tmp_path / "out/a.stats.json").write_text('{"size": 1}')
@@ -377,17 +427,36 @@ def test_a_file_that_changes_meanwhile_fails(log: Path, tmp_path: Path) -> None:
         write_table(log / "b/c.parquet", rows("b/c.parquet"))
 
 
+def test_a_file_cut_short_while_it_is_read_fails_alone(log: Path, tmp_path: Path) -> None:
+    def cut(state: Progress) -> None:
+        if state.images >= 8:  # a block of the first file
+            os.truncate(log / "a.npy", 400)
+
+    np.save(log / "a.npy", samples.features(200))
+    report = fastinv.invert_log(log, INVERTER, tmp_path / "out", progress=cut)
+    assert (report.recovered, list(report.errors)) == (26, [str(log / "a.npy")])
+
+
+def test_a_file_of_one_block_that_changes_meanwhile_fails(log: Path, tmp_path: Path) -> None:
+    report = fastinv.invert_log(log / "a.npy", INVERTER, tmp_path / "out", progress=lambda _: None)
+    assert report.complete
+    np.save(log / "a.npy", rows("a.npy")[:3])
+    later = lambda state: None if state.done else os.utime(log / "a.npy", (1, 1))  # noqa: E731
+    with pytest.raises(FormatError, match="changed since the log was looked at"):
+        fastinv.invert_log(log / "a.npy", INVERTER, tmp_path / "out", progress=later)
+
+
 def test_what_is_left_of_files_that_changed_goes(log: Path, tmp_path: Path) -> None:
     good = (log / "a.npy").read_bytes()
     (log / "a.npy").write_bytes(b"")
     fastinv.invert_log(log, INVERTER, tmp_path / "out", rows_per_file=7)
-    assert (tmp_path / "out/a.errors.jsonl").exists()
+    assert (tmp_path / "out/a-000000.errors.jsonl").exists()
     (log / "a.npy").write_bytes(good)
     fastinv.invert_log(log, INVERTER, tmp_path / "out", rows_per_file=7)
     assert sorted(path.name for path in (tmp_path / "out").glob("a*.parquet")) == [
         f"a-{k:06}.parquet" for k in range(3)
     ]
-    assert not (tmp_path / "out/a.errors.jsonl").exists()
+    assert not (tmp_path / "out/a-000000.errors.jsonl").exists()
     np.save(log / "a.npy", rows("a.npy")[:5])
     report = fastinv.invert_log(log, INVERTER, tmp_path / "out", rows_per_file=7)
     assert sorted(path.name for path in (tmp_path / "out").glob("a*")) == ["a-000000.parquet", "a-000000.stats.json"]
@@ -432,7 +501,9 @@ def test_a_mistaken_start_does_not_keep_the_folder(log: Path, tmp_path: Path) ->
         (pa.array(["a", "b", "a"]).dictionary_encode(), ["a", "b", "a"]),
         (pa.array([True, None, False]), ["true", None, "false"]),
         (pa.array([0, 1, 2], pa.timestamp("s")), [f"1970-01-01 00:00:0{k}.000" for k in range(3)]),
-        (pa.array([b"a", b"b", b"c"]), ["a", "b", "c"]),
+        (pa.array([b"a", b"b", b"\xff"]), ["a", "b", "\\xff"]),
+        (pa.array([b"\0\1", b"\2\3", b"\xff\xfe"], pa.binary(2)), ["0001", "0203", "fffe"]),
+        (pa.array([2**63, 2**63 + 1, 5], pa.uint64()), [2**63, 2**63 + 1, 5]),
     ],
 )
 def test_names_stay_what_they_are(names: pa.Array, told: list[Any], tmp_path: Path) -> None:
@@ -455,6 +526,12 @@ def test_names_that_are_none_are_refused(names: pa.Array, tmp_path: Path) -> Non
     write_table(tmp_path / "a.parquet", samples.features(3), name=names)
     with pytest.raises(FormatError, match=r"column 'name' of names is of .*, expected whole numbers or text"):
         fastinv.invert_log(tmp_path / "a.parquet", INVERTER, tmp_path / "out", key="v", ids="name")
+
+
+def test_a_column_id_that_names_nothing_is_left_alone(tmp_path: Path) -> None:
+    write_table(tmp_path / "a.parquet", samples.features(3), id=pa.array([[1], [2], [3]]))
+    fastinv.invert_log(tmp_path / "a.parquet", INVERTER, tmp_path / "out", key="v")
+    assert pq.read_table(tmp_path / "out/a.parquet")["id"].to_pylist() == [0, 1, 2]
 
 
 def test_empty_shards_have_the_columns_of_others(tmp_path: Path) -> None:
@@ -511,6 +588,8 @@ def test_progress_is_told(log: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ({"format": "webdataset", "dtype": "float32"}, "PNG files take dtype uint8"),
         ({"log": "nowhere"}, "nowhere: No such file"),
         ({"log": []}, "no files of features"),
+        ({"log": 3}, "log 3, expected a path, or several"),
+        ({"format": ["npy"]}, r"format \['npy'\], expected one of"),
         ({"backend": "tpu"}, "tpu"),
     ],
 )
@@ -546,6 +625,13 @@ def test_folders_files_twice_and_iterators(log: Path, tmp_path: Path) -> None:
     report = fastinv.invert_log(both, INVERTER, tmp_path / "out")
     assert (report.shards, report.recovered) == (2, 35)
     assert (tmp_path / "out/b/c.parquet").exists()
+
+
+def test_folders_named_as_results(log: Path, tmp_path: Path) -> None:
+    (log / "a.parquet").mkdir()
+    np.save(log / "a.parquet/x.npy", rows("a.npy"))
+    with pytest.raises(FormatError, match="its folder may have the name of another file's results"):
+        fastinv.invert_log(log, INVERTER, tmp_path / "out")
 
 
 def test_names_that_are_too_long(log: Path, tmp_path: Path) -> None:

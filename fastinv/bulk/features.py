@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -131,6 +130,9 @@ class FeatureFile(Protocol):
             FeatureError: its features are of another kind than the choice says.
         """
 
+    def whole(self) -> Block:
+        """All rows, mapped where they can be."""
+
 
 class ArrayFile:
     """A file of arrays, whose first axis is the rows'."""
@@ -148,34 +150,44 @@ class ArrayFile:
         if stop > self.count:
             raise FormatError(f"holds {self.count:,} rows, expected {stop:,}: it changed; run it again")
         for first in range(start, max(stop, start + 1), rows):
-            last = min(first + rows, stop)
-            taken = self._array[first:last]
-            if isinstance(taken, np.memmap):
-                _ask_for(taken)
-            data, dtype, _ = tensors.as_numpy(tensors.Bits(taken) if self._bfloat16 else taken, "features")
-            ids = None if self._ids is None else self._ids[first:last]
-            yield Block(first, last - first, self._choice.channels_first(data), dtype, ids)
+            yield self._block(first, min(first + rows, stop), read=True)
+
+    def whole(self) -> Block:
+        return self._block(0, self.count, read=False)
+
+    def _block(self, start: int, stop: int, read: bool) -> Block:
+        taken = self._array[start:stop]
+        if read and isinstance(taken, np.memmap):
+            taken = _read(self._array, taken)
+        data, dtype, _ = tensors.as_numpy(tensors.Bits(taken) if self._bfloat16 else taken, "features")
+        ids = None if self._ids is None else self._ids[start:stop]
+        return Block(start, stop - start, self._choice.channels_first(data), dtype, ids)
 
 
 def _names(ids: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
     """Names of rows as whole numbers or text of this machine's byte order."""
     if ids.shape != (count,):
         raise FormatError(f"holds names of shape {list(ids.shape)}, expected one for each of {count} rows")
-    if ids.dtype.kind in "SO":  # of h5py's text
-        return ids.astype(str)
+    if ids.dtype.kind == "S":
+        return np.char.decode(ids, "utf-8")
+    if ids.dtype.kind == "O":  # of h5py's text
+        ids = ids.astype(str)
     if ids.dtype.kind not in "iuU":
         raise FormatError(f"holds names of dtype {ids.dtype}, expected whole numbers or text")
+    if ids.dtype.kind == "U":
+        np.char.encode(ids, "utf-8")  # raises where it is no text
     return ids.astype(ids.dtype.newbyteorder("="))
 
 
-def _ask_for(rows: np.memmap[Any, Any]) -> None:
-    """Have the system read these rows of a mapped file while others are worked on."""
-    if not rows.flags.c_contiguous or rows.nbytes == 0:
-        return
-    base: Any = rows._mmap  # type: ignore[attr-defined]
-    offset = rows.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
-    start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-    base.madvise(mmap.MADV_WILLNEED, start, offset + rows.nbytes - start)
+def _read(array: np.memmap[Any, Any], rows: np.memmap[Any, Any]) -> npt.NDArray[Any]:
+    """Rows of a mapped file, read: pages of one that is cut short meanwhile would end the process."""
+    if not array.flags.c_contiguous:
+        return np.array(rows)
+    start = array.offset + rows.ctypes.data - array.ctypes.data
+    found = np.fromfile(str(array.filename), array.dtype, rows.size, offset=start)
+    if found.size < rows.size:
+        raise FormatError("holds fewer rows than it says: cut off?")
+    return found.reshape(rows.shape)
 
 
 def expect_file(path: Path) -> None:
@@ -213,12 +225,10 @@ def read(path: Path, shape: Shape, choice: Choice) -> Any:
     """
     file = open_file(path, shape, choice)
     with told_of(path):
-        blocks = list(file.blocks(0, file.count, max(1, file.count)))
-    for block in blocks:
-        for place, why in block.failed.items():
-            raise FormatError(f"{path}: row {block.start + place:,}: {why}; recover it as a log, which goes on without")
-    data = blocks[0].data if len(blocks) == 1 else np.concatenate([block.data for block in blocks])
-    return Block(0, file.count, data, blocks[0].dtype).features
+        block = file.whole()
+    for place, why in block.failed.items():
+        raise FormatError(f"{path}: row {place:,}: {why}; recover it as a log, which goes on without")
+    return block.features
 
 
 @contextmanager
@@ -313,9 +323,9 @@ def _hdf5(path: Path, shape: Shape, choice: Choice) -> FeatureFile:
         raise FormatError("HDF5 needs h5py; install it with pip install 'fastinv[hdf5]'") from None
     names: list[str] = []
     file = h5py.File(path, "r")
-    file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+    file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) and item.shape else None)
     ids = _ids_among(names, choice)
-    rows = file[choose(names, choice.key, but=ids)]
+    rows = file[choose(names, choice.key and choice.key.lstrip("/"), but=ids)]
     if ids is None:
         return ArrayFile(rows, None, choice)
     text = h5py.check_string_dtype(file[ids].dtype) is not None

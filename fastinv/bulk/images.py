@@ -81,8 +81,12 @@ def _as_numpy(names: Any) -> npt.NDArray[Any]:
     """Names of rows as numpy's; where some are missing, all as text, which is empty there."""
     if isinstance(names, np.ndarray):
         return names
-    cells = listed(names)
-    return np.array(["" if name is None else str(name) for name in cells] if None in cells else cells)
+    found: npt.NDArray[Any]
+    if names.null_count or "int" not in str(names.type):
+        found = np.array(["" if name is None else str(name) for name in listed(names)], str)
+    else:
+        found = names.to_numpy()
+    return found
 
 
 def listed(names: Any) -> list[Any]:
@@ -258,7 +262,7 @@ class WebDataset(Output):
         self._tar = tarfile.open(fileobj=self._files[0], mode="w")  # noqa: SIM115  (until the end)
         self._members: list[tarfile.TarInfo] = self._tar.members  # type: ignore[attr-defined]  # grows with every one
         folder, _, name = self._name.rpartition("/")
-        self._key = f"{folder}/{name.replace('.', '-')}".lstrip("/")  # WebDataset's keys end at a name's first dot
+        self._key = f"{folder}/{name.replace('.', '%2E')}".lstrip("/")  # WebDataset's keys end at a name's first dot
 
     def _write(self, part: Recovered) -> None:
         names, of_rmle = listed(part.names()), part.of_rmle()

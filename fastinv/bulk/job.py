@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from fastinv import tensors
+from fastinv import strict_json, tensors
 from fastinv.bulk.features import Choice
 from fastinv.bulk.images import FORMATS
 from fastinv.errors import FeatureError, FormatError
@@ -32,7 +33,7 @@ class Job:
     rows_per_file: int | None
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
+        if not isinstance(self.format, str) or self.format not in FORMATS:
             raise FormatError(f"format {self.format!r:.40}, expected one of {', '.join(FORMATS)}")
         if self.dtype not in DTYPES:
             raise FeatureError(f"dtype {self.dtype!r:.40}, expected one of {', '.join(DTYPES)}")
@@ -40,6 +41,11 @@ class Job:
         if rows is not None and not (tensors.is_whole(rows) and rows >= 1):
             raise FeatureError(f"rows_per_file {rows!r:.40}, expected an integer of at least 1, or None")
         FORMATS[self.format].check(self.inverter.image_shape, self.dtype)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the record."""
+        return hashlib.sha256(strict_json.dumps(self.record()).encode()).hexdigest()
 
     def record(self) -> dict[str, Any]:
         """The job as JSON values: two of the same record give the same images, but for the backend."""

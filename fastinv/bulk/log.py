@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def invert_log(
 
     Args:
         log: a file, a folder (all files in it and below it that may hold features), or several files: `.npy`, `.npz`,
-            `.safetensors`, `.pt` (tensors alone), `.h5`, `.parquet`, `.arrow` or `.feather`.
+            `.safetensors`, `.pt` (tensors alone), `.h5`, `.hdf5`, `.parquet`, `.arrow` or `.feather`.
         inverter: as of `invert`.
         out: a folder, new or with a part of the same job done; not needed with the format "none".
         format: "parquet" (`id`, `image`, of rMLE `objective`, `steps`, `converged`, and `status`), "npy" (an array,
@@ -100,11 +100,11 @@ def invert_log(
         stored_as: the dtype of numbers that a table holds as bytes, or as lists of bfloat16's bits; None: float32.
         rows_per_file: cut shards after so many rows, each into files NAME-000000 and on: an interruption costs no
             more. None: one file for each shard.
-        part: (k, n) does every n-th of these files from the k-th on: n processes or machines share a log so, that does
-            not change meanwhile. The manifest tells what is left, which a call without `part` does.
+        part: (k, n) does the k-th of n parts of these files: n processes or machines share a log so, that does not
+            change meanwhile. The manifest tells what is left, which a call without `part` does.
         retry_failed: whether to do those shards again of which rows failed.
-        dry_run: whether to write nothing, and look at no more than a row of each shard (a `.pt` or `.npz` file is read
-            whole for that); the report says what would fail.
+        dry_run: whether to write nothing, and look at no more than a row of each file (a `.pt`, a `.npz` or a
+            compressed Arrow file is read whole for that); the report says what would fail.
         progress: whether to show progress; or a function that is told how things stand, a `Progress`.
         backend, precision, threads, batch_size, device, scale, zero_point: as of `invert`.
 
@@ -114,6 +114,8 @@ def invert_log(
         NetworkError, BackendError: as of `invert`.
         KeyboardInterrupt: Ctrl-C; its message says how many shards are done.
     """
+    if not isinstance(log, (str, os.PathLike)) and not (isinstance(log, Iterable) and not isinstance(log, bytes)):
+        raise FormatError(f"log {log!r:.40}, expected a path, or several")
     paths = [Path(log)] if isinstance(log, (str, os.PathLike)) else [Path(path) for path in log]
     found, choice = resolve(inverter), Choice(key, ids, layout, stored_as)
     job = Job(found, choice, format, name_of(dtype), precision, scale, zero_point, rows_per_file)
@@ -124,11 +126,12 @@ def invert_log(
     folder = None if out is None or format == "none" else Path(out)
     if folder is not None:
         expect_apart(paths, folder)
-    files = find(paths)
-    shards = files if rows_per_file is None else list(cut(files, rows_per_file, found.feature_shape, choice))
+    shards = find(paths)
+    if rows_per_file is not None:
+        shards = list(cut(shards, rows_per_file, found.feature_shape, choice))
     run = Run(job, folder, {"backend": backend, "threads": threads, "batch_size": batch_size, "device": device})
     run.compile()
-    own = shards[part[0] - 1 :: part[1]]
+    own = shards[len(shards) * (part[0] - 1) // part[1] : len(shards) * part[0] // part[1]]
     if folder is not None:
         (record.expect_ours if dry_run else record.claim)(folder, job.record())
     todo = [shard for shard in own if not run.is_done(shard, retry_failed)]
@@ -141,11 +144,12 @@ def invert_log(
         with shown(progress) as tell:
             run.go_through(todo, tell)
         if folder is not None:
-            _tidy(folder, files, shards, FORMATS[format].endings)
-            record.conclude(folder, [run.stats(shard) for shard in shards])
-    if run.errors and len(run.errors) == len(own):
+            _tidy(folder, shards, FORMATS[format].endings)
+            record.conclude(folder, job.record(), [run.stats(shard) for shard in shards])
+    if run.errors and len(run.errors) == len(shards):
         raise next(iter(run.errors.values()))
-    done = [stats for shard in own if (stats := run.stats(shard))]
+    left = set(todo) if dry_run else set()
+    done = [stats for shard in own if shard not in left and (stats := run.stats(shard))]
     return LogReport(
         shards=len(own),
         skipped=len(own) - len(todo),
@@ -158,14 +162,11 @@ def invert_log(
     )
 
 
-def _tidy(folder: Path, files: Sequence[Shard], shards: Sequence[Shard], endings: Sequence[str]) -> None:
+def _tidy(folder: Path, shards: Sequence[Shard], endings: Sequence[str]) -> None:
     """Remove what killed processes left, and results of pieces that files do not have any more."""
     sweep(folder)
-    names = {shard.name for shard in shards}
-    for file in files:
-        if file.name in names:
-            continue
-        record.remove(folder / file.name, ())  # that it could not be cut
-        number = next(k for k in itertools.count() if piece_name(file.name, k) not in names)
-        while record.remove(folder / piece_name(file.name, number), endings):
-            number += 1
+    for _, group in itertools.groupby((shard for shard in shards if shard.rows), key=lambda shard: shard.path):
+        pieces = list(group)
+        numbers = itertools.count(len(pieces))
+        while record.remove(folder / piece_name(pieces[0].whole_name, next(numbers)), endings):
+            pass

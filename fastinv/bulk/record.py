@@ -30,6 +30,7 @@ class Stats:
     """What became of one shard.
 
     Attributes:
+        job: the SHA-256 of the job's record: images of another are not these.
         path, size, modified: of the file of features, in bytes and nanoseconds: another one is not this shard.
         rows: from which to which, of the file's.
         files: of images, by their endings, with their sizes in bytes.
@@ -39,6 +40,7 @@ class Stats:
         ran_on: the backend and its instruction set.
     """
 
+    job: str
     path: str
     size: int
     modified: int
@@ -89,8 +91,13 @@ def expect_ours(folder: Path, job: Mapping[str, Any]) -> bool:
     return True
 
 
-def conclude(folder: Path, shards: Sequence[Stats | None]) -> None:
-    """Add to the manifest what became of all shards of the log, None for those that are not done."""
+def conclude(folder: Path, job: Mapping[str, Any], shards: Sequence[Stats | None]) -> None:
+    """Add to the manifest what became of all shards of the log, None for those that are not done.
+
+    Raises:
+        FormatError: the folder is not this job's any more.
+    """
+    claim(folder, job)
     done = [stats for stats in shards if stats is not None]
     counts: dict[str, Any] = {
         "shards": len(shards),
@@ -102,17 +109,23 @@ def conclude(folder: Path, shards: Sequence[Stats | None]) -> None:
     _write(path, _read(path) | {"counts": counts})
 
 
-def done(stem: Path, path: str, size: int, modified: int) -> Stats | None:
-    """What became of a shard of this file, of this size and time; None where it is still to be done."""
+def done(stem: Path, what: tuple[str, str, int, int], endings: Iterable[str]) -> Stats | None:
+    """What became of a shard; None where it is still to be done.
+
+    Args:
+        stem: where its results are, without their endings.
+        what: the job, and the file's path, size and time, as in `Stats`.
+        endings: of its files of images.
+    """
     try:
         found = _read(_beside(stem, STATS))
         stats = Stats(**{field.name: found[field.name] for field in fields(Stats)})
-        counts = [stats.size, stats.modified, stats.recovered, stats.failed, *stats.files.values()]
-        there = sizes(stem, stats.files)
-    except (FormatError, KeyError, AttributeError, OSError):
+        there = sizes(stem, endings)
+    except (FormatError, KeyError, OSError):
         return None
-    same = (stats.path, stats.size, stats.modified, there) == (path, size, modified, stats.files)
-    return stats if same and all(type(count) is int for count in counts) else None
+    same = ((stats.job, stats.path, stats.size, stats.modified), stats.files) == (what, there)
+    counts = (stats.recovered, stats.failed)
+    return stats if same and all(type(count) is int and count >= 0 for count in counts) else None
 
 
 def sizes(stem: Path, endings: Iterable[str]) -> dict[str, int]:

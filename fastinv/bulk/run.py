@@ -71,7 +71,8 @@ class Run:
     def stats(self, shard: Shard) -> record.Stats | None:
         """What became of a shard, now or before; None where it is not done."""
         if shard not in self._stats and self._folder is not None:
-            found = record.done(self._folder / shard.name, *_file_of(shard))
+            endings = FORMATS[self._job.format].endings
+            found = record.done(self._folder / shard.name, (self._job.digest, *_file_of(shard)), endings)
             if found is not None:
                 self._stats[shard] = found
         return self._stats.get(shard)
@@ -102,6 +103,8 @@ class Run:
             KeyboardInterrupt: Ctrl-C; its message says how many shards are done.
         """
         pace = _Pace(shards, tell)
+        for shard in shards:  # until they are done anew
+            self._stats.pop(shard, None)
         try:
             with _Behind() as behind, closing(_ahead(self._read(shards))) as items:
                 for shard, read in groupby(items, key=itemgetter(0)):
@@ -197,6 +200,13 @@ class Run:
         return np.logical_not(np.isfinite(values.reshape(len(values), -1)).all(axis=1))
 
     def _finish(self, shard: Shard, writing: _Writing) -> None:
+        try:
+            with told_of(shard.path):
+                shard.expect_unchanged()
+        except FormatError as error:
+            self.errors[shard] = error
+            writing.fail(error)
+            return
         stats = writing.finish()
         self._stats[shard] = stats
         self._finished.add(shard)
@@ -241,6 +251,7 @@ class _Writing:
         """Let the files appear, and say that the shard is done."""
         start = self._shard.rows[0] if self._shard.rows else 0
         stats = record.Stats(
+            self._job.digest,
             *_file_of(self._shard),
             rows=(start, start + self._count),
             files={},

@@ -33,6 +33,11 @@ class Shard:
     rows: tuple[int, int] | None = None
     part: float = 1.0
 
+    @property
+    def whole_name(self) -> str:
+        """What the results of the whole file would be called, of one that was cut."""
+        return self.name.rpartition("-")[0]
+
     def expect_unchanged(self) -> None:
         """Raise FormatError where the file is another than when it was found."""
         if _seen(self.path) != (self.size, self.modified):
@@ -48,7 +53,10 @@ def find(log: Sequence[Path]) -> list[Shard]:
     Raises:
         FormatError: there are none, a folder cannot be read, or results cannot have the names that theirs would.
     """
-    paths = list({os.path.realpath(path): path for given in log for path in _files(given)}.values())
+    found: dict[str, Path] = {}
+    for path in (path for given in log for path in _files(given)):
+        found.setdefault(os.path.realpath(path), path)
+    paths = list(found.values())
     if not paths:
         where = ", ".join(map(str, log)) or "an empty log"
         raise FormatError(f"{where}: no files of features; expected some with a suffix of {', '.join(SUFFIXES)}")
@@ -61,16 +69,20 @@ def find(log: Sequence[Path]) -> list[Shard]:
         if len(os.fsencode(os.path.basename(name))) > MAX_NAME:
             raise FormatError(f"{path}: its results' names would be too long; rename it to at most {MAX_NAME} bytes")
         names[name] = path
+    for name, path in names.items():
+        for folder in Path(name).parents:
+            if folder.suffix and str(folder.with_suffix("")) in names:
+                raise FormatError(f"{path}: its folder may have the name of another file's results: rename it")
     return [Shard(path, name, *_seen(path)) for name, path in sorted(names.items())]
 
 
 def cut(files: Sequence[Shard], rows: int, shape: Shape, choice: Choice) -> Iterator[Shard]:
-    """Each file as one or several shards of at most so many rows; whole where it cannot be read."""
+    """Each file as one or several shards of at most so many rows; as one without rows where it cannot be read."""
     for file in files:
         try:
             count = open_file(file.path, shape, choice).count
-        except FastinvError:
-            yield file
+        except FastinvError:  # is told of when it is to be read
+            yield replace(file, name=piece_name(file.name, 0))
             continue
         for number, start in enumerate(range(0, max(1, count), rows)):
             stop = min(start + rows, count)
@@ -98,12 +110,13 @@ def _files(given: Path) -> Iterator[Path]:
         return
     entered = set()
     for folder, folders, files in os.walk(given, onerror=_refuse, followlinks=True):
+        folders.sort()
         if os.path.realpath(folder) in entered:  # by a link to a folder above
             folders.clear()
             continue
         entered.add(os.path.realpath(folder))
         folders[:] = (name for name in folders if not name.startswith("."))
-        for name in files:
+        for name in sorted(files):
             path = Path(folder, name)
             if path.suffix.lower() in SUFFIXES and not name.startswith(".") and path.is_file():
                 yield path

@@ -27,6 +27,7 @@ from fastinv.invert import DTYPES
 WORDS = {
     "pass np.transpose(features, (0, 3, 1, 2)), or .permute in torch": "pass --layout NHWC",
     "pass scale=": "pass --scale",
+    "with scale=": "with --scale",
     "with stored_as=": "with --stored-as",
     "pass key=": "pass --key",
     "with ids=": "with --ids",
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     log.add_argument("--format", choices=FORMATS, help="parquet where left out; given, one file is a log, too")
     log.add_argument("--ids", metavar="KEY", help="the array or column of the rows' names; a table's is id")
     log.add_argument("--rows-per-file", type=positive, help="cut files into several: an interruption costs no more")
-    log.add_argument("--part", type=part, metavar="K/N", help="every N-th file from the K-th: N machines share a log")
+    log.add_argument("--part", type=part, metavar="K/N", help="the K-th of N parts: N machines share a log so")
     log.add_argument("--retry-failed", action="store_true", help="do files again of which rows failed")
     log.add_argument("--dry-run", action="store_true", help="count, look at the first rows, and write nothing")
 
