@@ -8,7 +8,8 @@ Features of each decoder's images are written as logs of every kind, and recover
     eager       what one writes without fastinv: PyTorch's decoder over the files, images written with numpy
 
 All give 8-bit images. First those from every kind of file, and eager's, are checked against `invert`'s. They run in
-turns, on files that are in the page cache; the figure is the median over turns of the ratio to `memory` in the same turn.
+turns, on files that are in the page cache; the figure is the median over turns of the ratio to `memory` in the same
+turn.
 """
 
 from __future__ import annotations
