@@ -427,16 +427,6 @@ def test_a_file_that_changes_meanwhile_fails(log: Path, tmp_path: Path) -> None:
         write_table(log / "b/c.parquet", rows("b/c.parquet"))
 
 
-def test_a_file_cut_short_while_it_is_read_fails_alone(log: Path, tmp_path: Path) -> None:
-    def cut(state: Progress) -> None:
-        if state.images >= 8:  # a block of the first file
-            os.truncate(log / "a.npy", 400)
-
-    np.save(log / "a.npy", samples.features(200))
-    report = fastinv.invert_log(log, INVERTER, tmp_path / "out", progress=cut)
-    assert (report.recovered, list(report.errors)) == (26, [str(log / "a.npy")])
-
-
 def test_a_file_of_one_block_that_changes_meanwhile_fails(log: Path, tmp_path: Path) -> None:
     report = fastinv.invert_log(log / "a.npy", INVERTER, tmp_path / "out", progress=lambda _: None)
     assert report.complete

@@ -140,7 +140,7 @@ class ParquetFile(Table):
 
 
 class ArrowFile(Table):
-    """An Arrow IPC file or stream."""
+    """An Arrow IPC file or stream, mapped."""
 
     def __init__(self, path: Path, shape: Shape, choice: Choice) -> None:
         self._path = path
@@ -163,7 +163,7 @@ class ArrowFile(Table):
                 at, count, gathered = at + count, 0, []
 
     def _open(self) -> Any:
-        source = pa.OSFile(str(self._path))
+        source = pa.memory_map(str(self._path))
         try:
             return pa.ipc.open_file(source)
         except pa.ArrowInvalid:  # no file's magic number
