@@ -181,7 +181,7 @@ def _names(ids: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
     return ids.astype(ids.dtype.newbyteorder("="))
 
 
-def _ask_for(rows: np.memmap[Any, Any]) -> None:
+def _ask_for(rows: npt.NDArray[Any]) -> None:
     """Have the system read these rows of a mapped file while others are worked on.
 
     Read by this process instead, into memory of its own, they cost conv11's engine 60% of its pace on two cores: there
@@ -189,7 +189,7 @@ def _ask_for(rows: np.memmap[Any, Any]) -> None:
     """
     if not rows.flags.c_contiguous or rows.nbytes == 0:
         return
-    base: Any = rows._mmap  # type: ignore[attr-defined]
+    base: Any = getattr(rows, "_mmap")  # noqa: B009  (of a memmap, which numpy's types do not tell of a slice)
     offset = rows.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
     start = offset // mmap.PAGESIZE * mmap.PAGESIZE
     base.madvise(mmap.MADV_WILLNEED, start, offset + rows.nbytes - start)
