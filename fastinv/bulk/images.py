@@ -287,12 +287,9 @@ class WebDataset(Output):
 
 
 class Nothing(Output):
-    """No file: for benchmarks."""
+    """No file, and nothing that would write one: for benchmarks."""
 
     endings = ()
-
-    def _write(self, part: Recovered) -> None:
-        pass
 
 
 FORMATS: Mapping[str, type[Output]] = {"parquet": Parquet, "npy": Npy, "webdataset": WebDataset, "none": Nothing}

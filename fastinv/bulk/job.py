@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ class Job:
             raise FeatureError(f"rows_per_file {rows!r:.40}, expected an integer of at least 1, or None")
         FORMATS[self.format].check(self.inverter.image_shape, self.dtype)
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the record."""
         return hashlib.sha256(strict_json.dumps(self.record()).encode()).hexdigest()

@@ -114,9 +114,11 @@ def invert_log(
         NetworkError, BackendError: as of `invert`.
         KeyboardInterrupt: Ctrl-C; its message says how many shards are done.
     """
-    if not isinstance(log, (str, os.PathLike)) and not (isinstance(log, Iterable) and not isinstance(log, bytes)):
+    if isinstance(log, (str, os.PathLike)):
+        log = [log]
+    if isinstance(log, bytes) or not isinstance(log, Iterable):
         raise FormatError(f"log {log!r:.40}, expected a path, or several")
-    paths = [Path(log)] if isinstance(log, (str, os.PathLike)) else [Path(path) for path in log]
+    paths = [Path(path) for path in log]
     found, choice = resolve(inverter), Choice(key, ids, layout, stored_as)
     job = Job(found, choice, format, name_of(dtype), precision, scale, zero_point, rows_per_file)
     if not (tensors.is_shape(part, 2) and part[0] <= part[1]):

@@ -144,6 +144,8 @@ class Run:
             rows = max(1, -(-(stop - start) // parts))  # alike: none is short
             with told_of(first.path):
                 first.expect_unchanged()
+                if stop > file.count:
+                    raise FormatError(f"holds {file.count:,} rows, expected {stop:,}: it changed; run it again")
                 for block in file.blocks(start, stop, rows):
                     while left:
                         shard = left[0]

@@ -13,12 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastinv.backends.cuda.nodes import (
-    GatherNode,
-    Index,
-    Node,
-    is_identity,
-)
+from fastinv.backends.cuda.nodes import GatherNode, Index, Node, is_identity
 from fastinv.backends.cuda.ops import LOWERINGS
 from fastinv.backends.cuda.pair import join_pairs
 from fastinv.backends.cuda.plan import Buffer, Ending, Stage
