@@ -1,4 +1,4 @@
-"""What `fastinv demo` and `fastinv train` have in common: data, a trained target, exported attacks, scores."""
+"""What the commands that train have in common: data, a trained target, exported attacks, scores."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import torch
 from torch import nn
 
 from fastinv.attacks.rmle import PAPER_PRESETS
+from fastinv.attacks.shadow import fit_shadow, train_shadow
 from fastinv.checkpoints import load_tensors, save_tensors
-from fastinv.data import PHOTOGRAPHS, Dataset, halves, load, photographs
+from fastinv.data import PHOTOGRAPHS, Dataset, halves, knowledge, load, photographs
 from fastinv.data_files import Indices
 from fastinv.errors import DataError, TrainingError
 from fastinv.export import export
 from fastinv.inverters import RMLE, InverseNetwork
 from fastinv.metrics import psnr, ssim
-from fastinv.models import CIFAR_NORMALISATION, MNIST_NORMALISATION, cifar_net, lenet5
+from fastinv.models import CIFAR_NORMALISATION, MNIST_NORMALISATION, cifar_net, lenet5, shadow_edge
 from fastinv.ops.base import Shape
 from fastinv.split import Split
 from fastinv.training import accuracy, seeded, train_target
@@ -97,6 +98,37 @@ class Experiment:
         """Indices of the training images that an attacker of this knowledge has; "same" are the target's own."""
         same, other = halves(len(self.train), self.seed)
         return same if knowledge == "same" else other
+
+    def attacker_images(self, kind: str, count: int | None = None) -> Pixels:
+        """The images of an attacker of this knowledge, as of `fastinv.knowledge`; None takes all."""
+        return knowledge(self.train, kind, count, seed=self.seed, mean=self.model.mean, std=self.model.std)
+
+    def untrained_edge(self, at: str, architecture: str) -> nn.Module:
+        """What a shadow starts from: the edge's own structure, "same", or another, "different" (paper, Table 5).
+
+        Its weights follow from the seed, and are not those that the target started from.
+        """
+        with seeded(self.seed + 1):
+            if architecture == "different":
+                return shadow_edge(at)
+            return Split(self.model.make(len(self.train.classes)), at).edge
+
+    def shadow(
+        self, attack: str, split: Split, knowledge: str, architecture: str, count: int | None, **training: Any
+    ) -> nn.Module:
+        """A shadow of the edge: learned through the cloud ("shadow"), or from queries ("fit_shadow").
+
+        Args:
+            knowledge, count: of the attacker's images.
+            architecture: as of `untrained_edge`.
+            training: options of both attacks.
+        """
+        images = self.attacker_images(knowledge, count)
+        start = self.untrained_edge(split.at, architecture)
+        if attack == "fit_shadow":
+            return fit_shadow(split, images, start, **training)
+        labels = self.train.labels[self.half(knowledge)[: len(images)]]
+        return train_shadow(split.cloud, images, labels, start, mean=split.mean, std=split.std, **training)
 
     def target(
         self,

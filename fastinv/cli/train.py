@@ -20,8 +20,6 @@ from fastinv.inverters import OPTIMIZERS, SCHEDULES
 from fastinv.places import make_folder
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     from torch import nn
 
     from fastinv.experiment import Experiment
@@ -192,7 +190,15 @@ def _attack(args: argparse.Namespace, experiment: Experiment, split: Split) -> I
     if args.attack == "inverse_network":
         decoder = _inverse_network(args, experiment, split, training)
         return experiment.inverse_network(split, decoder, **known, decoder=args.kind)
-    shadow = _shadow(args, experiment, split, training)
+    shadow = experiment.shadow(
+        args.attack,
+        split,
+        args.knowledge,
+        args.architecture,
+        args.images,
+        progress=shows_progress(),
+        **training,
+    )
     return experiment.rmle(split, shadow, solver, **known, architecture=args.architecture)
 
 
@@ -201,40 +207,9 @@ def _inverse_network(
 ) -> nn.Module:
     import fastinv
 
+    images = experiment.attacker_images(args.knowledge, args.images)
     options = _given(args, DECODER) | training
-    return fastinv.train_inverse_network(split, _images(args, experiment), progress=shows_progress(), **options)
-
-
-def _shadow(args: argparse.Namespace, experiment: Experiment, split: Split, training: dict[str, Any]) -> nn.Module:
-    import fastinv
-
-    images = _images(args, experiment)
-    architecture = _architecture(args, experiment, split)
-    if args.attack == "fit_shadow":
-        return fastinv.fit_shadow(split, images, architecture, progress=shows_progress(), **training)
-    labels = experiment.train.labels[experiment.half(args.knowledge)[: len(images)]]
-    options = {"mean": split.mean, "std": split.std, "progress": shows_progress(), **training}
-    return fastinv.train_shadow(split.cloud, images, labels, architecture, **options)
-
-
-def _images(args: argparse.Namespace, experiment: Experiment) -> npt.NDArray[np.float32]:
-    import fastinv
-
-    mean, std = experiment.model.mean, experiment.model.std
-    return fastinv.knowledge(experiment.train, args.knowledge, args.images, seed=args.seed, mean=mean, std=std)
-
-
-def _architecture(args: argparse.Namespace, experiment: Experiment, split: Split) -> nn.Module:
-    """An untrained shadow, whose weights follow from the seed and not from the target."""
-    from fastinv.models import shadow_edge
-    from fastinv.split import Split
-    from fastinv.training import seeded
-
-    with seeded(args.seed + 1):
-        if args.architecture == "different":
-            return shadow_edge(split.at)
-        fresh = experiment.model.make(len(experiment.train.classes))
-        return Split(fresh, split.at).edge
+    return fastinv.train_inverse_network(split, images, progress=shows_progress(), **options)
 
 
 def _given(args: argparse.Namespace, names: tuple[str, ...], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,136 @@
+"""The report: the paper's tables with both figures, as text, as data and as pictures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastinv.experiment import MODELS
+from fastinv.picture import Row, picture
+from fastinv.pixels import as_pixels
+from fastinv.places import new_file
+from fastinv.reproduce import results
+from fastinv.reproduce.paper import DATA, RECOGNISABLE, TABLES, Cell, Table, cells
+from fastinv.reproduce.results import Result
+
+REPORT, RECORDS = "report.md", "results.json"
+Found = dict[Cell, Result]
+
+HEAD = (
+    "# The paper's tables, measured again\n"
+    "He, Zhang and Lee, *Model Inversion Attacks Against Collaborative Inference*, ACSAC 2019. An entry is the mean "
+    "PSNR in dB and the mean SSIM of recovered test images, and the share of them that can be recognised (an SSIM of "
+    f"{RECOGNISABLE} or more); in brackets the paper's figures. What has none but the paper's has not run.\n"
+)
+
+
+def write_report(out: Path) -> Path:
+    """Write `report.md`, `results.json` and pictures of all targets that have results in a folder; the report's path.
+
+    Raises:
+        FormatError: a result cannot be read, or the report not be written.
+    """
+    text, records = [HEAD], []
+    for model in MODELS.values():
+        folder = out / model.name
+        if not (folder / results.TARGET).exists():
+            continue
+        found = {cell: result for cell in cells(model.name) if (result := results.read(folder, cell)) is not None}
+        text += _section(model.name, folder, found)
+        text += _pictures(out, model.name, found)
+        records += [_record(model.name, cell, result) for cell, result in found.items()]
+    path = out / REPORT
+    for file, content in ((path, "\n".join(text)), (out / RECORDS, json.dumps(records, indent=1) + "\n")):
+        with results.telling(file), new_file(file) as opened:
+            opened.write(content.encode())
+    return path
+
+
+def _record(target: str, cell: Cell, result: Result) -> dict[str, Any]:
+    """A result and the paper's figures for it, as JSON values."""
+    psnr, ssim = cell.attack.published.get(cell.split, (None, None))
+    return {"target": target, **asdict(result), "paper_psnr": psnr, "paper_ssim": ssim}
+
+
+def _section(target: str, folder: Path, found: Found) -> list[str]:
+    settings, known = results.read_json(folder / results.SETTINGS), results.read_json(folder / results.TARGET)
+    images = "all images" if settings["images"] is None else f"at most {settings['images']:,} images"
+    lines = [
+        f"## {target}, for the paper's {DATA[target]}",
+        f"On `{settings['data']}`, {images} of each half of the training set, seed {settings['seed']}: the target "
+        f"learned for {settings['target_epochs']} epochs and puts {known['accuracy']:.2%} of the test images into "
+        f"their class; inverse networks learned for {settings['inverse_network_epochs']} epochs, shadows for "
+        f"{settings['shadow_epochs']}. Scored: {settings['scored']:,} test images.",
+        "",
+    ]
+    for table in TABLES.values():
+        if any(Cell(split, attack) in found for split in table.splits(target) for attack in table.attacks):
+            lines += [f"### {table.title}", *(_by_layer if table.layers else _by_attack)(table, target, found), ""]
+    recipes = [(cell, result) for cell, result in found.items() if result.recipe]
+    if recipes:
+        lines += ["### How rMLE was set", "λ, β and the number of steps were chosen on 64 training images.", ""]
+        lines += _markdown(
+            ["split point", "through", "λ", "β", "step size", "steps", "PSNR there"],
+            [[cell.split, cell.attack.title, *_recipe(result)] for cell, result in recipes],
+        )
+        lines.append("")
+    return lines
+
+
+def _by_attack(table: Table, target: str, found: Found) -> list[str]:
+    splits = table.splits(target)
+    rows = [[a.title, *(_entry(Cell(at, a), found) for at in splits)] for a in table.attacks]
+    return _markdown(["", *splits], rows)
+
+
+def _by_layer(table: Table, target: str, found: Found) -> list[str]:
+    rows = [[at, *(_entry(Cell(at, a), found) for a in table.attacks)] for at in table.splits(target)]
+    return _markdown(["cut after", *(attack.title for attack in table.attacks)], rows)
+
+
+def _entry(cell: Cell, found: Found) -> str:
+    result = found.get(cell)
+    text = "" if result is None else f"{result.psnr:.2f} / {result.ssim:.3f}, {result.recognisable:.0%}"
+    if cell.split in cell.attack.published:
+        psnr, ssim = cell.attack.published[cell.split]
+        text += f" ({psnr:.2f} / {ssim:.3f})"
+    return text.strip()
+
+
+def _recipe(result: Result) -> list[str]:
+    recipe = result.recipe
+    chosen = next(trial for trial in result.trials if recipe.items() <= trial.items())
+    numbers = [f"{recipe[name]:g}" for name in ("tv_weight", "tv_beta", "lr")]
+    return [*numbers, f"{recipe['steps']:,}", f"{chosen['psnr']:.2f} dB"]
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
+
+
+def _pictures(out: Path, target: str, found: Found) -> list[str]:
+    """Draw what was recovered at each split point of the tables, and layer by layer; the lines that show it."""
+    folder = out / target
+    drawings = {
+        at: [(cell, cell.attack.title) for cell in found if cell.split == at] for at in TABLES["3"].splits(target)
+    }
+    layers = TABLES["layers"]
+    by_layer = [Cell(at, attack) for at in layers.splits(target) for attack in layers.attacks]
+    drawings["layers"] = [(cell, f"{cell.attack.title}, cut after {cell.split}") for cell in by_layer if cell in found]
+    lines = []
+    for name, rows in drawings.items():
+        if rows:
+            file = out / f"{target}-{name}.png"
+            truth = Row("truth", as_pixels(results.read_truth(folder), "uint8"))
+            image = picture([truth, *(_row(folder, cell, title) for cell, title in rows)])
+            with results.telling(file), new_file(file) as opened:
+                image.save(opened, "PNG")
+            lines += [f"![{target}, {name}]({file.name})", ""]
+    return ["### What they look like", *lines] if lines else []
+
+
+def _row(folder: Path, cell: Cell, title: str) -> Row:
+    images, scores = results.read_images(folder, cell)
+    return Row(title, as_pixels(images, "uint8"), scores.captions())

@@ -1,0 +1,57 @@
+"""How long to train, and how many images to score: what decides a run's figures."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastinv.errors import DataError
+from fastinv.tensors import is_whole
+
+if TYPE_CHECKING:
+    from fastinv.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to train, and on how much.
+
+    Args:
+        target_epochs, inverse_network_epochs, shadow_epochs: passes over the images.
+        images: how many of each half of the training set the target and the attackers have, at most; None: all.
+        scored: test images that are recovered.
+
+    Raises:
+        DataError: no such numbers.
+    """
+
+    target_epochs: int
+    inverse_network_epochs: int
+    shadow_epochs: int
+    images: int | None = None
+    scored: int = 1000
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = 0 if name.endswith("epochs") else 1
+            if value is not None and not (is_whole(value) and value >= least):
+                raise DataError(f"{name} {value!r:.40}, expected a whole number of at least {least}")
+
+
+EFFORTS = {"lenet5": Effort(10, 20, 10), "cifar_net": Effort(10, 10, 5)}  # by target
+
+
+def identity(experiment: Experiment, effort: Effort) -> dict[str, Any]:
+    """What has to agree for two results to be of one run, as JSON values."""
+    content = hashlib.sha256()
+    for part in (experiment.train, experiment.test):
+        content.update(part.images.tobytes())
+        content.update(part.labels.tobytes())
+    return {
+        "target": experiment.model.name,
+        "data": experiment.train.name,
+        "sha256": content.hexdigest(),
+        "seed": experiment.seed,
+        **asdict(effort),
+    }
