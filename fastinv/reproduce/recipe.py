@@ -13,16 +13,19 @@ import torch
 from torch import nn
 
 import fastinv
-from fastinv.attacks.rmle import PAPER_PRESETS
 from fastinv.experiment import Experiment, Pixels, Scores
 from fastinv.split import Split, normalise
 
 CHOSEN_ON = 64  # training images
+SHALLOW = ("conv1", "conv11")  # where the paper takes the fewer steps
 TV_WEIGHTS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 TV_BETAS = (2.0, 1.0)  # the published code's, the paper's
-SHORT = {"lr": 1e-2, "steps": 500}  # the paper's for shallow layers
-LONG = {"lr": 1e-3, "steps": 5000}  # for deep ones
-NO_WORSE = 0.1  # dB that ten times the steps have to gain: less is within what another 64 images would change
+# By optimizer: the steps that λ and β are chosen with, and those that deep layers may need. Adam's are the paper's.
+STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "adam": ({"lr": 1e-2, "steps": 500}, {"lr": 1e-3, "steps": 5000}),
+    "lbfgs": ({"optimizer": "lbfgs", "steps": 100}, {"steps": 300}),
+}
+NO_WORSE = 0.1  # dB that more steps have to gain: less is within what another 64 images would change
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,12 @@ class Trial:
         return {**self.options, "psnr": round(self.psnr, 3), "ssim": round(self.ssim, 4)}
 
 
-def choose(experiment: Experiment, split: Split, edge: nn.Module, images: Pixels) -> tuple[dict[str, Any], list[Trial]]:
+def choose(
+    experiment: Experiment, split: Split, edge: nn.Module, images: Pixels, optimizer: str = "adam"
+) -> tuple[dict[str, Any], list[Trial]]:
     """rMLE's options through `edge` that recover these images best, and all that were tried.
 
-    λ and β are chosen with 500 steps of 1e-2. Where the paper takes 5,000 of 1e-3, these are tried too, and
+    λ and β are chosen with the fewer of the optimizer's `STEPS`. Where the paper takes more, these are tried, too, and
     taken if they are better by more than `NO_WORSE`.
 
     Args:
@@ -51,22 +56,18 @@ def choose(experiment: Experiment, split: Split, edge: nn.Module, images: Pixels
     with torch.no_grad():
         features = edge(normalise(torch.from_numpy(images), split.mean, split.std)).numpy()
 
-    def attempt(**options: Any) -> Trial:
+    def attempt(options: dict[str, Any]) -> Trial:
         recovered = fastinv.invert(features, experiment.rmle(split, edge, options))
         scores = Scores.of(images, recovered)
         return Trial(options, float(scores.psnr.mean()), float(scores.ssim.mean()))
 
+    short, long = STEPS[optimizer]
     weights = [(0.0, TV_BETAS[0]), *((weight, beta) for beta in TV_BETAS for weight in TV_WEIGHTS)]
-    trials = [attempt(tv_weight=weight, tv_beta=beta, **SHORT) for weight, beta in weights]
+    trials = [attempt({"tv_weight": weight, "tv_beta": beta, **short}) for weight, beta in weights]
     best = max(trials, key=lambda trial: trial.psnr)
-    if not is_shallow(split.at):
-        longer = attempt(**best.options | LONG)
+    if split.at not in SHALLOW:
+        longer = attempt(best.options | long)
         trials.append(longer)
         if longer.psnr > best.psnr + NO_WORSE:
             best = longer
     return best.options, trials
-
-
-def is_shallow(at: str) -> bool:
-    """Whether the paper's recipe for the split point has few steps."""
-    return bool(PAPER_PRESETS.get(at, LONG)["steps"] == SHORT["steps"])

@@ -13,9 +13,11 @@ from fastinv.pixels import as_pixels
 from fastinv.places import new_file
 from fastinv.reproduce import results
 from fastinv.reproduce.paper import DATA, RECOGNISABLE, TABLES, Cell, Table, cells
+from fastinv.reproduce.recipe import CHOSEN_ON
 from fastinv.reproduce.results import Result
 
 REPORT, RECORDS = "report.md", "results.json"
+OPTIMIZER_NAMES = {"adam": "Adam, as in the paper", "lbfgs": "L-BFGS, where the paper has Adam"}
 Found = dict[Cell, Result]
 
 HEAD = (
@@ -56,12 +58,13 @@ def _record(target: str, cell: Cell, result: Result) -> dict[str, Any]:
 
 def _section(target: str, folder: Path, found: Found) -> list[str]:
     settings, known = results.read_json(folder / results.SETTINGS), results.read_json(folder / results.TARGET)
-    images = "all images" if settings["images"] is None else f"at most {settings['images']:,} images"
+    limit = "" if settings["images"] is None else f" at most {settings['images']:,} images of"
     lines = [
         f"## {target}, for the paper's {DATA[target]}",
-        f"On `{settings['data']}`, {images} of each half of the training set, seed {settings['seed']}: the target "
-        f"learned for {settings['target_epochs']} epochs and puts {known['accuracy']:.2%} of the test images into "
-        f"their class; inverse networks learned for {settings['inverse_network_epochs']} epochs, shadows for "
+        f"On `{settings['data']}`, seed {settings['seed']}: the target learned for {settings['target_epochs']} epochs "
+        f"on one half of the training set, and puts {known['accuracy']:.2%} of the test images into their class; "
+        f"attackers have{limit} a half; inverse networks learned for {settings['inverse_network_epochs']} epochs, "
+        "shadows for "
         f"{settings['shadow_epochs']}. Scored: {settings['scored']:,} test images.",
         "",
     ]
@@ -70,9 +73,14 @@ def _section(target: str, folder: Path, found: Found) -> list[str]:
             lines += [f"### {table.title}", *(_by_layer if table.layers else _by_attack)(table, target, found), ""]
     recipes = [(cell, result) for cell, result in found.items() if result.recipe]
     if recipes:
-        lines += ["### How rMLE was set", "λ, β and the number of steps were chosen on 64 training images.", ""]
+        lines += [
+            "### How rMLE was set",
+            f"By {OPTIMIZER_NAMES[settings['optimizer']]}. λ, β and the number of steps were chosen on {CHOSEN_ON} of "
+            "the attacker's training images.",
+            "",
+        ]
         lines += _markdown(
-            ["split point", "through", "λ", "β", "step size", "steps", "PSNR there"],
+            ["split point", "attack", "λ", "β", "steps", "PSNR there"],
             [[cell.split, cell.attack.title, *_recipe(result)] for cell, result in recipes],
         )
         lines.append("")
@@ -102,8 +110,8 @@ def _entry(cell: Cell, found: Found) -> str:
 def _recipe(result: Result) -> list[str]:
     recipe = result.recipe
     chosen = next(trial for trial in result.trials if recipe.items() <= trial.items())
-    numbers = [f"{recipe[name]:g}" for name in ("tv_weight", "tv_beta", "lr")]
-    return [*numbers, f"{recipe['steps']:,}", f"{chosen['psnr']:.2f} dB"]
+    steps = f"{recipe['steps']:,}" + (f" of size {recipe['lr']:g}" if "lr" in recipe else "")
+    return [f"{recipe['tv_weight']:g}", f"{recipe['tv_beta']:g}", steps, f"{chosen['psnr']:.2f} dB"]
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:

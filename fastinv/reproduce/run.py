@@ -46,7 +46,7 @@ class Reproduction:
     out: Path
     tables: Sequence[str] = tuple(TABLES)
     splits: Sequence[str] | None = None
-    changes: dict[str, int] | None = None
+    changes: dict[str, Any] | None = None
     seed: int = 0
     progress: bool = True
 
@@ -121,9 +121,7 @@ class _Runner:
     def with_target(cls, experiment: Experiment, effort: Effort, folder: Path, progress: bool) -> _Runner:
         """With the target trained, or read where it was before."""
         file, checkpoint = folder / "target.pt", folder / "target.checkpoint"
-        target = experiment.target(
-            effort.target_epochs, images=effort.images, file=file, checkpoint=checkpoint, progress=progress
-        )
+        target = experiment.target(effort.target_epochs, file=file, checkpoint=checkpoint, progress=progress)
         checkpoint.unlink(missing_ok=True)
         accuracy = experiment.accuracy(target, progress)
         results.write_target(folder, accuracy, experiment.held_out(effort.scored))
@@ -145,7 +143,7 @@ class _Runner:
         else:
             with _timed(seconds, "choose"):
                 images = self.experiment.attacker_images(cell.attack.knowledge or "distribution", CHOSEN_ON)
-                recipe, trials = choose(self.experiment, split, learned, images)
+                recipe, trials = choose(self.experiment, split, learned, images, self.effort.optimizer)
             inverter = self.experiment.rmle(split, learned, recipe, **self._provenance(cell))
         inverter.save(self.folder / f"{cell.name}.finv")
         truth = self.experiment.held_out(self.effort.scored)
