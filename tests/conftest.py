@@ -13,6 +13,7 @@ if not Path("/dev/nvidiactl").exists():
 # Many small products in the interpreter: OpenBLAS's threads would wait for each other longer than one takes alone.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import samples
 import torch
@@ -73,6 +74,20 @@ def finv(tmp_path: Path) -> Path:
     path = tmp_path / "inverse.finv"
     samples.inverse_network().save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of noise in MNIST's format."""
+    folder = tmp_path_factory.mktemp("digits")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 40), ("t10k", 10)):
+        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        labels = rng.integers(0, 10, count, np.uint8)
+        for stem, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+            (folder / f"{part}-{stem}-ubyte").write_bytes(header + array.tobytes())
+    return folder
 
 
 @pytest.fixture(scope="session")

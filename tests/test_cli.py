@@ -22,7 +22,7 @@ import fastinv
 from fastinv.cli import main
 from fastinv.cli.arguments import integer, numbers, positive, table
 
-COMMANDS = ("demo", "train", "invert", "info", "bench")
+COMMANDS = ("demo", "train", "invert", "reproduce", "info", "bench")
 
 
 @pytest.fixture
@@ -31,20 +31,6 @@ def features(tmp_path: Path) -> Path:
     path = tmp_path / "features.npy"
     np.save(path, samples.features(5))
     return path
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of noise in MNIST's format."""
-    folder = tmp_path_factory.mktemp("digits")
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 40), ("t10k", 10)):
-        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
-        labels = rng.integers(0, 10, count, np.uint8)
-        for stem, array in (("images-idx3", images), ("labels-idx1", labels)):
-            header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-            (folder / f"{part}-{stem}-ubyte").write_bytes(header + array.tobytes())
-    return folder
 
 
 def run(*args: object) -> int:
@@ -88,7 +74,16 @@ def test_help_of_train_names_its_targets(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize(
     "args",
-    [[], ["reproduce"], ["info"], ["invert", "x.npy"], ["train"], ["demo", "--seed", "-1"], ["bench", "--batch", "0"]],
+    [
+        [],
+        ["recover"],
+        ["reproduce"],
+        ["info"],
+        ["invert", "x.npy"],
+        ["train"],
+        ["demo", "--seed", "-1"],
+        ["bench", "--batch", "0"],
+    ],
 )
 def test_wrong_usage_ends_with_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

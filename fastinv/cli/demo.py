@@ -16,10 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("fastinv-demo"), help="folder for the results")
 
 
-def add_data_argument(parser: argparse.ArgumentParser) -> None:
+def add_data_argument(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     parser.add_argument(
         "--data",
-        default=PHOTOGRAPHS,
+        required=required,
+        default=None if required else PHOTOGRAPHS,
         help="a folder with MNIST (IDX), CIFAR-10 (binary batches or Parquet) or images by class; photographs: crops "
         "of those that scikit-image ships",
     )

@@ -17,7 +17,7 @@ from fastinv.reproduce.settings import OPTIMIZERS, Effort
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_data_argument(parser)
+    add_data_argument(parser, required=True)
     parser.add_argument(
         "-o", "--out", metavar="FOLDER", type=Path, default=Path("fastinv-reproduction"), help="for the results"
     )

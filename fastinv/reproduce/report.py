@@ -37,7 +37,7 @@ def write_report(out: Path) -> Path:
     text, records = [HEAD], []
     for model in MODELS.values():
         folder = out / model.name
-        if not (folder / results.TARGET).exists():
+        if not results.knows_target(folder):
             continue
         found = {cell: result for cell in cells(model.name) if (result := results.read(folder, cell)) is not None}
         text += _section(model.name, folder, found)

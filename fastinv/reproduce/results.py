@@ -107,6 +107,11 @@ def write_target(folder: Path, accuracy: float, truth: Pixels) -> None:
     _write(folder / TARGET, {"accuracy": accuracy})
 
 
+def knows_target(folder: Path) -> bool:
+    """Whether a folder holds what `write_target` keeps."""
+    return (folder / TARGET).exists() and (folder / TRUTH).exists()
+
+
 def read_truth(folder: Path) -> Bytes:
     """The images of `write_target`, uint8 [n, C, H, W].
 
@@ -124,7 +129,7 @@ def read(folder: Path, cell: Cell) -> Result | None:
         FormatError: its file is damaged.
     """
     file = folder / f"{cell.name}.json"
-    if not file.exists():
+    if not (file.exists() and file.with_suffix(".npz").exists()):
         return None
     try:
         return Result(**read_json(file))
@@ -183,7 +188,7 @@ def _read_arrays(file: Path, *names: str) -> list[npt.NDArray[Any]]:
         with np.load(file) as arrays:
             return [arrays[name] for name in names]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise FormatError(f"{file}: cannot be read ({error!s:.80}); delete it and its .json to run it again") from None
+        raise FormatError(f"{file}: cannot be read ({error!s:.80}); delete it, and it is made again") from None
 
 
 def _bytes(images: Pixels) -> Bytes:

@@ -85,7 +85,7 @@ def run(job: Reproduction) -> Outcome:
     waiting = [cell for cell in chosen if results.read(folder, cell) is None]
     print(f"{name}: {len(chosen)} experiments, {len(chosen) - len(waiting)} of them done before", flush=True)
     failed = 0
-    if waiting:
+    if waiting or not results.knows_target(folder):
         runner = _Runner.with_target(experiment, effort, folder, job.progress)
         for cell in waiting:
             title = f"{cell.split:7} {cell.attack.title:55}"
@@ -142,7 +142,9 @@ class _Runner:
             inverter: Inverter = self.experiment.inverse_network(split, learned, **self._provenance(cell))
         else:
             with _timed(seconds, "choose"):
-                images = self.experiment.attacker_images(cell.attack.knowledge or "distribution", CHOSEN_ON)
+                knowledge = cell.attack.knowledge or "distribution"
+                count = min(CHOSEN_ON, len(self.experiment.half(knowledge)))
+                images = self.experiment.attacker_images(knowledge, count)
                 recipe, trials = choose(self.experiment, split, learned, images, self.effort.optimizer)
             inverter = self.experiment.rmle(split, learned, recipe, **self._provenance(cell))
         inverter.save(self.folder / f"{cell.name}.finv")

@@ -1,0 +1,271 @@
+"""The paper's experiments, in small: what is run, kept, gone on with and reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastinv
+from fastinv.cli import main
+from fastinv.errors import DataError, FormatError, SplitError, TrainingError
+from fastinv.experiment import Experiment, Scores
+from fastinv.reproduce import recipe, results
+from fastinv.reproduce.paper import LAYERS, SPLITS, TABLES, cells
+from fastinv.reproduce.run import Outcome, Reproduction, run
+from fastinv.reproduce.settings import EFFORTS, Effort
+
+QUICK = {"target_epochs": 1, "inverse_network_epochs": 1, "shadow_epochs": 1, "scored": 3}
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rMLE of a few steps, for what else it does."""
+    monkeypatch.setattr(recipe, "STEPS", {"adam": ({"lr": 1e-2, "steps": 3}, {"lr": 1e-3, "steps": 5})})
+    monkeypatch.setattr(recipe, "TV_WEIGHTS", (0.1,))
+
+
+def reproduce(data: Path, out: Path, tables: list[str], splits: list[str] | None = None, **changes: Any) -> Outcome:
+    return run(Reproduction(str(data), out, tables, splits, QUICK | changes, progress=False))
+
+
+# ---- what the paper has --------------------------------------------------------------------------------------------
+
+
+def test_tables() -> None:
+    # 9 attacks at each split point of the tables, and the layers of Figures 11 and 12 that are none of them
+    assert len(cells("lenet5")) == 9 * 2 + 8
+    assert len(cells("cifar_net")) == 9 * 3
+    for target in SPLITS:
+        names = [cell.name for cell in cells(target)]
+        assert len(set(names)) == len(names)
+    assert {cell.split for cell in cells("lenet5", ["layers"])} == set(LAYERS["lenet5"])
+    assert cells("cifar_net", ["layers"]) == []
+    assert [cell.name for cell in cells("cifar_net", ["8"], ["ReLU22"])] == [
+        "ReLU22-inverse_network-same",
+        "ReLU22-fit_shadow-same-same",
+    ]
+
+
+def test_published_figures() -> None:
+    attacks = {attack.name: attack.published for table in TABLES.values() for attack in table.attacks}
+    assert attacks["rmle"]["conv1"] == (39.69, 0.9969)
+    assert attacks["inverse_network-same"]["ReLU32"] == (15.42, 0.3124)
+    assert attacks["inverse_network-noise"]["ReLU2"] == (7.72, 0.4310)
+    assert attacks["shadow-distribution-different"]["conv11"] == (13.06, 0.1553)
+    assert attacks["fit_shadow-same-same"]["ReLU22"] == (18.02, 0.6893)
+    for published in attacks.values():
+        assert set(published) == {at for splits in SPLITS.values() for at in splits}
+        assert all(7 < psnr < 50 and 0 < ssim < 1 for psnr, ssim in published.values())
+
+
+def test_efforts() -> None:
+    assert set(EFFORTS) == set(SPLITS)
+    for wrong in ({"target_epochs": -1}, {"scored": 0}, {"images": 0}, {"shadow_epochs": 1.5}, {"optimizer": "sgd"}):
+        with pytest.raises(DataError, match=next(iter(wrong))):
+            Effort(**{"target_epochs": 1, "inverse_network_epochs": 1, "shadow_epochs": 1} | wrong)
+
+
+# ---- how rMLE is set -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("at", "optimizer"), [("conv1", "adam"), ("conv1", "lbfgs"), ("pool1", "lbfgs")])
+def test_choose(digits: Path, at: str, optimizer: str) -> None:
+    experiment = Experiment.on(digits, 0)
+    split = experiment.untrained(at)
+    images = experiment.attacker_images("distribution", 4)
+    chosen, trials = recipe.choose(experiment, split, split.edge, images, optimizer)
+    assert len(trials) == 11 + (at == "pool1")
+    best = max(trials[:11], key=lambda trial: trial.psnr)
+    if at == "pool1" and trials[-1].psnr > best.psnr + recipe.NO_WORSE:
+        best = trials[-1]
+    assert chosen == best.options
+    again = fastinv.invert(split.features(images), experiment.rmle(split, split.edge, chosen))
+    assert Scores.of(images, again).psnr.mean() == pytest.approx(best.psnr, abs=1e-3)
+
+
+@pytest.mark.parametrize("gain", [0.05, 0.15])
+def test_more_steps_have_to_be_worth_it(digits: Path, gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = Experiment.on(digits, 0)
+    split = experiment.untrained("ReLU2")
+
+    def invert(features: np.ndarray, inverter: fastinv.RMLE) -> np.ndarray:
+        better = 2.0 * (inverter.tv_weight == 1) + gain * (inverter.steps == 5000)
+        return images + np.float32(10 ** (-(20 + better) / 20))
+
+    images = np.full((2, 1, 28, 28), 0.5, np.float32)
+    monkeypatch.setattr(fastinv, "invert", invert)
+    chosen, _ = recipe.choose(experiment, split, split.edge, images)
+    assert (chosen["tv_weight"], chosen["tv_beta"]) == (1.0, 2.0)
+    assert (chosen["steps"], chosen["lr"]) == ((5000, 1e-3) if gain > recipe.NO_WORSE else (500, 1e-2))
+
+
+# ---- running -------------------------------------------------------------------------------------------------------
+
+
+def test_all_tables(digits: Path, tmp_path: Path, few_steps: None, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = reproduce(digits, tmp_path / "out", ["3", "4", "6", "8", "layers"])
+    assert (outcome.ran, outcome.before, outcome.failed) == (26, 0, 0)
+    folder = tmp_path / "out" / "lenet5"
+    assert not list(folder.glob("*.checkpoint"))
+    for cell in cells("lenet5"):
+        result = results.read(folder, cell)
+        assert result is not None
+        inverter = fastinv.load(folder / f"{cell.name}.finv")
+        assert inverter.kind == ("inverse_network" if cell.attack.kind == "inverse_network" else "rmle")
+        assert inverter.provenance["split"] == cell.split
+        images, scores = results.read_images(folder, cell)
+        assert images.shape == (3, 1, 28, 28)
+        assert result.images == 3
+        assert result.psnr == pytest.approx(scores.psnr.mean())
+        assert result.ssim == pytest.approx(scores.ssim.mean())
+        assert bool(result.recipe) == bool(result.trials) == (inverter.kind == "rmle")
+
+    text = outcome.report.read_text()
+    for table in TABLES.values():
+        assert f"### {table.title}\n" in text
+    found = results.read(folder, cells("lenet5", ["3"])[0])
+    assert found is not None
+    assert f"{found.psnr:.2f} / {found.ssim:.3f}, {found.recognisable:.0%} (39.69 / 0.997)" in text
+    records = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(records) == 26
+    assert {record["target"] for record in records} == {"lenet5"}
+    assert records[0]["paper_psnr"] == 39.69
+    for name in ("conv1", "ReLU2", "layers"):
+        with Image.open(tmp_path / "out" / f"lenet5-{name}.png") as picture:
+            assert picture.width > 3 * 84
+        assert f"(lenet5-{name}.png)" in text
+    assert "(paper: 39.69, 0.997)" in capsys.readouterr().out
+
+
+def test_recovered_images_are_those_of_the_inverter(digits: Path, tmp_path: Path, few_steps: None) -> None:
+    reproduce(digits, tmp_path, ["4"], ["ReLU2"])
+    experiment = Experiment.on(digits, 0)
+    target = experiment.target(0, file=tmp_path / "lenet5" / "target.pt", progress=False)
+    split = fastinv.Split(target, "ReLU2", experiment.model.mean, experiment.model.std)
+    truth = experiment.held_out(3)
+    for cell in cells("lenet5", ["4"], ["ReLU2"]):
+        again = fastinv.invert(split.features(truth), tmp_path / "lenet5" / f"{cell.name}.finv")
+        images, scores = results.read_images(tmp_path / "lenet5", cell)
+        np.testing.assert_array_equal(images, np.rint(again * 255))
+        np.testing.assert_array_equal(scores.psnr, fastinv.psnr(truth, again))
+    np.testing.assert_array_equal(results.read_truth(tmp_path / "lenet5"), np.rint(truth * 255))
+
+
+def test_what_is_done_is_not_done_again(digits: Path, tmp_path: Path, few_steps: None) -> None:
+    reproduce(digits, tmp_path, ["3", "4"], ["conv1"])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "lenet5").iterdir()}
+    outcome = reproduce(digits, tmp_path, ["3", "4"], ["conv1"])
+    assert (outcome.ran, outcome.before) == (0, 4)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "lenet5").iterdir()} == before
+    (cell,) = (cell for cell in cells("lenet5", ["4"], ["conv1"]) if cell.attack.knowledge == "noise")
+    first = results.read(tmp_path / "lenet5", cell)
+    (tmp_path / "lenet5" / f"{cell.name}.json").unlink()
+    outcome = reproduce(digits, tmp_path, ["4", "8"], ["conv1"])
+    assert (outcome.ran, outcome.before) == (2, 2)
+    again = results.read(tmp_path / "lenet5", cell)
+    assert first is not None
+    assert again is not None
+    assert (again.psnr, again.ssim) == (first.psnr, first.ssim)
+
+
+def test_an_experiment_that_fails_does_not_stop_the_others(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = fastinv.train_inverse_network
+
+    def train(query: Any, images: np.ndarray, **options: Any) -> torch.nn.Module:
+        if images.min() < 0:  # noise
+            raise TrainingError("training diverged")
+        return right(query, images, **options)
+
+    monkeypatch.setattr(fastinv, "train_inverse_network", train)
+    out = ["--data", str(digits), "-o", str(tmp_path), "--tables", "4", "--splits", "conv1", "--target-epochs", "0"]
+    out += ["--inverse-network-epochs", "1", "--scored", "3"]
+    assert main(["reproduce", *out]) == 3
+    said = capsys.readouterr().out
+    assert "failed: training diverged" in said
+    assert "1 experiment failed" in said
+    assert len(list((tmp_path / "lenet5").glob("*.json"))) == 2 + 2  # settings, the target
+    monkeypatch.undo()
+    assert main(["reproduce", *out]) == 0
+    assert "3 experiments, 1 of them run now" in capsys.readouterr().out
+
+
+def test_both_targets_in_one_report(digits: Path, tmp_path: Path) -> None:
+    reproduce(digits, tmp_path, ["4"], ["conv1"], target_epochs=0, inverse_network_epochs=0)
+    photographs = Path("photographs")
+    outcome = reproduce(photographs, tmp_path, ["4"], ["ReLU32"], target_epochs=0, images=8)
+    text = outcome.report.read_text()
+    assert "## lenet5" in text
+    assert "## cifar_net" in text
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 6
+
+
+# ---- wrong input ---------------------------------------------------------------------------------------------------
+
+
+def test_refuses(digits: Path, tmp_path: Path) -> None:
+    quick = {"target_epochs": 0, "inverse_network_epochs": 0}
+    with pytest.raises(DataError, match="not a folder"):
+        reproduce(tmp_path / "missing", tmp_path, ["4"])
+    with pytest.raises(SplitError, match="nothing for lenet5 at pool9; they have conv1, ReLU2"):
+        reproduce(digits, tmp_path, ["4"], ["pool9"])
+    with pytest.raises(SplitError, match="nothing for cifar_net"):
+        reproduce(Path("photographs"), tmp_path, ["layers"])
+    reproduce(digits, tmp_path, ["4"], ["conv1"], **quick)
+    with pytest.raises(FormatError, match=r"inverse_network_epochs 0 instead of 1: choose another folder"):
+        reproduce(digits, tmp_path, ["4"], ["conv1"])
+    with pytest.raises(FormatError, match="optimizer 'adam' instead of 'lbfgs'"):
+        reproduce(digits, tmp_path, ["4"], ["conv1"], **quick, optimizer="lbfgs")
+    (tmp_path / "other" / "lenet5").mkdir(parents=True)
+    (tmp_path / "other" / "lenet5" / "notes.txt").write_text("mine")
+    with pytest.raises(FormatError, match=r"holds files but no settings\.json"):
+        reproduce(digits, tmp_path / "other", ["4"])
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FormatError, match="cannot make"):
+        reproduce(digits, tmp_path / "file", ["4"], ["conv1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("conv1-inverse_network-same.json", b"{", "not valid JSON"),
+        ("conv1-inverse_network-same.json", b"[]", "no JSON object"),
+        ("conv1-inverse_network-same.json", b"{}", "no result of this version"),
+        ("conv1-inverse_network-same.npz", b"PK", "cannot be read"),
+        ("truth.npz", b"PK", "cannot be read"),
+        ("settings.json", b"\xff", "not valid JSON"),
+        ("target.pt", b"", "cannot be read"),
+    ],
+)
+def test_damaged_files(digits: Path, tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    quick = {"target_epochs": 0, "inverse_network_epochs": 0}
+    reproduce(digits, tmp_path, ["4"], ["conv1"], **quick)
+    path = tmp_path / "lenet5" / name
+    path.write_bytes(content)
+    tables = ["4", "8"] if name == "target.pt" else ["4"]
+    with pytest.raises((FormatError, TrainingError), match=words):
+        reproduce(digits, tmp_path, tables, ["conv1"], **quick)
+    if name.endswith(".npz"):
+        path.unlink()
+        reproduce(digits, tmp_path, ["4"], ["conv1"], **quick)
+        assert path.exists()
+
+
+# ---- on MNIST ------------------------------------------------------------------------------------------------------
+
+
+def test_rmle_is_as_good_as_the_papers(shared_data: Path, tmp_path: Path) -> None:
+    reproduce(shared_data / "mnist", tmp_path, ["3"], ["conv1"], scored=32)
+    (cell,) = cells("lenet5", ["3"], ["conv1"])
+    result = results.read(tmp_path / "lenet5", cell)
+    assert result is not None
+    psnr, ssim = cell.attack.published["conv1"]
+    assert result.psnr > psnr
+    assert result.ssim > ssim - 0.002
