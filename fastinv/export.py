@@ -38,7 +38,7 @@ def export(module: torch.nn.Module, example: torch.Tensor) -> Network:
     import torch
 
     from fastinv.aten import convert
-    from fastinv.aten_attention import batch_first_attention
+    from fastinv.aten.attention import batch_first_attention
 
     _check(module, example)
     example = example.detach().float()

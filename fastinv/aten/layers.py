@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastinv.conversion import Conversion, Value, holds
+from fastinv.aten.conversion import Conversion, Value, holds
 from fastinv.ops.adaptive_avg_pool2d import AdaptiveAvgPool2d
 from fastinv.ops.avg_pool2d import AvgPool2d
 from fastinv.ops.conv2d import Conv2d

@@ -7,13 +7,9 @@ from typing import Any
 
 import torch
 
-from fastinv import aten_arithmetic as arithmetic
-from fastinv import aten_attention as attention
-from fastinv import aten_axes as axes
-from fastinv import aten_layers as layers
-from fastinv import aten_norms as norms
-from fastinv.aten_activations import ACTIVATIONS
-from fastinv.conversion import Conversion, Value
+from fastinv.aten import arithmetic, attention, axes, layers, norms
+from fastinv.aten.activations import ACTIVATIONS
+from fastinv.aten.conversion import Conversion, Value
 from fastinv.network import Network
 from fastinv.ops.base import Shape
 

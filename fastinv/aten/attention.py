@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastinv.aten_axes import take
-from fastinv.aten_layers import axis_of
-from fastinv.conversion import Conversion, Value
+from fastinv.aten.axes import take
+from fastinv.aten.conversion import Conversion, Value
+from fastinv.aten.layers import axis_of
 from fastinv.network import Step
 from fastinv.ops.activation import IDENTITY
 from fastinv.ops.affine import Affine

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastinv.conversion import Conversion, Value
+from fastinv.aten.conversion import Conversion, Value
 from fastinv.ops.add import Add
 from fastinv.ops.affine import Affine
 from fastinv.ops.mul import Mul

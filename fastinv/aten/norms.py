@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fastinv.aten_axes import reshaped
-from fastinv.conversion import Conversion, Value, holds
+from fastinv.aten.axes import reshaped
+from fastinv.aten.conversion import Conversion, Value, holds
 from fastinv.ops.affine import Affine
 from fastinv.ops.normalize import Normalize, channel_axis
 from fastinv.ops.permute import Permute

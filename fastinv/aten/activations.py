@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from fastinv.aten_arithmetic import add, linear_map, mul, neg, sub
-from fastinv.aten_axes import split
-from fastinv.conversion import Conversion, Value, holds
+from fastinv.aten.arithmetic import add, linear_map, mul, neg, sub
+from fastinv.aten.axes import split
+from fastinv.aten.conversion import Conversion, Value, holds
 from fastinv.ops.activation import Activation
 from fastinv.ops.base import MAX_FLOAT
 

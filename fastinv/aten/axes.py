@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastinv.aten_arithmetic import linear_map
-from fastinv.aten_layers import axis_of, expect_image
-from fastinv.conversion import Conversion, Value, holds
+from fastinv.aten.arithmetic import linear_map
+from fastinv.aten.conversion import Conversion, Value, holds
+from fastinv.aten.layers import axis_of, expect_image
 from fastinv.errors import NetworkError
 from fastinv.ops.adaptive_avg_pool2d import AdaptiveAvgPool2d
 from fastinv.ops.base import Shape
