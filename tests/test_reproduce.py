@@ -207,6 +207,17 @@ def test_both_targets_in_one_report(digits: Path, tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "results.json").read_text())) == 6
 
 
+def test_an_image_without_any_error_counts_100_db(tmp_path: Path) -> None:
+    (cell,) = cells("lenet5", ["3"], ["conv1"])
+    images = np.zeros((2, 1, 28, 28), np.float32)
+    scores = Scores.of(images, images + np.array([0, 0.1], np.float32).reshape(2, 1, 1, 1))
+    more: dict[str, Any] = {"recipe": {}, "trials": [], "seconds": {}, "ran_on": {}}
+    results.write(tmp_path, cell, results.Result.of(cell, scores, **more), scores, images)
+    result = results.read(tmp_path, cell)
+    assert result is not None
+    assert result.psnr == pytest.approx((100 + 20) / 2)
+
+
 # ---- wrong input ---------------------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ from fastinv.reproduce.paper import RECOGNISABLE, Cell
 
 SETTINGS = "settings.json"
 TARGET, TRUTH = "target.json", "truth.npz"
+MOST_PSNR = 100.0  # dB; an image without any error has infinite PSNR, which no mean can hold
 DRAWN = 8  # images kept of each experiment, to look at
 
 Bytes = npt.NDArray[np.uint8]
@@ -41,7 +42,7 @@ class Result:
 
     Attributes:
         split, attack: what it was; the attack by its name.
-        psnr, ssim: means over the images (dB, and up to 1).
+        psnr, ssim: means over the images (dB, of which an image counts `MOST_PSNR` at most, and up to 1).
         recognisable: the fraction of images whose SSIM is at least 0.3.
         images: how many test images were recovered.
         recipe: of rMLE: what was chosen; empty for inverse networks.
@@ -67,7 +68,7 @@ class Result:
         return cls(
             cell.split,
             cell.attack.name,
-            float(scores.psnr.mean()),
+            float(scores.psnr.clip(max=MOST_PSNR).mean()),
             float(scores.ssim.mean()),
             float((scores.ssim >= RECOGNISABLE).mean()),
             len(scores.psnr),
