@@ -225,6 +225,8 @@ def test_refuses(digits: Path, tmp_path: Path) -> None:
     quick = {"target_epochs": 0, "inverse_network_epochs": 0}
     with pytest.raises(DataError, match="not a folder"):
         reproduce(tmp_path / "missing", tmp_path, ["4"])
+    with pytest.raises(DataError, match="tables 5: not the paper's; expected some of 3, 4, 6, 8, layers"):
+        reproduce(digits, tmp_path, ["3", "5"])
     with pytest.raises(SplitError, match="nothing for lenet5 at pool9; they have conv1, ReLU2"):
         reproduce(digits, tmp_path, ["4"], ["pool9"])
     with pytest.raises(SplitError, match="nothing for cifar_net"):

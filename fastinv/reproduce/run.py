@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import fastinv
-from fastinv.errors import FastinvError, SplitError
+from fastinv.errors import DataError, FastinvError, SplitError
 from fastinv.experiment import Experiment, Scores
 from fastinv.inverters import Inverter
 from fastinv.places import sweep
@@ -67,6 +67,9 @@ def run(job: Reproduction) -> Outcome:
     Raises:
         DataError, SplitError, TrainingError, FormatError: the data, the split points or the folder do not fit.
     """
+    unknown = [table for table in job.tables if table not in TABLES]
+    if unknown:
+        raise DataError(f"tables {', '.join(map(str, unknown))}: not the paper's; expected some of {', '.join(TABLES)}")
     experiment = Experiment.on(job.data, job.seed)
     name = experiment.model.name
     effort = replace(EFFORTS[name], **job.changes or {})
