@@ -29,6 +29,8 @@ from fastinv.training import accuracy, seeded, train_target
 
 Pixels = npt.NDArray[np.float32]
 
+MOST_PSNR = 100.0  # dB; an image without any error has infinite PSNR, which no mean can hold
+
 
 @dataclass(frozen=True)
 class Model:
@@ -103,28 +105,35 @@ class Experiment:
         """The images of an attacker of this knowledge, as of `fastinv.knowledge`; None takes all."""
         return knowledge(self.train, kind, count, seed=self.seed, mean=self.model.mean, std=self.model.std)
 
-    def untrained_edge(self, at: str, architecture: str) -> nn.Module:
+    def untrained_edge(self, at: str, architecture: str, variant: int = 0) -> nn.Module:
         """What a shadow starts from: the edge's own structure, "same", or another, "different" (paper, Table 5).
 
-        Its weights follow from the seed, and are not those that the target started from.
+        Its weights follow from the seed and the variant, and are not those that the target started from.
         """
-        with seeded(self.seed + 1):
+        with seeded(self.seed + 1 + variant):
             if architecture == "different":
                 return shadow_edge(at)
             return Split(self.model.make(len(self.train.classes)), at).edge
 
     def shadow(
-        self, attack: str, split: Split, knowledge: str, architecture: str, count: int | None, **training: Any
+        self,
+        attack: str,
+        split: Split,
+        knowledge: str,
+        architecture: str,
+        count: int | None,
+        variant: int = 0,
+        **training: Any,
     ) -> nn.Module:
         """A shadow of the edge: learned through the cloud ("shadow"), or from queries ("fit_shadow").
 
         Args:
             knowledge, count: of the attacker's images.
-            architecture: as of `untrained_edge`.
+            architecture, variant: as of `untrained_edge`.
             training: options of both attacks.
         """
         images = self.attacker_images(knowledge, count)
-        start = self.untrained_edge(split.at, architecture)
+        start = self.untrained_edge(split.at, architecture, variant)
         if attack == "fit_shadow":
             return fit_shadow(split, images, start, **training)
         labels = self.train.labels[self.half(knowledge)[: len(images)]]
@@ -178,7 +187,7 @@ class Experiment:
 
     def inverse_network(self, split: Split, module: nn.Module, **provenance: Any) -> InverseNetwork:
         """A trained inverse network, exported."""
-        features = split.features(self.test.pixels(slice(0, 2)))
+        features = split.features(np.zeros((2, *self.test.image_shape), np.float32))
         network = export(module, torch.zeros(features.shape))
         return InverseNetwork(network, split.mean, split.std, provenance=self._provenance(split, provenance))
 
@@ -216,12 +225,18 @@ class Scores:
         """Scores of images [N, C, H, W]."""
         return cls(psnr(truth, recovered), ssim(truth, recovered))
 
+    @property
+    def means(self) -> tuple[float, float]:
+        """Mean PSNR in dB, for which an image counts `MOST_PSNR` at most, and mean SSIM."""
+        return float(self.psnr.clip(max=MOST_PSNR).mean()), float(self.ssim.mean())
+
     def captions(self) -> list[str]:
         """One text an image."""
         return [f"{p:.1f} dB / {s:.2f}" for p, s in zip(self.psnr, self.ssim, strict=True)]
 
     def __str__(self) -> str:
-        return f"PSNR {self.psnr.mean():.2f} dB, SSIM {self.ssim.mean():.3f}"
+        psnr, ssim = self.means
+        return f"PSNR {psnr:.2f} dB, SSIM {ssim:.3f}"
 
 
 def _load_target(module: nn.Module, file: Path, identity: dict[str, Any]) -> nn.Module:

@@ -13,12 +13,13 @@ from PIL import Image
 
 import fastinv
 from fastinv.cli import main
-from fastinv.errors import DataError, FormatError, SplitError, TrainingError
-from fastinv.experiment import Experiment, Scores
+from fastinv.errors import DataError, FeatureError, FormatError, SplitError, TrainingError
+from fastinv.experiment import MOST_PSNR, Experiment, Scores
 from fastinv.reproduce import recipe, results
 from fastinv.reproduce.paper import LAYERS, SPLITS, TABLES, cells
 from fastinv.reproduce.run import Outcome, Reproduction, run
 from fastinv.reproduce.settings import EFFORTS, Effort
+from fastinv.split import normalise
 
 QUICK = {"target_epochs": 1, "inverse_network_epochs": 1, "shadow_epochs": 1, "scored": 3}
 
@@ -79,14 +80,14 @@ def test_choose(digits: Path, at: str, optimizer: str) -> None:
     experiment = Experiment.on(digits, 0)
     split = experiment.untrained(at)
     images = experiment.attacker_images("distribution", 4)
-    chosen, trials = recipe.choose(experiment, split, split.edge, images, optimizer)
+    chosen, trials = recipe.choose(experiment, split, split.edge, images, split.features(images), optimizer)
     assert len(trials) == 11 + (at == "pool1")
     best = max(trials[:11], key=lambda trial: trial.psnr)
     if at == "pool1" and trials[-1].psnr > best.psnr + recipe.NO_WORSE:
         best = trials[-1]
-    assert chosen == best.options
-    again = fastinv.invert(split.features(images), experiment.rmle(split, split.edge, chosen))
-    assert Scores.of(images, again).psnr.mean() == pytest.approx(best.psnr, abs=1e-3)
+    assert chosen == best
+    again = fastinv.invert(split.features(images), experiment.rmle(split, split.edge, chosen.options))
+    assert Scores.of(images, again).means[0] == pytest.approx(best.psnr, abs=1e-3)
 
 
 @pytest.mark.parametrize("gain", [0.05, 0.15])
@@ -94,15 +95,54 @@ def test_more_steps_have_to_be_worth_it(digits: Path, gain: float, monkeypatch: 
     experiment = Experiment.on(digits, 0)
     split = experiment.untrained("ReLU2")
 
-    def invert(features: np.ndarray, inverter: fastinv.RMLE) -> np.ndarray:
+    def invert(features: np.ndarray, inverter: fastinv.RMLE, threads: int | None) -> np.ndarray:
         better = 2.0 * (inverter.tv_weight == 1) + gain * (inverter.steps == 5000)
         return images + np.float32(10 ** (-(20 + better) / 20))
 
     images = np.full((2, 1, 28, 28), 0.5, np.float32)
     monkeypatch.setattr(fastinv, "invert", invert)
-    chosen, _ = recipe.choose(experiment, split, split.edge, images)
+    best, _ = recipe.choose(experiment, split, split.edge, images, split.features(images))
+    chosen = best.options
     assert (chosen["tv_weight"], chosen["tv_beta"]) == (1.0, 2.0)
     assert (chosen["steps"], chosen["lr"]) == ((5000, 1e-3) if gain > recipe.NO_WORSE else (500, 1e-2))
+
+
+def test_recipes_that_give_nothing(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = Experiment.on(digits, 0)
+    split = experiment.untrained("conv1")
+    images = experiment.attacker_images("distribution", 2)
+    works = [0.1]
+    monkeypatch.setattr(
+        fastinv, "invert", lambda v, inverter, threads: images * (1 if inverter.tv_weight in works else np.nan)
+    )
+    best, trials = recipe.choose(experiment, split, split.edge, images, split.features(images))
+    assert (best.options["tv_weight"], best.psnr) == (0.1, MOST_PSNR)
+    assert all(np.isfinite(trial.psnr) for trial in trials)
+    works.clear()
+    with pytest.raises(FeatureError, match="gives NaN"):
+        recipe.choose(experiment, split, split.edge, images, split.features(images))
+
+
+def test_what_a_recipe_is_chosen_by(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features of the edge for who has it or may ask it, those of another shadow for who may not; his own images."""
+
+    def choose(
+        experiment: Experiment, split: fastinv.Split, edge: Any, images: np.ndarray, features: np.ndarray, *_: Any
+    ) -> tuple[recipe.Trial, list[recipe.Trial]]:
+        with torch.no_grad():
+            own = edge(normalise(torch.from_numpy(images), split.mean, split.std)).numpy()
+        asked = split.features(images)
+        equal = [name for name, v in (("edge", asked), ("model", own)) if np.array_equal(v, features)]
+        found.append((equal, images))
+        return recipe.Trial({"tv_weight": 0.1, "tv_beta": 2.0, "steps": 1, "lr": 0.01}, 10.0, 0.1), []
+
+    found: list[tuple[list[str], np.ndarray]] = []
+    monkeypatch.setattr("fastinv.reproduce.run.choose", choose)
+    reproduce(digits, tmp_path, ["3", "6", "8"], ["conv1"], images=7)
+    assert [equal for equal, _ in found] == [["edge", "model"], [], [], [], [], ["edge"]]
+    experiment = Experiment.on(digits, 0)
+    for (_, images), knowledge in zip(found, ["distribution", *["same", "distribution"] * 2, "same"], strict=True):
+        np.testing.assert_array_equal(images, experiment.attacker_images(knowledge, 7))
 
 
 # ---- running -------------------------------------------------------------------------------------------------------
@@ -211,7 +251,8 @@ def test_an_image_without_any_error_counts_100_db(tmp_path: Path) -> None:
     (cell,) = cells("lenet5", ["3"], ["conv1"])
     images = np.zeros((2, 1, 28, 28), np.float32)
     scores = Scores.of(images, images + np.array([0, 0.1], np.float32).reshape(2, 1, 1, 1))
-    more: dict[str, Any] = {"recipe": {}, "trials": [], "seconds": {}, "ran_on": {}}
+    trial = recipe.Trial({"tv_weight": 0.1, "tv_beta": 2.0, "steps": 1, "lr": 0.01}, 10.0, 0.1).record()
+    more: dict[str, Any] = {"chosen_on": 2, "recipe": trial, "trials": [trial], "seconds": {}, "ran_on": {}}
     results.write(tmp_path, cell, results.Result.of(cell, scores, **more), scores, images)
     result = results.read(tmp_path, cell)
     assert result is not None
@@ -228,7 +269,7 @@ def test_refuses(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="tables 5: not the paper's; expected some of 3, 4, 6, 8, layers"):
         reproduce(digits, tmp_path, ["3", "5"])
     with pytest.raises(SplitError, match="nothing for lenet5 at pool9; they have conv1, ReLU2"):
-        reproduce(digits, tmp_path, ["4"], ["pool9"])
+        reproduce(digits, tmp_path, ["4"], ["conv1", "pool9"])
     with pytest.raises(SplitError, match="nothing for cifar_net"):
         reproduce(Path("photographs"), tmp_path, ["layers"])
     reproduce(digits, tmp_path, ["4"], ["conv1"], **quick)

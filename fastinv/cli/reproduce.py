@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--splits", nargs="+", metavar="LAYER", help="which of their split points; left out: all")
     parser.add_argument("--seed", type=integer, default=0, help="the same seed, the same result")
-    parser.add_argument("--threads", type=threads, help="threads to train with; all cores where left out")
+    parser.add_argument("--threads", type=threads, help="threads to use; all cores where left out")
     effort = parser.add_argument_group("effort", "left out: what suits the target; one folder has one effort")
     effort.add_argument("--target-epochs", type=integer, help="passes over the target's half of the training set")
     effort.add_argument("--inverse-network-epochs", type=integer, help="likewise of inverse networks")
@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
     given = {field.name: getattr(args, field.name) for field in fields(Effort)}
     changes = {name: value for name, value in given.items() if value is not None}
     tables = args.tables or tuple(TABLES)
-    outcome = run(Reproduction(args.data, args.out, tables, args.splits, changes, args.seed, shows_progress()))
+    outcome = run(
+        Reproduction(args.data, args.out, tables, args.splits, changes, args.seed, args.threads, shows_progress())
+    )
     print(f"{outcome.report}: {plural(outcome.ran + outcome.before, 'experiment')}, {outcome.ran:,} of them run now")
     if outcome.failed:
         print(f"{plural(outcome.failed, 'experiment')} failed; the same command tries them again")

@@ -1,7 +1,9 @@
 """How rMLE is set for a split point: λ, β and the number of steps, which the paper leaves open.
 
-They are chosen on training images that the attacker has, through the model that the attack goes through, the edge or a
-shadow of it: this needs nothing that an attacker lacks, and no test image.
+They are chosen on training images that the attacker has, from features such as he will see: those of the edge, if he
+has it or may query it; otherwise those of a second shadow, which differs from the first as the edge does. A shadow's
+own features would not do: it fits them exactly, so that a λ far too small seems best. This needs nothing that an
+attacker lacks, and no test image.
 """
 
 from __future__ import annotations
@@ -9,12 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 import fastinv
+from fastinv.errors import FeatureError
 from fastinv.experiment import Experiment, Pixels, Scores
-from fastinv.split import Split, normalise
+from fastinv.split import Split
 
 CHOSEN_ON = 64  # training images
 SHALLOW = ("conv1", "conv11")  # where the paper takes the fewer steps
@@ -25,6 +27,7 @@ STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "adam": ({"lr": 1e-2, "steps": 500}, {"lr": 1e-3, "steps": 5000}),
     "lbfgs": ({"optimizer": "lbfgs", "steps": 100}, {"steps": 300}),
 }
+NOTHING = (0.0, 0.0)  # PSNR and SSIM of images that are none
 NO_WORSE = 0.1  # dB that more steps have to gain: less is within what another 64 images would change
 
 
@@ -42,9 +45,15 @@ class Trial:
 
 
 def choose(
-    experiment: Experiment, split: Split, edge: nn.Module, images: Pixels, optimizer: str = "adam"
-) -> tuple[dict[str, Any], list[Trial]]:
-    """rMLE's options through `edge` that recover these images best, and all that were tried.
+    experiment: Experiment,
+    split: Split,
+    edge: nn.Module,
+    images: Pixels,
+    features: Pixels,
+    optimizer: str = "adam",
+    threads: int | None = None,
+) -> tuple[Trial, list[Trial]]:
+    """The recipe by which rMLE through `edge` recovers these images best, and all that were tried.
 
     λ and β are chosen with the fewer of the optimizer's `STEPS`. Where the paper takes more, these are tried, too, and
     taken if they are better by more than `NO_WORSE`.
@@ -52,14 +61,18 @@ def choose(
     Args:
         edge: the edge at `split`, or a shadow of it.
         images: pixels [N, C, H, W] that the attacker has.
+        features: of these images, [N, ...], as the attacker will see them.
+
+    Raises:
+        FeatureError: no recipe gives images.
     """
-    with torch.no_grad():
-        features = edge(normalise(torch.from_numpy(images), split.mean, split.std)).numpy()
 
     def attempt(options: dict[str, Any]) -> Trial:
-        recovered = fastinv.invert(features, experiment.rmle(split, edge, options))
-        scores = Scores.of(images, recovered)
-        return Trial(options, float(scores.psnr.mean()), float(scores.ssim.mean()))
+        recovered = fastinv.invert(features, experiment.rmle(split, edge, options), threads=threads)
+        try:
+            return Trial(options, *Scores.of(images, recovered).means)
+        except FeatureError:  # NaN: too large a step for this λ
+            return Trial(options, *NOTHING)
 
     short, long = STEPS[optimizer]
     weights = [(0.0, TV_BETAS[0]), *((weight, beta) for beta in TV_BETAS for weight in TV_WEIGHTS)]
@@ -70,4 +83,6 @@ def choose(
         trials.append(longer)
         if longer.psnr > best.psnr + NO_WORSE:
             best = longer
-    return best.options, trials
+    if (best.psnr, best.ssim) == NOTHING:
+        raise FeatureError(f"rMLE through {split.at} gives NaN, whatever its λ")
+    return best, trials

@@ -13,7 +13,6 @@ from fastinv.pixels import as_pixels
 from fastinv.places import new_file
 from fastinv.reproduce import results
 from fastinv.reproduce.paper import DATA, RECOGNISABLE, TABLES, Cell, Table, cells
-from fastinv.reproduce.recipe import CHOSEN_ON
 from fastinv.reproduce.results import Result
 
 REPORT, RECORDS = "report.md", "results.json"
@@ -57,7 +56,7 @@ def _record(target: str, cell: Cell, result: Result) -> dict[str, Any]:
 
 
 def _section(target: str, folder: Path, found: Found) -> list[str]:
-    settings, known = results.read_json(folder / results.SETTINGS), results.read_json(folder / results.TARGET)
+    settings, known = results.read_json(folder / results.SETTINGS), results.read_target(folder)
     limit = "" if settings["images"] is None else f" at most {settings['images']:,} images of"
     lines = [
         f"## {target}, for the paper's {DATA[target]}",
@@ -75,8 +74,9 @@ def _section(target: str, folder: Path, found: Found) -> list[str]:
     if recipes:
         lines += [
             "### How rMLE was set",
-            f"By {OPTIMIZER_NAMES[settings['optimizer']]}. λ, β and the number of steps were chosen on {CHOSEN_ON} of "
-            "the attacker's training images.",
+            f"By {OPTIMIZER_NAMES[settings['optimizer']]}. λ, β and the number of steps were chosen on "
+            f"{recipes[0][1].chosen_on} of the attacker's training images, from features such as he will see: the "
+            "edge's, or for a query-free attack those of a second shadow.",
             "",
         ]
         lines += _markdown(
@@ -109,9 +109,8 @@ def _entry(cell: Cell, found: Found) -> str:
 
 def _recipe(result: Result) -> list[str]:
     recipe = result.recipe
-    chosen = next(trial for trial in result.trials if recipe.items() <= trial.items())
     steps = f"{recipe['steps']:,}" + (f" of size {recipe['lr']:g}" if "lr" in recipe else "")
-    return [f"{recipe['tv_weight']:g}", f"{recipe['tv_beta']:g}", steps, f"{chosen['psnr']:.2f} dB"]
+    return [f"{recipe['tv_weight']:g}", f"{recipe['tv_beta']:g}", steps, f"{recipe['psnr']:.2f} dB"]
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:

@@ -2,7 +2,7 @@
 
 TARGET/settings.json     what decides the figures: a folder goes on with the same alone
 TARGET/target.pt         the target's weights
-TARGET/target.json       the fraction of test images that it puts into their class
+TARGET/target.json       their SHA-256, and the fraction of test images that it puts into their class
 TARGET/truth.npz         the first of the test images that are recovered, uint8 [n, C, H, W]
 TARGET/NAME.json         scores and how they came about, of the experiment NAME, written last
 TARGET/NAME.npz          psnr and ssim of each image [N], and the first images, as recovered: uint8 [n, C, H, W]
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,12 +27,14 @@ from fastinv.errors import FormatError
 from fastinv.experiment import Pixels, Scores
 from fastinv.places import make_folder, new_file
 from fastinv.reproduce.paper import RECOGNISABLE, Cell
+from fastinv.tensors import is_number
 
 SETTINGS = "settings.json"
+WEIGHTS, CHECKPOINT = "target.pt", "target.checkpoint"
 TARGET, TRUTH = "target.json", "truth.npz"
-MOST_PSNR = 100.0  # dB; an image without any error has infinite PSNR, which no mean can hold
 DRAWN = 8  # images kept of each experiment, to look at
 
+_AGAIN = "delete it, and it is made again"
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -42,11 +44,12 @@ class Result:
 
     Attributes:
         split, attack: what it was; the attack by its name.
-        psnr, ssim: means over the images (dB, of which an image counts `MOST_PSNR` at most, and up to 1).
+        psnr, ssim: means over the images, in dB and up to 1, as of `Scores.means`.
         recognisable: the fraction of images whose SSIM is at least 0.3.
         images: how many test images were recovered.
-        recipe: of rMLE: what was chosen; empty for inverse networks.
-        trials: of rMLE: what was tried on training images.
+        chosen_on: of rMLE: on how many training images its recipe was chosen; 0 for inverse networks.
+        recipe: of rMLE: what was chosen, with the mean PSNR and SSIM of these; empty for inverse networks.
+        trials: of rMLE: all that was tried.
         seconds: what learning, choosing and recovering took.
         ran_on: the versions and the machine's part in it.
     """
@@ -57,6 +60,7 @@ class Result:
     ssim: float
     recognisable: float
     images: int
+    chosen_on: int
     recipe: dict[str, Any]
     trials: list[dict[str, Any]]
     seconds: dict[str, float]
@@ -65,15 +69,17 @@ class Result:
     @classmethod
     def of(cls, cell: Cell, scores: Scores, **more: Any) -> Result:
         """The means of scores."""
-        return cls(
-            cell.split,
-            cell.attack.name,
-            float(scores.psnr.clip(max=MOST_PSNR).mean()),
-            float(scores.ssim.mean()),
-            float((scores.ssim >= RECOGNISABLE).mean()),
-            len(scores.psnr),
-            **more,
-        )
+        recognisable = float((scores.ssim >= RECOGNISABLE).mean())
+        return cls(cell.split, cell.attack.name, *scores.means, recognisable, len(scores.psnr), **more)
+
+
+KINDS: dict[str, type] = {  # of a result's fields, in JSON
+    **dict.fromkeys(("split", "attack"), str),
+    **dict.fromkeys(("psnr", "ssim", "recognisable"), float),
+    **dict.fromkeys(("images", "chosen_on"), int),
+    **dict.fromkeys(("recipe", "seconds", "ran_on"), dict),
+    "trials": list,
+}
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:
@@ -83,8 +89,9 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         FormatError: it cannot be made, or holds something else.
     """
     file = folder / SETTINGS
-    if not file.exists():
-        if folder.is_dir() and any(folder.iterdir()):
+    others = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())  # hidden: begun to be written
+    if not file.exists():  # asked after the others: another process may have just begun
+        if others:
             raise FormatError(f"{folder}: holds files but no {SETTINGS}; choose another folder")
         make_folder(folder)
         _write(file, settings)
@@ -92,20 +99,40 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     found = read_json(file)
     for name in sorted(settings | found):
         if found.get(name) != settings.get(name):
+            if not (folder / WEIGHTS).exists():  # nothing was done yet
+                (folder / CHECKPOINT).unlink(missing_ok=True)
+                _write(file, settings)
+                return
             raise FormatError(
                 f"{folder}: holds results with {name} {found.get(name)!r:.80} instead of {settings.get(name)!r:.80}: "
                 "choose another folder, or go on with the same"
             )
 
 
-def write_target(folder: Path, accuracy: float, truth: Pixels) -> None:
-    """Keep how well the target classifies the test images, and the first images that are to be recovered.
+def write_target(folder: Path, sha256: str, accuracy: float, truth: Pixels) -> None:
+    """Keep which target it is, how well it classifies the test images, and the first images that are to be recovered.
 
     Raises:
-        FormatError: it cannot be written.
+        FormatError: the results that are there are of another target, or it cannot be written.
     """
+    file = folder / TARGET
+    if file.exists() and read_target(folder)["sha256"] != sha256:
+        raise FormatError(f"{folder}: {WEIGHTS} is not the target that the results here are of; choose another folder")
     _write_arrays(folder / TRUTH, images=_bytes(truth))
-    _write(folder / TARGET, {"accuracy": accuracy})
+    _write(file, {"sha256": sha256, "accuracy": accuracy})
+
+
+def read_target(folder: Path) -> dict[str, Any]:
+    """What `write_target` keeps: `sha256` and `accuracy`.
+
+    Raises:
+        FormatError: it is damaged.
+    """
+    file = folder / TARGET
+    found = read_json(file)
+    if not (isinstance(found.get("sha256"), str) and isinstance(found.get("accuracy"), float)):
+        raise FormatError(f"{file}: no target of this version; delete it, and it is made again")
+    return found
 
 
 def knows_target(folder: Path) -> bool:
@@ -132,10 +159,17 @@ def read(folder: Path, cell: Cell) -> Result | None:
     file = folder / f"{cell.name}.json"
     if not (file.exists() and file.with_suffix(".npz").exists()):
         return None
-    try:
-        return Result(**read_json(file))
-    except TypeError:
-        raise FormatError(f"{file}: no result of this version; delete it, and the experiment runs again") from None
+    found = read_json(file)
+    fits = found.keys() == KINDS.keys() and all(isinstance(found[name], kind) for name, kind in KINDS.items())
+    recipe = found["recipe"] if fits else {}
+    numbers = ("tv_weight", "tv_beta", "steps", "psnr") if cell.attack.kind != "inverse_network" else ()
+    if not (
+        fits
+        and (found["split"], found["attack"]) == (cell.split, cell.attack.name)
+        and all(is_number(recipe.get(name)) for name in numbers)
+    ):
+        raise FormatError(f"{file}: no result of this version; delete it, and the experiment runs again")
+    return Result(**found)
 
 
 def read_images(folder: Path, cell: Cell) -> tuple[Bytes, Scores]:
@@ -144,7 +178,10 @@ def read_images(folder: Path, cell: Cell) -> tuple[Bytes, Scores]:
     Raises:
         FormatError: they are missing or damaged.
     """
-    images, psnr, ssim = _read_arrays(folder / f"{cell.name}.npz", "images", "psnr", "ssim")
+    file = folder / f"{cell.name}.npz"
+    images, psnr, ssim = _read_arrays(file, "images", "psnr", "ssim")
+    if not (psnr.ndim == 1 and psnr.shape == ssim.shape and len(images) <= len(psnr)):
+        raise FormatError(f"{file}: scores {list(psnr.shape)} and {list(ssim.shape)}; {_AGAIN}")
     return images, Scores(psnr[: len(images)], ssim[: len(images)])
 
 
@@ -157,6 +194,14 @@ def write(folder: Path, cell: Cell, result: Result, scores: Scores, recovered: P
     file = folder / f"{cell.name}.npz"
     _write_arrays(file, psnr=scores.psnr, ssim=scores.ssim, images=_bytes(recovered))
     _write(file.with_suffix(".json"), asdict(result))
+
+
+def expect_ours(out: Path, targets: Iterable[str], reports: Iterable[str]) -> None:
+    """Raise FormatError where reports would take the place of files that no run has written."""
+    if not any((out / target / SETTINGS).exists() for target in targets):
+        for name in reports:
+            if (out / name).exists():
+                raise FormatError(f"{out / name}: is there, but no results; choose another folder")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -176,7 +221,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _write(file: Path, value: dict[str, Any]) -> None:
     with telling(file), new_file(file) as opened:
-        opened.write(json.dumps(value, indent=1).encode())
+        opened.write(json.dumps(value, indent=1, allow_nan=False).encode())
 
 
 def _write_arrays(file: Path, **arrays: npt.NDArray[Any]) -> None:
@@ -187,9 +232,12 @@ def _write_arrays(file: Path, **arrays: npt.NDArray[Any]) -> None:
 def _read_arrays(file: Path, *names: str) -> list[npt.NDArray[Any]]:
     try:
         with np.load(file) as arrays:
-            return [arrays[name] for name in names]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise FormatError(f"{file}: cannot be read ({error!s:.80}); delete it, and it is made again") from None
+            found = [arrays[name] for name in names]
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile) as error:
+        raise FormatError(f"{file}: cannot be read ({error!s:.80}); {_AGAIN}") from None
+    if found[0].ndim != 4 or found[0].dtype != np.uint8:
+        raise FormatError(f"{file}: images {list(found[0].shape)} {found[0].dtype}; {_AGAIN}")
+    return found
 
 
 def _bytes(images: Pixels) -> Bytes:

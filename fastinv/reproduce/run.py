@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -11,21 +11,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 import fastinv
 from fastinv.errors import DataError, FastinvError, SplitError
-from fastinv.experiment import Experiment, Scores
+from fastinv.experiment import MODELS, Experiment, Pixels, Scores
 from fastinv.inverters import Inverter
 from fastinv.places import sweep
 from fastinv.reproduce import results
 from fastinv.reproduce.paper import TABLES, Cell, cells
-from fastinv.reproduce.recipe import CHOSEN_ON, Trial, choose
-from fastinv.reproduce.report import write_report
+from fastinv.reproduce.recipe import CHOSEN_ON, choose
+from fastinv.reproduce.report import RECORDS, REPORT, write_report
 from fastinv.reproduce.results import Result
 from fastinv.reproduce.settings import EFFORTS, Effort, identity
-from fastinv.split import Split
+from fastinv.split import Split, normalise
+from fastinv.training import Schedule
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Reproduction:
         splits: the tables' split points to do; None takes all.
         changes: fields of the target's `Effort` that are to be others.
         seed: of everything.
+        threads: of rMLE and inverse networks; training takes those that torch is set to.
         progress: whether to show progress bars.
     """
 
@@ -48,6 +51,7 @@ class Reproduction:
     splits: Sequence[str] | None = None
     changes: dict[str, Any] | None = None
     seed: int = 0
+    threads: int | None = None
     progress: bool = True
 
 
@@ -74,40 +78,46 @@ def run(job: Reproduction) -> Outcome:
     name = experiment.model.name
     effort = replace(EFFORTS[name], **job.changes or {})
     chosen = cells(name, job.tables, job.splits)
-    if not chosen:
-        known = ", ".join(dict.fromkeys(at for table in job.tables for at in TABLES[table].splits(name)))
-        raise SplitError(
-            f"tables {', '.join(job.tables)} have nothing for {name} at {', '.join(job.splits or ())}"
-            f"{f'; they have {known}' if known else ''}"
-        )
-    for cell in chosen:
-        _check(experiment, cell)
+    known = dict.fromkeys(at for table in job.tables for at in TABLES[table].splits(name))
+    beyond = [at for at in job.splits or () if at not in known]
+    if beyond or not chosen:
+        where = f" at {beyond[0]}" if beyond else ""
+        there = f"; they have {', '.join(known)}" if known else ""
+        raise SplitError(f"tables {', '.join(job.tables)} have nothing for {name}{where}{there}")
+    Schedule(effort.target_epochs, 1, 1.0, seed=job.seed)  # refuses a seed that none trains with
+    results.expect_ours(job.out, [model.name for model in MODELS.values()], (REPORT, RECORDS))
     folder = job.out / name
     results.claim(folder, identity(experiment, effort))
-    sweep(folder)
+    sweep(job.out)
     waiting = [cell for cell in chosen if results.read(folder, cell) is None]
-    print(f"{name}: {len(chosen)} experiments, {len(chosen) - len(waiting)} of them done before", flush=True)
+    before = len(chosen) - len(waiting)
+    print(f"{name}: experiments: {len(chosen)}, done before: {before}", flush=True)
+    write_report(job.out)  # refuses what is damaged
     failed = 0
     if waiting or not results.knows_target(folder):
-        runner = _Runner.with_target(experiment, effort, folder, job.progress)
+        runner = _Runner.with_target(experiment, effort, folder, job.threads, job.progress)
         for cell in waiting:
             title = f"{cell.split:7} {cell.attack.title:55}"
             try:
-                result = runner.run(cell)
+                found = runner.run(cell)
             except FastinvError as error:
                 failed += 1
                 print(f"{title} failed: {' '.join(str(error).split())}", flush=True)
                 continue
-            print(f"{title} {_summary(cell, result)}", flush=True)
+            runner.keep(cell, found)
+            print(f"{title} {_summary(cell, found.result)}", flush=True)
             write_report(job.out)  # whatever ends the run, it tells what there is
-    return Outcome(len(waiting) - failed, len(chosen) - len(waiting), failed, write_report(job.out))
+    return Outcome(len(waiting) - failed, before, failed, write_report(job.out))
 
 
-def _check(experiment: Experiment, cell: Cell) -> None:
-    """Find out before the training what cannot be done."""
-    experiment.untrained(cell.split)
-    if cell.attack.architecture == "different":
-        experiment.untrained_edge(cell.split, "different")
+@dataclass(frozen=True)
+class _Found:
+    """What an experiment gave."""
+
+    inverter: Inverter
+    recovered: Pixels
+    scores: Scores
+    result: Result
 
 
 @dataclass(frozen=True)
@@ -118,81 +128,105 @@ class _Runner:
     effort: Effort
     folder: Path
     target: nn.Module
+    threads: int | None
     progress: bool
 
     @classmethod
-    def with_target(cls, experiment: Experiment, effort: Effort, folder: Path, progress: bool) -> _Runner:
+    def with_target(
+        cls, experiment: Experiment, effort: Effort, folder: Path, threads: int | None, progress: bool
+    ) -> _Runner:
         """With the target trained, or read where it was before."""
-        file, checkpoint = folder / "target.pt", folder / "target.checkpoint"
+        file, checkpoint = folder / results.WEIGHTS, folder / results.CHECKPOINT
         target = experiment.target(effort.target_epochs, file=file, checkpoint=checkpoint, progress=progress)
         checkpoint.unlink(missing_ok=True)
         accuracy = experiment.accuracy(target, progress)
-        results.write_target(folder, accuracy, experiment.held_out(effort.scored))
+        content = hashlib.sha256()
+        for weights in target.state_dict().values():
+            content.update(weights.numpy().tobytes())
+        results.write_target(folder, content.hexdigest(), accuracy, experiment.held_out(effort.scored))
         print(f"{experiment.model.name}: {accuracy:.2%} of the test images classified right", flush=True)
-        return cls(experiment, effort, folder, target, progress)
+        return cls(experiment, effort, folder, target, threads, progress)
 
-    def run(self, cell: Cell) -> Result:
-        """Learn, choose, recover, score, and keep all of it."""
+    def run(self, cell: Cell) -> _Found:
+        """Learn, choose, recover and score."""
         model = self.experiment.model
         split = Split(self.target, cell.split, model.mean, model.std)
         seconds: dict[str, float] = {}
-        checkpoint = self.folder / f"{cell.name}.checkpoint"
         with _timed(seconds, "learn"):
-            learned = self._learn(cell, split, checkpoint)
-        trials: list[Trial] = []
-        recipe: dict[str, Any] = {}
+            learned = self._learn(cell, split)
+        chosen: dict[str, Any] = {"chosen_on": 0, "recipe": {}, "trials": []}
         if cell.attack.kind == "inverse_network":
             inverter: Inverter = self.experiment.inverse_network(split, learned, **self._provenance(cell))
         else:
             with _timed(seconds, "choose"):
-                knowledge = cell.attack.knowledge or "distribution"
-                count = min(CHOSEN_ON, len(self.experiment.half(knowledge)))
-                images = self.experiment.attacker_images(knowledge, count)
-                recipe, trials = choose(self.experiment, split, learned, images, self.effort.optimizer)
-            inverter = self.experiment.rmle(split, learned, recipe, **self._provenance(cell))
-        inverter.save(self.folder / f"{cell.name}.finv")
+                images = self._attacker_images(cell.attack.knowledge or "distribution", CHOSEN_ON)
+                features = self._features_to_choose_by(cell, split, images)
+                best, trials = choose(
+                    self.experiment, split, learned, images, features, self.effort.optimizer, self.threads
+                )
+            inverter = self.experiment.rmle(split, learned, best.options, **self._provenance(cell))
+            records = [trial.record() for trial in trials]
+            chosen = {"chosen_on": len(images), "recipe": best.record(), "trials": records}
         truth = self.experiment.held_out(self.effort.scored)
         features = split.features(truth)
         with _timed(seconds, "recover"):
-            recovered, report = fastinv.invert(features, inverter, return_report=True, progress=self.progress)
+            recovered, report = fastinv.invert(
+                features, inverter, return_report=True, threads=self.threads, progress=self.progress
+            )
+        ran_on = {
+            "fastinv": fastinv.__version__,
+            "torch": torch.__version__,
+            "backend": report.backend,
+            "isa": report.isa,
+            "threads": torch.get_num_threads(),
+        }
         scores = Scores.of(truth, recovered)
-        result = Result.of(
-            cell,
-            scores,
-            recipe=recipe,
-            trials=[trial.record() for trial in trials],
-            seconds=seconds,
-            ran_on={
-                "fastinv": fastinv.__version__,
-                "torch": torch.__version__,
-                "backend": report.backend,
-                "isa": report.isa,
-                "threads": len(os.sched_getaffinity(0)),
-            },
-        )
-        results.write(self.folder, cell, result, scores, recovered)
-        checkpoint.unlink(missing_ok=True)
-        return result
+        result = Result.of(cell, scores, **chosen, seconds=seconds, ran_on=ran_on)
+        return _Found(inverter, recovered, scores, result)
 
-    def _learn(self, cell: Cell, split: Split, checkpoint: Path) -> nn.Module:
-        """An inverse network, a shadow, or the edge itself."""
+    def keep(self, cell: Cell, found: _Found) -> None:
+        """Write what an experiment gave; it is done then."""
+        found.inverter.save(self.folder / f"{cell.name}.finv")
+        results.write(self.folder, cell, found.result, found.scores, found.recovered)
+        for checkpoint in self.folder.glob(f"{cell.name}*.checkpoint"):
+            checkpoint.unlink()
+
+    def _learn(self, cell: Cell, split: Split, variant: int = 0) -> nn.Module:
+        """An inverse network, a shadow, or the edge itself; another variant is another shadow of the same images."""
         attack = cell.attack
         if attack.knowledge is None:
             return split.edge
-        options: dict[str, Any] = {"seed": self.experiment.seed, "progress": self.progress, "checkpoint": checkpoint}
+        options: dict[str, Any] = {
+            "seed": (self.experiment.seed + variant) % 2**32,
+            "progress": self.progress,
+            "checkpoint": self.folder / f"{cell.name}{f'-{variant}' if variant else ''}.checkpoint",
+        }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the features of .* queried again")  # this system may be asked as often
+            images = self._attacker_images(attack.knowledge, self.effort.images)
             if attack.kind == "inverse_network":
-                images = self.experiment.attacker_images(attack.knowledge, self.effort.images)
                 epochs = self.effort.inverse_network_epochs
                 learned: nn.Module = fastinv.train_inverse_network(split, images, epochs=epochs, **options)
-            else:
-                assert attack.architecture is not None
-                options["epochs"] = self.effort.shadow_epochs
-                learned = self.experiment.shadow(
-                    attack.kind, split, attack.knowledge, attack.architecture, self.effort.images, **options
-                )
-        return learned
+                return learned
+            assert attack.architecture is not None
+            options |= {"epochs": self.effort.shadow_epochs, "variant": variant}
+            return self.experiment.shadow(
+                attack.kind, split, attack.knowledge, attack.architecture, len(images), **options
+            )
+
+    def _features_to_choose_by(self, cell: Cell, split: Split, images: Pixels) -> Pixels:
+        """Features of images such as the attacker will see: the edge's, or if he may not ask it another shadow's."""
+        if cell.attack.kind != "shadow":
+            found: Pixels = split.features(images)
+            return found
+        other = self._learn(cell, split, variant=1)
+        with torch.no_grad():
+            return np.asarray(other(normalise(torch.from_numpy(images), split.mean, split.std)))
+
+    def _attacker_images(self, knowledge: str, limit: int | None) -> Pixels:
+        """As many images as an attacker has, but for a limit."""
+        limits = (len(self.experiment.half(knowledge)), limit, self.effort.images)
+        return self.experiment.attacker_images(knowledge, min(n for n in limits if n is not None))
 
     def _provenance(self, cell: Cell) -> dict[str, Any]:
         attack = cell.attack

@@ -42,8 +42,11 @@ class Effort:
         for name in ("target_epochs", "inverse_network_epochs", "shadow_epochs", "images", "scored"):
             value = getattr(self, name)
             least = 0 if name.endswith("epochs") else 1
-            if value is not None and not (is_whole(value) and value >= least):
+            if name == "images" and value is None:
+                continue
+            if not (is_whole(value) and value >= least):
                 raise DataError(f"{name} {value!r:.40}, expected a whole number of at least {least}")
+            object.__setattr__(self, name, int(value))  # JSON cannot hold numpy's
 
 
 EFFORTS = {"lenet5": Effort(10, 20, 10), "cifar_net": Effort(10, 10, 5)}  # by target
