@@ -53,16 +53,26 @@ def test_tables() -> None:
     ]
 
 
+PUBLISHED = """
+rmle                            39.69 .9969  15.10 .5998  37.59 .9960  19.47 .6940  13.38 .1625
+inverse_network-same            39.64 .9887  20.35 .7334  49.88 .9993  19.81 .6939  15.42 .3124
+inverse_network-distribution    40.72 .9950  20.81 .8046  49.02 .9992  19.36 .6802  13.95 .2196
+inverse_network-noise           14.76 .7188   7.72 .4310  48.59 .9996  12.79 .2930  12.37 .0440
+shadow-same-same                17.60 .7423   9.61 .4981  21.16 .9104  12.74 .1752  11.09 .0419
+shadow-distribution-same        21.53 .9121   9.27 .4652  21.45 .9145  11.51 .1723  11.98 .0102
+shadow-same-different           12.59 .6430   8.05 .3790  17.55 .6344  12.46 .2714  10.68 .0247
+shadow-distribution-different   17.86 .6952   8.03 .3226  13.06 .1553  11.30 .0467  11.47 .0793
+fit_shadow-same-same            39.67 .9968  15.41 .6103  28.67 .9766  18.02 .6893  12.61 .1145
+"""  # PSNR and SSIM at conv1, ReLU2, conv11, ReLU22, ReLU32
+
+
 def test_published_figures() -> None:
     attacks = {attack.name: attack.published for table in TABLES.values() for attack in table.attacks}
-    assert attacks["rmle"]["conv1"] == (39.69, 0.9969)
-    assert attacks["inverse_network-same"]["ReLU32"] == (15.42, 0.3124)
-    assert attacks["inverse_network-noise"]["ReLU2"] == (7.72, 0.4310)
-    assert attacks["shadow-distribution-different"]["conv11"] == (13.06, 0.1553)
-    assert attacks["fit_shadow-same-same"]["ReLU22"] == (18.02, 0.6893)
-    for published in attacks.values():
-        assert set(published) == {at for splits in SPLITS.values() for at in splits}
-        assert all(7 < psnr < 50 and 0 < ssim < 1 for psnr, ssim in published.values())
+    expected = {}
+    for name, *figures in map(str.split, PUBLISHED.strip().splitlines()):
+        pairs = zip(map(float, figures[::2]), map(float, figures[1::2]), strict=True)
+        expected[name] = dict(zip(("conv1", "ReLU2", "conv11", "ReLU22", "ReLU32"), pairs, strict=True))
+    assert attacks == expected
 
 
 def test_efforts() -> None:
@@ -296,6 +306,8 @@ def test_refuses(digits: Path, tmp_path: Path) -> None:
         ("truth.npz", b"PK", "cannot be read"),
         ("settings.json", b"\xff", "not valid JSON"),
         ("target.pt", b"", "cannot be read"),
+        ("target.json", b"{}", "no target of this version"),
+        ("target.json", b'{"sha256": "x", "accuracy": "all"}', "no target of this version"),
     ],
 )
 def test_damaged_files(digits: Path, tmp_path: Path, name: str, content: bytes, words: str) -> None:
@@ -310,6 +322,77 @@ def test_damaged_files(digits: Path, tmp_path: Path, name: str, content: bytes, 
         path.unlink()
         reproduce(digits, tmp_path, ["4"], ["conv1"], **quick)
         assert path.exists()
+
+
+def test_a_result_of_another_experiment_is_refused(digits: Path, tmp_path: Path) -> None:
+    quick = {"target_epochs": 0, "inverse_network_epochs": 0}
+    reproduce(digits, tmp_path, ["4"], ["conv1"], **quick)
+    same, other = (tmp_path / "lenet5" / f"conv1-inverse_network-{name}.json" for name in ("same", "noise"))
+    other.write_bytes(same.read_bytes())
+    with pytest.raises(FormatError, match=r"conv1-inverse_network-noise\.json: no result of this version"):
+        reproduce(digits, tmp_path, ["4"], ["conv1"], **quick)
+
+
+def test_images_of_a_result_that_are_none(digits: Path, tmp_path: Path) -> None:
+    (cell,) = cells("lenet5", ["3"], ["conv1"])
+    scores, images = np.zeros(2), np.zeros((2, 1, 4, 4), np.uint8)
+    for arrays, words in (
+        ({"images": images[0], "psnr": scores, "ssim": scores}, r"images \[1, 4, 4\]"),
+        ({"images": images / 2, "psnr": scores, "ssim": scores}, "float64"),
+        ({"images": images, "psnr": scores, "ssim": scores[:1]}, r"scores \[2\] and \[1\]"),
+        ({"images": images, "psnr": scores}, "cannot be read"),
+    ):
+        np.savez(tmp_path / f"{cell.name}.npz", **arrays)
+        with pytest.raises(FormatError, match=words):
+            results.read_images(tmp_path, cell)
+
+
+def test_another_target_is_refused(digits: Path, tmp_path: Path) -> None:
+    for name, epochs in (("a", 0), ("b", 1)):
+        reproduce(digits, tmp_path / name, ["4"], ["conv1"], target_epochs=epochs, inverse_network_epochs=0)
+    (tmp_path / "b" / "lenet5" / "target.pt").replace(tmp_path / "a" / "lenet5" / "target.pt")
+    with pytest.raises(FormatError, match="not the target that the results here are of"):
+        reproduce(digits, tmp_path / "a", ["4"], target_epochs=0, inverse_network_epochs=0)
+
+
+def test_files_of_others_are_left_alone(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.md").write_text("mine")
+    with pytest.raises(FormatError, match="is there, but no results"):
+        reproduce(digits, tmp_path, ["4"], ["conv1"])
+    assert (tmp_path / "report.md").read_text() == "mine"
+
+
+def test_a_start_that_did_nothing_decides_nothing(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "target", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            reproduce(digits, tmp_path, ["4"], ["conv1"], target_epochs=5)
+    (tmp_path / "lenet5" / ".fastinv-begun.tmp").write_bytes(b"")
+    assert reproduce(digits, tmp_path, ["4"], ["conv1"], target_epochs=0).ran == 3
+
+
+def test_a_full_disk_ends_the_run(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*_: Any) -> None:
+        raise FormatError("no space left")
+
+    monkeypatch.setattr(results, "write", write)
+    with pytest.raises(FormatError, match="no space left"):
+        reproduce(digits, tmp_path, ["4"], ["conv1"], target_epochs=0)
+    assert len(list((tmp_path / "lenet5").glob("*.checkpoint"))) == 1  # of the first, which is not learned again
+
+
+def test_images_at_most(digits: Path, tmp_path: Path) -> None:
+    """More images than an attacker can have are all of them; noise is no more than others."""
+    outcome = reproduce(digits, tmp_path, ["4"], ["conv1"], target_epochs=0, images=1000)
+    assert (outcome.ran, outcome.failed) == (3, 0)
+
+
+def test_by_lbfgs(digits: Path, tmp_path: Path) -> None:
+    outcome = reproduce(digits, tmp_path, ["3"], ["conv1"], target_epochs=0, optimizer="lbfgs")
+    assert "By L-BFGS, where the paper has Adam" in outcome.report.read_text()
+    assert fastinv.load(tmp_path / "lenet5" / "conv1-rmle.finv").optimizer == "lbfgs"  # type: ignore[attr-defined]
 
 
 # ---- on MNIST ------------------------------------------------------------------------------------------------------
