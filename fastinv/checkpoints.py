@@ -26,7 +26,7 @@ def identity(module: nn.Module, options: Mapping[str, Any], data: Sequence[torch
     content = hashlib.sha256()
     for tensor in data:
         content.update(str(tuple(tensor.shape)).encode())
-        content.update(tensor.detach().contiguous().numpy().data)
+        content.update(tensor.detach().cpu().contiguous().numpy().data)
     return {"network": network.hexdigest(), "data": content.hexdigest(), **options}
 
 

@@ -147,6 +147,7 @@ class Experiment:
         file: Path | None = None,
         checkpoint: Path | None = None,
         progress: bool = True,
+        **training: Any,
     ) -> nn.Module:
         """The target, trained on the half "same"; read from `file` where that exists, and written there otherwise.
 
@@ -156,6 +157,7 @@ class Experiment:
             file: its weights.
             checkpoint: a file to write after every epoch, and to go on from where it exists.
             progress: whether to show a progress bar.
+            training: `precision` and `device` of the training.
 
         Raises:
             TrainingError: the file holds no weights of this target, or of another run.
@@ -175,6 +177,7 @@ class Experiment:
             seed=self.seed,
             checkpoint=checkpoint,
             progress=progress,
+            **training,
         )
         if file is not None:
             save_tensors({"identity": self._identity(), "weights": module.state_dict()}, file)

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from fastinv import pixels, tensors
 from fastinv.errors import FeatureError, SplitError
+from fastinv.schedule import place_of
 
 
 class Split:
@@ -123,7 +124,7 @@ class Split:
         try:
             z = normalise(x, self.mean, self.std)
             with torch.no_grad():
-                found = self.edge(z)
+                found = self.edge(z.to(place_of(self.edge)))
         except FeatureError as error:
             raise FeatureError(f"{error}{hint}") from None
         except RuntimeError as error:
@@ -131,7 +132,7 @@ class Split:
         if not isinstance(found, torch.Tensor) or found.ndim < 2 or len(found) != len(x):
             what = list(found.shape) if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
             raise FeatureError(f"layer {self.at!r} gives {what} for {len(x)} images, expected [{len(x)}, ...]")
-        return found
+        return found.cpu()
 
 
 def normalise(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from digits import IMAGES, assert_equal, cut
+from digits import IMAGES, LABELS, NORM, assert_equal, cut
 from torch import nn
 
 import fastinv
 from fastinv.backends.torch import torch_threads
 from fastinv.checkpoints import load_tensors, save_tensors
 from fastinv.errors import TrainingError
-from fastinv.training import Schedule, fit
+from fastinv.schedule import Schedule
+from fastinv.training import fit, train_target
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,11 @@ def test_divergence_is_an_error(split: fastinv.Split) -> None:
         ({"seed": -1}, "seed -1"),
         ({"seed": 2**32}, "seed 4294967296, expected an integer >= 0 and below"),
         ({"optimizer": ["adam"]}, "optimizer"),
+        ({"precision": "float16"}, "precision 'float16', expected one of float32, bfloat16"),
+        ({"device": "meta"}, "device 'meta' cannot be had here .*; expected 'cpu', 'cuda' or as in 'cuda:1'"),
+        ({"device": "nonsense"}, "device 'nonsense' cannot be had here"),
+        ({"device": 1.5}, "device '1.5' cannot be had here"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be had here"),
     ],
 )
 def test_wrong_schedules(changes: dict, message: str) -> None:
@@ -193,6 +199,62 @@ def test_small_steps_run_on_one_thread(monkeypatch, small: int, expected: list[i
         fit(module, loss, 3, Schedule(1, 1, 0.1))
         assert torch.get_num_threads() == 2
     assert seen == expected
+
+
+def test_bfloat16_keeps_weights_and_queries_in_float32(split: fastinv.Split, tmp_path) -> None:
+    asked: list[bool] = []
+
+    def query(images: np.ndarray) -> np.ndarray:
+        asked.append(torch.is_autocast_enabled("cpu"))
+        return split.features(images)
+
+    options = {"epochs": 2, "precision": "bfloat16", **NORM}
+    train = fastinv.train_inverse_network
+    with pytest.warns(UserWarning, match="queried again"):
+        first = train(query, IMAGES, cache_bytes=0, **options)
+    assert len(asked) > 2
+    assert not any(asked)
+    assert {p.dtype for p in first.parameters()} == {torch.float32}
+    assert_equal(first, train(split, IMAGES, checkpoint=tmp_path / "run.pt", **options))
+    exact = train(split, IMAGES, epochs=2)
+    with pytest.raises(AssertionError):
+        assert_equal(first, exact)
+    for a, b in zip(first.parameters(), exact.parameters(), strict=True):
+        assert (a - b).norm() < 0.05 * b.norm() + 0.05
+    with pytest.raises(TrainingError, match="precision 'bfloat16', not 'float32'"):
+        train(split, IMAGES, epochs=2, checkpoint=tmp_path / "run.pt")
+
+
+def test_a_checkpoint_of_another_device_is_of_the_same_run() -> None:
+    assert Schedule(1, 2, 0.5, device="cpu").identity() == Schedule(1, 2, 0.5).identity()
+
+
+class Viewing(nn.Module):
+    """A forward that cannot take the results of convolutions channels last, as the one in PyTorch's tutorial."""
+
+    def __init__(self, *, flatten: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.head = nn.Linear(3 * 26 * 26, 10)
+        self.flatten = flatten
+        self.layouts: list[bool] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        self.layouts.append(y.is_contiguous(memory_format=torch.channels_last))
+        y = y.flatten(1) if self.flatten else y.view(len(y), -1)
+        found: torch.Tensor = self.head(y)
+        return found
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+def test_convolutions_compute_channels_last_where_the_forward_can(flatten: bool) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Viewing(flatten=flatten)
+    train_target(model, IMAGES.repeat(2, axis=1), LABELS, epochs=2, batch_size=12)
+    assert model.layouts == ([True] * 4 if flatten else [True, False, False] * 2)
+    assert all(p.is_contiguous() for p in model.parameters())
 
 
 def test_no_samples() -> None:

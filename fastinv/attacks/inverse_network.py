@@ -15,7 +15,8 @@ from torch import nn
 from fastinv import pixels, tensors
 from fastinv.errors import TrainingError
 from fastinv.models import make_decoder
-from fastinv.training import Schedule, fit, normalised, seeded, trainable
+from fastinv.schedule import Schedule
+from fastinv.training import fit, normalised, seeded, trainable
 
 CACHE_BYTES = 2 * 2**30
 
@@ -36,6 +37,8 @@ def train_inverse_network(
     lr: float = 4e-3,
     optimizer: str = "adam",
     seed: int = 0,
+    precision: str = "float32",
+    device: str | torch.device | None = None,
     scale: Any = None,
     zero_point: Any = None,
     cache_bytes: float = CACHE_BYTES,
@@ -55,7 +58,8 @@ def train_inverse_network(
         decoder: the network to train (it is trained in place) or a callable that makes one; None:
             `make_decoder(..., kind, width, depth)`.
         mean, std: the target's normalisation; None takes the query's own where it is a `Split`, else none.
-        epochs, batch_size, lr, optimizer, seed: see `fastinv.training.Schedule`. The same seed gives the same network.
+        epochs, batch_size, lr, optimizer, seed, precision, device: see `fastinv.schedule.Schedule`. The same seed gives
+            the same network.
         scale, zero_point: of features that are uint8 or int8, as of `fastinv.invert`.
         cache_bytes: of the queries' features, as float32, that are kept in memory. Where all of them take more, every
             batch is queried again in every epoch, which a warning tells: about epochs · N queries; math.inf keeps all.
@@ -76,7 +80,7 @@ def train_inverse_network(
         raise TrainingError("train_inverse_network: pass a query and images, or pairs=(images, features), not both")
     mean = getattr(query, "mean", (0.0,)) if mean is None else mean
     std = getattr(query, "std", (1.0,)) if std is None else std
-    schedule = Schedule(epochs, batch_size, lr, optimizer, seed)
+    schedule = Schedule(epochs, batch_size, lr, optimizer, seed, precision, device)
     if pairs is not None:
         if not (isinstance(pairs, (tuple, list)) and len(pairs) == 2):
             raise TrainingError("pairs: expected two, (images, features)")
@@ -102,13 +106,13 @@ def train_inverse_network(
         module = trainable("decoder", made if decoder is None else decoder)
 
     def loss(indices: torch.Tensor) -> torch.Tensor:
-        found = module(source[indices])
+        found = schedule.forward(module, source[indices])
         if found.shape != z[indices].shape:
             raise TrainingError(
                 f"the decoder gives {list(found.shape[1:])}, expected images {list(z.shape[1:])} from features "
                 f"{list(source.shape)}"
             )
-        return nn.functional.mse_loss(found, z[indices])
+        return nn.functional.mse_loss(found, z[indices].to(found.device))
 
     bar = "inverse network" if progress else False
     return fit(module, loss, len(z), schedule, progress=bar, checkpoint=checkpoint, data=(z, source[slice(0, 8)]))

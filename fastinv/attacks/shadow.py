@@ -15,7 +15,8 @@ from torch import nn
 
 from fastinv.attacks.inverse_network import CACHE_BYTES, Features
 from fastinv.errors import TrainingError
-from fastinv.training import Schedule, class_indices, cross_entropy, fit, normalised, seeded, trainable
+from fastinv.schedule import Schedule, place_of
+from fastinv.training import class_indices, cross_entropy, fit, normalised, seeded, trainable
 
 Architecture = nn.Module | Callable[[], nn.Module]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -35,6 +36,8 @@ def train_shadow(
     lr: float = 1e-3,
     optimizer: str = "adam",
     seed: int = 0,
+    precision: str = "float32",
+    device: str | torch.device | None = None,
     progress: bool = False,
     checkpoint: str | Path | None = None,
 ) -> nn.Module:
@@ -50,7 +53,7 @@ def train_shadow(
         architecture: the shadow to train (in place), or a callable that makes one.
         loss: "cross_entropy", or a callable (logits, labels) -> scalar.
         mean, std: the target's normalisation.
-        epochs, batch_size, lr, optimizer, seed, progress, checkpoint: as of `train_inverse_network`.
+        epochs, batch_size, lr, optimizer, seed, precision, device, progress, checkpoint: as of `train_inverse_network`.
 
     Returns:
         The shadow, in eval mode: normalised images to features.
@@ -60,21 +63,23 @@ def train_shadow(
             written.
         FeatureError: images that are no array or tensor on the CPU, or a normalisation that does not fit them.
     """
-    schedule = Schedule(epochs, batch_size, lr, optimizer, seed)
+    schedule = Schedule(epochs, batch_size, lr, optimizer, seed, precision, device)
     z = normalised(images, mean, std)
     classes = class_indices(labels, len(z))
     criterion = _criterion(loss)
     if not isinstance(cloud, nn.Module):
         raise TrainingError(f"cloud: a {type(cloud).__name__}, expected a torch.nn.Module")
-    frozen = copy.deepcopy(cloud).eval().requires_grad_(False)
     with seeded(seed):
         shadow = trainable("architecture", architecture)
+    frozen = copy.deepcopy(cloud).eval().requires_grad_(False).to(device or place_of(shadow))
+    whole = nn.Sequential(shadow, frozen)
 
     def batch_loss(indices: torch.Tensor) -> torch.Tensor:
-        return criterion(frozen(shadow(z[indices])), classes[indices])
+        logits = schedule.forward(whole, z[indices])
+        return criterion(logits, classes[indices].to(logits.device))
 
     bar = "shadow" if progress else False
-    data = (z, classes, *frozen.state_dict().values())
+    data = (z, classes, *cloud.state_dict().values())
     return fit(shadow, batch_loss, len(z), schedule, progress=bar, checkpoint=checkpoint, data=data)
 
 
@@ -90,6 +95,8 @@ def fit_shadow(
     lr: float = 1e-3,
     optimizer: str = "adam",
     seed: int = 0,
+    precision: str = "float32",
+    device: str | torch.device | None = None,
     cache_bytes: float = CACHE_BYTES,
     progress: bool = False,
     checkpoint: str | Path | None = None,
@@ -102,7 +109,8 @@ def fit_shadow(
         images: what to query it with, as of `train_inverse_network`.
         architecture: the shadow to train (in place), or a callable that makes one.
         mean, std: the target's normalisation; None takes the query's own where it is a `Split`, else none.
-        epochs, batch_size, lr, optimizer, seed, cache_bytes, progress, checkpoint: as of `train_inverse_network`.
+        epochs, batch_size, lr, optimizer, seed, precision, device, cache_bytes, progress, checkpoint: as of
+            `train_inverse_network`.
 
     Returns:
         The shadow, in eval mode: normalised images to features.
@@ -111,7 +119,7 @@ def fit_shadow(
         TrainingError: as `train_shadow`, or a query that gives no usable features.
         FeatureError: as `train_inverse_network`.
     """
-    schedule = Schedule(epochs, batch_size, lr, optimizer, seed)
+    schedule = Schedule(epochs, batch_size, lr, optimizer, seed, precision, device)
     mean = getattr(query, "mean", (0.0,)) if mean is None else mean
     std = getattr(query, "std", (1.0,)) if std is None else std
     z = normalised(images, mean, std)
@@ -120,13 +128,13 @@ def fit_shadow(
         shadow = trainable("architecture", architecture)
 
     def batch_loss(indices: torch.Tensor) -> torch.Tensor:
-        found, wanted = shadow(z[indices]), features[indices]
+        found, wanted = schedule.forward(shadow, z[indices]), features[indices]
         if found.shape != wanted.shape:
             raise TrainingError(
                 f"the shadow gives features {list(found.shape[1:])}, but the query {list(wanted.shape[1:])}; "
                 "choose an architecture whose result has the query's shape"
             )
-        return nn.functional.mse_loss(found, wanted)
+        return nn.functional.mse_loss(found, wanted.to(found.device))
 
     bar = "shadow" if progress else False
     data = (z, features[slice(0, 8)])

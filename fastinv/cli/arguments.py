@@ -9,9 +9,20 @@ from pathlib import Path
 
 from fastinv.engine import MAX_THREADS
 from fastinv.inverters import Inverter
+from fastinv.schedule import PRECISIONS
 
 PRECISION = "what to compute in: float32, bfloat16, on a GPU float16 and tf32; auto: the fastest exact enough"
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all training has in common."""
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="of training; left out: float32; bfloat16 is faster on a GPU, and on a CPU with AMX",
+    )
+    parser.add_argument("--device", help="what trains: cpu, cuda or as in cuda:1; left out: cpu")
 
 
 def integer(text: str) -> int:

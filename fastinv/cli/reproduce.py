@@ -10,7 +10,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from fastinv.cli.arguments import integer, plural, positive, shows_progress, threads
+from fastinv.cli.arguments import add_training_arguments, integer, plural, positive, shows_progress, threads
 from fastinv.cli.demo import add_data_argument
 from fastinv.reproduce.paper import TABLES
 from fastinv.reproduce.settings import OPTIMIZERS, Effort
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--splits", nargs="+", metavar="LAYER", help="which of their split points; left out: all")
     parser.add_argument("--seed", type=integer, default=0, help="the same seed, the same result")
     parser.add_argument("--threads", type=threads, help="threads to use; all cores where left out")
+    add_training_arguments(parser)
     effort = parser.add_argument_group("effort", "left out: what suits the target; one folder has one effort")
     effort.add_argument("--target-epochs", type=integer, help="passes over the target's half of the training set")
     effort.add_argument("--inverse-network-epochs", type=integer, help="likewise of inverse networks")
@@ -55,7 +56,17 @@ def run(args: argparse.Namespace) -> int:
     changes = {name: value for name, value in given.items() if value is not None}
     tables = args.tables or tuple(TABLES)
     outcome = run(
-        Reproduction(args.data, args.out, tables, args.splits, changes, args.seed, args.threads, shows_progress())
+        Reproduction(
+            args.data,
+            args.out,
+            tables,
+            args.splits,
+            changes,
+            args.seed,
+            args.threads,
+            progress=shows_progress(),
+            device=args.device,
+        )
     )
     print(f"{outcome.report}: {plural(outcome.ran + outcome.before, 'experiment')}, {outcome.ran:,} of them run now")
     if outcome.failed:

@@ -11,13 +11,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastinv.cli.arguments import integer, plural, positive, shows_progress, start, threads
+from fastinv.cli.arguments import add_training_arguments, integer, plural, positive, shows_progress, start, threads
 from fastinv.cli.demo import add_data_argument
 from fastinv.cli.files import expect_apart, expect_place
 from fastinv.data import KNOWLEDGE
 from fastinv.errors import DataError, TrainingError
 from fastinv.inverters import OPTIMIZERS, SCHEDULES
 from fastinv.places import make_folder
+from fastinv.schedule import OPTIMIZERS as TRAINING_OPTIMIZERS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +34,7 @@ ATTACKS = {
     "fit_shadow": "black-box: learn a stand-in for the edge from queries, then rmle",
 }
 TRAINING = ("epochs", "batch_size", "lr", "optimizer")  # options of the attacks' training
+WHERE = ("precision", "device")  # options of all training, the target's too
 SOLVER = ("steps", "lr", "tv_weight", "tv_beta", "optimizer", "schedule", "init")  # options of rMLE
 DECODER = ("kind", "width", "depth")  # options of an inverse network
 LEARNED = ("knowledge", "images", *TRAINING)
@@ -53,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_argument(parser)
     parser.add_argument("--seed", type=integer, default=0, help="the same seed, the same result")
     parser.add_argument("--threads", type=threads, help="threads to use; all cores where left out")
+    add_training_arguments(parser)
     parser.add_argument(
         "--checkpoint", metavar="FOLDER", type=Path, help="keep the state there after every epoch; go on from it"
     )
@@ -89,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     attack.add_argument("--epochs", type=integer, help="of the inverse network or shadow; left out: its own default")
     attack.add_argument("--batch-size", type=positive, help="likewise")
     attack.add_argument("--lr", type=float, help="likewise")
-    attack.add_argument("--optimizer", choices=("adam", "sgd"), help="likewise")
+    attack.add_argument("--optimizer", choices=TRAINING_OPTIMIZERS, help="likewise")
 
     rmle = parser.add_argument_group("rMLE", "left out, each is the paper's for the split point")
     rmle.add_argument("--rmle-steps", type=integer, help="of the optimizer")
@@ -116,7 +119,11 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     show = shows_progress()
     target = experiment.target(
-        args.target_epochs, file=args.target, checkpoint=_checkpoint(args, "target"), progress=show
+        args.target_epochs,
+        file=args.target,
+        checkpoint=_checkpoint(args, "target"),
+        progress=show,
+        **_given(args, WHERE),
     )
     print(f"{experiment.model.name}: {experiment.accuracy(target, show):.2%} of the test images classified right")
     model = experiment.model
@@ -162,13 +169,13 @@ def _check(args: argparse.Namespace) -> None:
 def _check_with(args: argparse.Namespace, experiment: Experiment) -> str:
     """The same of what depends on the data; the split point."""
     from fastinv.models import shadow_edge
-    from fastinv.training import Schedule
+    from fastinv.schedule import Schedule
 
     fresh = experiment.untrained(args.split)
     available = len(experiment.half(args.knowledge))
     if args.images is not None and args.knowledge != "noise" and args.images > available:
         raise DataError(f"{args.images:,} images asked for, of {available:,} of knowledge {args.knowledge!r}")
-    Schedule(args.target_epochs, 1, 1.0, seed=args.seed)
+    Schedule(args.target_epochs, 1, 1.0, seed=args.seed, **_given(args, WHERE))
     Schedule(args.epochs or 0, args.batch_size or 1, 1.0 if args.lr is None else args.lr, args.optimizer or "adam")
     if isinstance(args.rmle_init, Path):
         args.rmle_init = _inverse_network_in(args.rmle_init)
@@ -184,7 +191,7 @@ def _attack(args: argparse.Namespace, experiment: Experiment, split: Split) -> I
     solver = _given(args, SOLVER, "rmle_")
     if args.attack == "rmle":
         return experiment.rmle(split, split.edge, solver, attack="rmle")
-    training = _given(args, TRAINING) | {"seed": args.seed, "checkpoint": _checkpoint(args, args.attack)}
+    training = _given(args, TRAINING + WHERE) | {"seed": args.seed, "checkpoint": _checkpoint(args, args.attack)}
     known = {"attack": args.attack, "knowledge": args.knowledge, "images": args.images or "all"}
     known |= _given(args, TRAINING)
     if args.attack == "inverse_network":

@@ -26,8 +26,8 @@ from fastinv.reproduce.recipe import CHOSEN_ON, choose
 from fastinv.reproduce.report import RECORDS, REPORT, write_report
 from fastinv.reproduce.results import Result
 from fastinv.reproduce.settings import EFFORTS, Effort, identity
+from fastinv.schedule import Schedule
 from fastinv.split import Split, normalise
-from fastinv.training import Schedule
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Reproduction:
         seed: of everything.
         threads: of rMLE and inverse networks; training takes those that torch is set to.
         progress: whether to show progress bars.
+        device: what trains, as of `fastinv.schedule.Schedule`.
     """
 
     data: str
@@ -53,6 +54,7 @@ class Reproduction:
     seed: int = 0
     threads: int | None = None
     progress: bool = True
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def run(job: Reproduction) -> Outcome:
         where = f" at {beyond[0]}" if beyond else ""
         there = f"; they have {', '.join(known)}" if known else ""
         raise SplitError(f"tables {', '.join(job.tables)} have nothing for {name}{where}{there}")
-    Schedule(effort.target_epochs, 1, 1.0, seed=job.seed)  # refuses a seed that none trains with
+    Schedule(effort.target_epochs, 1, 1.0, seed=job.seed, device=job.device)  # refuses what none trains with
     results.expect_ours(job.out, [model.name for model in MODELS.values()], (REPORT, RECORDS))
     folder = job.out / name
     results.claim(folder, identity(experiment, effort))
@@ -95,7 +97,7 @@ def run(job: Reproduction) -> Outcome:
     write_report(job.out)  # refuses what is damaged
     failed = 0
     if waiting or not results.knows_target(folder):
-        runner = _Runner.with_target(experiment, effort, folder, job.threads, job.progress)
+        runner = _Runner.with_target(experiment, effort, folder, job.threads, job.progress, job.device)
         for cell in waiting:
             title = f"{cell.split:7} {cell.attack.title:55}"
             try:
@@ -130,14 +132,28 @@ class _Runner:
     target: nn.Module
     threads: int | None
     progress: bool
+    device: str | None
 
     @classmethod
     def with_target(
-        cls, experiment: Experiment, effort: Effort, folder: Path, threads: int | None, progress: bool
+        cls,
+        experiment: Experiment,
+        effort: Effort,
+        folder: Path,
+        threads: int | None,
+        progress: bool,
+        device: str | None,
     ) -> _Runner:
         """With the target trained, or read where it was before."""
         file, checkpoint = folder / results.WEIGHTS, folder / results.CHECKPOINT
-        target = experiment.target(effort.target_epochs, file=file, checkpoint=checkpoint, progress=progress)
+        target = experiment.target(
+            effort.target_epochs,
+            file=file,
+            checkpoint=checkpoint,
+            progress=progress,
+            precision=effort.precision,
+            device=device,
+        )
         checkpoint.unlink(missing_ok=True)
         accuracy = experiment.accuracy(target, progress)
         content = hashlib.sha256()
@@ -145,7 +161,7 @@ class _Runner:
             content.update(weights.numpy().tobytes())
         results.write_target(folder, content.hexdigest(), accuracy, experiment.held_out(effort.scored))
         print(f"{experiment.model.name}: {accuracy:.2%} of the test images classified right", flush=True)
-        return cls(experiment, effort, folder, target, threads, progress)
+        return cls(experiment, effort, folder, target, threads, progress, device)
 
     def run(self, cell: Cell) -> _Found:
         """Learn, choose, recover and score."""
@@ -199,6 +215,8 @@ class _Runner:
         options: dict[str, Any] = {
             "seed": (self.experiment.seed + variant) % 2**32,
             "progress": self.progress,
+            "precision": self.effort.precision,
+            "device": self.device,
             "checkpoint": self.folder / f"{cell.name}{f'-{variant}' if variant else ''}.checkpoint",
         }
         with warnings.catch_warnings():

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastinv.errors import DataError
+from fastinv.schedule import PRECISIONS
 from fastinv.tensors import is_whole
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Effort:
         images: how many an attacker has, at most; None: half of the training set.
         scored: test images that are recovered.
         optimizer: of rMLE: "adam", the paper's, or "lbfgs", which gets as far in a fraction of the time.
+        precision: of all training, as of `fastinv.schedule.Schedule`.
 
     Raises:
         DataError: no such numbers.
@@ -35,10 +37,13 @@ class Effort:
     images: int | None = None
     scored: int = 1000
     optimizer: str = "adam"
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.optimizer not in OPTIMIZERS:
-            raise DataError(f"optimizer {self.optimizer!r:.40}, expected one of {', '.join(OPTIMIZERS)}")
+        for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise DataError(f"{name} {value!r:.40}, expected one of {', '.join(known)}")
         for name in ("target_epochs", "inverse_network_epochs", "shadow_epochs", "images", "scored"):
             value = getattr(self, name)
             least = 0 if name.endswith("epochs") else 1
