@@ -116,5 +116,6 @@ def load_tensors(path: str | Path) -> Any:
         raise TrainingError(f"{path}: cannot be read ({error.strerror or error}); name another file") from None
     except Exception as error:  # it has no common base; of more than tensors it says how to run what is in the file
         raise TrainingError(
-            f"{path}: cannot be read: cut off, or no file of tensors, as training writes them; name another file"
+            f"{path}: cannot be read: cut off, or no file of tensors, as training writes them; delete it or name "
+            "another file"
         ) from error

@@ -69,7 +69,8 @@ class Experiment:
         """Read the data in a folder, or cut "photographs" into crops.
 
         Raises:
-            DataError: no data set, or images of a shape that no target of the paper takes.
+            DataError: no data set, one without images to train on or to test with, or images of a shape that no target
+                of the paper takes.
         """
         if str(source) == PHOTOGRAPHS:
             train, test = photographs(seed)
@@ -82,6 +83,11 @@ class Experiment:
             raise DataError(
                 f"{source}: images {list(train.image_shape)}; the targets at hand take {known}. For others use the "
                 "Python interface: fastinv.Split takes any nn.Module"
+            )
+        if len(train) < 2 or len(test) < 1:
+            raise DataError(
+                f"{source}: {len(train):,} images to train on and {len(test):,} to test with, expected at least one "
+                "for either half of the training set, and one to test with"
             )
         return cls(train, test, MODELS[train.image_shape], seed)
 
@@ -247,11 +253,13 @@ def _load_target(module: nn.Module, file: Path, identity: dict[str, Any]) -> nn.
     state = load_tensors(file)
     if isinstance(state, dict) and state.keys() == {"identity", "weights"}:
         if state["identity"] != identity:
-            raise TrainingError(f"{file}: of the run {state['identity']}, expected {identity}; name another file")
+            raise TrainingError(
+                f"{file}: of the run {state['identity']}, expected {identity}; delete it or name another file"
+            )
         state = state["weights"]
     try:
         module.load_state_dict(state)
     except (AttributeError, RuntimeError, TypeError) as error:
         reason = textwrap.shorten(str(error), 200, placeholder=" ...")
-        raise TrainingError(f"{file}: no weights of this target ({reason}); name another file") from None
+        raise TrainingError(f"{file}: no weights of this target ({reason}); delete it or name another file") from None
     return module.eval()

@@ -13,11 +13,11 @@ if not Path("/dev/nvidiactl").exists():
 # Many small products in the interpreter: OpenBLAS's threads would wait for each other longer than one takes alone.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import numpy as np
 import pytest
 import samples
 import torch
 from checks import ISAS
+from digits import write_idx
 from hypothesis import settings
 
 from fastinv.backends import BACKENDS
@@ -80,13 +80,7 @@ def finv(tmp_path: Path) -> Path:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of noise in MNIST's format."""
     folder = tmp_path_factory.mktemp("digits")
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 40), ("t10k", 10)):
-        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
-        labels = rng.integers(0, 10, count, np.uint8)
-        for stem, array in (("images-idx3", images), ("labels-idx1", labels)):
-            header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-            (folder / f"{part}-{stem}-ubyte").write_bytes(header + array.tobytes())
+    write_idx(folder, 40, 10)
     return folder
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
@@ -19,6 +21,17 @@ def cut() -> fastinv.Split:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return fastinv.Split(lenet5().eval(), at="ReLU2", **NORM)
+
+
+def write_idx(folder: Path, train: int, test: int) -> None:
+    """A data set of so many images of noise in MNIST's format."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("t10k", test)):
+        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        labels = rng.integers(0, 10, count, np.uint8)
+        for stem, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+            (folder / f"{part}-{stem}-ubyte").write_bytes(header + array.tobytes())
 
 
 def states(*modules: nn.Module) -> list[list[np.ndarray]]:

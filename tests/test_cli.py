@@ -559,7 +559,7 @@ def test_train_refuses(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     fails(capsys, "cannot make", "train", "--data", digits, "--checkpoint", _file(tmp_path / "file") / "x", *out)
     fails(capsys, "cannot be read", "train", "--data", digits, "--target", _file(tmp_path / "target.pt"), *out)
     torch.save({"x": torch.zeros(2)}, tmp_path / "other.pt")
-    for words in ("no weights of this target", " ...); name another file"):  # cut between words
+    for words in ("no weights of this target", " ...); delete it or name another file"):  # cut between words
         fails(capsys, words, "train", "--data", digits, "--target", tmp_path / "other.pt", *out)
 
 

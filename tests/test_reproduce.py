@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from digits import write_idx
 from PIL import Image
 
 import fastinv
@@ -294,6 +295,13 @@ def test_refuses(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(FormatError, match="cannot make"):
         reproduce(digits, tmp_path / "file", ["4"], ["conv1"])
+
+
+@pytest.mark.parametrize(("train", "test"), [(0, 10), (1, 10), (40, 0)])
+def test_data_sets_without_images(tmp_path: Path, train: int, test: int) -> None:
+    write_idx(tmp_path, train, test)
+    with pytest.raises(DataError, match=f"{train} images to train on and {test} to test with, expected at least one"):
+        reproduce(tmp_path, tmp_path / "out", ["4"])
 
 
 @pytest.mark.parametrize(

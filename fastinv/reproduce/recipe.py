@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from tqdm import tqdm
 
 import fastinv
 from fastinv.errors import FeatureError
@@ -52,6 +53,7 @@ def choose(
     features: Pixels,
     optimizer: str = "adam",
     threads: int | None = None,
+    progress: bool = False,
 ) -> tuple[Trial, list[Trial]]:
     """The recipe by which rMLE through `edge` recovers these images best, and all that were tried.
 
@@ -62,6 +64,7 @@ def choose(
         edge: the edge at `split`, or a shadow of it.
         images: pixels [N, C, H, W] that the attacker has.
         features: of these images, [N, ...], as the attacker will see them.
+        progress: whether to show a progress bar.
 
     Raises:
         FeatureError: no recipe gives images.
@@ -76,7 +79,9 @@ def choose(
 
     short, long = STEPS[optimizer]
     weights = [(0.0, TV_BETAS[0]), *((weight, beta) for beta in TV_BETAS for weight in TV_WEIGHTS)]
-    trials = [attempt({"tv_weight": weight, "tv_beta": beta, **short}) for weight, beta in weights]
+    trials = []
+    for weight, beta in tqdm(weights, "recipes", unit="recipe", disable=not progress):
+        trials.append(attempt({"tv_weight": weight, "tv_beta": beta, **short}))
     best = max(trials, key=lambda trial: trial.psnr)
     if split.at not in SHALLOW:
         longer = attempt(best.options | long)

@@ -178,7 +178,14 @@ class _Runner:
                 images = self._attacker_images(cell.attack.knowledge or "distribution", CHOSEN_ON)
                 features = self._features_to_choose_by(cell, split, images)
                 best, trials = choose(
-                    self.experiment, split, learned, images, features, self.effort.optimizer, self.threads
+                    self.experiment,
+                    split,
+                    learned,
+                    images,
+                    features,
+                    self.effort.optimizer,
+                    self.threads,
+                    self.progress,
                 )
             inverter = self.experiment.rmle(split, learned, best.options, **self._provenance(cell))
             records = [trial.record() for trial in trials]
