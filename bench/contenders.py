@@ -64,7 +64,11 @@ def fastinv(precision: str) -> Contender:
     def build(subject: Subject, x: torch.Tensor, threads: int) -> Call:
         return partial(compile(subject.network, "cpu", precision, threads), x.numpy())
 
-    return Contender("fastinv" if precision == "float32" else f"fastinv {precision}", build, precision)
+    return Contender(_ours(precision), build, precision)
+
+
+def _ours(precision: str) -> str:
+    return "fastinv" if precision == "float32" else f"fastinv {precision}"
 
 
 def _eager(subject: Subject, x: torch.Tensor, threads: int) -> Call:
@@ -151,19 +155,19 @@ PEERS = [
 # ---- rMLE by Adam, for an image whose normalised values are its pixels, and β 2 ------------------------------------
 
 
-def fastinv_solver() -> Contender:
-    """The solver of the cpu backend."""
+def fastinv_solver(precision: str) -> Contender:
+    """The solver of the cpu backend in this precision."""
 
     def build(subject: Subject, x: torch.Tensor, threads: int) -> Call:
         recipe = _recipe(subject)
 
         @functools.cache
         def solver(steps: int) -> Solver:
-            return compile(dataclasses.replace(recipe, steps=steps), "cpu", threads=threads)
+            return compile(dataclasses.replace(recipe, steps=steps), "cpu", precision, threads)
 
         return lambda steps=recipe.steps: solver(steps).solve(x.numpy())[0]
 
-    return Contender("fastinv", build)
+    return Contender(_ours(precision), build, precision)
 
 
 def _recipe(subject: Subject) -> RMLE:
@@ -173,15 +177,16 @@ def _recipe(subject: Subject) -> RMLE:
 
 
 def _problem(
-    subject: Subject, x: torch.Tensor, layout: torch.memory_format
+    subject: Subject, x: torch.Tensor, layout: torch.memory_format, dtype: torch.dtype
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
-    """The objective, summed over the images, and where they start."""
+    """The objective, summed over the images, and where they start. The edge alone is of this type."""
     recipe = _recipe(subject)
-    edge = copy.deepcopy(subject.eager).requires_grad_(False).to(memory_format=layout)  # type: ignore[call-overload]
+    edge = copy.deepcopy(subject.eager).requires_grad_(False).to(dtype)
+    edge.to(memory_format=layout)  # type: ignore[call-overload]
     features = x.contiguous(memory_format=layout) if x.ndim == 4 else x  # tokens have no channels to be last
 
     def objective(z: torch.Tensor) -> torch.Tensor:
-        residual = (edge(z) - features).square().sum()
+        residual = (edge(z.to(dtype)).float() - features).square().sum()
         down, right = z[:, :, 1:] - z[:, :, :-1], z[..., 1:] - z[..., :-1]
         return residual + recipe.tv_weight * (down.square().sum() + right.square().sum())
 
@@ -189,9 +194,9 @@ def _problem(
     return objective, start.contiguous(memory_format=layout)
 
 
-def _adam(layout: torch.memory_format, subject: Subject, x: torch.Tensor, threads: int) -> Call:
+def _adam(layout: torch.memory_format, dtype: torch.dtype, subject: Subject, x: torch.Tensor, threads: int) -> Call:
     recipe = _recipe(subject)
-    objective, start = _problem(subject, x, layout)
+    objective, start = _problem(subject, x, layout, dtype)
 
     def call(steps: int = recipe.steps) -> torch.Tensor:
         z = start.clone().requires_grad_()
@@ -206,12 +211,14 @@ def _adam(layout: torch.memory_format, subject: Subject, x: torch.Tensor, thread
     return call
 
 
-def _compiled_adam(layout: torch.memory_format, freeze: bool, subject: Subject, x: torch.Tensor, threads: int) -> Call:
+def _compiled_adam(
+    layout: torch.memory_format, freeze: bool, dtype: torch.dtype, subject: Subject, x: torch.Tensor, threads: int
+) -> Call:
     """The whole step in one graph. Within no_grad it holds no call of autograd, so that weights can be frozen in."""
     import torch._inductor.config as settings
 
     recipe = _recipe(subject)
-    objective, start = _problem(subject, x, layout)
+    objective, start = _problem(subject, x, layout, dtype)
     beta1, beta2 = recipe.betas
 
     def step(
@@ -236,12 +243,15 @@ def _compiled_adam(layout: torch.memory_format, freeze: bool, subject: Subject, 
     return call
 
 
+ROWS, LAST = torch.contiguous_format, torch.channels_last
 SOLVER_PEERS = [
-    Contender("eager", partial(_adam, torch.contiguous_format)),
-    Contender("eager channels-last", partial(_adam, torch.channels_last)),
-    Contender("torch.compile", partial(_compiled_adam, torch.contiguous_format, False)),
-    Contender("torch.compile channels-last", partial(_compiled_adam, torch.channels_last, False)),
-    Contender("torch.compile max", partial(_compiled_adam, torch.channels_last, True)),
+    Contender("eager", partial(_adam, ROWS, torch.float32)),
+    Contender("eager channels-last", partial(_adam, LAST, torch.float32)),
+    Contender("eager bfloat16", partial(_adam, LAST, torch.bfloat16), "bfloat16"),
+    Contender("torch.compile", partial(_compiled_adam, ROWS, False, torch.float32)),
+    Contender("torch.compile channels-last", partial(_compiled_adam, LAST, False, torch.float32)),
+    Contender("torch.compile max", partial(_compiled_adam, LAST, True, torch.float32)),
+    Contender("torch.compile bfloat16", partial(_compiled_adam, LAST, True, torch.bfloat16), "bfloat16"),
 ]
 
 
@@ -260,7 +270,7 @@ def prepared(contender: Contender, subject: Subject, x: torch.Tensor, threads: i
 
 def tolerance(contender: Contender, subject: Subject) -> float:
     """The error that it may have."""
-    return TOLERANCES[contender.precision] if subject.recipe is None else SOLVER_TOLERANCE
+    return max(TOLERANCES[contender.precision], 0.0 if subject.recipe is None else SOLVER_TOLERANCE)
 
 
 def spread(count: int) -> torch.Tensor:

@@ -42,6 +42,7 @@ from fastinv.inverters import RMLE, InverseNetwork
 from fastinv.metrics import psnr
 from fastinv.ops.base import Shape
 
+EXACT_PEERS = [peer for peer in SOLVER_PEERS if peer.precision == "float32"]
 PEER_STEPS = 20  # that are timed of a peer: each takes as long as the next
 TRAINING_CROPS = 4000
 
@@ -204,7 +205,7 @@ def main() -> int:
     if args.json is not None:
         expect_place(args.json)
     try:
-        peers = list(present(SOLVER_PEERS if args.peers is None else named(args.peers, SOLVER_PEERS)))
+        peers = list(present(EXACT_PEERS if args.peers is None else named(args.peers, EXACT_PEERS)))
     except ValueError as unknown_peer:
         arguments.error(f"--peers: {unknown_peer}")
     facts = surroundings(args.threads)

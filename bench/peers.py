@@ -347,7 +347,7 @@ def main() -> int:
         arguments.error(f"--case: no name holds {' or '.join(args.case)}")
     if args.json is not None:
         expect_place(args.json)
-    ours = [fastinv_solver()] if args.rmle else list(map(fastinv, precisions))
+    ours = list(map(fastinv_solver if args.rmle else fastinv, precisions))
     peers = SOLVER_PEERS if args.rmle else PEERS
     try:
         peers = peers if args.peers is None else named(args.peers, peers)

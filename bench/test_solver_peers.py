@@ -17,7 +17,9 @@ BATCH = 64
 
 
 @pytest.mark.usefixtures("same_terms")
-@pytest.mark.parametrize("contender", [fastinv_solver(), *SOLVER_PEERS], ids=lambda c: c.name.replace(" ", "-"))
+@pytest.mark.parametrize(
+    "contender", [fastinv_solver("float32"), *SOLVER_PEERS], ids=lambda c: c.name.replace(" ", "-")
+)
 def test_solver_peer(subject: Subject, contender: Contender, benchmark) -> None:
     benchmark.group = subject.name
     x = subject.inputs(fitting(subject, BATCH, THREADS))

@@ -71,13 +71,13 @@ Padded padded(const Geometry& g) {
 
 bool Amx::applies(const Kernels& kernels, const Geometry& g) { return has_tiles(kernels) && g.groups == 1; }
 
-Amx::Plan Amx::plan(const Geometry& g) {
+Amx::Plan Amx::plan(const Geometry& g, bool row_major) {
   const int columns = outputs_of(g, 1, 0), height = extent(g, 0), width = extent(g, 1);
   const double by_rows = double(columns) / round_up(columns, kAmxRows);
   const Axis& rows = g.axis[0];
   const bool one_phase = g.phases(0) * g.phases(1) == 1, side_by_side = step_of(g, 0) == 1 && step_of(g, 1) == 1;
-  if (one_phase && step_of(g, 0) == 1 && rows.dilation == 1 && rows.kernel > 1 && g.out_channels <= kMaxPlanarOutputs &&
-      rows.kernel * g.out_channels <= kAmxColumns) {
+  if (row_major && one_phase && step_of(g, 0) == 1 && rows.dilation == 1 && rows.kernel > 1 &&
+      g.out_channels <= kMaxPlanarOutputs && rows.kernel * g.out_channels <= kAmxColumns) {
     return {false, by_rows, rows.kernel};
   }
   const double flat = double(columns) * outputs_of(g, 0, 0) / (double(height) * width);
@@ -87,11 +87,15 @@ Amx::Plan Amx::plan(const Geometry& g) {
 }
 
 bool Amx::gives_row_major(const Geometry& g) {
-  return g.out_channels <= kMaxPlanarOutputs && g.phases(0) * g.phases(1) == 1 && !plan(g).flat;
+  return g.out_channels <= kMaxPlanarOutputs && g.phases(0) * g.phases(1) == 1 && !plan(g, true).flat;
 }
 
 Amx::Amx(const Kernels& kernels, const Geometry& geometry, const WeightAt& weight, const float* bias, Layouts layouts)
-    : kernels_(kernels), geometry_(geometry), layouts_(layouts), plan_(plan(geometry)), copy_(padded(geometry)) {
+    : kernels_(kernels),
+      geometry_(geometry),
+      layouts_(layouts),
+      plan_(plan(geometry, layouts.out_row_major)),
+      copy_(padded(geometry)) {
   for (int axis = 0; axis < 2; ++axis) step_[axis] = step_of(geometry, axis);
   for (int y = 0; y < geometry.phases(0); ++y) {
     for (int x = 0; x < geometry.phases(1); ++x) add_phase(y, x);

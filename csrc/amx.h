@@ -37,14 +37,14 @@ class Amx : public Convolution {
   // How positions, outputs of a phase side by side, are laid out in tiles: each row of outputs in tiles of its own; or
   // flat, one position after the other through the zeros between rows and images, where rows would leave tiles empty.
   //
-  // Where results are [C, H, W], rows of taps can be stacked: each is so many output channels more of one tile, which
-  // would be almost empty else; a row of outputs then is a sum over rows of products.
+  // Where results are [C, H, W], `row_major`, rows of taps can be stacked: each is so many output channels more of one
+  // tile, which would be almost empty else; a row of outputs then is a sum over rows of products.
   struct Plan {
     bool flat;
     double filled;  // part of the tiles' rows that are outputs
     int stacked;    // rows of taps, or 1
   };
-  static Plan plan(const Geometry& geometry);
+  static Plan plan(const Geometry& geometry, bool row_major);
 
  private:
   // The outputs of one residue: a correlation of its own, which shares the copy of the inputs.

@@ -125,8 +125,9 @@ Choice choose(const Kernels& kernels, const Geometry& geometry, Layout input, bo
       least = planar;
     }
   }
-  if (rounding && *rounding >= kAmxRounding && Amx::applies(kernels, geometry) && amx_cost(geometry, input) < least) {
-    best = {{input == Layout::kRowMajor, Amx::gives_row_major(geometry)}, true};
+  if (rounding && *rounding >= kAmxRounding && Amx::applies(kernels, geometry)) {
+    const Layouts layouts = {input == Layout::kRowMajor, Amx::gives_row_major(geometry)};
+    if (amx_cost(geometry, layouts) < least) best = {layouts, true};
   }
   return best;
 }
@@ -154,12 +155,17 @@ std::unique_ptr<Convolution> make_convolution(const Kernels& kernels, const Geom
 }
 
 std::unique_ptr<const Convolution> make_gradient(const Kernels& kernels, const Geometry& geometry,
-                                                 const WeightAt& weight, bool row_major) {
-  if (!row_major && Winograd::applies(geometry) && Winograd::shrinks(geometry) &&
-      winograd_adjoint_cost(kernels, geometry) < channels_last_cost(kernels, geometry)) {
-    return std::make_unique<Winograd>(kernels, geometry, weight);
+                                                 const WeightAt& weight, const Choice& forward) {
+  const Layouts layouts = {forward.layouts.out_row_major, forward.layouts.in_row_major};
+  double least = channels_last_cost(kernels, geometry);
+  const bool backwards = !layouts.in_row_major && Winograd::applies(geometry) && Winograd::shrinks(geometry) &&
+                         winograd_adjoint_cost(kernels, geometry) < least;
+  if (backwards) least = winograd_adjoint_cost(kernels, geometry);
+  if (forward.amx && Amx::applies(kernels, geometry) && amx_cost(geometry, layouts) < least) {
+    return std::make_unique<Amx>(kernels, geometry, weight, nullptr, layouts);
   }
-  return make_convolution(kernels, geometry, weight, nullptr, {{row_major, row_major}}, false, nullptr);
+  if (backwards) return std::make_unique<Winograd>(kernels, geometry, weight);
+  return make_convolution(kernels, geometry, weight, nullptr, {layouts}, false, nullptr);
 }
 
 }  // namespace fastinv

@@ -48,7 +48,7 @@ struct Geometry {
 // weight(group, output channel in the group, input channel in the group, row tap, column tap)
 using WeightAt = std::function<float(int, int, int, int, int)>;
 
-// What a convolution runs on: images [H, W, C] to images [H', W', C'], so many floats apart.
+// What a convolution runs on: images [H, W, C] to images [H', W', C'], or as its layouts say, so many floats apart.
 struct Operands {
   const float* in;
   int64_t in_stride;
@@ -78,9 +78,6 @@ class Convolution {
 
   // Whether `run` also takes as many images abreast as a vector has lanes, without addend and as a whole.
   virtual bool runs_abreast() const { return false; }
-
-  // Whether it runs on [C, H, W] instead, the layout at the public door.
-  virtual bool row_major() const { return false; }
 
   // How it could read its input, or null; and to make it do so: then `in` is where the first pixel lies.
   virtual const Padded* reads_padded() const { return nullptr; }
@@ -116,7 +113,9 @@ std::unique_ptr<Convolution> make_convolution(const Kernels& kernels, const Geom
                                               const float* bias, const Choice& choice, bool abreast, double* rounding);
 
 // The same for the gradient of one, which has neither bias nor activation: `geometry` and `weight` are its own.
+//
+// `forward` is the choice for the convolution itself: what rounds there may round here.
 std::unique_ptr<const Convolution> make_gradient(const Kernels& kernels, const Geometry& geometry,
-                                                 const WeightAt& weight, bool row_major);
+                                                 const WeightAt& weight, const Choice& forward);
 
 }  // namespace fastinv

@@ -131,14 +131,14 @@ PolyphaseForm polyphase_form(const Kernels& kernels, const Geometry& g, double r
   return best;
 }
 
-double amx_cost(const Geometry& g, Layout input) {
+double amx_cost(const Geometry& g, Layouts layouts) {
   const double in = ceil_div(g.in_channels, kAmxDepth), out = ceil_div(g.out_channels, kAmxColumns);
-  const Amx::Plan plan = Amx::plan(g);
+  const Amx::Plan plan = Amx::plan(g, layouts.out_row_major);
   // A product of two tiles, 16 pixels, takes 16 cycles, and 75 on processors that share the unit or its power; with two
   // vectors multiplied a cycle that is 2 to 9 instructions a pixel.
   const double products = 5.0 * taps(g, 0) * taps(g, 1) * in * out / (plan.stacked * plan.filled);
   const double out_pixels = double(g.axis[0].out) * g.axis[1].out;
-  const double rounding = (input == Layout::kRowMajor ? 20.0 : 10.0) * in * g.axis[0].in * g.axis[1].in;
+  const double rounding = (layouts.in_row_major ? 20.0 : 10.0) * in * g.axis[0].in * g.axis[1].in;
   return products + (rounding + 800.0) / out_pixels + 5.0 * out + 5.0;  // at last what becomes of the sums
 }
 

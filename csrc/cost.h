@@ -32,7 +32,7 @@ PolyphaseForm polyphase_form(const Kernels& kernels, const Geometry& geometry, d
 
 // Of products of bfloat16 tiles, which are about so many vector instructions each; and what they add to the squared
 // relative error.
-double amx_cost(const Geometry& geometry, Layout input);
+double amx_cost(const Geometry& geometry, Layouts layouts);
 constexpr double kAmxRounding = 9e-6;
 
 }  // namespace fastinv

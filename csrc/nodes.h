@@ -39,6 +39,7 @@ class ConvolutionNode : public Node {
 
   const Geometry geometry_;
   std::vector<float> weight_, bias_;  // until prepare_backward
+  const Choice choice_;
   const std::unique_ptr<Convolution> convolution_;
   std::unique_ptr<const Convolution> gradient_;
   std::unique_ptr<Quadratic> quadratic_;

@@ -20,7 +20,6 @@ class Planar : public Convolution {
   // On images [C, H, W].
   void run(const Operands& operands, Share share, float* scratch) const override;
   bool runs_abreast() const override { return true; }
-  bool row_major() const override { return true; }
   int row_step() const override { return tile_rows_ * static_cast<int>(phases_.size()); }
   void run_rows(const Operands& operands, int first_row, int last_row, float* scratch) const override;
   std::string algorithm() const override;

@@ -20,7 +20,6 @@ class PlanarWinograd : public Convolution {
   // On images [C, H, W].
   void run(const Operands& operands, Share share, float* scratch) const override;
   int64_t scratch_floats(int64_t) const override;
-  bool row_major() const override { return true; }
   int row_step() const override;
   void run_rows(const Operands& operands, int first_row, int last_row, float* scratch) const override;
   std::string algorithm() const override;

@@ -135,7 +135,7 @@ int Program::finish(int value) {
     const Shape s = shape(value);
     append_in<LayoutNode>(channels_last(value), {}, {value}, s, 1, element_count(s), true, 1);
   }
-  hand_over();
+  if (!differentiable_) hand_over();
   return output();
 }
 
@@ -220,18 +220,22 @@ int Program::convolution(int input, const float* weight, const float* bias, int 
   const Layout layout = same_in_both(input)    ? Layout::kBoth
                         : channels_last(input) ? Layout::kChannelsLast
                                                : Layout::kRowMajor;
-  Choice choice = choose(kernels_, g, layout, abreast_, &rounding_);
+  // What may be a quadratic form stays exact.
+  const bool exact = differentiable_ && activation.kind == ActivationKind::kIdentity && Quadratic::pays(g);
+  double* const rounding = exact ? nullptr : &rounding_;
+  Choice choice = choose(kernels_, g, layout, abreast_, rounding);
   if (differentiable_ && choice.layouts.in_row_major &&
       !choose(kernels_, g.adjoint(), Layout::kBoth, false, nullptr).layouts.in_row_major) {
     choice.layouts = {};
   }
+  if (differentiable_ && choice.amx) choice.layouts = {};
   std::vector<int> inputs = {in_layout(input, !choice.layouts.in_row_major)};
   if (addend >= 0) inputs.push_back(in_layout(addend, !choice.layouts.out_row_major));
-  const double rounding = rounding_;
+  const double before = rounding_;
   const int value =
       append_in<ConvolutionNode>(!choice.layouts.out_row_major, activation, std::move(inputs), std::move(output), g,
-                                 weight, bias, choice, abreast_, &rounding_, differentiable_);
-  rounds_ = rounds_ || rounding_ < rounding;
+                                 weight, bias, choice, abreast_, rounding, differentiable_);
+  rounds_ = rounds_ || rounding_ < before;
   return value;
 }
 

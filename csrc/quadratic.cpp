@@ -44,9 +44,10 @@ Quadratic::Quadratic(const Kernels& kernels, const Geometry& g, const WeightAt& 
     : kernels_(kernels),
       geometry_(g),
       bias_(std::move(bias)),
-      adjoint_(make_gradient(
-          kernels, g.adjoint(),
-          [&weight](int group, int o, int i, int y, int x) { return -2.0f * weight(group, i, o, y, x); }, true)) {
+      adjoint_(
+          make_gradient(kernels, g.adjoint(),
+                        [&weight](int group, int o, int i, int y, int x) { return -2.0f * weight(group, i, o, y, x); },
+                        {{true, true}})) {
   const int in = g.in_channels, ky = g.axis[0].kernel, kx = g.axis[1].kernel, all = 2 * ky - 1;
   reach_ = kx * in - 1;
   row_ = int64_t{g.axis[1].in} * in;

@@ -106,10 +106,10 @@ def run(network: Network, x: np.ndarray, threads: int = 1) -> np.ndarray:
     return fastinv.compile(network, backend="cpu", threads=threads)(x)
 
 
-def gradient_solver(network: Network, block: int = 0) -> CpuSolver:
+def gradient_solver(network: Network, block: int = 0, precision: str = "float32") -> CpuSolver:
     """One step of plain gradient descent on Σ(network(z) − v)², with a step size of 1, so many images at once."""
     recipe = RMLE(network, network.input_shape, steps=1, lr=1.0, tv_weight=0.0, optimizer="sgd", clamp=None)
-    return CpuSolver(recipe, 1, block)
+    return CpuSolver(recipe, 1, block, precision)
 
 
 def gradient(solver: CpuSolver, z: np.ndarray, features: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -99,9 +101,11 @@ def test_auto_takes_it_where_it_is_faster_and_for_networks_only() -> None:
     assert fastinv.compile(network, backend="cpu").precision == "float32"
     edge = exported((3, 8, 8), nn.Conv2d(3, 8, 3))
     assert fastinv.compile(edge, backend="cpu", precision="auto").precision == "float32"
-    assert fastinv.compile(RMLE(edge, (3, 8, 8), steps=1), backend="cpu", precision="auto").precision == "float32"
-    with pytest.raises(BackendError, match="no precision bfloat16 for solvers here, only float32"):
-        fastinv.compile(RMLE(edge, (3, 8, 8), steps=1), backend="cpu", precision="bfloat16")
+    recipe = RMLE(edge, (3, 8, 8), steps=1)
+    for precision in ("auto", "bfloat16"):  # of a solver that may, and one that can gain nothing
+        assert fastinv.compile(recipe, backend="cpu", precision=precision).precision == "float32"
+    with pytest.raises(BackendError, match=r"optimizer exact cannot work in bfloat16.*take precision float32, or"):
+        fastinv.compile(dataclasses.replace(recipe, optimizer="exact", clamp=None), backend="cpu", precision="bfloat16")
 
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "avx512"])

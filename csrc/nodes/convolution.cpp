@@ -10,6 +10,7 @@ ConvolutionNode::ConvolutionNode(const Kernels& kernels, std::vector<int> inputs
                                  bool abreast, double* rounding, bool keep_weights)
     : Node(kernels, std::move(inputs), output, activation),
       geometry_(geometry),
+      choice_(choice),
       convolution_(make_convolution(kernels, geometry, weight_at(weight, false), bias, choice, abreast, rounding)) {
   if (keep_weights) {
     const int64_t size = int64_t{geometry.in_channels} * geometry.out_channels / geometry.groups *
@@ -67,7 +68,7 @@ void ConvolutionNode::forward_rows(const Frame& values, Rows rows) const {
 }
 
 void ConvolutionNode::prepare_backward() {
-  gradient_ = make_gradient(kernels, geometry_.adjoint(), weight_at(weight_.data(), true), convolution_->row_major());
+  gradient_ = make_gradient(kernels, geometry_.adjoint(), weight_at(weight_.data(), true), choice_);
   if (inputs.size() == 1 && activation.kind == ActivationKind::kIdentity && Quadratic::pays(geometry_)) {
     quadratic_ = std::make_unique<Quadratic>(kernels, geometry_, weight_at(weight_.data(), false), std::move(bias_));
   }
