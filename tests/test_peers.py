@@ -161,16 +161,10 @@ def test_solvers_agree_and_are_timed(peers: ModuleType) -> None:
     """All but the compiled ones, which take long to build."""
     contenders = [peers.fastinv_solver("float32"), *(peer for peer in peers.SOLVER_PEERS if "compile" not in peer.name)]
     outcome = peers.measure(solver_subject("conv1,"), 3, contenders, threads=1, repeat=1)
-    assert [row.contender for row in outcome.rows] == [
-        "fastinv",
-        "eager",
-        "eager channels-last",
-        "eager bfloat16",
-    ]
-    assert all(
-        row.error < {"float32": 1e-4, "bfloat16": 1e-2}[row.precision] and row.steps == benchmark.SOLVER_STEPS
-        for row in outcome.rows
-    )
+    names = ["fastinv", "eager", "eager channels-last", "eager bfloat16"]
+    assert [row.contender for row in outcome.rows] == names
+    most = {"float32": 1e-4, "bfloat16": 1e-2}
+    assert all(row.error < most[row.precision] and row.steps == benchmark.SOLVER_STEPS for row in outcome.rows)
     first = outcome.rows[0]
     assert first.images_per_second == pytest.approx(3 * first.steps / first.seconds)
     assert "image-steps/s" in str(outcome)
