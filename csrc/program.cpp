@@ -244,9 +244,22 @@ int Program::linear(int input, const float* weight, const float* bias, Shape out
   // The internal layout of rank 3 keeps the last axis of [C, H, W] apart from its end.
   if (in.size() == 3) throw std::invalid_argument("linear: rank 3 is not supported; reshape to rank 1 or 2 first");
   const int columns = static_cast<int>(in.back()), rows_out = static_cast<int>(output.back());
+  const auto rows = static_cast<int>(element_count(in) / columns);
+  // Rows as the pixels of an image of one row, where their products are faster on tiles.
+  Geometry g = {};
+  g.in_channels = columns;
+  g.out_channels = rows_out;
+  g.groups = 1;
+  g.axis[0] = {1, 1, 1, 1, 0, 1};
+  g.axis[1] = {rows, rows, 1, 1, 0, 1};
+  if (rows > 1 && choose(kernels_, g, Layout::kBoth, false, &rounding_).amx) {
+    rounds_ = true;
+    return append<ConvolutionNode>(activation, {input}, std::move(output), g, weight, bias, Choice{{}, true}, false,
+                                   &rounding_, differentiable_);
+  }
   linear_weights_ += int64_t{columns} * rows_out;
-  last_linear_ = append<LinearNode>(activation, {input}, std::move(output), element_count(in) / columns, columns,
-                                    rows_out, weight, bias, differentiable_);
+  last_linear_ = append<LinearNode>(activation, {input}, std::move(output), rows, columns, rows_out, weight, bias,
+                                    differentiable_);
   return last_linear_;
 }
 

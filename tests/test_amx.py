@@ -215,6 +215,26 @@ def test_what_two_read_is_not_handed_over(tiles: str) -> None:
     assert ["in place" in name for name in check(residual, bound=2 * BOUND) if "amx" in name] == [False, False, True]
 
 
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [
+    (2, 256, 256), (5, 64, 48), (16, 40, 33), (65, 130, 3), (197, 64, 96), (64, 192, 192),
+])  # fmt: skip
+def test_linear_layers_of_rows(tiles: str, rows: int, inputs: int, outputs: int) -> None:
+    torch.manual_seed(0)
+    ran = check(exported((rows, inputs), nn.Linear(inputs, outputs), nn.ReLU()))
+    assert rows < 16 or inputs * outputs < 3000 or any(name.startswith("amx") for name in ran), ran
+
+
+def test_what_linear_layers_of_rows_hand_over(tiles: str) -> None:
+    torch.manual_seed(0)
+    first, second = nn.Linear(48, 64), nn.Linear(64, 40)
+    both, one = exported((37, 48), first, nn.GELU(), second), exported((37, 48), first, nn.GELU())
+    assert [" in place" in name for name in kernels(both, "bfloat16") if name.startswith("amx")] == [False, True]
+    x = randn(5, 37, 48)
+    between = compiled(one)(x)
+    for threads in (1, 3):
+        np.testing.assert_array_equal(compiled(both, threads)(x), compiled(exported((37, 64), second))(between))
+
+
 def test_of_no_images_there_are_no_results(tiles: str) -> None:
     network = exported((64, 8, 8), nn.Conv2d(64, 64, 3))
     assert compiled(network)(np.empty((0, 64, 8, 8), np.float32)).shape == (0, 64, 6, 6)
@@ -302,6 +322,15 @@ def test_gradients_of_geometries(tiles: str, transposed: bool, kernel, stride, p
 def test_gradients_of_channels(tiles: str, channels: tuple[int, int]) -> None:
     torch.manual_seed(0)
     check_gradient(exported((channels[0], 9, 17), nn.Conv2d(*channels, 3, padding=1), nn.Tanh()), 2 * BOUND)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(5, 64, 48), (24, 64, 48), (16, 40, 33), (65, 64, 3), (40, 3, 64)]
+)
+def test_gradients_of_linear_layers_of_rows(tiles: str, rows: int, inputs: int, outputs: int) -> None:
+    torch.manual_seed(0)
+    ran = check_gradient(exported((1, rows, inputs), nn.Linear(inputs, outputs), nn.Tanh()), 2 * BOUND)
+    assert rows < 16 or inputs * outputs < 3000 or any("back amx" in name for name in ran), ran
 
 
 class TwoWays(nn.Module):
