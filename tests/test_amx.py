@@ -363,7 +363,7 @@ def recipe_of(size: tuple[int, int], **options) -> RMLE:
     return RMLE(network, network.input_shape, clamp=None, tv_weight=1e-3, **options)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "amsgrad", "sgd", "lbfgs"])
+@pytest.mark.parametrize("optimizer", ["adam", "amsgrad", "sgd"])
 def test_a_solver_gives_an_image_one_answer(tiles: str, optimizer: str) -> None:
     recipe = recipe_of((12, 18), steps=6, optimizer=optimizer, lr=1e-2)
     start = randn(5, *recipe.input_shape, seed=1)
@@ -385,9 +385,8 @@ def test_threads_share_an_image_on_both_ways(tiles: str) -> None:
         np.testing.assert_array_equal(solver(recipe, threads).solve(features, start)[0], one)
 
 
-@pytest.mark.parametrize(("optimizer", "steps"), [("adam", 80), ("lbfgs", 30)])
-def test_a_solver_recovers_as_well_as_in_float32(tiles: str, optimizer: str, steps: int) -> None:
-    recipe = recipe_of((12, 16), steps=steps, lr=5e-2, optimizer=optimizer)
+def test_a_solver_recovers_as_well_as_in_float32(tiles: str) -> None:
+    recipe = recipe_of((12, 16), steps=80, lr=5e-2)
     x = np.random.default_rng(0).random((64, *recipe.input_shape), np.float32).repeat(2, 2).repeat(2, 3)[..., :12, :16]
     features = reference(recipe.edge, x).astype(np.float32)
     start = np.random.default_rng(1).random(recipe.input_shape, np.float32)

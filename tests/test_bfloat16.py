@@ -104,8 +104,10 @@ def test_auto_takes_it_where_it_is_faster_and_for_networks_only() -> None:
     recipe = RMLE(edge, (3, 8, 8), steps=1)
     for precision in ("auto", "bfloat16"):  # of a solver that may, and one that can gain nothing
         assert fastinv.compile(recipe, backend="cpu", precision=precision).precision == "float32"
-    with pytest.raises(BackendError, match=r"optimizer exact cannot work in bfloat16.*take precision float32, or"):
-        fastinv.compile(dataclasses.replace(recipe, optimizer="exact", clamp=None), backend="cpu", precision="bfloat16")
+    for method in ("lbfgs", "exact"):
+        refused = dataclasses.replace(recipe, optimizer=method, clamp=None)
+        with pytest.raises(BackendError, match=rf"{method} cannot work in bfloat16.*take precision float32, or"):
+            fastinv.compile(refused, backend="cpu", precision="bfloat16")
 
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "avx512"])

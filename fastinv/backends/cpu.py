@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fastinv import _core
 from fastinv.backends.base import Array, Progress, Report, Start
-from fastinv.backends.compiled import RAW_DTYPES, channels_last, timed
+from fastinv.backends.compiled import RAW_DTYPES, channels_last, expect_exact, timed
 from fastinv.backends.fusion import chain_of_small_convolutions, fused
 from fastinv.errors import BackendError
 from fastinv.inverters import METHODS
@@ -128,11 +128,7 @@ class CpuSolver:
     stops_within = True
 
     def __init__(self, recipe: RMLE, threads: int | None, block: int = 0, precision: str = "float32") -> None:
-        if precision == "bfloat16" and recipe.method == "exact":
-            raise BackendError(
-                "backend 'cpu': optimizer exact cannot work in bfloat16, whose rounding hides the minimum: take "
-                "precision float32, or the optimizer 'lbfgs'"
-            )
+        expect_exact(CpuBackend.name, recipe.method, precision, ("float32",))
         lowering = Lowering(recipe.edge, differentiable=True, bfloat16=precision == "bfloat16")
         self.precision = "bfloat16" if lowering.program.rounds else "float32"
         low, high = ([], []) if recipe.bounds is None else (bound.tolist() for bound in recipe.bounds)

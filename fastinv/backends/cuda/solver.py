@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastinv.backends.base import Array, Progress, Report, Start
-from fastinv.backends.compiled import RAW_DTYPES
+from fastinv.backends.compiled import RAW_DTYPES, expect_exact
 from fastinv.backends.cuda.batch import Batch, Shift
 from fastinv.backends.cuda.device import (
     Streams,
@@ -32,7 +32,7 @@ from fastinv.backends.cuda.methods import Objective, method_of
 from fastinv.backends.cuda.network import NOT_FINITE
 from fastinv.backends.cuda.nodes import of_channels
 from fastinv.backends.cuda.plan import MOST_IMAGES, Arena, Buffer, fitting
-from fastinv.errors import BackendError, FeatureError
+from fastinv.errors import FeatureError
 from fastinv.inverters import RMLE, channelwise
 from fastinv.tensors import Source, chunks
 
@@ -129,11 +129,7 @@ class CudaSolver:
     def __init__(
         self, recipe: RMLE, precision: str, device: torch.device, name: str = "cuda", most: int = MOST_IMAGES
     ) -> None:
-        if recipe.method in ("lbfgs", "exact") and precision not in EXACT_PRECISIONS:
-            raise BackendError(
-                f"backend 'cuda': optimizer {recipe.method} cannot work in {precision}, whose rounding hides how the "
-                f"objective falls: take precision {' or '.join(EXACT_PRECISIONS)}, or the optimizer 'adam'"
-            )
+        expect_exact("cuda", recipe.method, precision, EXACT_PRECISIONS)
         import torch
 
         self.precision = precision
