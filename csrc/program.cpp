@@ -221,7 +221,8 @@ int Program::convolution(int input, const float* weight, const float* bias, int 
                         : channels_last(input) ? Layout::kChannelsLast
                                                : Layout::kRowMajor;
   // What may be a quadratic form stays exact.
-  const bool exact = differentiable_ && activation.kind == ActivationKind::kIdentity && Quadratic::pays(g);
+  const bool alone = differentiable_ && input == 0 && addend < 0 && activation.kind == ActivationKind::kIdentity;
+  const bool exact = alone && Quadratic::pays(g);
   double* const rounding = exact ? nullptr : &rounding_;
   Choice choice = choose(kernels_, g, layout, abreast_, rounding);
   if (differentiable_ && choice.layouts.in_row_major &&

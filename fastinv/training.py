@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastinv import pixels, tensors
@@ -48,8 +50,8 @@ def fit(
 ) -> nn.Module:
     """Train `module` in place on batches of `count` samples and return it in eval mode.
 
-    Small steps run on one thread, larger ones on as many as torch is set to. Convolutions compute channels last, unless
-    the first step cannot: a `view` in a forward may need them first.
+    Small steps run on one thread, larger ones on as many as torch is set to. Convolutions compute channels last in
+    modules that `takes_channels_last`.
 
     Args:
         loss: the loss of a batch, from the indices of its samples; modules are asked by `Schedule.forward`.
@@ -66,7 +68,8 @@ def fit(
         raise TrainingError("no samples to train on; pass at least one image")
     batches = -(-count // schedule.batch_size)
     total = schedule.epochs * batches
-    with _placed(module, schedule.device) as place:
+    module.train()
+    with _placed(module, schedule.device):
         optimizer = OPTIMIZERS[schedule.optimizer]([p for p in module.parameters() if p.requires_grad], lr=schedule.lr)
         first = 0
         kept: Checkpoint | None = None
@@ -77,13 +80,15 @@ def fit(
                 kept.expect_place()
         with _bar(total, first * batches, progress) as bar:
             for epoch in range(first, schedule.epochs):
-                with seeded(schedule.seed * 1_000_003 + epoch, place):  # each by itself, so that a resumed run repeats
+                with seeded(schedule.seed * 1_000_003 + epoch):  # each by itself, so that a resumed run repeats
                     for batch, indices in enumerate(torch.split(torch.randperm(count), schedule.batch_size)):
                         rate = 0.5 * schedule.lr * (1 + math.cos(math.pi * (epoch * batches + batch) / total))
                         for group in optimizer.param_groups:
                             group["lr"] = rate
                         if batch == 0:  # in every epoch, so that a resumed run repeats
-                            value, threads = _first_step(module, optimizer, loss, indices, epoch)
+                            with torch_threads(1), FlopCounterMode(display=False) as counter:
+                                value = _step(optimizer, loss, indices, epoch)
+                            threads = 1 if counter.get_total_flops() < SMALL_STEP else None
                         else:
                             with torch_threads(threads):
                                 value = _step(optimizer, loss, indices, epoch)
@@ -95,43 +100,56 @@ def fit(
     return module.eval()
 
 
-def _first_step(
-    module: nn.Module, optimizer: torch.optim.Optimizer, loss: BatchLoss, indices: torch.Tensor, epoch: int
-) -> tuple[float, int | None]:
-    """The first step of an epoch: its loss, and how many threads suit the others; the weights are laid out for them."""
-    for layout in (torch.channels_last, torch.contiguous_format):
-        _lay_out(module, layout)
-        try:
-            with torch_threads(1), FlopCounterMode(display=False) as counter:
-                value = _step(optimizer, loss, indices, epoch)
-            break
-        except TrainingError:
-            if layout is torch.contiguous_format:
-                raise
-    return value, 1 if counter.get_total_flops() < SMALL_STEP else None
-
-
 @contextmanager
-def _placed(module: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
-    """Have a module on a device, that is told, and bring it back to where it was, in the usual layout."""
-    home = place_of(module)
-    module.to(device)
+def _placed(module: nn.Module, device: str | torch.device | None) -> Iterator[None]:
+    """Have a module on a device, its convolutions laid out for it, and bring it back to where it was, as it was."""
+    home, weights = place_of(module), _to_lay_out(module)
     try:
-        yield place_of(module)
+        if device is not None:
+            module.to(device)
+        _lay_out(weights, torch.channels_last)
+        yield
     finally:
-        _lay_out(module, torch.contiguous_format)
-        module.to(home)
+        _lay_out(weights, torch.contiguous_format)
+        if device is not None:
+            module.to(home)
 
 
-def _lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
-    """Lay out the weights of 2-d convolutions, whose results follow them.
+def takes_channels_last(module: nn.Module) -> bool:
+    """Whether a module's parts are PyTorch's own and fastinv's. What others do in a forward, such as a `view` of a
+    convolution's result, may need the channels first."""
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            if any(node.op not in ("placeholder", "call_module", "output") for node in part.graph.nodes):
+                return False
+        elif not type(part).__module__.startswith(("torch.nn.modules.", "fastinv.")):
+            return False
+    return True
+
+
+def _to_lay_out(module: nn.Module) -> list[nn.Parameter]:
+    """The weights of 2-d convolutions, whose results follow them; none of a module that may not take these.
 
     Of the paper's targets and decoders a step takes 0.75 to 1 times as long channels last in float32 on a CPU, in
     bfloat16 0.65 to 0.8 times.
     """
-    for parameter in module.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+    if not takes_channels_last(module) or any(map(is_lazy, module.parameters())):
+        return []
+    memory = Counter(parameter.untyped_storage().data_ptr() for parameter in module.parameters())
+
+    def alone(weight: nn.Parameter) -> bool:
+        """Whether nobody else, here or in another process, has its memory, which is to be another."""
+        shared: bool = weight.is_shared()  # type: ignore[no-untyped-call]
+        return memory[weight.untyped_storage().data_ptr()] == 1 and not shared
+
+    convolutions = [part for part in module.modules() if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d))]
+    weights = dict.fromkeys(cast(nn.Parameter, part.weight) for part in convolutions)
+    return [weight for weight in weights if weight.is_contiguous() and alone(weight)]
+
+
+def _lay_out(weights: list[nn.Parameter], memory_format: torch.memory_format) -> None:
+    for weight in weights:
+        weight.data = weight.data.contiguous(memory_format=memory_format)
 
 
 def _step(optimizer: torch.optim.Optimizer, loss: BatchLoss, indices: torch.Tensor, epoch: int) -> float:
@@ -309,14 +327,12 @@ def class_indices(labels: Any, count: int) -> torch.Tensor:
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Make torch's random numbers inside repeat, on a GPU too if it is named, and leave those outside as they are."""
-    gpus = [device] if device is not None and device.type == "cuda" else []
+def seeded(seed: int) -> Iterator[None]:
+    """Make torch's random numbers inside repeat, and leave those outside as they are."""
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    gpus = range(torch.cuda.device_count()) if used else []
     with torch.random.fork_rng(devices=gpus):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU
-        for gpu in gpus:
-            with torch.cuda.device(gpu):
-                torch.cuda.manual_seed(seed)
+        torch.manual_seed(seed)
         yield
 
 

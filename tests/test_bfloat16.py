@@ -106,8 +106,10 @@ def test_auto_takes_it_where_it_is_faster_and_for_networks_only() -> None:
         assert fastinv.compile(recipe, backend="cpu", precision=precision).precision == "float32"
     for method in ("lbfgs", "exact"):
         refused = dataclasses.replace(recipe, optimizer=method, clamp=None)
-        with pytest.raises(BackendError, match=rf"{method} cannot work in bfloat16.*take precision float32, or"):
+        with pytest.raises(BackendError, match=rf"no precision bfloat16 for solvers by {method} here, only float32"):
             fastinv.compile(refused, backend="cpu", precision="bfloat16")
+        with pytest.warns(UserWarning, match=f"slow torch backend .*for solvers by {method} here"):
+            assert fastinv.compile(refused, precision="bfloat16").backend == "torch"
 
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "avx512"])

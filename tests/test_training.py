@@ -232,29 +232,74 @@ def test_a_checkpoint_of_another_device_is_of_the_same_run() -> None:
 class Viewing(nn.Module):
     """A forward that cannot take the results of convolutions channels last, as the one in PyTorch's tutorial."""
 
-    def __init__(self, *, flatten: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(2, 3, 3)
         self.head = nn.Linear(3 * 26 * 26, 10)
-        self.flatten = flatten
-        self.layouts: list[bool] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv(x)
-        self.layouts.append(y.is_contiguous(memory_format=torch.channels_last))
-        y = y.flatten(1) if self.flatten else y.view(len(y), -1)
-        found: torch.Tensor = self.head(y)
+        found: torch.Tensor = self.head(y.view(len(y), -1))
         return found
 
 
-@pytest.mark.parametrize("flatten", [True, False])
-def test_convolutions_compute_channels_last_where_the_forward_can(flatten: bool) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Viewing(flatten=flatten)
-    train_target(model, IMAGES.repeat(2, axis=1), LABELS, epochs=2, batch_size=12)
-    assert model.layouts == ([True] * 4 if flatten else [True, False, False] * 2)
+COLOURED = IMAGES.repeat(2, axis=1)
+
+
+def layouts(model: nn.Module, conv: nn.Module, **options) -> list[bool]:
+    """Of the results of a convolution, whether they lie channels last, step by step of training."""
+    seen: list[bool] = []
+    conv.register_forward_hook(lambda _, x, y: seen.append(y.is_contiguous(memory_format=torch.channels_last)))
+    train_target(model, COLOURED, LABELS, epochs=2, batch_size=12, **options)
     assert all(p.is_contiguous() for p in model.parameters())
+    return seen
+
+
+def test_convolutions_compute_channels_last_where_the_forward_can() -> None:
+    conv, viewing = nn.Conv2d(2, 3, 3), Viewing()
+    assert layouts(nn.Sequential(conv, nn.Flatten(), nn.Linear(3 * 26 * 26, 10)), conv) == [True] * 4
+    assert layouts(viewing, viewing.conv) == [False] * 4
+    assert layouts(nn.Sequential(viewing), viewing.conv, precision="bfloat16") == [False] * 4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_that_share_memory_go_on_to(tied: bool) -> None:
+    first, second = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+    if tied:
+        second.weight.data = first.weight.data
+    else:
+        first.weight.data = first.weight.data.contiguous(memory_format=torch.channels_last)
+    model = nn.Sequential(first, second, nn.Flatten(), nn.Linear(2 * 28 * 28, 10))
+    train_target(model, COLOURED, LABELS, epochs=1)
+    assert (second.weight.data_ptr() == first.weight.data_ptr()) == tied
+    assert first.weight.is_contiguous() == tied  # as it was
+
+
+def test_a_module_in_eval_mode_trains_in_training_mode(tmp_path) -> None:
+    norm = nn.BatchNorm2d(1)
+    model = nn.Sequential(norm, nn.Flatten(), nn.Linear(784, 10)).eval()
+    train_target(model, IMAGES, LABELS, epochs=2, batch_size=12, checkpoint=tmp_path / "run.pt")
+    assert norm.num_batches_tracked == 4
+    assert not model.training
+
+
+def test_a_shadow_before_a_cloud_that_needs_channels_first() -> None:
+    class Cloud(nn.Module):
+        def forward(self, v: torch.Tensor) -> torch.Tensor:
+            return v.view(len(v), -1)[:, :10]
+
+    for cloud in (Cloud(), nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 10))):
+        shadow = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU())
+        fastinv.train_shadow(cloud, COLOURED, LABELS, shadow, epochs=1)
+
+
+def test_a_cloud_that_gives_no_logits_is_told() -> None:
+    class Cloud(nn.Module):
+        def forward(self, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return v, v
+
+    with pytest.raises(TrainingError, match="logits of type tuple"):
+        fastinv.train_shadow(Cloud(), COLOURED, LABELS, nn.Conv2d(2, 3, 3), epochs=1)
 
 
 def test_no_samples() -> None:

@@ -69,7 +69,8 @@ void ConvolutionNode::forward_rows(const Frame& values, Rows rows) const {
 
 void ConvolutionNode::prepare_backward() {
   gradient_ = make_gradient(kernels, geometry_.adjoint(), weight_at(weight_.data(), true), choice_);
-  if (inputs.size() == 1 && activation.kind == ActivationKind::kIdentity && Quadratic::pays(geometry_)) {
+  if (!choice_.amx && inputs.size() == 1 && activation.kind == ActivationKind::kIdentity &&
+      Quadratic::pays(geometry_)) {
     quadratic_ = std::make_unique<Quadratic>(kernels, geometry_, weight_at(weight_.data(), false), std::move(bias_));
   }
   weight_ = {};

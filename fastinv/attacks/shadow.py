@@ -16,7 +16,7 @@ from torch import nn
 from fastinv.attacks.inverse_network import CACHE_BYTES, Features
 from fastinv.errors import TrainingError
 from fastinv.schedule import Schedule, place_of
-from fastinv.training import class_indices, cross_entropy, fit, normalised, seeded, trainable
+from fastinv.training import class_indices, cross_entropy, fit, normalised, seeded, takes_channels_last, trainable
 
 Architecture = nn.Module | Callable[[], nn.Module]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -72,15 +72,22 @@ def train_shadow(
     with seeded(seed):
         shadow = trainable("architecture", architecture)
     frozen = copy.deepcopy(cloud).eval().requires_grad_(False).to(device or place_of(shadow))
-    whole = nn.Sequential(shadow, frozen)
+    whole = nn.Sequential(shadow, frozen if takes_channels_last(frozen) else nn.Sequential(_ChannelsFirst(), frozen))
 
     def batch_loss(indices: torch.Tensor) -> torch.Tensor:
         logits = schedule.forward(whole, z[indices])
-        return criterion(logits, classes[indices].to(logits.device))
+        return criterion(logits, classes[indices].to(place_of(shadow)))
 
     bar = "shadow" if progress else False
     data = (z, classes, *cloud.state_dict().values())
     return fit(shadow, batch_loss, len(z), schedule, progress=bar, checkpoint=checkpoint, data=data)
+
+
+class _ChannelsFirst(nn.Module):
+    """Lays features out as they come from an edge."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous()
 
 
 def fit_shadow(

@@ -45,7 +45,7 @@ def select(
         if name in ("auto", backend.name) and _lacks(backend, precision, steps, solver, method) is None:
             if name == "auto" and backend.name == "torch" and precision not in ("auto", "float32", "float64"):
                 _warn_of_slowness(precision, steps, solver, method)
-            return backend, backend.precisions(solver)[0] if precision == "auto" else precision
+            return backend, backend.precisions(solver, method)[0] if precision == "auto" else precision
     lacks = {backend.name: _lacks(backend, precision, steps, solver, method) for backend in backends}
     able = ", ".join(n for n, reason in lacks.items() if reason is None) or "none"
     if name in lacks:
@@ -91,9 +91,10 @@ def _lacks(backend: Backend, precision: str, steps: Sequence[Step], solver: bool
         return reason
     if solver and method not in backend.methods:
         return f"it has no optimizer {method}, only {', '.join(backend.methods)}"
-    known = backend.precisions(solver)
+    known = backend.precisions(solver, method)
     if precision not in ("auto", *known):
-        return f"it has no precision {precision}{' for solvers' if solver else ''} here, only {', '.join(known)}"
+        what = f" for solvers by {method}" if solver else ""
+        return f"it has no precision {precision}{what} here, only {', '.join(known)}"
     unsupported = [step for step in steps if not backend.supports(step)]
     if unsupported:
         names = ", ".join(dict.fromkeys(f"{s.op.name} ({s.source})" if s.source else s.op.name for s in unsupported))

@@ -127,8 +127,8 @@ class Backend(Protocol):
     name: str
     methods: tuple[str, ...]
 
-    def precisions(self, solver: bool) -> tuple[str, ...]:
-        """What it computes networks in here, or solvers; the first, the fastest within its bound, is "auto"."""
+    def precisions(self, solver: bool, method: str = "adam") -> tuple[str, ...]:
+        """What it computes networks in here, or solvers by an optimizer; the first is "auto"."""
 
     def available(self) -> str | None:
         """None when it can run here, else the reason why not and what to do."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fastinv import _core
 from fastinv.backends.base import Array, Progress, Report, Start
-from fastinv.backends.compiled import RAW_DTYPES, channels_last, expect_exact, timed
+from fastinv.backends.compiled import EXACT_METHODS, RAW_DTYPES, channels_last, timed
 from fastinv.backends.fusion import chain_of_small_convolutions, fused
 from fastinv.errors import BackendError
 from fastinv.inverters import METHODS
@@ -64,8 +64,8 @@ class CpuBackend:
     name = "cpu"
     methods: tuple[str, ...] = METHODS
 
-    def precisions(self, solver: bool) -> tuple[str, ...]:
-        if not _core.has_bfloat16(_isa()):
+    def precisions(self, solver: bool, method: str = "adam") -> tuple[str, ...]:
+        if not _core.has_bfloat16(_isa()) or (solver and method in EXACT_METHODS):
             return ("float32",)
         # A solver's first is not the fastest, but what is known to be exact.
         return ("float32", "bfloat16") if solver else ("bfloat16", "float32")
@@ -128,7 +128,6 @@ class CpuSolver:
     stops_within = True
 
     def __init__(self, recipe: RMLE, threads: int | None, block: int = 0, precision: str = "float32") -> None:
-        expect_exact(CpuBackend.name, recipe.method, precision, ("float32",))
         lowering = Lowering(recipe.edge, differentiable=True, bfloat16=precision == "bfloat16")
         self.precision = "bfloat16" if lowering.program.rounds else "float32"
         low, high = ([], []) if recipe.bounds is None else (bound.tolist() for bound in recipe.bounds)

@@ -30,7 +30,7 @@ class TorchBackend:
     name = "torch"
     methods: tuple[str, ...] = METHODS
 
-    def precisions(self, solver: bool) -> tuple[str, ...]:
+    def precisions(self, solver: bool, method: str = "adam") -> tuple[str, ...]:
         return ("float32", "bfloat16", "float64")
 
     def available(self) -> str | None:

@@ -63,8 +63,8 @@ def _section(target: str, folder: Path, found: Found) -> list[str]:
         f"On `{settings['data']}`, seed {settings['seed']}: the target learned for {settings['target_epochs']} epochs "
         f"on one half of the training set, and puts {known['accuracy']:.2%} of the test images into their class; "
         f"attackers have{limit} a half; inverse networks learned for {settings['inverse_network_epochs']} epochs, "
-        "shadows for "
-        f"{settings['shadow_epochs']}. Scored: {settings['scored']:,} test images.",
+        f"shadows for {settings['shadow_epochs']}; all in {settings.get('precision', 'float32')}. "
+        f"Scored: {settings['scored']:,} test images.",
         "",
     ]
     for table in TABLES.values():

@@ -96,7 +96,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         make_folder(folder)
         _write(file, settings)
         return
-    found = read_json(file)
+    found = {"precision": "float32"} | read_json(file)  # which earlier versions do not say
     for name in sorted(settings | found):
         if found.get(name) != settings.get(name):
             if not (folder / WEIGHTS).exists():  # nothing was done yet

@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+from fastinv.backends.compiled import EXACT_METHODS
 from fastinv.backends.cuda.device import missing, room_for
 from fastinv.inverters import METHODS
 from fastinv.network import Network, Step
@@ -34,7 +35,9 @@ class CudaBackend:
         """The same on another GPU."""
         return CudaBackend(index)
 
-    def precisions(self, solver: bool) -> tuple[str, ...]:
+    def precisions(self, solver: bool, method: str = "adam") -> tuple[str, ...]:
+        if solver and method in EXACT_METHODS:
+            return ("float32", "tf32")
         # Gradients may leave float16's range; and a solver's first is not the fastest, but what is known to be exact.
         return ("float32", "tf32", "bfloat16") if solver else ("bfloat16", "float16", "tf32", "float32")
 

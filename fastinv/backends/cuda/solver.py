@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastinv.backends.base import Array, Progress, Report, Start
-from fastinv.backends.compiled import RAW_DTYPES, expect_exact
+from fastinv.backends.compiled import RAW_DTYPES
 from fastinv.backends.cuda.batch import Batch, Shift
 from fastinv.backends.cuda.device import (
     Streams,
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 MOST_BATCHES = 16  # of one call
 MOST_VALUES = 2**30  # of its features: what cannot go to the device as it is becomes float32 first, 4 GiB
-EXACT_PRECISIONS = ("float32", "tf32")  # that L-BFGS and conjugate gradients find their way in
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,9 +118,6 @@ class CudaSolver:
 
     Args:
         most: images at once, at most.
-
-    Raises:
-        BackendError: a precision that the method cannot work in.
     """
 
     finite = staticmethod(finite)
@@ -129,7 +125,6 @@ class CudaSolver:
     def __init__(
         self, recipe: RMLE, precision: str, device: torch.device, name: str = "cuda", most: int = MOST_IMAGES
     ) -> None:
-        expect_exact("cuda", recipe.method, precision, EXACT_PRECISIONS)
         import torch
 
         self.precision = precision
