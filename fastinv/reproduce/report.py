@@ -56,14 +56,14 @@ def _record(target: str, cell: Cell, result: Result) -> dict[str, Any]:
 
 
 def _section(target: str, folder: Path, found: Found) -> list[str]:
-    settings, known = results.read_json(folder / results.SETTINGS), results.read_target(folder)
+    settings, known = results.read_settings(folder), results.read_target(folder)
     limit = "" if settings["images"] is None else f" at most {settings['images']:,} images of"
     lines = [
         f"## {target}, for the paper's {DATA[target]}",
         f"On `{settings['data']}`, seed {settings['seed']}: the target learned for {settings['target_epochs']} epochs "
         f"on one half of the training set, and puts {known['accuracy']:.2%} of the test images into their class; "
         f"attackers have{limit} a half; inverse networks learned for {settings['inverse_network_epochs']} epochs, "
-        f"shadows for {settings['shadow_epochs']}; all in {settings.get('precision', 'float32')}. "
+        f"shadows for {settings['shadow_epochs']}; all in {settings['precision']}. "
         f"Scored: {settings['scored']:,} test images.",
         "",
     ]

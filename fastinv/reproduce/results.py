@@ -96,7 +96,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         make_folder(folder)
         _write(file, settings)
         return
-    found = {"precision": "float32"} | read_json(file)  # which earlier versions do not say
+    found = read_settings(folder)
     for name in sorted(settings | found):
         if found.get(name) != settings.get(name):
             if not (folder / WEIGHTS).exists():  # nothing was done yet
@@ -107,6 +107,15 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
                 f"{folder}: holds results with {name} {found.get(name)!r:.80} instead of {settings.get(name)!r:.80}: "
                 "choose another folder, or go on with the same"
             )
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings that a folder's results are of.
+
+    Raises:
+        FormatError: they cannot be read.
+    """
+    return {"precision": "float32"} | read_json(folder / SETTINGS)  # which earlier versions do not say
 
 
 def write_target(folder: Path, sha256: str, accuracy: float, truth: Pixels) -> None:
