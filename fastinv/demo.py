@@ -17,7 +17,8 @@ from fastinv.backends.torch import torch_threads
 from fastinv.benchmark import TOLERANCE, interleaved
 from fastinv.data import PHOTOGRAPHS
 from fastinv.errors import BackendError
-from fastinv.experiment import Experiment, Scores
+from fastinv.experiment.scores import Scores
+from fastinv.experiment.target import Experiment
 from fastinv.picture import Row, picture
 from fastinv.places import make_folder
 from fastinv.split import Split

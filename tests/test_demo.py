@@ -13,7 +13,8 @@ import fastinv
 from fastinv import benchmark, demo
 from fastinv.data import PHOTOGRAPHS
 from fastinv.errors import BackendError, DataError, FeatureError, FormatError, SplitError, TrainingError
-from fastinv.experiment import Experiment, Scores
+from fastinv.experiment.scores import Scores
+from fastinv.experiment.target import Experiment
 from fastinv.models import cifar_net
 from fastinv.picture import GAP, LINE, TILE, Row, picture
 

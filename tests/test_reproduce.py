@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from PIL import Image
 import fastinv
 from fastinv.cli import main
 from fastinv.errors import DataError, FeatureError, FormatError, SplitError, TrainingError
-from fastinv.experiment import MOST_PSNR, Experiment, Scores
-from fastinv.reproduce import recipe, results
+from fastinv.experiment import recipe, results
+from fastinv.experiment.scores import MOST_PSNR, Scores
+from fastinv.experiment.target import Experiment
 from fastinv.reproduce.paper import LAYERS, SPLITS, TABLES, cells
 from fastinv.reproduce.run import Outcome, Reproduction, run
 from fastinv.reproduce.settings import EFFORTS, Effort
@@ -86,15 +88,20 @@ def test_efforts() -> None:
 # ---- how rMLE is set -----------------------------------------------------------------------------------------------
 
 
+def edge_of(experiment: Experiment, split: fastinv.Split) -> Callable[[dict[str, Any]], fastinv.RMLE]:
+    return lambda options: experiment.rmle(split, split.edge, options)
+
+
 @pytest.mark.parametrize(("at", "optimizer"), [("conv1", "adam"), ("conv1", "lbfgs"), ("pool1", "lbfgs")])
 def test_choose(digits: Path, at: str, optimizer: str) -> None:
     experiment = Experiment.on(digits, 0)
     split = experiment.untrained(at)
     images = experiment.attacker_images("distribution", 4)
-    chosen, trials = recipe.choose(experiment, split, split.edge, images, split.features(images), optimizer)
-    assert len(trials) == 11 + (at == "pool1")
+    deep = at == "pool1"
+    chosen, trials = recipe.choose(edge_of(experiment, split), images, split.features(images), optimizer, deep=deep)
+    assert len(trials) == 11 + deep
     best = max(trials[:11], key=lambda trial: trial.psnr)
-    if at == "pool1" and trials[-1].psnr > best.psnr + recipe.NO_WORSE:
+    if deep and trials[-1].psnr > best.psnr + recipe.NO_WORSE:
         best = trials[-1]
     assert chosen == best
     again = fastinv.invert(split.features(images), experiment.rmle(split, split.edge, chosen.options))
@@ -112,7 +119,7 @@ def test_more_steps_have_to_be_worth_it(digits: Path, gain: float, monkeypatch: 
 
     images = np.full((2, 1, 28, 28), 0.5, np.float32)
     monkeypatch.setattr(fastinv, "invert", invert)
-    best, _ = recipe.choose(experiment, split, split.edge, images, split.features(images))
+    best, _ = recipe.choose(edge_of(experiment, split), images, split.features(images))
     chosen = best.options
     assert (chosen["tv_weight"], chosen["tv_beta"]) == (1.0, 2.0)
     assert (chosen["steps"], chosen["lr"]) == ((5000, 1e-3) if gain > recipe.NO_WORSE else (500, 1e-2))
@@ -126,29 +133,38 @@ def test_recipes_that_give_nothing(digits: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         fastinv, "invert", lambda v, inverter, threads: images * (1 if inverter.tv_weight in works else np.nan)
     )
-    best, trials = recipe.choose(experiment, split, split.edge, images, split.features(images))
+    best, trials = recipe.choose(edge_of(experiment, split), images, split.features(images))
     assert (best.options["tv_weight"], best.psnr) == (0.1, MOST_PSNR)
     assert all(np.isfinite(trial.psnr) for trial in trials)
     works.clear()
     with pytest.raises(FeatureError, match="gives NaN"):
-        recipe.choose(experiment, split, split.edge, images, split.features(images))
+        recipe.choose(edge_of(experiment, split), images, split.features(images))
 
 
 def test_what_a_recipe_is_chosen_by(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Features of the edge for who has it or may ask it, those of another shadow for who may not; his own images."""
 
     def choose(
-        experiment: Experiment, split: fastinv.Split, edge: Any, images: np.ndarray, features: np.ndarray, *_: Any
+        rmle: Callable[[dict[str, Any]], fastinv.RMLE], images: np.ndarray, features: np.ndarray, *_: Any, **__: Any
     ) -> tuple[recipe.Trial, list[recipe.Trial]]:
+        options = {"tv_weight": 0.1, "tv_beta": 2.0, "steps": 1, "lr": 0.01}
+        model = rmle(options)
         with torch.no_grad():
-            own = edge(normalise(torch.from_numpy(images), split.mean, split.std)).numpy()
-        asked = split.features(images)
-        equal = [name for name, v in (("edge", asked), ("model", own)) if np.array_equal(v, features)]
+            z = normalise(torch.from_numpy(images), model.mean, model.std)
+        edge = fastinv.Split(target(), "conv1", model.mean, model.std)
+        equal = [
+            name
+            for name, v in (("edge", edge.features(images)), ("model", fastinv.compile(model.edge)(z.numpy())))
+            if np.allclose(v, features, atol=1e-5)
+        ]
         found.append((equal, images))
-        return recipe.Trial({"tv_weight": 0.1, "tv_beta": 2.0, "steps": 1, "lr": 0.01}, 10.0, 0.1), []
+        return recipe.Trial(options, 10.0, 0.1), []
+
+    def target() -> torch.nn.Module:
+        return Experiment.on(digits, 0).target(0, file=tmp_path / "lenet5" / "target.pt", progress=False)
 
     found: list[tuple[list[str], np.ndarray]] = []
-    monkeypatch.setattr("fastinv.reproduce.run.choose", choose)
+    monkeypatch.setattr("fastinv.experiment.run.choose", choose)
     reproduce(digits, tmp_path, ["3", "6", "8"], ["conv1"], images=7)
     assert [equal for equal, _ in found] == [["edge", "model"], [], [], [], [], ["edge"]]
     experiment = Experiment.on(digits, 0)

@@ -23,7 +23,7 @@ from fastinv.schedule import OPTIMIZERS as TRAINING_OPTIMIZERS
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastinv.experiment import Experiment
+    from fastinv.experiment.target import Experiment
     from fastinv.inverters import Inverter
     from fastinv.split import Split
 
@@ -110,7 +110,8 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     import fastinv
-    from fastinv.experiment import Experiment, Scores
+    from fastinv.experiment.scores import Scores
+    from fastinv.experiment.target import Experiment
 
     _check(args)
     experiment = Experiment.on(args.data, args.seed)

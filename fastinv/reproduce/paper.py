@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fastinv.experiment.cells import Attack, Cell
 
 SPLITS = {"lenet5": ("conv1", "ReLU2"), "cifar_net": ("conv11", "ReLU22", "ReLU32")}  # of the tables, by target
 LAYERS = {  # of Figures 11 and 12
     "lenet5": ("conv1", "ReLU1", "pool1", "conv2", "ReLU2", "pool2", "fc1", "fc1act", "fc2", "fc2act"),
 }
+SHALLOW = ("conv1", "conv11")  # where rMLE takes the fewer steps
 DATA = {"lenet5": "MNIST", "cifar_net": "CIFAR-10"}  # of the paper
-RECOGNISABLE = 0.3  # SSIM below which an image counts as not recognisable
-
-
-@dataclass(frozen=True)
-class Attack:
-    """One row of a table.
-
-    Attributes:
-        title: what the row is called.
-        kind: as of `fastinv train --attack`.
-        knowledge: the attacker's images, as of `fastinv.knowledge`; None for an attack that learns nothing.
-        architecture: of a shadow: "same" or "different".
-        published: the paper's mean PSNR (dB) and SSIM, by split point.
-    """
-
-    title: str
-    kind: str
-    knowledge: str | None = None
-    architecture: str | None = None
-    published: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
-
-    @property
-    def name(self) -> str:
-        """`shadow-same-different`."""
-        return "-".join(filter(None, (self.kind, self.knowledge, self.architecture)))
 
 
 @dataclass(frozen=True)
@@ -54,19 +32,6 @@ class Table:
     def splits(self, target: str) -> tuple[str, ...]:
         """The split points that it has for a target."""
         return (LAYERS if self.layers else SPLITS).get(target, ())
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One experiment: an attack at a split point. Tables may share it."""
-
-    split: str
-    attack: Attack
-
-    @property
-    def name(self) -> str:
-        """`ReLU22-inverse_network-same`: of its files."""
-        return f"{self.split}-{self.attack.name}"
 
 
 def _figures(*psnr_and_ssim: tuple[float, float]) -> dict[str, tuple[float, float]]:

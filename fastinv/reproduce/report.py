@@ -7,13 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastinv.experiment import MODELS
+from fastinv.experiment import results
+from fastinv.experiment.cells import Cell
+from fastinv.experiment.results import Result
+from fastinv.experiment.scores import RECOGNISABLE
+from fastinv.experiment.target import MODELS
 from fastinv.picture import Row, picture
 from fastinv.pixels import as_pixels
 from fastinv.places import new_file
-from fastinv.reproduce import results
-from fastinv.reproduce.paper import DATA, RECOGNISABLE, TABLES, Cell, Table, cells
-from fastinv.reproduce.results import Result
+from fastinv.reproduce.paper import DATA, TABLES, Table, cells
 
 REPORT, RECORDS = "report.md", "results.json"
 OPTIMIZER_NAMES = {"adam": "Adam, as in the paper", "lbfgs": "L-BFGS, where the paper has Adam"}

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 import fastinv
-from fastinv.errors import DataError, FastinvError, SplitError
-from fastinv.experiment import MODELS, Experiment, Pixels, Scores
-from fastinv.inverters import Inverter
+from fastinv.errors import DataError, SplitError
+from fastinv.experiment import results
+from fastinv.experiment.cells import Cell
+from fastinv.experiment.run import Runner
+from fastinv.experiment.scores import Pixels
+from fastinv.experiment.target import MODELS, Experiment
+from fastinv.inverters import RMLE, InverseNetwork
 from fastinv.places import sweep
-from fastinv.reproduce import results
-from fastinv.reproduce.paper import TABLES, Cell, cells
-from fastinv.reproduce.recipe import CHOSEN_ON, choose
+from fastinv.reproduce.paper import SHALLOW, TABLES, cells
 from fastinv.reproduce.report import RECORDS, REPORT, write_report
-from fastinv.reproduce.results import Result
 from fastinv.reproduce.settings import EFFORTS, Effort, identity
 from fastinv.schedule import Schedule
-from fastinv.split import Split, normalise
+from fastinv.split import Split
 
 
 @dataclass(frozen=True)
@@ -95,43 +91,20 @@ def run(job: Reproduction) -> Outcome:
     before = len(chosen) - len(waiting)
     print(f"{name}: experiments: {len(chosen)}, done before: {before}", flush=True)
     write_report(job.out)  # refuses what is damaged
-    failed = 0
+    failed: dict[Cell, str] = {}
     if waiting or not results.knows_target(folder):
-        runner = _Runner.with_target(experiment, effort, folder, job.threads, job.progress, job.device)
-        for cell in waiting:
-            title = f"{cell.split:7} {cell.attack.title:55}"
-            try:
-                found = runner.run(cell)
-            except FastinvError as error:
-                failed += 1
-                print(f"{title} failed: {' '.join(str(error).split())}", flush=True)
-                continue
-            runner.keep(cell, found)
-            print(f"{title} {_summary(cell, found.result)}", flush=True)
-            write_report(job.out)  # whatever ends the run, it tells what there is
-    return Outcome(len(waiting) - failed, before, failed, write_report(job.out))
+        runner = PaperRunner.with_target(experiment, effort, folder, job.threads, job.progress, job.device)
+        failed = runner.run(waiting, lambda: write_report(job.out))
+    return Outcome(len(waiting) - len(failed), before, len(failed), write_report(job.out))
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What an experiment gave."""
-
-    inverter: Inverter
-    recovered: Pixels
-    scores: Scores
-    result: Result
-
-
-@dataclass(frozen=True)
-class _Runner:
-    """Runs experiments on one target."""
+class PaperRunner(Runner):
+    """Runs experiments on one of the paper's targets."""
 
     experiment: Experiment
     effort: Effort
-    folder: Path
     target: nn.Module
-    threads: int | None
-    progress: bool
     device: str | None
 
     @classmethod
@@ -143,7 +116,7 @@ class _Runner:
         threads: int | None,
         progress: bool,
         device: str | None,
-    ) -> _Runner:
+    ) -> PaperRunner:
         """With the target trained, or read where it was before."""
         file, checkpoint = folder / results.WEIGHTS, folder / results.CHECKPOINT
         target = experiment.target(
@@ -156,75 +129,22 @@ class _Runner:
         )
         checkpoint.unlink(missing_ok=True)
         accuracy = experiment.accuracy(target, progress)
-        content = hashlib.sha256()
-        for weights in target.state_dict().values():
-            content.update(weights.numpy().tobytes())
-        results.write_target(folder, content.hexdigest(), accuracy, experiment.held_out(effort.scored))
+        truth = experiment.held_out(effort.scored)
+        sha256 = results.sha256(weights.numpy() for weights in target.state_dict().values())
+        results.write_target(folder, sha256, accuracy, truth)
         print(f"{experiment.model.name}: {accuracy:.2%} of the test images classified right", flush=True)
-        return cls(experiment, effort, folder, target, threads, progress, device)
+        return cls(folder, truth, effort.optimizer, threads, progress, experiment, effort, target, device)
 
-    def run(self, cell: Cell) -> _Found:
-        """Learn, choose, recover and score."""
-        model = self.experiment.model
-        split = Split(self.target, cell.split, model.mean, model.std)
-        seconds: dict[str, float] = {}
-        with _timed(seconds, "learn"):
-            learned = self._learn(cell, split)
-        chosen: dict[str, Any] = {"chosen_on": 0, "recipe": {}, "trials": []}
-        if cell.attack.kind == "inverse_network":
-            inverter: Inverter = self.experiment.inverse_network(split, learned, **self._provenance(cell))
-        else:
-            with _timed(seconds, "choose"):
-                images = self._attacker_images(cell.attack.knowledge or "distribution", CHOSEN_ON)
-                features = self._features_to_choose_by(cell, split, images)
-                best, trials = choose(
-                    self.experiment,
-                    split,
-                    learned,
-                    images,
-                    features,
-                    self.effort.optimizer,
-                    self.threads,
-                    self.progress,
-                )
-            inverter = self.experiment.rmle(split, learned, best.options, **self._provenance(cell))
-            records = [trial.record() for trial in trials]
-            chosen = {"chosen_on": len(images), "recipe": best.record(), "trials": records}
-        truth = self.experiment.held_out(self.effort.scored)
-        features = split.features(truth)
-        with _timed(seconds, "recover"):
-            recovered, report = fastinv.invert(
-                features, inverter, return_report=True, threads=self.threads, progress=self.progress
-            )
-        ran_on = {
-            "fastinv": fastinv.__version__,
-            "torch": torch.__version__,
-            "backend": report.backend,
-            "isa": report.isa,
-            "threads": torch.get_num_threads(),
-        }
-        scores = Scores.of(truth, recovered)
-        result = Result.of(cell, scores, **chosen, seconds=seconds, ran_on=ran_on)
-        return _Found(inverter, recovered, scores, result)
+    def split(self, at: str) -> Split:
+        return Split(self.target, at, self.experiment.model.mean, self.experiment.model.std)
 
-    def keep(self, cell: Cell, found: _Found) -> None:
-        """Write what an experiment gave; it is done then."""
-        found.inverter.save(self.folder / f"{cell.name}.finv")
-        results.write(self.folder, cell, found.result, found.scores, found.recovered)
-        for checkpoint in self.folder.glob(f"{cell.name}*.checkpoint"):
-            checkpoint.unlink()
-
-    def _learn(self, cell: Cell, split: Split, variant: int = 0) -> nn.Module:
-        """An inverse network, a shadow, or the edge itself; another variant is another shadow of the same images."""
+    def learn(self, cell: Cell, split: Split, variant: int, **options: Any) -> nn.Module:
         attack = cell.attack
-        if attack.knowledge is None:
-            return split.edge
-        options: dict[str, Any] = {
+        assert attack.knowledge is not None
+        options |= {
             "seed": (self.experiment.seed + variant) % 2**32,
-            "progress": self.progress,
             "precision": self.effort.precision,
             "device": self.device,
-            "checkpoint": self.folder / f"{cell.name}{f'-{variant}' if variant else ''}.checkpoint",
         }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the features of .* queried again")  # this system may be asked as often
@@ -239,36 +159,19 @@ class _Runner:
                 attack.kind, split, attack.knowledge, attack.architecture, len(images), **options
             )
 
-    def _features_to_choose_by(self, cell: Cell, split: Split, images: Pixels) -> Pixels:
-        """Features of images such as the attacker will see: the edge's, or if he may not ask it another shadow's."""
-        if cell.attack.kind != "shadow":
-            found: Pixels = split.features(images)
-            return found
-        other = self._learn(cell, split, variant=1)
-        with torch.no_grad():
-            return np.asarray(other(normalise(torch.from_numpy(images), split.mean, split.std)))
+    def inverse_network(self, cell: Cell, split: Split, module: nn.Module) -> InverseNetwork:
+        return self.experiment.inverse_network(split, module, **cell.attack.provenance)
+
+    def rmle(self, cell: Cell, split: Split, edge: nn.Module) -> Callable[[dict[str, Any]], RMLE]:
+        return lambda options: self.experiment.rmle(split, edge, options, **cell.attack.provenance)
+
+    def attacker_images(self, cell: Cell, count: int) -> Pixels:
+        return self._attacker_images(cell.attack.knowledge or "distribution", count)
+
+    def is_deep(self, at: str) -> bool:
+        return at not in SHALLOW
 
     def _attacker_images(self, knowledge: str, limit: int | None) -> Pixels:
         """As many images as an attacker has, but for a limit."""
         limits = (len(self.experiment.half(knowledge)), limit, self.effort.images)
         return self.experiment.attacker_images(knowledge, min(n for n in limits if n is not None))
-
-    def _provenance(self, cell: Cell) -> dict[str, Any]:
-        attack = cell.attack
-        known = {"attack": attack.kind, "knowledge": attack.knowledge, "architecture": attack.architecture}
-        return {name: value for name, value in known.items() if value is not None}
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
-    begin = time.perf_counter()
-    yield
-    seconds[what] = round(time.perf_counter() - begin, 2)
-
-
-def _summary(cell: Cell, result: Result) -> str:
-    text = f"{result.psnr:5.2f} dB, {result.ssim:.3f}"
-    if cell.split in cell.attack.published:
-        psnr, ssim = cell.attack.published[cell.split]
-        text += f"  (paper: {psnr:.2f}, {ssim:.3f})"
-    return f"{text}  {sum(result.seconds.values()):,.0f} s"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastinv.errors import DataError
+from fastinv.experiment import results
 from fastinv.schedule import PRECISIONS
 from fastinv.tensors import is_whole
 
 if TYPE_CHECKING:
-    from fastinv.experiment import Experiment
+    from fastinv.experiment.target import Experiment
 
 OPTIMIZERS = ("adam", "lbfgs")
 
@@ -59,14 +59,11 @@ EFFORTS = {"lenet5": Effort(10, 20, 10), "cifar_net": Effort(10, 10, 5)}  # by t
 
 def identity(experiment: Experiment, effort: Effort) -> dict[str, Any]:
     """What has to agree for two results to be of one run, as JSON values."""
-    content = hashlib.sha256()
-    for part in (experiment.train, experiment.test):
-        content.update(part.images.tobytes())
-        content.update(part.labels.tobytes())
+    parts = (experiment.train, experiment.test)
     return {
         "target": experiment.model.name,
         "data": experiment.train.name,
-        "sha256": content.hexdigest(),
+        "sha256": results.sha256(array for part in parts for array in (part.images, part.labels)),
         "seed": experiment.seed,
         **asdict(effort),
     }

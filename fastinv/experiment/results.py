@@ -11,6 +11,7 @@ TARGET/NAME.finv         the inverter
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -24,9 +25,9 @@ import numpy.typing as npt
 
 from fastinv import strict_json
 from fastinv.errors import FormatError
-from fastinv.experiment import Pixels, Scores
+from fastinv.experiment.cells import Cell
+from fastinv.experiment.scores import RECOGNISABLE, Pixels, Scores
 from fastinv.places import make_folder, new_file
-from fastinv.reproduce.paper import RECOGNISABLE, Cell
 from fastinv.tensors import is_number
 
 SETTINGS = "settings.json"
@@ -116,6 +117,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
         FormatError: they cannot be read.
     """
     return {"precision": "float32"} | read_json(folder / SETTINGS)  # which earlier versions do not say
+
+
+def sha256(arrays: Iterable[npt.NDArray[Any]]) -> str:
+    """The digest of what arrays hold."""
+    content = hashlib.sha256()
+    for array in arrays:
+        content.update(np.ascontiguousarray(array).data)
+    return content.hexdigest()
 
 
 def write_target(folder: Path, sha256: str, accuracy: float, truth: Pixels) -> None:

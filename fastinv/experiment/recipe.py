@@ -8,19 +8,18 @@ attacker lacks, and no test image.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from tqdm import tqdm
 
 import fastinv
 from fastinv.errors import FeatureError
-from fastinv.experiment import Experiment, Pixels, Scores
-from fastinv.split import Split
+from fastinv.experiment.scores import Pixels, Scores
+from fastinv.inverters import RMLE
 
 CHOSEN_ON = 64  # training images
-SHALLOW = ("conv1", "conv11")  # where the paper takes the fewer steps
 TV_WEIGHTS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 TV_BETAS = (2.0, 1.0)  # the published code's, the paper's
 # By optimizer: the steps that λ and β are chosen with, and those that deep layers may need. Adam's are the paper's.
@@ -46,24 +45,25 @@ class Trial:
 
 
 def choose(
-    experiment: Experiment,
-    split: Split,
-    edge: nn.Module,
+    rmle: Callable[[dict[str, Any]], RMLE],
     images: Pixels,
     features: Pixels,
     optimizer: str = "adam",
+    *,
+    deep: bool = True,
     threads: int | None = None,
     progress: bool = False,
 ) -> tuple[Trial, list[Trial]]:
-    """The recipe by which rMLE through `edge` recovers these images best, and all that were tried.
+    """The recipe by which rMLE recovers these images best, and all that were tried.
 
-    λ and β are chosen with the fewer of the optimizer's `STEPS`. Where the paper takes more, these are tried, too, and
-    taken if they are better by more than `NO_WORSE`.
+    λ and β are chosen with the fewer of the optimizer's `STEPS`. More are tried, too, and taken if they are better by
+    more than `NO_WORSE`.
 
     Args:
-        edge: the edge at `split`, or a shadow of it.
+        rmle: makes one of these options.
         images: pixels [N, C, H, W] that the attacker has.
         features: of these images, [N, ...], as the attacker will see them.
+        deep: whether more steps are tried.
         progress: whether to show a progress bar.
 
     Raises:
@@ -71,7 +71,7 @@ def choose(
     """
 
     def attempt(options: dict[str, Any]) -> Trial:
-        recovered = fastinv.invert(features, experiment.rmle(split, edge, options), threads=threads)
+        recovered = fastinv.invert(features, rmle(options), threads=threads)
         try:
             return Trial(options, *Scores.of(images, recovered).means)
         except FeatureError:  # NaN: too large a step for this λ
@@ -83,11 +83,11 @@ def choose(
     for weight, beta in tqdm(weights, "recipes", unit="recipe", disable=not progress):
         trials.append(attempt({"tv_weight": weight, "tv_beta": beta, **short}))
     best = max(trials, key=lambda trial: trial.psnr)
-    if split.at not in SHALLOW:
+    if deep:
         longer = attempt(best.options | long)
         trials.append(longer)
         if longer.psnr > best.psnr + NO_WORSE:
             best = longer
     if (best.psnr, best.ssim) == NOTHING:
-        raise FeatureError(f"rMLE through {split.at} gives NaN, whatever its λ")
+        raise FeatureError("rMLE gives NaN, whatever its λ")
     return best, trials

@@ -1,4 +1,4 @@
-"""What the commands that train have in common: data, a trained target, exported attacks, scores."""
+"""The paper's targets: data, a trained target, exported attacks on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -19,17 +18,13 @@ from fastinv.checkpoints import load_tensors, save_tensors
 from fastinv.data import PHOTOGRAPHS, Dataset, halves, knowledge, load, photographs
 from fastinv.data_files import Indices
 from fastinv.errors import DataError, TrainingError
+from fastinv.experiment.scores import Pixels
 from fastinv.export import export
 from fastinv.inverters import RMLE, InverseNetwork
-from fastinv.metrics import psnr, ssim
 from fastinv.models import CIFAR_NORMALISATION, MNIST_NORMALISATION, cifar_net, lenet5, shadow_edge
 from fastinv.ops.base import Shape
 from fastinv.split import Split
 from fastinv.training import accuracy, seeded, train_target
-
-Pixels = npt.NDArray[np.float32]
-
-MOST_PSNR = 100.0  # dB; an image without any error has infinite PSNR, which no mean can hold
 
 
 @dataclass(frozen=True)
@@ -220,32 +215,6 @@ class Experiment:
     def _identity(self) -> dict[str, Any]:
         """What has to agree for a target's weights to be of this experiment."""
         return {"model": self.model.name, "data": self.train.name, "images": len(self.train), "seed": self.seed}
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How close recovered images are to the truth, for each image."""
-
-    psnr: npt.NDArray[np.float64]
-    ssim: npt.NDArray[np.float64]
-
-    @classmethod
-    def of(cls, truth: Pixels, recovered: Pixels) -> Scores:
-        """Scores of images [N, C, H, W]."""
-        return cls(psnr(truth, recovered), ssim(truth, recovered))
-
-    @property
-    def means(self) -> tuple[float, float]:
-        """Mean PSNR in dB, for which an image counts `MOST_PSNR` at most, and mean SSIM."""
-        return float(self.psnr.clip(max=MOST_PSNR).mean()), float(self.ssim.mean())
-
-    def captions(self) -> list[str]:
-        """One text an image."""
-        return [f"{p:.1f} dB / {s:.2f}" for p, s in zip(self.psnr, self.ssim, strict=True)]
-
-    def __str__(self) -> str:
-        psnr, ssim = self.means
-        return f"PSNR {psnr:.2f} dB, SSIM {ssim:.3f}"
 
 
 def _load_target(module: nn.Module, file: Path, identity: dict[str, Any]) -> nn.Module:
