@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from fastinv.data import knowledge
     from fastinv.metrics import psnr, ssim
     from fastinv.models import make_decoder
-    from fastinv.split import Split
+    from fastinv.split import Split, split_points
 
 __version__ = "0.1.0"
 
@@ -59,6 +59,7 @@ _LAZY = {
     "knowledge": "fastinv.data",
     "make_decoder": "fastinv.models",
     "psnr": "fastinv.metrics",
+    "split_points": "fastinv.split",
     "ssim": "fastinv.metrics",
     "train_inverse_network": "fastinv.attacks.inverse_network",
     "train_shadow": "fastinv.attacks.shadow",
@@ -94,6 +95,7 @@ __all__ = [
     "load",
     "make_decoder",
     "psnr",
+    "split_points",
     "ssim",
     "train_inverse_network",
     "train_shadow",

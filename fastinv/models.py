@@ -17,6 +17,7 @@ from fastinv.tensors import is_shape, is_whole
 
 MNIST_NORMALISATION = ((0.5,), (0.5,))
 CIFAR_NORMALISATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+MOST_EXTRA = 5  # tokens that are no places: a class token and four registers (Darcet et al. 2023)
 
 
 def lenet5(classes: int = 10) -> nn.Sequential:
@@ -108,7 +109,8 @@ def make_decoder(
 
     Args:
         feature_shape: [C, H, W] or [D]; channels last they make a useless decoder, which a warning tells where the
-            sizes do.
+            sizes do. Or tokens [T, D]: read as places of the image, row by row, where their number allows that, but for
+            up to `MOST_EXTRA` at the front, such as a class token; else as [T·D].
         image_shape: [C, H, W].
         kind: "paper": the paper's own decoder where it has one for these shapes, and otherwise one of its style,
             made to measure; "residual": residual blocks and nearest upsampling.
@@ -119,11 +121,10 @@ def make_decoder(
     Raises:
         NetworkError: shapes or options that no decoder is for.
     """
-    if not (is_shape(feature_shape, 1, 3) and is_shape(image_shape, 3)):
+    if not (is_shape(feature_shape, 1, 2, 3) and is_shape(image_shape, 3)):
         raise NetworkError(
             f"make_decoder: features {feature_shape!r:.60} and images {image_shape!r:.60}, "
-            "expected [C, H, W] or [D], and [C, H, W]; reshape features of other axes, such as tokens [T, D], to [T·D] "
-            "or, where the tokens are places of the image, transpose them to [D, H, W]"
+            "expected [C, H, W], [T, D] or [D], and [C, H, W]; reshape features of other axes to one of these"
         )
     features, image = (tuple(int(n) for n in shape) for shape in (feature_shape, image_shape))
     for what, last in (("features", _look_channels_last(features, image)), ("images", channels_last_hint(image) != "")):
@@ -190,17 +191,47 @@ def _paper_decoder(features: Shape, image: Shape) -> list[nn.Module] | None:
 
 
 def _head(features: Shape, image: Shape, width: int) -> tuple[list[nn.Module], int, tuple[int, int]]:
-    """Layers that bring flat features to a small image, the channels after them, and its size."""
+    """Layers that bring flat features or tokens to a small image, the channels after them, and its size."""
     if len(features) == 3:
         return [], features[0], features[1:]
+    if len(features) == 2 and (grid := _grid(features[0], image)):
+        return [grid], features[1], grid.size
     size = tuple(max(1, math.ceil(n / 8)) for n in image[1:])
     channels = 2 * width
-    layers = [
-        nn.Linear(features[0], channels * math.prod(size)),
+    layers: list[nn.Module] = [] if len(features) == 1 else [nn.Flatten()]
+    layers += [
+        nn.Linear(math.prod(features), channels * math.prod(size)),
         nn.ReLU(),
         nn.Unflatten(1, (channels, *size)),
     ]
     return layers, channels, (size[0], size[1])
+
+
+class TokenGrid(nn.Module):
+    """Tokens [N, T, D] of places, row by row, as an image [N, D, H, W]; the first `extra` are none."""
+
+    def __init__(self, extra: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.extra, self.size = extra, size
+        self.places = nn.Unflatten(2, size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        image: torch.Tensor = self.places(x[:, self.extra :].mT)
+        return image
+
+    def extra_repr(self) -> str:
+        return f"extra={self.extra}, size={self.size}"
+
+
+def _grid(tokens: int, image: Shape) -> TokenGrid | None:
+    """Tokens as the places of a grid with the image's ratio of height to width; None where no such grid has as many."""
+    common = math.gcd(*image[1:])
+    height, width = (n // common for n in image[1:])
+    for extra in range(MOST_EXTRA + 1):
+        scale = math.isqrt(max(0, tokens - extra) // (height * width))
+        if scale and scale * scale * height * width == tokens - extra:
+            return TokenGrid(extra, (scale * height, scale * width))
+    return None
 
 
 def _doublings(size: tuple[int, int], target: Sequence[int]) -> int:

@@ -54,12 +54,10 @@ class Split:
         _expect_layer(model, at)
         self.at = at
         self.mean, self.std = tensors.normalisation(mean, std, error=SplitError)
-        own = copy.deepcopy(model).eval()
+        traced = _traced(model, example, at)
         if example is None:
-            traced = _trace(own, at)
             calls = [node for node in traced.graph.nodes if node.op == "call_module" and node.target == at]
         else:
-            traced = _export(own, example)
             calls = [node for node in traced.graph.nodes if at in _modules_of(node)]
         if not calls:
             raise SplitError(
@@ -135,6 +133,35 @@ class Split:
         return found.cpu()
 
 
+def split_points(model: nn.Module, example: torch.Tensor | None = None) -> list[str]:
+    """Where a model can be cut such that only one layer's result crosses, in the order of its forward.
+
+    Of a result that has several names, that of a block and of the block's last layer, the shortest is told. Layers that
+    do nothing (dropout) or only reshape are left out, and so is the last one, whose result is the model's.
+
+    Args:
+        model, example: as of `Split`.
+
+    Raises:
+        SplitError: as of `Split`.
+    """
+    model = getattr(model, "_orig_mod", model)
+    _expect_model(model)
+    traced = _traced(model, example)
+    batch = _batch_size(traced)
+    *nodes, output = traced.graph.nodes
+    last = {name: node for node in nodes for name in _modules_of(node) if name}
+    seen = {_source(node, traced) for node in nodes if node.op == "placeholder" or node in output.all_input_nodes}
+    found = []
+    for node in nodes:
+        names = [name for name, call in last.items() if call is node]
+        source = _source(node, traced)
+        if names and source not in seen and not _crossing(traced, node, batch):
+            seen.add(source)
+            found.append(min(names, key=len))
+    return found
+
+
 def normalise(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """z = (x − mean) / std for pixels x [N, C, H, W].
 
@@ -186,6 +213,12 @@ class _Tracer(fx.Tracer):
         return module_qualified_name == self._at or super().is_leaf_module(m, module_qualified_name)
 
 
+def _traced(model: nn.Module, example: torch.Tensor | None, at: str = "") -> fx.GraphModule:
+    """A copy of the model as a graph, in which the layer `at` is one node where torch.fx traces it."""
+    own = copy.deepcopy(model).eval()
+    return _trace(own, at) if example is None else _export(own, example)
+
+
 def _trace(model: nn.Module, at: str) -> fx.GraphModule:
     try:
         graph = _Tracer(at).trace(model)
@@ -225,6 +258,29 @@ def _export(model: nn.Module, example: torch.Tensor) -> fx.GraphModule:
 def _modules_of(node: fx.Node) -> set[str]:
     """Names of the modules in whose forward an exported call lies."""
     return {name for name, _ in node.meta.get("nn_module_stack", {}).values()}
+
+
+IDLE = {"identity", "dropout", "dropout1d", "dropout2d", "alphadropout", "alpha_dropout", "feature_dropout"}
+RESHAPING = {"flatten", "unflatten", "view", "reshape", "contiguous", "squeeze", "unsqueeze"}
+
+
+def _source(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
+    """Where a value was computed that calls since then have only reshaped, or done nothing to (dropout)."""
+    while node.all_input_nodes and _call(node, traced) in IDLE | RESHAPING:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _call(node: fx.Node, traced: fx.GraphModule) -> str:
+    """The name of what a node calls; of a module its class, as "maxpool2d"."""
+    if node.op == "call_module":
+        return type(traced.get_submodule(str(node.target))).__name__.lower()
+    return _function(node)
+
+
+def _function(node: fx.Node) -> str:
+    """The name of the function or method that a node calls, without its overload: "flatten"."""
+    return getattr(node.target, "__name__", str(node.target)).partition(".")[0]
 
 
 def _batch_size(traced: fx.GraphModule) -> fx.Node:
@@ -269,7 +325,7 @@ def _crossing(traced: fx.GraphModule, cut: fx.Node, batch: fx.Node) -> list[fx.N
     """What varies with the images, is computed before the cut, and needed after it, besides the cut's result."""
     nodes = list(traced.graph.nodes)
     before, after = nodes[: nodes.index(cut)], nodes[nodes.index(cut) + 1 :]
-    known, varying = {cut, batch, *after}, _varying(nodes)
+    known, varying = {cut, batch, *after}, _varying(nodes, batch)
     found: dict[fx.Node, None] = {}
     waiting = list(after)
     while waiting:
@@ -289,7 +345,7 @@ def _origin(node: fx.Node) -> str:
         return "the images"
     if node.op == "call_module":
         return f"what {str(node.target)!r} gives"
-    name = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+    name = _function(node)
     modules = [name for name, _ in node.meta.get("nn_module_stack", {}).values() if name]
     return f"what {name} in {modules[-1]!r} gives" if modules else f"what {name} in the model's forward gives"
 
@@ -314,11 +370,11 @@ def _cloud(traced: fx.GraphModule, cut: fx.Node, batch: fx.Node) -> fx.GraphModu
     return _tidy(fx.GraphModule(traced, graph)).eval()
 
 
-def _varying(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """The nodes that depend on the images."""
+def _varying(nodes: Sequence[fx.Node], batch: fx.Node) -> set[fx.Node]:
+    """The nodes that depend on the images, and not only on how many there are."""
     found: set[fx.Node] = set()
     for node in nodes:
-        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+        if node is not batch and (node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes)):
             found.add(node)
     return found
 
@@ -327,7 +383,7 @@ def _in_place(node: fx.Node, root: nn.Module) -> bool:
     """Whether a call writes into its argument, so that it counts even where nobody reads its result."""
     if node.op == "call_module":
         return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
-    name = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+    name = _function(node)
     return bool(node.kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__")) or name == "iadd"
 
 

@@ -98,9 +98,7 @@ def test_residual_decoder_for_benchmarks() -> None:
 @pytest.mark.filterwarnings("ignore:make_decoder")  # some of these shapes look channels last
 @settings(max_examples=25, deadline=None)
 @given(
-    features=st.one_of(
-        st.tuples(st.integers(1, 40)), st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
-    ),
+    features=st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple),
     image=st.tuples(st.integers(1, 4), st.integers(1, 50), st.integers(1, 50)),
     kind=st.sampled_from(["paper", "residual"]),
 )
@@ -139,8 +137,32 @@ def test_channels_that_come_first_are_not(features, image) -> None:
     make_decoder(features, image, width=4)  # warnings are errors here
 
 
+@pytest.mark.parametrize(
+    ("tokens", "image", "extra", "size"),
+    [
+        (64, (3, 32, 32), 0, (8, 8)),
+        (197, (3, 224, 224), 1, (14, 14)),  # ViT-B/16
+        (201, (3, 224, 224), 5, (14, 14)),  # with four registers
+        (72, (3, 32, 64), 0, (6, 12)),
+        (33, (1, 64, 32), 1, (8, 4)),
+    ],
+)
+def test_tokens_are_places_of_the_image(tokens: int, image: tuple[int, ...], extra: int, size: tuple[int, int]) -> None:
+    decoder = make_decoder((tokens, 5), image, width=4)
+    grid = decoder[0](torch.arange(tokens * 5.0).reshape(1, tokens, 5))
+    assert grid.shape == (1, 5, *size)
+    assert grid[0, :, 1, 2].tolist() == [5.0 * (extra + size[1] + 2) + n for n in range(5)]
+
+
+@pytest.mark.parametrize(("tokens", "image"), [(24, (3, 32, 32)), (1, (3, 32, 64)), (70, (3, 30, 40))])
+def test_tokens_that_are_no_places_are_taken_as_they_are(tokens: int, image: tuple[int, ...]) -> None:
+    decoder = make_decoder((tokens, 5), image, width=4)
+    assert isinstance(decoder[0], nn.Flatten)
+    assert decoder[1].in_features == tokens * 5
+
+
 def test_measured_decoders_export() -> None:
-    for features in ((37,), (20, 7, 9)):
+    for features in ((37,), (20, 7, 9), (49, 6), (13, 6), (11, 6)):
         decoder = make_decoder(features, (3, 30, 40), width=8).eval()
         assert fastinv.export(decoder, torch.randn(2, *features)).output_shape == (3, 30, 40)
 
@@ -155,7 +177,7 @@ def test_initialisation_is_xavier_with_zero_biases() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (((8, 24), (1, 28, 28)), {}, "reshape features of other axes"),
+        (((8, 24, 24, 1), (1, 28, 28)), {}, "reshape features of other axes"),
         (((8,), (28, 28)), {}, "expected"),
         ((("8",), (1, 28, 28)), {}, "expected"),
         (((8.5, 4, 4), (1, 28, 28)), {}, "expected"),

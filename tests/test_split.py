@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch import nn
 
 import fastinv
 from fastinv.errors import FeatureError, SplitError
-from fastinv.models import cifar_net, lenet5
+from fastinv.models import cifar_net, lenet5, resnet_edge, transformer_edge
 
 TARGETS = {"lenet5": (lenet5, (1, 28, 28)), "cifar_net": (cifar_net, (3, 32, 32))}
 LAYERS = [(name, layer) for name, (make_target, _) in TARGETS.items() for layer, _ in make_target().named_children()]
@@ -114,6 +117,37 @@ def test_a_resnet_through_torch_export(at: str) -> None:
         torch.testing.assert_close(split.cloud(split.edge(z)), model(z))
     with pytest.warns(UserWarning, match=r"the cloud also needs what \w+ in 'maxpool' gives"):
         fastinv.Split(model, at="layer.0.0.bn1", example=torch.zeros(2, *shape))
+
+
+@pytest.mark.parametrize("example", [False, True])
+def test_split_points(example: bool) -> None:
+    def points(model: nn.Module, *shape: int) -> list[str]:
+        found = fastinv.split_points(model, torch.zeros(2, *shape) if example else None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            x = torch.rand(2, *shape)
+            model = model.eval()
+            for at in found:  # each can be cut, with nothing else that crosses
+                split = fastinv.Split(model, at, example=torch.zeros(2, *shape) if example else None)
+                torch.testing.assert_close(split.cloud(split.edge(x)), model(x))
+        return found
+
+    assert points(lenet5(), 1, 28, 28) == [
+        name for name, _ in lenet5().named_children() if name not in ("flatten", "fc3")
+    ]
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Dropout(), nn.Flatten(), nn.Linear(64, 10))
+    resnet = nn.Sequential(OrderedDict(edge=resnet_edge(), head=head))
+    inside = [f"edge.{name}" for name in ("conv1", "bn1", "relu", "maxpool", "layer1.0")]
+    assert points(resnet, 3, 32, 32) == [*inside, "edge", "head.0"]
+    # As torch.export has it, attention computes sizes from the number of images, which do not cross.
+    transformer = nn.Sequential(transformer_edge(), nn.Flatten(), nn.Linear(64 * 192, 10))
+    assert points(transformer, 3, 32, 32) == ["0.tokens.patches", "0.tokens", "0.blocks.0", "0"]
+
+
+def test_a_model_that_cannot_be_cut_has_no_split_points() -> None:
+    assert fastinv.split_points(nn.Sequential(nn.Flatten(), nn.Linear(16, 4))) == []
+    with pytest.raises(SplitError, match="expected a torch"):
+        fastinv.split_points("model")
 
 
 def test_the_model_is_left_alone() -> None:
