@@ -43,6 +43,7 @@ from fastinv.network import Network, Step
 if TYPE_CHECKING:
     from fastinv.attacks.inverse_network import train_inverse_network
     from fastinv.attacks.shadow import fit_shadow, train_shadow
+    from fastinv.auditing.run import AuditReport, audit
     from fastinv.bulk.log import LogReport, invert_log
     from fastinv.data import knowledge
     from fastinv.metrics import psnr, ssim
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AuditReport": "fastinv.auditing.run",
+    "audit": "fastinv.auditing.run",
     "LogReport": "fastinv.bulk.log",
     "Split": "fastinv.split",
     "fit_shadow": "fastinv.attacks.shadow",
@@ -67,6 +70,7 @@ _LAZY = {
 
 __all__ = [
     "RMLE",
+    "AuditReport",
     "BackendError",
     "DataError",
     "Engine",
@@ -86,6 +90,7 @@ __all__ = [
     "Step",
     "TrainingError",
     "UnsupportedOp",
+    "audit",
     "compile",
     "export",
     "fit_shadow",

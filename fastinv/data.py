@@ -66,6 +66,10 @@ class Dataset:
         """The chosen images."""
         return Dataset(self.images[indices], self.labels[indices], self.classes, self.name)
 
+    def sample(self, count: int | None, seed: int = 0) -> Dataset:
+        """As many images, chosen by the seed; all of them, in an order by the seed, where there are no more."""
+        return self.subset(_generator(seed, 2).permutation(len(self))[:count])
+
 
 def load(source: str | Path, *, size: tuple[int, int] | None = None, seed: int = 0) -> tuple[Dataset, Dataset]:
     """The training and the test set in a folder.
@@ -160,13 +164,28 @@ def knowledge(
     count = available if n is None else n
     if not (is_whole(count) and count >= 0 and (kind == "noise" or count <= available)):
         raise DataError(f"knowledge: {n!r:.40} images asked for, of {available} of kind {kind!r}")
-    numbers = normalisation(mean, std, dataset.image_shape[0], DataError)
-    if kind == "noise":
-        z = _generator(seed, 1).standard_normal((count, *dataset.image_shape), dtype=np.float32)
-        shift, scale = (np.asarray(values, np.float32).reshape(-1, 1, 1) for values in numbers)
-        noise: npt.NDArray[np.float32] = z * scale + shift
-        return noise
-    return dataset.pixels((same if kind == "same" else other)[:count])
+    drawn = noise(count if kind == "noise" else 0, dataset.image_shape, seed=seed, mean=mean, std=std)
+    return drawn if kind == "noise" else dataset.pixels((same if kind == "same" else other)[:count])
+
+
+def noise(
+    count: int,
+    shape: Sequence[int],
+    *,
+    seed: int = 0,
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+) -> npt.NDArray[np.float32]:
+    """Images [C, H, W] of Gaussian noise, mean + std · N(0, 1), as pixels [count, C, H, W]; they may leave [0, 1].
+
+    Raises:
+        DataError: a seed below 0, or a normalisation that is none.
+    """
+    numbers = normalisation(mean, std, shape[0], DataError)
+    shift, scale = (np.asarray(values, np.float32).reshape(-1, 1, 1) for values in numbers)
+    z = _generator(seed, 1).standard_normal((count, *shape), dtype=np.float32)
+    drawn: npt.NDArray[np.float32] = z * scale + shift
+    return drawn
 
 
 # ---- MNIST, CIFAR-10, Hugging Face ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command line: `fastinv demo | train | invert | reproduce | info | bench`, one file each.
+"""The command line: `fastinv demo | train | invert | audit | reproduce | info | bench`, one file each.
 
 Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 3 finished but for some rows or files of a
 log, 130 interrupted, or ended by SIGTERM.
@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import fastinv
-from fastinv.cli import bench, demo, info, invert, reproduce, train
+from fastinv.cli import audit, bench, demo, info, invert, reproduce, train
 from fastinv.errors import FastinvError
 
-COMMANDS = (demo, train, invert, reproduce, info, bench)
+COMMANDS = (demo, train, invert, audit, reproduce, info, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -93,10 +93,10 @@ def shapes(inverter: Inverter) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Rows under a header, as aligned text: columns of numbers to the right, the others to the left."""
-    columns = []
+    """Rows under a header, as aligned text: columns of numbers but the first to the right, others to the left."""
+    columns: list[list[str]] = []
     for cells in zip(header, *rows, strict=True):
         width = max(map(len, cells))
-        numeric = all(cell[:1].isdigit() for cell in cells[1:])
+        numeric = columns and all(cell[:1].isdigit() for cell in cells[1:])
         columns.append([cell.rjust(width) if numeric else cell.ljust(width) for cell in cells])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))

@@ -1,12 +1,12 @@
 """What came out, on disk: a folder for each target, in which an experiment is done when its JSON file is there.
 
-TARGET/settings.json     what decides the figures: a folder goes on with the same alone
-TARGET/target.pt         the target's weights
-TARGET/target.json       their SHA-256, and the fraction of test images that it puts into their class
-TARGET/truth.npz         the first of the test images that are recovered, uint8 [n, C, H, W]
-TARGET/NAME.json         scores and how they came about, of the experiment NAME, written last
-TARGET/NAME.npz          psnr and ssim of each image [N], and the first images, as recovered: uint8 [n, C, H, W]
-TARGET/NAME.finv         the inverter
+settings.json     what decides the figures: a folder goes on with the same alone
+target.pt         the target's weights, where fastinv trained it
+target.json       their SHA-256, and the fraction of test images that it puts into their class
+truth.npz         the first of the test images that are recovered, uint8 [n, C, H, W]
+NAME.json         scores and how they came about, of the experiment NAME, written last
+NAME.npz          psnr and ssim of each image [N], and the first images, as recovered: uint8 [n, C, H, W]
+NAME.finv         the inverter
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy.typing as npt
 from fastinv import strict_json
 from fastinv.errors import FormatError
 from fastinv.experiment.cells import Cell
-from fastinv.experiment.scores import RECOGNISABLE, Pixels, Scores
+from fastinv.experiment.scores import Pixels, Scores
 from fastinv.places import make_folder, new_file
 from fastinv.tensors import is_number
 
@@ -46,7 +46,7 @@ class Result:
     Attributes:
         split, attack: what it was; the attack by its name.
         psnr, ssim: means over the images, in dB and up to 1, as of `Scores.means`.
-        recognisable: the fraction of images whose SSIM is at least 0.3.
+        recognisable: the fraction of images as of `Scores.recognisable`.
         images: how many test images were recovered.
         chosen_on: of rMLE: on how many training images its recipe was chosen; 0 for inverse networks.
         recipe: of rMLE: what was chosen, with the mean PSNR and SSIM of these; empty for inverse networks.
@@ -70,8 +70,7 @@ class Result:
     @classmethod
     def of(cls, cell: Cell, scores: Scores, **more: Any) -> Result:
         """The means of scores."""
-        recognisable = float((scores.ssim >= RECOGNISABLE).mean())
-        return cls(cell.split, cell.attack.name, *scores.means, recognisable, len(scores.psnr), **more)
+        return cls(cell.split, cell.attack.name, *scores.means, scores.recognisable, len(scores.psnr), **more)
 
 
 KINDS: dict[str, type] = {  # of a result's fields, in JSON
@@ -100,8 +99,9 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     found = read_settings(folder)
     for name in sorted(settings | found):
         if found.get(name) != settings.get(name):
-            if not (folder / WEIGHTS).exists():  # nothing was done yet
-                (folder / CHECKPOINT).unlink(missing_ok=True)
+            if not ((folder / WEIGHTS).exists() or any(folder.glob("*.finv"))):  # nothing was done yet
+                for checkpoint in folder.glob("*.checkpoint"):
+                    checkpoint.unlink()
                 _write(file, settings)
                 return
             raise FormatError(
@@ -136,8 +136,17 @@ def write_target(folder: Path, sha256: str, accuracy: float, truth: Pixels) -> N
     file = folder / TARGET
     if file.exists() and read_target(folder)["sha256"] != sha256:
         raise FormatError(f"{folder}: {WEIGHTS} is not the target that the results here are of; choose another folder")
-    _write_arrays(folder / TRUTH, images=_bytes(truth))
+    write_truth(folder, truth)
     _write(file, {"sha256": sha256, "accuracy": accuracy})
+
+
+def write_truth(folder: Path, truth: Pixels) -> None:
+    """Keep the first images that are to be recovered.
+
+    Raises:
+        FormatError: they cannot be written.
+    """
+    _write_arrays(folder / TRUTH, images=_bytes(truth))
 
 
 def read_target(folder: Path) -> dict[str, Any]:
@@ -159,7 +168,7 @@ def knows_target(folder: Path) -> bool:
 
 
 def read_truth(folder: Path) -> Bytes:
-    """The images of `write_target`, uint8 [n, C, H, W].
+    """The images of `write_truth`, uint8 [n, C, H, W].
 
     Raises:
         FormatError: they are missing or damaged.

@@ -46,6 +46,7 @@ class Runner(ABC):
         optimizer: of rMLE, a key of `fastinv.experiment.recipe.STEPS`.
         threads: of rMLE and inverse networks; training takes those that torch is set to.
         progress: whether to show progress bars.
+        tell: takes a line about each experiment.
     """
 
     folder: Path
@@ -53,6 +54,7 @@ class Runner(ABC):
     optimizer: str
     threads: int | None
     progress: bool
+    tell: Callable[[str], object]
 
     @abstractmethod
     def split(self, at: str) -> Split:
@@ -97,10 +99,10 @@ class Runner(ABC):
                 found = self.attempt(cell)
             except FastinvError as error:
                 failed[cell] = " ".join(str(error).split())
-                print(f"{title}  failed: {failed[cell]}", flush=True)
+                self.tell(f"{title}  failed: {failed[cell]}")
                 continue
             self.keep(cell, found)
-            print(f"{title}  {_summary(cell, found.result)}", flush=True)
+            self.tell(f"{title}  {_summary(cell, found.result)}")
             report()
         return failed
 

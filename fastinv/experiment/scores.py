@@ -32,6 +32,11 @@ class Scores:
         """Mean PSNR in dB, for which an image counts `MOST_PSNR` at most, and mean SSIM."""
         return float(self.psnr.clip(max=MOST_PSNR).mean()), float(self.ssim.mean())
 
+    @property
+    def recognisable(self) -> float:
+        """The fraction of images whose SSIM is at least `RECOGNISABLE`."""
+        return float((self.ssim >= RECOGNISABLE).mean())
+
     def captions(self) -> list[str]:
         """One text an image."""
         return [f"{p:.1f} dB / {s:.2f}" for p, s in zip(self.psnr, self.ssim, strict=True)]

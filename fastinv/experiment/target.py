@@ -209,8 +209,7 @@ class Experiment:
 
     def held_out(self, count: int) -> Pixels:
         """Test images, chosen by the seed, pixels [min(count, all), C, H, W]."""
-        order = np.random.default_rng((self.seed, 2)).permutation(len(self.test))
-        return self.test.pixels(order[:count])
+        return self.test.sample(count, self.seed).pixels()
 
     def _identity(self) -> dict[str, Any]:
         """What has to agree for a target's weights to be of this experiment."""

@@ -9,12 +9,10 @@ from typing import Any
 
 from fastinv.experiment import results
 from fastinv.experiment.cells import Cell
+from fastinv.experiment.reporting import HOW_CHOSEN, draw, figures, markdown, recipe_table, write_text
 from fastinv.experiment.results import Result
 from fastinv.experiment.scores import RECOGNISABLE
 from fastinv.experiment.target import MODELS
-from fastinv.picture import Row, picture
-from fastinv.pixels import as_pixels
-from fastinv.places import new_file
 from fastinv.reproduce.paper import DATA, TABLES, Table, cells
 
 REPORT, RECORDS = "report.md", "results.json"
@@ -45,9 +43,8 @@ def write_report(out: Path) -> Path:
         text += _pictures(out, model.name, found)
         records += [_record(model.name, cell, result) for cell, result in found.items()]
     path = out / REPORT
-    for file, content in ((path, "\n".join(text)), (out / RECORDS, json.dumps(records, indent=1) + "\n")):
-        with results.telling(file), new_file(file) as opened:
-            opened.write(content.encode())
+    write_text(path, "\n".join(text))
+    write_text(out / RECORDS, json.dumps(records, indent=1) + "\n")
     return path
 
 
@@ -72,51 +69,36 @@ def _section(target: str, folder: Path, found: Found) -> list[str]:
     for table in TABLES.values():
         if any(Cell(split, attack) in found for split in table.splits(target) for attack in table.attacks):
             lines += [f"### {table.title}", *(_by_layer if table.layers else _by_attack)(table, target, found), ""]
-    recipes = [(cell, result) for cell, result in found.items() if result.recipe]
+    recipes = {cell: result for cell, result in found.items() if result.recipe}
     if recipes:
         lines += [
             "### How rMLE was set",
-            f"By {OPTIMIZER_NAMES[settings['optimizer']]}. λ, β and the number of steps were chosen on "
-            f"{recipes[0][1].chosen_on} of the attacker's training images, from features such as he will see: the "
-            "edge's, or for a query-free attack those of a second shadow.",
+            f"By {OPTIMIZER_NAMES[settings['optimizer']]}. {HOW_CHOSEN.format(next(iter(recipes.values())).chosen_on)}",
+            "",
+            *recipe_table(recipes),
             "",
         ]
-        lines += _markdown(
-            ["split point", "attack", "λ", "β", "steps", "PSNR there"],
-            [[cell.split, cell.attack.title, *_recipe(result)] for cell, result in recipes],
-        )
-        lines.append("")
     return lines
 
 
 def _by_attack(table: Table, target: str, found: Found) -> list[str]:
     splits = table.splits(target)
     rows = [[a.title, *(_entry(Cell(at, a), found) for at in splits)] for a in table.attacks]
-    return _markdown(["", *splits], rows)
+    return markdown(["", *splits], rows)
 
 
 def _by_layer(table: Table, target: str, found: Found) -> list[str]:
     rows = [[at, *(_entry(Cell(at, a), found) for a in table.attacks)] for at in table.splits(target)]
-    return _markdown(["cut after", *(attack.title for attack in table.attacks)], rows)
+    return markdown(["cut after", *(attack.title for attack in table.attacks)], rows)
 
 
 def _entry(cell: Cell, found: Found) -> str:
     result = found.get(cell)
-    text = "" if result is None else f"{result.psnr:.2f} / {result.ssim:.3f}, {result.recognisable:.0%}"
+    text = "" if result is None else figures(result)
     if cell.split in cell.attack.published:
         psnr, ssim = cell.attack.published[cell.split]
         text += f" ({psnr:.2f} / {ssim:.3f})"
     return text.strip()
-
-
-def _recipe(result: Result) -> list[str]:
-    recipe = result.recipe
-    steps = f"{recipe['steps']:,}" + (f" of size {recipe['lr']:g}" if "lr" in recipe else "")
-    return [f"{recipe['tv_weight']:g}", f"{recipe['tv_beta']:g}", steps, f"{recipe['psnr']:.2f} dB"]
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
 
 
 def _pictures(out: Path, target: str, found: Found) -> list[str]:
@@ -132,14 +114,6 @@ def _pictures(out: Path, target: str, found: Found) -> list[str]:
     for name, rows in drawings.items():
         if rows:
             file = out / f"{target}-{name}.png"
-            truth = Row("truth", as_pixels(results.read_truth(folder), "uint8"))
-            image = picture([truth, *(_row(folder, cell, title) for cell, title in rows)])
-            with results.telling(file), new_file(file) as opened:
-                image.save(opened, "PNG")
+            draw(file, folder, rows)
             lines += [f"![{target}, {name}]({file.name})", ""]
     return ["### What they look like", *lines] if lines else []
-
-
-def _row(folder: Path, cell: Cell, title: str) -> Row:
-    images, scores = results.read_images(folder, cell)
-    return Row(title, as_pixels(images, "uint8"), scores.captions())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,8 @@ class PaperRunner(Runner):
         sha256 = results.sha256(weights.numpy() for weights in target.state_dict().values())
         results.write_target(folder, sha256, accuracy, truth)
         print(f"{experiment.model.name}: {accuracy:.2%} of the test images classified right", flush=True)
-        return cls(folder, truth, effort.optimizer, threads, progress, experiment, effort, target, device)
+        tell = partial(print, flush=True)
+        return cls(folder, truth, effort.optimizer, threads, progress, tell, experiment, effort, target, device)
 
     def split(self, at: str) -> Split:
         return Split(self.target, at, self.experiment.model.mean, self.experiment.model.std)

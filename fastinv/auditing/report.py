@@ -1,0 +1,122 @@
+"""The report of an audit: what each attack recovers, by split point, as text, as data and as pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from fastinv.auditing.points import Point
+from fastinv.experiment import results
+from fastinv.experiment.cells import Cell
+from fastinv.experiment.reporting import HOW_CHOSEN, draw, figures, markdown, recipe_table, write_text
+from fastinv.experiment.results import Result
+from fastinv.experiment.scores import RECOGNISABLE, Scores
+
+REPORT, RECORDS, OVERVIEW = "report.md", "results.json", "overview.png"
+ATTACKS = "attacks"  # the folder beside them for what each attack gave
+Found = Mapping[Cell, Result]
+
+
+def write_report(
+    out: Path,
+    model: str,
+    points: Mapping[str, Point],
+    found: Found,
+    nothing: Scores,
+    failed: Mapping[Cell, str],
+) -> None:
+    """Write `report.md`, `results.json` and pictures into the folder `out`.
+
+    Args:
+        points: what is told of each split point of `found`.
+        found: results, in the order of the model's forward.
+        nothing: scores of what needs no features.
+        failed: why others have none.
+
+    Raises:
+        FormatError: a picture cannot be drawn from what is kept, or the report not be written.
+    """
+    lines = [*_head(out, model, nothing), *_summary(points, found), *_all_attacks(found)]
+    recipes = {cell: result for cell, result in found.items() if result.recipe}
+    if recipes:
+        chosen_on = next(iter(recipes.values())).chosen_on
+        lines += ["## How rMLE was set", HOW_CHOSEN.format(chosen_on), "", *recipe_table(recipes), ""]
+    if failed:
+        rows = [[cell.split, cell.attack.title, reason] for cell, reason in failed.items()]
+        lines += ["## What failed", *markdown(["cut after", "attack", "why"], rows), ""]
+    lines += _pictures(out, found)
+    write_text(out / REPORT, "\n".join(lines))
+    records = [_record(points[cell.split], result) for cell, result in found.items()]
+    write_text(out / RECORDS, json.dumps(records, indent=1) + "\n")
+
+
+def strongest(found: Found) -> dict[str, Cell]:
+    """By split point the experiment of the highest mean SSIM."""
+    best: dict[str, Cell] = {}
+    for cell, result in found.items():
+        if cell.split not in best or result.ssim > found[best[cell.split]].ssim:
+            best[cell.split] = cell
+    return best
+
+
+def _head(out: Path, model: str, nothing: Scores) -> list[str]:
+    settings = results.read_settings(out / ATTACKS)
+    psnr, ssim = nothing.means
+    return [
+        f"# What {model} gives away, by where it is cut",
+        f"An entry is the mean PSNR in dB and the mean SSIM of {len(nothing.psnr):,} recovered images, and the share "
+        f"of them that can be recognised (an SSIM of {RECOGNISABLE} or more). This leaks at least: a better attack may "
+        "recover more.",
+        "",
+        f"Without any features, the mean of the attacker's images gives {psnr:.2f} / {ssim:.3f}, "
+        f"{nothing.recognisable:.0%}: what is no better tells him nothing.",
+        "",
+        f"Inverse networks (kind {settings['kind']}) learned for {settings['epochs']} epochs, shadows for "
+        f"{settings['shadow_epochs']}, in {settings['precision']}, seed {settings['seed']}; rMLE went by "
+        f"{settings['optimizer']}.",
+        "",
+    ]
+
+
+def _summary(points: Mapping[str, Point], found: Found) -> list[str]:
+    rows = []
+    for at, cell in strongest(found).items():
+        point, result = points[at], found[cell]
+        shape = " × ".join(map(str, point.feature_shape))
+        size = f"{point.kibibytes:,.1f}"
+        work = "" if point.flops is None else f"{point.flops / 1e6:,.2f}"
+        rows.append([at, shape, size, work, cell.attack.title, figures(result)])
+    header = ["cut after", "features", "KiB in float32", "MFLOP of the edge", "strongest attack", "recovered"]
+    return ["## The strongest attack", *markdown(header, rows), ""]
+
+
+def _all_attacks(found: Found) -> list[str]:
+    attacks = list(dict.fromkeys(cell.attack for cell in found))
+    rows = [
+        [at, *(figures(found[cell]) if (cell := Cell(at, attack)) in found else "" for attack in attacks)]
+        for at in dict.fromkeys(cell.split for cell in found)
+    ]
+    return ["## All attacks", *markdown(["cut after", *(attack.title for attack in attacks)], rows), ""]
+
+
+def _pictures(out: Path, found: Found) -> list[str]:
+    """Draw the strongest attack at every split point, and all attacks at each; the lines that show it."""
+    best = strongest(found)
+    drawings = {OVERVIEW: [(cell, f"cut after {at}: {cell.attack.title}") for at, cell in best.items()]}
+    for at in best:
+        drawings[f"{quote(at, safe='')}.png"] = [(cell, cell.attack.title) for cell in found if cell.split == at]
+    lines = []
+    for name, rows in drawings.items():
+        if rows and results.read_truth(out / ATTACKS).shape[1] in (1, 3):
+            draw(out / name, out / ATTACKS, rows)
+            lines += [f"![{name.removesuffix('.png')}]({quote(name)})", ""]
+    return ["## What they look like", *lines] if lines else []
+
+
+def _record(point: Point, result: Result) -> dict[str, Any]:
+    """A result and its split point, as JSON values."""
+    return {**asdict(result), "feature_shape": list(point.feature_shape), "edge_flops": point.flops}

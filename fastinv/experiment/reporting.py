@@ -1,0 +1,64 @@
+"""What reports have in common: tables, figures and pictures of results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fastinv.experiment import results
+from fastinv.experiment.cells import Cell
+from fastinv.experiment.results import Result
+from fastinv.picture import Row, picture
+from fastinv.pixels import as_pixels
+from fastinv.places import new_file
+
+HOW_CHOSEN = (
+    "λ, β and the number of steps were chosen on {} of the attacker's training images, from features such as he will "
+    "see: the edge's, or for a query-free attack those of a second shadow."
+)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
+
+
+def figures(result: Result) -> str:
+    """Mean PSNR in dB / mean SSIM, share of images that can be recognised."""
+    return f"{result.psnr:.2f} / {result.ssim:.3f}, {result.recognisable:.0%}"
+
+
+def recipe_table(recipes: Mapping[Cell, Result]) -> list[str]:
+    """How rMLE was set, and what it gave on the images that this was chosen on."""
+    rows = []
+    for cell, result in recipes.items():
+        recipe = result.recipe
+        steps = f"{recipe['steps']:,}" + (f" of size {recipe['lr']:g}" if "lr" in recipe else "")
+        chosen = [f"{recipe['tv_weight']:g}", f"{recipe['tv_beta']:g}", steps, f"{recipe['psnr']:.2f} dB"]
+        rows.append([cell.split, cell.attack.title, *chosen])
+    return markdown(["split point", "attack", "λ", "β", "steps", "PSNR there"], rows)
+
+
+def draw(file: Path, folder: Path, rows: Sequence[tuple[Cell, str]]) -> None:
+    """Draw the first images that experiments recovered, each under its title, below the true ones.
+
+    Raises:
+        FormatError: what is to be drawn cannot be read, or the picture not be written.
+    """
+    drawn = [Row("truth", as_pixels(results.read_truth(folder), "uint8"))]
+    for cell, title in rows:
+        images, scores = results.read_images(folder, cell)
+        drawn.append(Row(title, as_pixels(images, "uint8"), scores.captions()))
+    image = picture(drawn)
+    with results.telling(file), new_file(file) as opened:
+        image.save(opened, "PNG")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file of text.
+
+    Raises:
+        FormatError: it cannot be written.
+    """
+    with results.telling(file), new_file(file) as opened:
+        opened.write(text.encode())

@@ -1,0 +1,110 @@
+"""A model of the user's, from where its code is and, if not in it, from a file of weights."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+from fastinv.checkpoints import load_tensors
+from fastinv.errors import FormatError, NetworkError
+
+NESTED = ("state_dict", "model_state_dict", "model", "weights")  # where training scripts put them among other things
+
+
+def load_model(place: str, weights: str | Path | None = None) -> tuple[nn.Module, Callable[[], nn.Module] | None]:
+    """A model in eval mode; and what makes an untrained one, where that can be told.
+
+    Args:
+        place: "FILE.py:NAME" or "PACKAGE.MODULE:NAME"; NAME is an `nn.Module`, or a callable without arguments that
+            makes one. The code there is run.
+        weights: a file of them, `.safetensors` or what `torch.save` wrote of a state dict; no code in it is run. They
+            have to fit the model wholly. With them, what NAME makes counts as untrained.
+
+    Raises:
+        NetworkError: there is no such code, it fails, or gives no model.
+        FormatError: the weights cannot be read, or do not fit.
+    """
+    path, colon, name = place.rpartition(":")
+    if not (colon and path and name):
+        raise NetworkError(f"{place}: expected FILE.py:NAME or PACKAGE.MODULE:NAME, NAME a model or what makes one")
+    found: Any = _imported(path)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            names = ", ".join(known for known in vars(found) if known[0] != "_") or "none"
+            raise NetworkError(f"{path}: has no {part!r:.60}; it has {names:.200}")
+        found = getattr(found, part)
+    make = None if isinstance(found, nn.Module) else found
+    model = found if make is None else _made(place, make)
+    if weights is None:
+        return model.eval(), None
+    _load_weights(model, Path(weights))
+    return model.eval(), None if make is None else lambda: _made(place, make)
+
+
+def _imported(path: str) -> ModuleType:
+    """The module in a file, or of a name. Files beside the first are found by its imports, as by a script's."""
+    try:
+        if not path.endswith(".py"):
+            sys.path.insert(0, "")
+            return importlib.import_module(path)
+        file = Path(path).resolve()
+        sys.path.insert(0, str(file.parent))
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except Exception as error:  # of the user's code, any
+        raise NetworkError(f"{path}: cannot be imported ({type(error).__name__}: {error!s:.200})") from error
+    finally:
+        sys.path.pop(0)
+
+
+def _made(place: str, make: Any) -> nn.Module:
+    try:
+        model = make()
+    except Exception as error:  # likewise
+        raise NetworkError(
+            f"{place}: fails, called without arguments ({type(error).__name__}: {error!s:.200}); write a function that "
+            "needs none"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise NetworkError(f"{place}: gives a {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
+def _load_weights(model: nn.Module, file: Path) -> None:
+    state = _state_of(file)
+    consume_prefix_in_state_dict_if_present(state, "module.")  # of DataParallel
+    consume_prefix_in_state_dict_if_present(state, "_orig_mod.")  # of torch.compile
+    try:
+        model.load_state_dict(state)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise FormatError(f"{file}: not the weights of this model ({' '.join(str(error).split()):.300})") from None
+
+
+def _state_of(file: Path) -> dict[str, Any]:
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise FormatError(f"{file}: cannot be read ({error!s:.200})") from None
+    state = load_tensors(file)
+    for name in NESTED:
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    if not isinstance(state, dict):
+        raise FormatError(f"{file}: holds a {type(state).__name__}, expected a state dict")
+    return dict(state)
