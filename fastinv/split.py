@@ -239,7 +239,9 @@ def _export(model: nn.Module, example: torch.Tensor) -> fx.GraphModule:
     batch = torch.export.Dim("batch", min=2)
     try:
         with torch.no_grad():
-            program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},), strict=False)
+            program = torch.export.export(
+                model, (example.to(place_of(model)),), dynamic_shapes=({0: batch},), strict=False
+            )
     except Exception as error:  # torch.export raises many types
         raise SplitError(
             f"Split: torch.export cannot trace {type(model).__name__} ({error!s:.300}); its forward must not branch "

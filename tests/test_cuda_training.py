@@ -49,3 +49,17 @@ def test_a_split_of_a_model_that_is_there() -> None:
     here = fastinv.Split(model, "ReLU2", **NORM).features(IMAGES)
     there = fastinv.Split(model.to(DEVICE), "ReLU2", **NORM).features(IMAGES)
     assert abs(here - there).max() < 1e-2  # tf32
+
+
+def test_an_audit_of_a_model_that_is_there(tmp_path) -> None:
+    attacks = ["rmle", "inverse_network", "shadow", "fit_shadow"]
+    options = {"labels": LABELS[:16], "untrained": lenet5, "epochs": 1, "shadow_epochs": 1, **NORM}
+    for name, example in (("fx", None), ("export", torch.zeros(2, 1, 28, 28))):
+        report = fastinv.audit(
+            *(lenet5().to(DEVICE), IMAGES[:16], IMAGES[16:18], tmp_path / name),
+            at=["pool1"],
+            attacks=attacks if name == "fx" else attacks[:1],
+            example=example,
+            **options,
+        )
+        assert not report.failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Sequence
@@ -12,7 +13,19 @@ from torch import nn
 
 from fastinv.errors import SplitError, UnsupportedOp
 from fastinv.export import export
+from fastinv.network import Network
+from fastinv.schedule import place_of
 from fastinv.split import Split, split_points
+
+
+def exported(module: nn.Module, shape: tuple[int, ...]) -> Network:
+    """A module that takes [N, *shape], exported; of one on a GPU a copy of it is.
+
+    Raises:
+        UnsupportedOp: it has an operation that cannot be.
+    """
+    here = module if place_of(module).type == "cpu" else copy.deepcopy(module).cpu()
+    return export(here, torch.zeros(2, *shape))
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,7 @@ class Point:
         """
         shape = tuple(split.features(torch.zeros(1, *image_shape)).shape[1:])
         try:
-            return cls(split.at, shape, export(split.edge, torch.zeros(2, *image_shape)).flops)
+            return cls(split.at, shape, exported(split.edge, image_shape).flops)
         except UnsupportedOp:
             return cls(split.at, shape, None)
 

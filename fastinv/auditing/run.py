@@ -16,7 +16,7 @@ from torch import nn
 from fastinv import pixels, tensors
 from fastinv.attacks.inverse_network import train_inverse_network
 from fastinv.attacks.shadow import fit_shadow, train_shadow
-from fastinv.auditing.points import Cuts, Point
+from fastinv.auditing.points import Cuts, Point, exported
 from fastinv.auditing.report import ATTACKS as FOLDER
 from fastinv.auditing.report import RECORDS, REPORT, write_report
 from fastinv.data import noise
@@ -27,7 +27,6 @@ from fastinv.experiment.recipe import STEPS
 from fastinv.experiment.results import Result
 from fastinv.experiment.run import Runner
 from fastinv.experiment.scores import Pixels, Scores
-from fastinv.export import export
 from fastinv.inverters import RMLE, InverseNetwork
 from fastinv.models import make_decoder
 from fastinv.places import sweep
@@ -245,11 +244,11 @@ class AuditRunner(Runner):
 
     def inverse_network(self, cell: Cell, split: Split, module: nn.Module) -> InverseNetwork:
         shape = split.features(self.truth[:1]).shape[1:]
-        network = export(module, torch.zeros(2, *shape))
+        network = exported(module, shape)
         return InverseNetwork(network, split.mean, split.std, provenance=self._provenance(cell))
 
     def rmle(self, cell: Cell, split: Split, edge: nn.Module) -> Callable[[dict[str, Any]], RMLE]:
-        network = export(edge, torch.zeros(2, *self.truth.shape[1:]))
+        network = exported(edge, self.truth.shape[1:])
         start = RMLE(network, mean=split.mean, std=split.std, clamp=None, provenance=self._provenance(cell))
         return lambda options: replace(start, **options)
 

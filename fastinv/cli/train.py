@@ -1,7 +1,7 @@
 """Train a target and an attack on it; write the attack to a .finv file.
 
 The targets are the paper's two: lenet5, for grey images of 28×28 pixels, and cifar_net, for colours of 32×32; pictures
-in folders are resized to these. A model of your own is attacked from Python: see fastinv.Split,
+in folders are resized to these. A model of your own is attacked by `fastinv audit`, or from Python: see fastinv.Split,
 fastinv.train_inverse_network and fastinv.export.
 """
 
