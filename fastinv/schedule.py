@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-OPTIMIZERS = ("adam", "sgd")
+OPTIMIZERS: dict[str, tuple[str, dict[str, float]]] = {  # what torch.optim calls them, with which options
+    "adam": ("Adam", {}),
+    "sgd": ("SGD", {"momentum": 0.9}),
+}
 PRECISIONS = ("float32", "bfloat16")
 DEVICES = ("cpu", "cuda")
 
@@ -63,6 +67,14 @@ class Schedule:
     def identity(self) -> dict[str, Any]:
         """What has to agree for two runs to be one: all but the device."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "device"}
+
+    def optimizer_of(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """A new optimizer of parameters."""
+        import torch
+
+        name, options = OPTIMIZERS[self.optimizer]
+        made: torch.optim.Optimizer = getattr(torch.optim, name)(parameters, lr=self.lr, **options)
+        return made
 
     def forward(self, module: nn.Module, x: torch.Tensor) -> Any:
         """What a module gives for x, computed in this precision where the module is; as float32."""

@@ -25,11 +25,6 @@ from fastinv.schedule import Schedule, place_of
 from fastinv.split import normalise
 from fastinv.tensors import chunks
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
-}
-
 # FLOPs of a step below which one thread is used: the work of a few milliseconds is not worth OpenMP's barriers, which
 # on a machine that does other work, too, cost several times as much.
 SMALL_STEP = 300_000_000
@@ -70,7 +65,7 @@ def fit(
     total = schedule.epochs * batches
     module.train()
     with _placed(module, schedule.device):
-        optimizer = OPTIMIZERS[schedule.optimizer]([p for p in module.parameters() if p.requires_grad], lr=schedule.lr)
+        optimizer = schedule.optimizer_of(p for p in module.parameters() if p.requires_grad)
         first = 0
         kept: Checkpoint | None = None
         if checkpoint is not None:

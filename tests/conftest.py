@@ -13,6 +13,7 @@ if not Path("/dev/nvidiactl").exists():
 # Many small products in the interpreter: OpenBLAS's threads would wait for each other longer than one takes alone.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import amx
 import pytest
 import samples
 import torch
@@ -65,6 +66,13 @@ def backend(request: pytest.FixtureRequest) -> str:
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every instruction set that runs here, by name, as the one that the cpu backend takes."""
     monkeypatch.setenv("FASTINV_ISA", request.param)
+    return str(request.param)
+
+
+@pytest.fixture(params=amx.PLACES)
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An instruction set whose kernels have tiles; of the portable ones no user is told."""
+    amx.use(request.param, monkeypatch)
     return str(request.param)
 
 

@@ -194,7 +194,7 @@ def _attack(args: argparse.Namespace, experiment: Experiment, split: Split) -> I
         return experiment.rmle(split, split.edge, solver, attack="rmle")
     training = _given(args, TRAINING + WHERE) | {"seed": args.seed, "checkpoint": _checkpoint(args, args.attack)}
     known = {"attack": args.attack, "knowledge": args.knowledge, "images": args.images or "all"}
-    known |= _given(args, TRAINING)
+    known |= _given(args, (*TRAINING, "precision"))
     if args.attack == "inverse_network":
         decoder = _inverse_network(args, experiment, split, training)
         return experiment.inverse_network(split, decoder, **known, decoder=args.kind)
