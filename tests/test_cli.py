@@ -468,7 +468,7 @@ def _file(path: Path) -> Path:
         ("inverse_network", ["--knowledge", "noise", "--images", 20], "inverse_network"),
         ("rmle", ["--rmle-lr", 0.02], "rmle"),
         ("shadow", ["--architecture", "different"], "rmle"),
-        ("fit_shadow", ["--knowledge", "same"], "rmle"),
+        ("fit_shadow", ["--knowledge", "same", "--precision", "bfloat16"], "rmle"),
     ],
 )
 def test_train(
@@ -482,6 +482,7 @@ def test_train(
     inverter = fastinv.load(out)
     assert (inverter.kind, inverter.feature_shape, inverter.image_shape) == (kind, (16, 8, 8), (1, 28, 28))
     known = {"target": "lenet5", "split": "ReLU2", "attack": attack, "seed": 3}
+    known |= {"precision": "bfloat16"} if "bfloat16" in options else {}
     assert known.items() <= dict(inverter.provenance).items()
     if isinstance(inverter, fastinv.RMLE):
         assert (inverter.steps, inverter.lr) == (2, 0.02 if attack == "rmle" else 1e-3)
