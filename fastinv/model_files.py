@@ -32,21 +32,40 @@ def load_model(place: str, weights: str | Path | None = None) -> tuple[nn.Module
         NetworkError: there is no such code, it fails, or gives no model.
         FormatError: the weights cannot be read, or do not fit.
     """
-    path, colon, name = place.rpartition(":")
-    if not (colon and path and name):
-        raise NetworkError(f"{place}: expected FILE.py:NAME or PACKAGE.MODULE:NAME, NAME a model or what makes one")
-    found: Any = _imported(path)
-    for part in name.split("."):
-        if not hasattr(found, part):
-            names = ", ".join(known for known in vars(found) if known[0] != "_") or "none"
-            raise NetworkError(f"{path}: has no {part!r:.60}; it has {names:.200}")
-        found = getattr(found, part)
+    found = _named(place)
     make = None if isinstance(found, nn.Module) else found
     model = found if make is None else _made(place, make)
     if weights is None:
         return model.eval(), None
     _load_weights(model, Path(weights))
     return model.eval(), None if make is None else lambda: _made(place, make)
+
+
+def load_function(place: str) -> Callable[[Any], Any]:
+    """A function, or anything that can be called, named as of `load_model`.
+
+    Raises:
+        NetworkError: there is no such code, it fails, or gives nothing to call.
+    """
+    found = _named(place)
+    if not callable(found):
+        raise NetworkError(f"{place}: a {type(found).__name__}, expected a function")
+    function: Callable[[Any], Any] = found
+    return function
+
+
+def _named(place: str) -> Any:
+    """What "FILE.py:NAME" or "PACKAGE.MODULE:NAME" names."""
+    path, colon, name = place.rpartition(":")
+    if not (colon and path and name):
+        raise NetworkError(f"{place}: expected FILE.py:NAME or PACKAGE.MODULE:NAME, NAME what is there")
+    found: Any = _imported(path)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            names = ", ".join(known for known in vars(found) if known[0] != "_") or "none"
+            raise NetworkError(f"{path}: has no {part!r:.60}; it has {names:.200}")
+        found = getattr(found, part)
+    return found
 
 
 def _imported(path: str) -> ModuleType:

@@ -36,11 +36,13 @@ class Point:
         at: its name.
         feature_shape: of what crosses, for one image.
         flops: of the edge for one image, 2 a multiplication with addition; None where fastinv cannot export it.
+        accuracy: the share of images whose class the model tells from what is sent; None where that is not known.
     """
 
     at: str
     feature_shape: tuple[int, ...]
     flops: int | None
+    accuracy: float | None = None
 
     @classmethod
     def of(cls, split: Split, image_shape: tuple[int, ...]) -> Point:
@@ -99,12 +101,13 @@ class Cuts:
             names = split_points(model, example)
         return cls(model, mean, std, example, tuple(names))
 
-    def split(self, at: str) -> Split:
-        """The model, cut after a layer."""
-        return Split(self.model, at, self.mean, self.std, example=self.example)
+    def split(self, at: str, *, quiet: bool = False) -> Split:
+        """The model, cut after a layer; quiet: without a warning where more than the layer's result crosses."""
+        with warnings.catch_warnings():
+            if quiet:
+                warnings.filterwarnings("ignore", "Split: at .* not only its result crosses")
+            return Split(self.model, at, self.mean, self.std, example=self.example)
 
     def point(self, at: str, image_shape: tuple[int, ...]) -> Point:
-        """What is told of a cut; that more than the layer's result crosses, the attacks say."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Split: at .* not only its result crosses")
-            return Point.of(self.split(at), image_shape)
+        """What is told of a cut."""
+        return Point.of(self.split(at, quiet=True), image_shape)

@@ -66,12 +66,14 @@ def strongest(found: Found) -> dict[str, Cell]:
 def _head(out: Path, model: str, nothing: Scores) -> list[str]:
     settings = results.read_settings(out / ATTACKS)
     psnr, ssim = nothing.means
+    protection = f"Features are protected before they are sent, by {settings['protect']}."
     return [
         f"# What {model} gives away, by where it is cut",
         f"An entry is the mean PSNR in dB and the mean SSIM of {len(nothing.psnr):,} recovered images, and the share "
         f"of them that can be recognised (an SSIM of {RECOGNISABLE} or more). This leaks at least: a better attack may "
         "recover more.",
         "",
+        *([protection, ""] if settings.get("protect") else []),
         f"Without any features, the mean of the attacker's images gives {psnr:.2f} / {ssim:.3f}, "
         f"{nothing.recognisable:.0%}: what is no better tells him nothing.",
         "",
@@ -89,8 +91,17 @@ def _summary(points: Mapping[str, Point], found: Found) -> list[str]:
         shape = " × ".join(map(str, point.feature_shape))
         size = f"{point.kibibytes:,.1f}"
         work = "" if point.flops is None else f"{point.flops / 1e6:,.2f}"
-        rows.append([at, shape, size, work, cell.attack.title, figures(result)])
-    header = ["cut after", "features", "KiB in float32", "MFLOP of the edge", "strongest attack", "recovered"]
+        right = "" if point.accuracy is None else f"{point.accuracy:.1%}"
+        rows.append([at, shape, size, work, right, cell.attack.title, figures(result)])
+    header = [
+        "cut after",
+        "features",
+        "KiB in float32",
+        "MFLOP of the edge",
+        "right classes",
+        "strongest attack",
+        "recovered",
+    ]
     return ["## The strongest attack", *markdown(header, rows), ""]
 
 
@@ -119,4 +130,9 @@ def _pictures(out: Path, found: Found) -> list[str]:
 
 def _record(point: Point, result: Result) -> dict[str, Any]:
     """A result and its split point, as JSON values."""
-    return {**asdict(result), "feature_shape": list(point.feature_shape), "edge_flops": point.flops}
+    return {
+        **asdict(result),
+        "feature_shape": list(point.feature_shape),
+        "edge_flops": point.flops,
+        "accuracy": point.accuracy,
+    }

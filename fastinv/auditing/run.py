@@ -17,6 +17,7 @@ from fastinv import pixels, tensors
 from fastinv.attacks.inverse_network import train_inverse_network
 from fastinv.attacks.shadow import fit_shadow, train_shadow
 from fastinv.auditing.points import Cuts, Point, exported
+from fastinv.auditing.protection import Protect, Protection, Query, describe, protected
 from fastinv.auditing.report import ATTACKS as FOLDER
 from fastinv.auditing.report import RECORDS, REPORT, write_report
 from fastinv.data import noise
@@ -32,7 +33,7 @@ from fastinv.models import make_decoder
 from fastinv.places import sweep
 from fastinv.schedule import Schedule
 from fastinv.split import Split
-from fastinv.training import class_indices, seeded
+from fastinv.training import accuracy, class_indices, seeded
 
 ATTACKS = {
     "rmle": Attack("white-box: rMLE", "rmle"),
@@ -91,6 +92,8 @@ def audit(
     attacks: Sequence[str] = DEFAULT,
     labels: Any = None,
     untrained: Callable[[], nn.Module] | None = None,
+    protect: Protect | None = None,
+    truth_labels: Any = None,
     example: torch.Tensor | None = None,
     kind: str = "paper",
     width: int = 64,
@@ -123,6 +126,9 @@ def audit(
             "shadow" (he has the cloud, its structure and labels, and may query nothing).
         labels: of the attacker's images, class indices [N], for "shadow".
         untrained: makes an untrained model of the same structure, for "fit_shadow" and "shadow".
+        protect: what is done to features before they are sent, such as adding noise: tensors [n, ...] to tensors of
+            the same shape. Attackers see what it gives; rMLE goes through the edge without it.
+        truth_labels: of `truth`, class indices [M]: the report says how many the model gets right from what is sent.
         example: an input [N >= 2, C, H, W] of the model, as of `Split`; None takes one where torch.fx cannot trace it.
         kind, width, depth, epochs: of inverse networks, as of `fastinv.train_inverse_network`.
         shadow_epochs: of shadows.
@@ -160,6 +166,8 @@ def audit(
         images=own if own_type == "uint8" else pixels.checked(own, own_type),
         labels=None if labels is None else class_indices(labels, len(own)).numpy(),
         untrained=untrained,
+        protect=protect,
+        truth_labels=None if truth_labels is None else class_indices(truth_labels, len(wanted)).numpy(),
         effort=effort,
         seed=seed,
         device=device,
@@ -168,7 +176,7 @@ def audit(
         if name not in cuts.names:
             runner.split(name)  # raises where there is no such layer
     first = runner.split(chosen[0])
-    first.features(runner.truth[:1])  # raises where the model does not take them
+    runner.sent(first.features(runner.truth[:1]))  # raises where the model does not take them
     if any(attack in SHADOWS for attack in attacks):
         runner.untrained_edge(first, 0)  # raises where it is none
     return runner.audit(chosen, list(dict.fromkeys([*cuts.names, *chosen])), attacks)
@@ -182,6 +190,8 @@ class AuditRunner(Runner):
     images: npt.NDArray[Any]
     labels: npt.NDArray[Any] | None
     untrained: Callable[[], nn.Module] | None
+    protect: Protect | None
+    truth_labels: npt.NDArray[np.int64] | None
     effort: Effort
     seed: int
     device: str | torch.device | None
@@ -197,16 +207,14 @@ class AuditRunner(Runner):
         waiting = [cell for cell in cells if results.read(self.folder, cell) is None]
         self.tell(f"experiments: {len(cells):,}, done before: {len(cells) - len(waiting):,}")
         everything = [Cell(name, attack) for name in points for attack in ATTACKS.values()]
-        facts = {
-            name: self.cuts.point(name, self.truth.shape[1:]) for name in dict.fromkeys(cell.split for cell in cells)
-        }
+        facts: dict[str, Point] = {}
         nothing = self._nothing()
         failed: dict[Cell, str] = {}
 
         def report() -> dict[Cell, Result]:
             found = {cell: known for cell in everything if (known := results.read(self.folder, cell)) is not None}
             for at in {cell.split for cell in found}.difference(facts):
-                facts[at] = self.cuts.point(at, self.truth.shape[1:])
+                facts[at] = self._point(at)
             write_report(out, type(self.cuts.model).__name__, facts, found, nothing, failed)
             return found
 
@@ -225,19 +233,23 @@ class AuditRunner(Runner):
     def split(self, at: str) -> Split:
         return self.cuts.split(at)
 
+    def sent(self, features: Pixels) -> Pixels:
+        with seeded(self.seed):
+            return protected(features, self.protect)
+
     def learn(self, cell: Cell, split: Split, variant: int, **options: Any) -> nn.Module:
         options |= {"seed": (self.seed + variant) % 2**32, "precision": self.effort.precision, "device": self.device}
-        images = self._images_of(cell)
-        with warnings.catch_warnings():
+        images, query = self._images_of(cell), Query(split, self.protect)
+        with warnings.catch_warnings(), seeded(options["seed"]):
             warnings.filterwarnings("ignore", "the features of .* queried again")  # this system may be asked as often
             if cell.attack.kind == "inverse_network":
                 effort = self.effort
                 options |= {"kind": effort.kind, "width": effort.width, "depth": effort.depth}
-                return train_inverse_network(split, images, epochs=effort.epochs, **options)
+                return train_inverse_network(query, images, epochs=effort.epochs, **options)
             options |= {"epochs": self.effort.shadow_epochs}
             start = self.untrained_edge(split, variant)
             if cell.attack.kind == "fit_shadow":
-                return fit_shadow(split, images, start, **options)
+                return fit_shadow(query, images, start, **options)
             assert self.labels is not None
             options |= {"mean": split.mean, "std": split.std}
             return train_shadow(split.cloud, images, self.labels, start, **options)
@@ -278,6 +290,25 @@ class AuditRunner(Runner):
             )
         return edge
 
+    def _point(self, at: str) -> Point:
+        point = self.cuts.point(at, self.truth.shape[1:])
+        return point if self.truth_labels is None else replace(point, accuracy=self._accuracy(at))
+
+    def _accuracy(self, at: str) -> float | None:
+        """How many of the true images the model puts into their class."""
+        assert self.truth_labels is not None
+        mean, std = tensors.normalisation(self.cuts.mean, self.cuts.std, error=SplitError)
+        options: dict[str, Any] = {"mean": mean, "std": std}
+        try:
+            if self.protect is None:
+                return accuracy(self.cuts.model, self.truth, self.truth_labels, **options)
+            split = self.cuts.split(at, quiet=True)
+            sent = nn.Sequential(split.edge, Protection(self.protect), split.cloud)
+            with seeded(self.seed):
+                return accuracy(sent, self.truth, self.truth_labels, **options)
+        except (SplitError, TrainingError):  # there is no cloud, or the model is no classifier of these classes
+            return None
+
     def _nothing(self) -> Scores:
         """What one recovers without any features: the mean of the attacker's images."""
         total = np.zeros(self.truth.shape[1:])
@@ -291,6 +322,11 @@ class AuditRunner(Runner):
         known = {"target": type(self.cuts.model).__name__, "split": cell.split, "seed": self.seed}
         return {**known, **cell.attack.provenance, "torch": torch.__version__}
 
+    def _probed_shape(self) -> tuple[int, ...]:
+        """Of the features that tell one protection from another: the same whatever is attacked now."""
+        first = self.cuts.names[:1]
+        return self.cuts.point(first[0], self.truth.shape[1:]).feature_shape if first else self.truth.shape[1:]
+
     def _identity(self) -> dict[str, Any]:
         """What has to agree for two results to be of one audit, as JSON values."""
         weights = (value.detach().cpu().numpy() for value in self.cuts.model.state_dict().values())
@@ -303,6 +339,7 @@ class AuditRunner(Runner):
             "mean": list(mean),
             "std": list(std),
             "seed": self.seed,
+            "protect": None if self.protect is None else describe(self.protect, self._probed_shape(), self.seed),
             **asdict(self.effort),
         }
 

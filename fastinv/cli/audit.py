@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="FILE.py:NAME", required=True, help="or PACKAGE.MODULE:NAME; its code is run"
     )
     parser.add_argument("--weights", metavar="FILE", type=Path, help="the model's: .safetensors, or a saved state dict")
+    parser.add_argument(
+        "--protect",
+        metavar="FILE.py:NAME",
+        help="what is done to features before they are sent: a function of a tensor [n, ...] that gives another",
+    )
     add_data_argument(parser, required=True)
     parser.add_argument(
         "--size", nargs=2, type=positive, metavar=("H", "W"), help="to which images in folders by class are resized"
@@ -77,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     import fastinv
-    from fastinv.model_files import load_model
+    from fastinv.model_files import load_function, load_model
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -97,7 +102,9 @@ def run(args: argparse.Namespace) -> int:
         mean=args.mean,
         std=args.std,
         labels=train.labels,
+        truth_labels=test.labels,
         untrained=untrained,
+        protect=None if args.protect is None else load_function(args.protect),
         seed=args.seed,
         progress=shows_progress(),
         tell=_tell,

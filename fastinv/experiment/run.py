@@ -80,6 +80,10 @@ class Runner(ABC):
     def attacker_images(self, cell: Cell, count: int) -> Pixels:
         """The first images that the attacker has, as many at most."""
 
+    def sent(self, features: Pixels) -> Pixels:
+        """What the edge's owner sends of features [N, ...]."""
+        return features
+
     def is_deep(self, at: str) -> bool:
         """Whether rMLE may need more steps at this split point."""
         return True
@@ -132,7 +136,7 @@ class Runner(ABC):
             inverter = rmle(best.options)
             records = [trial.record() for trial in trials]
             chosen = {"chosen_on": len(images), "recipe": best.record(), "trials": records}
-        features = split.features(self.truth)
+        features = self.sent(split.features(self.truth))
         with _timed(seconds, "recover"):
             recovered, report = fastinv.invert(
                 features, inverter, return_report=True, threads=self.threads, progress=self.progress
@@ -164,11 +168,10 @@ class Runner(ABC):
     def _features_to_choose_by(self, cell: Cell, split: Split, images: Pixels) -> Pixels:
         """Features of images such as the attacker will see: the edge's, or if he may not ask it another shadow's."""
         if cell.attack.kind != "shadow":
-            found: Pixels = split.features(images)
-            return found
+            return self.sent(split.features(images))
         other = self._learned(cell, split, variant=1)
         with torch.no_grad():
-            return np.asarray(other(normalise(torch.from_numpy(images), split.mean, split.std)))
+            return self.sent(np.asarray(other(normalise(torch.from_numpy(images), split.mean, split.std))))
 
 
 @contextmanager
