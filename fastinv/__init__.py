@@ -43,7 +43,8 @@ from fastinv.network import Network, Step
 if TYPE_CHECKING:
     from fastinv.attacks.inverse_network import train_inverse_network
     from fastinv.attacks.shadow import fit_shadow, train_shadow
-    from fastinv.auditing.run import AuditReport, audit
+    from fastinv.auditing.run import audit
+    from fastinv.auditing.runner import AuditReport
     from fastinv.bulk.log import LogReport, invert_log
     from fastinv.data import knowledge
     from fastinv.metrics import psnr, ssim
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
-    "AuditReport": "fastinv.auditing.run",
+    "AuditReport": "fastinv.auditing.runner",
     "audit": "fastinv.auditing.run",
     "LogReport": "fastinv.bulk.log",
     "Split": "fastinv.split",

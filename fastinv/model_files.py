@@ -18,6 +18,8 @@ from fastinv.errors import FormatError, NetworkError
 
 NESTED = ("state_dict", "model_state_dict", "model", "weights")  # where training scripts put them among other things
 
+PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")  # of names in a model that torch.compile or DataParallel holds
+
 
 def load_model(place: str, weights: str | Path | None = None) -> tuple[nn.Module, Callable[[], nn.Module] | None]:
     """A model in eval mode; and what makes an untrained one, where that can be told.
@@ -70,22 +72,22 @@ def _named(place: str) -> Any:
 
 def _imported(path: str) -> ModuleType:
     """The module in a file, or of a name. Files beside the first are found by its imports, as by a script's."""
+    file = Path(path).resolve() if path.endswith(".py") else None
+    folder = "" if file is None else str(file.parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # stays: functions import, too
     try:
-        if not path.endswith(".py"):
-            sys.path.insert(0, "")
+        if file is None:
             return importlib.import_module(path)
-        file = Path(path).resolve()
-        sys.path.insert(0, str(file.parent))
         spec = importlib.util.spec_from_file_location(file.stem, file)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[file.stem] = module  # where dataclasses look for it
         spec.loader.exec_module(module)
         return module
     except Exception as error:  # of the user's code, any
         raise NetworkError(f"{path}: cannot be imported ({type(error).__name__}: {error!s:.200})") from error
-    finally:
-        sys.path.pop(0)
 
 
 def _made(place: str, make: Any) -> nn.Module:
@@ -103,8 +105,9 @@ def _made(place: str, make: Any) -> nn.Module:
 
 def _load_weights(model: nn.Module, file: Path) -> None:
     state = _state_of(file)
-    consume_prefix_in_state_dict_if_present(state, "module.")  # of DataParallel
-    consume_prefix_in_state_dict_if_present(state, "_orig_mod.")  # of torch.compile
+    for prefix in PREFIXES:
+        if state.keys() != model.state_dict().keys():
+            consume_prefix_in_state_dict_if_present(state, prefix)
     try:
         model.load_state_dict(state)
     except (AttributeError, RuntimeError, TypeError) as error:
@@ -124,6 +127,6 @@ def _state_of(file: Path) -> dict[str, Any]:
     for name in NESTED:
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
-    if not isinstance(state, dict):
-        raise FormatError(f"{file}: holds a {type(state).__name__}, expected a state dict")
+    if not (isinstance(state, dict) and all(isinstance(name, str) for name in state)):
+        raise FormatError(f"{file}: holds a {type(state).__name__}, expected a state dict, of tensors by name")
     return dict(state)

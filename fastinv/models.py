@@ -17,7 +17,9 @@ from fastinv.tensors import is_shape, is_whole
 
 MNIST_NORMALISATION = ((0.5,), (0.5,))
 CIFAR_NORMALISATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-MOST_EXTRA = 5  # tokens that are no places: a class token and four registers (Darcet et al. 2023)
+# Tokens at the front that are no places: none, a class token, one for distillation, too, or four registers (Darcet et
+# al. 2023). Fewer places than that many are taken for another sequence.
+EXTRA, LEAST_PLACES = (0, 1, 2, 5), 16
 
 
 def lenet5(classes: int = 10) -> nn.Sequential:
@@ -110,7 +112,7 @@ def make_decoder(
     Args:
         feature_shape: [C, H, W] or [D]; channels last they make a useless decoder, which a warning tells where the
             sizes do. Or tokens [T, D]: read as places of the image, row by row, where their number allows that, but for
-            up to `MOST_EXTRA` at the front, such as a class token; else as [T·D].
+            `EXTRA` ones at the front, such as a class token, which are left out; else as [T·D].
         image_shape: [C, H, W].
         kind: "paper": the paper's own decoder where it has one for these shapes, and otherwise one of its style,
             made to measure; "residual": residual blocks and nearest upsampling.
@@ -227,9 +229,10 @@ def _grid(tokens: int, image: Shape) -> TokenGrid | None:
     """Tokens as the places of a grid with the image's ratio of height to width; None where no such grid has as many."""
     common = math.gcd(*image[1:])
     height, width = (n // common for n in image[1:])
-    for extra in range(MOST_EXTRA + 1):
-        scale = math.isqrt(max(0, tokens - extra) // (height * width))
-        if scale and scale * scale * height * width == tokens - extra:
+    for extra in EXTRA:
+        places = tokens - extra
+        scale = math.isqrt(max(0, places) // (height * width))
+        if scale * scale * height * width == places >= LEAST_PLACES:
             return TokenGrid(extra, (scale * height, scale * width))
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -50,9 +51,10 @@ def picture(rows: Sequence[Row]) -> Image.Image:
     factor = max(1, -(-TILE // max(height, width)))
     step = width * factor + GAP
     heights = [2 * LINE + height * factor + GAP if row.captions else LINE + height * factor + GAP for row in rows]
-    canvas = Image.new("RGB", (GAP + count * step, GAP + sum(heights)), "white")
-    draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(TEXT)
+    titles = max(math.ceil(font.getlength(row.title)) for row in rows)
+    canvas = Image.new("RGB", (GAP + max(count * step, titles + GAP), GAP + sum(heights)), "white")
+    draw = ImageDraw.Draw(canvas)
     top = GAP
     for row, space in zip(rows, heights, strict=True):
         draw.text((GAP, top), row.title, "black", font)

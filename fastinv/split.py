@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import warnings
 from collections.abc import Sequence
@@ -11,9 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import fx, nn
+from torch import nn
+from torch.nn.parameter import is_lazy
 
-from fastinv import pixels, tensors
+from fastinv import pixels, tensors, tracing
 from fastinv.errors import FeatureError, SplitError
 from fastinv.schedule import place_of
 
@@ -25,6 +25,7 @@ class Split:
         edge: f_θ1, normalised images to features; an `nn.Module` in eval mode.
         cloud: f_θ2, features to the model's results; likewise. Where more than the layer's result crosses the cut, of
             which a warning tells, there is none: asking for it raises SplitError.
+        crossing: what else crosses, in words; empty where nothing does.
         at, mean, std: as given.
 
     Args:
@@ -50,28 +51,28 @@ class Split:
         example: torch.Tensor | None = None,
     ) -> None:
         model = getattr(model, "_orig_mod", model)  # of what torch.compile makes
-        _expect_model(model)
+        expect_model(model)
         _expect_layer(model, at)
         self.at = at
         self.mean, self.std = tensors.normalisation(mean, std, error=SplitError)
-        traced = _traced(model, example, at)
+        traced = tracing.trace(model, example, at)
         if example is None:
             calls = [node for node in traced.graph.nodes if node.op == "call_module" and node.target == at]
         else:
-            calls = [node for node in traced.graph.nodes if at in _modules_of(node)]
+            calls = [node for node in traced.graph.nodes if at in tracing.modules_of(node)]
         if not calls:
             raise SplitError(
                 f"Split: layer {at!r} is never called, only inside another layer, or does nothing; choose another"
             )
-        batch = _batch_size(traced)
-        self.edge = _edge(traced, calls[-1])
-        crossing = _crossing(traced, calls[-1], batch)
-        self._cloud = None if crossing else _cloud(traced, calls[-1], batch)
-        origins = list(dict.fromkeys(map(_origin, crossing)))
-        self._crossing = ", ".join(origins[:3]) + (f" and {len(origins) - 3} more" if len(origins) > 3 else "")
-        if crossing:
+        batch = tracing.batch_size(traced)
+        self.edge = tracing.edge_of(traced, calls[-1])
+        others = tracing.crossing(traced, calls[-1], batch)
+        self._cloud = None if others else tracing.cloud_of(traced, calls[-1], batch)
+        origins = list(dict.fromkeys(map(tracing.origin, others)))
+        self.crossing = ", ".join(origins[:3]) + (f" and {len(origins) - 3} more" if len(origins) > 3 else "")
+        if others:
             warnings.warn(
-                f"Split: at {at!r} not only its result crosses: the cloud also needs {self._crossing}. The features "
+                f"Split: at {at!r} not only its result crosses: the cloud also needs {self.crossing}. The features "
                 "are the result alone, and tell less than all that crosses; there is no cloud",
                 UserWarning,
                 stacklevel=2,
@@ -81,7 +82,7 @@ class Split:
     def cloud(self) -> nn.Module:
         if self._cloud is None:
             raise SplitError(
-                f"Split: at {self.at!r} not only its result crosses: the cloud also needs {self._crossing}. Cut where "
+                f"Split: at {self.at!r} not only its result crosses: the cloud also needs {self.crossing}. Cut where "
                 "they have joined, such as after the whole block. Attacks but train_shadow need no cloud, and take any "
                 "module or callable for an edge: write one that gives all that crosses, flattened and concatenated"
             )
@@ -133,33 +134,29 @@ class Split:
         return found.cpu()
 
 
-def split_points(model: nn.Module, example: torch.Tensor | None = None) -> list[str]:
+def split_points(
+    model: nn.Module, example: torch.Tensor | None = None, *, images: torch.Tensor | None = None
+) -> list[str]:
     """Where a model can be cut such that only one layer's result crosses, in the order of its forward.
 
     Of a result that has several names, that of a block and of the block's last layer, the shortest is told. Layers that
-    do nothing (dropout) or only reshape are left out, and so is the last one, whose result is the model's.
+    do nothing (dropout) or only reshape are left out, and so is the last one, whose result is the model's. A model may
+    have other such layers, which `Split` takes: torch.fx finds no block whose last call writes into its argument.
 
     Args:
         model, example: as of `Split`.
+        images: some normalised ones [N, C, H, W], or zeros: layers whose result for them is no tensor [N, ...] are left
+            out, such as of tuples, and of sequences that have the tokens first. None takes the example; without
+            either, such layers are among them.
 
     Raises:
         SplitError: as of `Split`.
+        FeatureError: the model does not take the images.
     """
     model = getattr(model, "_orig_mod", model)
-    _expect_model(model)
-    traced = _traced(model, example)
-    batch = _batch_size(traced)
-    *nodes, output = traced.graph.nodes
-    last = {name: node for node in nodes for name in _modules_of(node) if name}
-    seen = {_source(node, traced) for node in nodes if node.op == "placeholder" or node in output.all_input_nodes}
-    found = []
-    for node in nodes:
-        names = [name for name, call in last.items() if call is node]
-        source = _source(node, traced)
-        if names and source not in seen and not _crossing(traced, node, batch):
-            seen.add(source)
-            found.append(min(names, key=len))
-    return found
+    expect_model(model)
+    names = {name for name, _ in model.named_modules() if name}
+    return tracing.split_points(tracing.trace(model, example), names, example if images is None else images)
 
 
 def normalise(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -174,7 +171,8 @@ def normalise(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> t
     return (x - shift) / scale
 
 
-def _expect_model(model: Any) -> None:
+def expect_model(model: Any) -> None:
+    """Raise SplitError where it is none that can be cut."""
     if not isinstance(model, nn.Module):
         raise SplitError(f"Split: a {type(model).__name__}, expected a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
@@ -185,6 +183,8 @@ def _expect_model(model: Any) -> None:
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise SplitError(f"Split: a {type(model).__name__}, expected the module in it: pass model.module")
     for name, parameter in model.named_parameters():
+        if is_lazy(parameter) or parameter.is_meta:
+            raise SplitError(f"Split: {name} has no values yet; load the model's weights, or call it once")
         if parameter.is_floating_point() and parameter.dtype is not torch.float32:
             raise SplitError(f"Split: {name} is {parameter.dtype}, expected float32; call model.float() first")
 
@@ -197,200 +197,3 @@ def _expect_layer(model: nn.Module, at: str) -> None:
     close = [folded[c] for c in difflib.get_close_matches(str(at).casefold(), folded, n=3)]
     hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(names[:20]) or 'none'}"
     raise SplitError(f"Split: the model has no layer {at!r:.60}; {hint}")
-
-
-# ---- tracing -------------------------------------------------------------------------------------------------------
-
-
-class _Tracer(fx.Tracer):
-    """Looks into every module but torch's own layers and the one to cut at."""
-
-    def __init__(self, at: str) -> None:
-        super().__init__()
-        self._at = at
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name == self._at or super().is_leaf_module(m, module_qualified_name)
-
-
-def _traced(model: nn.Module, example: torch.Tensor | None, at: str = "") -> fx.GraphModule:
-    """A copy of the model as a graph, in which the layer `at` is one node where torch.fx traces it."""
-    own = copy.deepcopy(model).eval()
-    return _trace(own, at) if example is None else _export(own, example)
-
-
-def _trace(model: nn.Module, at: str) -> fx.GraphModule:
-    try:
-        graph = _Tracer(at).trace(model)
-    except Exception as error:  # torch.fx raises many types
-        raise SplitError(
-            f"Split: torch.fx cannot trace {type(model).__name__} ({error!s:.200}). Pass example=, an input [N >= 2, "
-            "C, H, W]: torch.export follows branches on shapes. Its forward must not branch on values"
-        ) from error
-    if sum(node.op == "placeholder" for node in graph.nodes) != 1:
-        raise SplitError("Split: the model takes several inputs, expected one tensor of images")
-    return _tidy(fx.GraphModule(model, graph))
-
-
-def _export(model: nn.Module, example: torch.Tensor) -> fx.GraphModule:
-    if not isinstance(example, torch.Tensor) or example.ndim != 4 or len(example) < 2:
-        found = list(example.shape) if isinstance(example, torch.Tensor) else f"a {type(example).__name__}"
-        raise SplitError(f"Split: the example is {found}, expected a tensor [N >= 2, C, H, W]")
-    batch = torch.export.Dim("batch", min=2)
-    try:
-        with torch.no_grad():
-            program = torch.export.export(
-                model, (example.to(place_of(model)),), dynamic_shapes=({0: batch},), strict=False
-            )
-    except Exception as error:  # torch.export raises many types
-        raise SplitError(
-            f"Split: torch.export cannot trace {type(model).__name__} ({error!s:.300}); its forward must not branch "
-            "on values or on the batch size. Build edge and cloud by hand: attacks take any nn.Module"
-        ) from error
-    traced = program.module(check_guards=False)
-    assert isinstance(traced, fx.GraphModule)
-    (output,) = (node for node in traced.graph.nodes if node.op == "output")
-    results = output.args[0]
-    if not isinstance(results, Sequence) or len(results) != 1:
-        raise SplitError("Split: the model gives several results, expected one tensor")
-    output.args = (results[0],)
-    return _tidy(traced)
-
-
-def _modules_of(node: fx.Node) -> set[str]:
-    """Names of the modules in whose forward an exported call lies."""
-    return {name for name, _ in node.meta.get("nn_module_stack", {}).values()}
-
-
-IDLE = {"identity", "dropout", "dropout1d", "dropout2d", "alphadropout", "alpha_dropout", "feature_dropout"}
-RESHAPING = {"flatten", "unflatten", "view", "reshape", "contiguous", "squeeze", "unsqueeze"}
-
-
-def _source(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
-    """Where a value was computed that calls since then have only reshaped, or done nothing to (dropout)."""
-    while node.all_input_nodes and _call(node, traced) in IDLE | RESHAPING:
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _call(node: fx.Node, traced: fx.GraphModule) -> str:
-    """The name of what a node calls; of a module its class, as "maxpool2d"."""
-    if node.op == "call_module":
-        return type(traced.get_submodule(str(node.target))).__name__.lower()
-    return _function(node)
-
-
-def _function(node: fx.Node) -> str:
-    """The name of the function or method that a node calls, without its overload: "flatten"."""
-    return getattr(node.target, "__name__", str(node.target)).partition(".")[0]
-
-
-def _batch_size(traced: fx.GraphModule) -> fx.Node:
-    """One node for the first size of the images, which all that read it are made to use."""
-    (images,) = (node for node in traced.graph.nodes if node.op == "placeholder")
-    readers = [node for node in traced.graph.nodes if _reads_batch_size(node, images)]
-    with traced.graph.inserting_after(images):
-        size = traced.graph.call_method("size", (images, 0))
-    for node in readers:
-        node.replace_all_uses_with(size)
-    _tidy(traced)
-    return size
-
-
-def _reads_batch_size(node: fx.Node, images: fx.Node) -> bool:
-    """Whether it is `x.size(0)`, `x.shape[0]`, `x.size()[0]` or what torch.export makes of them."""
-    if str(node.target) in ("size", "aten.sym_size.int"):
-        return node.args == (images, 0)
-    if getattr(node.target, "__name__", "") != "getitem" or node.args[1] != 0:
-        return False
-    sizes = node.args[0]
-    if not isinstance(sizes, fx.Node):
-        return False
-    return sizes.args == (images, "shape") or (sizes.target == "size" and sizes.args == (images,))
-
-
-# ---- cutting -------------------------------------------------------------------------------------------------------
-
-
-def _edge(traced: fx.GraphModule, cut: fx.Node) -> fx.GraphModule:
-    graph = fx.Graph()
-    known: dict[fx.Node, fx.Node] = {}
-    for node in traced.graph.nodes:
-        known[node] = graph.node_copy(node, known.__getitem__)
-        if node is cut:
-            break
-    graph.output(known[cut])
-    return _tidy(fx.GraphModule(traced, graph)).eval()
-
-
-def _crossing(traced: fx.GraphModule, cut: fx.Node, batch: fx.Node) -> list[fx.Node]:
-    """What varies with the images, is computed before the cut, and needed after it, besides the cut's result."""
-    nodes = list(traced.graph.nodes)
-    before, after = nodes[: nodes.index(cut)], nodes[nodes.index(cut) + 1 :]
-    known, varying = {cut, batch, *after}, _varying(nodes, batch)
-    found: dict[fx.Node, None] = {}
-    waiting = list(after)
-    while waiting:
-        for needed in waiting.pop().all_input_nodes:
-            if needed not in known:
-                known.add(needed)
-                if needed in varying:
-                    found[needed] = None
-                else:
-                    waiting.append(needed)
-    return [node for node in before if node in found]
-
-
-def _origin(node: fx.Node) -> str:
-    """Where a value comes from, in the model's own names."""
-    if node.op == "placeholder":
-        return "the images"
-    if node.op == "call_module":
-        return f"what {str(node.target)!r} gives"
-    name = _function(node)
-    modules = [name for name, _ in node.meta.get("nn_module_stack", {}).values() if name]
-    return f"what {name} in {modules[-1]!r} gives" if modules else f"what {name} in the model's forward gives"
-
-
-def _cloud(traced: fx.GraphModule, cut: fx.Node, batch: fx.Node) -> fx.GraphModule:
-    """What follows the cut. It needs the cut's result, constants and the batch size, and nothing else."""
-    nodes = list(traced.graph.nodes)
-    after = nodes[nodes.index(cut) + 1 :]
-    graph = fx.Graph()
-    features = graph.placeholder("features")
-    if any(_in_place(node, traced) for node in after):
-        features = graph.call_method("clone", (features,))  # the caller's tensor stays as it is
-    known = {cut: features, batch: graph.call_method("size", (features, 0))}
-
-    def fetch(needed: fx.Node) -> fx.Node:
-        if needed not in known:
-            known[needed] = graph.node_copy(needed, fetch)
-        return known[needed]
-
-    for node in after:
-        known[node] = graph.node_copy(node, fetch)
-    return _tidy(fx.GraphModule(traced, graph)).eval()
-
-
-def _varying(nodes: Sequence[fx.Node], batch: fx.Node) -> set[fx.Node]:
-    """The nodes that depend on the images, and not only on how many there are."""
-    found: set[fx.Node] = set()
-    for node in nodes:
-        if node is not batch and (node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes)):
-            found.add(node)
-    return found
-
-
-def _in_place(node: fx.Node, root: nn.Module) -> bool:
-    """Whether a call writes into its argument, so that it counts even where nobody reads its result."""
-    if node.op == "call_module":
-        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
-    name = _function(node)
-    return bool(node.kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__")) or name == "iadd"
-
-
-def _tidy(module: fx.GraphModule) -> fx.GraphModule:
-    module.graph.eliminate_dead_code(lambda node: node.is_impure() or _in_place(node, module))
-    module.recompile()
-    module.delete_all_unused_submodules()
-    return module

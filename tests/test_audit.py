@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,12 @@ from PIL import Image
 from torch import nn
 
 import fastinv
-from fastinv.auditing.run import ATTACKS
+from fastinv.auditing.runner import ATTACKS
 from fastinv.cli import main
-from fastinv.errors import FeatureError, FormatError, NetworkError, SplitError, TrainingError
+from fastinv.errors import BackendError, FeatureError, FormatError, NetworkError, SplitError, TrainingError
 from fastinv.experiment import recipe, results
-from fastinv.model_files import load_model
 from fastinv.models import lenet5
+from fastinv.training import train_target
 
 OWN, TRUTH = IMAGES[:16], IMAGES[16:19]
 QUICK: dict[str, Any] = {**NORM, "epochs": 1, "shadow_epochs": 1}
@@ -86,9 +88,11 @@ def test_all_attacks(tmp_path: Path) -> None:
         best = max((r for (name, _), r in report.results.items() if name == at), key=lambda r: r.ssim)
         (line,) = (line for line in text.partition("## All attacks")[0].splitlines() if line.startswith(f"| {at} "))
         assert f"{best.psnr:.2f} / {best.ssim:.3f}, {best.recognisable:.0%} |" in line
-        with Image.open(tmp_path / f"{at}.png") as picture:
+        with Image.open(tmp_path / "pictures" / f"{at}.png") as picture:
             assert picture.height > 6 * 84
+    assert (tmp_path / "overview.png").exists()
     records = json.loads((tmp_path / "results.json").read_text())
+    assert {record["attack"] for record in records} == set(ATTACKS)
     assert [record["edge_flops"] for record in records[:5]] == [report.points[0].flops] * 5
     assert {record["split"] for record in records} == {"conv1", "ReLU2"}
 
@@ -139,6 +143,9 @@ def test_what_is_done_is_not_done_again_and_more_comes_into_the_same_report(tmp_
     report = fastinv.audit(model, OWN, TRUTH, tmp_path, at=["pool1"], attacks=["inverse_network"], **QUICK)
     assert (report.ran, list(report.results)) == (1, [("conv1", "rmle"), ("pool1", "inverse_network")])
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert fastinv.audit(model, OWN, TRUTH, tmp_path, at=["flatten"], attacks=["inverse_network"], **QUICK).ran == 1
+    report = fastinv.audit(model, OWN, TRUTH, tmp_path, at=["conv1"], attacks=["rmle"], **QUICK)  # the others stay
+    assert list(report.results) == [("conv1", "rmle"), ("pool1", "inverse_network"), ("flatten", "inverse_network")]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +182,50 @@ def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "report.md").read_text() == "mine"
 
 
+def test_structure_and_labels_count_too(tmp_path: Path) -> None:
+    """Another activation has the same weights."""
+    relu, tanh = (
+        nn.Sequential(nn.Conv2d(1, 2, 3), a, nn.Flatten(), nn.Linear(1352, 4)) for a in (nn.ReLU(), nn.Tanh())
+    )
+    tanh.load_state_dict(relu.state_dict())
+    options = {"at": ["1"], "attacks": ["inverse_network"], **QUICK}
+    fastinv.audit(relu, OWN, TRUTH, tmp_path / "a", **options)
+    with pytest.raises(FormatError, match="with code"):
+        fastinv.audit(tanh, OWN, TRUTH, tmp_path / "a", **options)
+
+    options = {"at": ["conv1"], "attacks": ["shadow"], "untrained": lenet5, **QUICK}
+    model = lenet5()
+    fastinv.audit(model, OWN, TRUTH, tmp_path / "b", labels=LABELS[:16], **options)
+    with pytest.raises(FormatError, match="of other labels"):
+        fastinv.audit(model, OWN, TRUTH, tmp_path / "b", labels=LABELS[1:17], **options)
+
+
+def test_results_without_their_inverters_are_results(tmp_path: Path) -> None:
+    model = lenet5()
+    fastinv.audit(model, OWN, TRUTH, tmp_path, at=["conv1"], attacks=["rmle"], **QUICK)
+    for file in (tmp_path / "attacks").glob("*.finv"):
+        file.unlink()
+    with pytest.raises(FormatError, match="epochs 1 instead of 2"):
+        fastinv.audit(model, OWN, TRUTH, tmp_path, at=["conv1"], attacks=["rmle"], **QUICK | {"epochs": 2})
+
+
+def test_pictures_of_others_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "overview.png").write_bytes(b"mine")
+    with pytest.raises(FormatError, match=r"overview\.png: is there, but no results"):
+        fastinv.audit(lenet5(), OWN, TRUTH, tmp_path, at=["conv1"], **QUICK)
+
+
+def test_layers_of_any_names(tmp_path: Path) -> None:
+    names = ["overview", "a|b/c", "ю" * 90]
+    parts = {name: nn.Conv2d(1, 1, 3) for name in names}
+    model = nn.Sequential(OrderedDict(**parts, flatten=nn.Flatten(), fc=nn.Linear(22 * 22, 4)))
+    report = fastinv.audit(model, OWN, TRUTH, tmp_path, attacks=["inverse_network"], **QUICK)
+    assert [point.at for point in report.points] == names
+    assert len(list((tmp_path / "pictures").iterdir())) == 3
+    (line,) = (line for line in report.path.read_text().splitlines() if line.startswith("| a\\|b/c | 1 × "))
+    assert line.replace("\\|", "").count("|") == 8
+
+
 # ---- what cannot be done -------------------------------------------------------------------------------------------
 
 
@@ -199,9 +250,12 @@ def test_where_more_crosses_is_told_and_has_no_cloud(tmp_path: Path) -> None:
             return result
 
     options: dict[str, Any] = {"attacks": ["inverse_network", "shadow"], "labels": LABELS[:16], "untrained": Skips}
-    with pytest.warns(UserWarning, match="not only its result crosses"):
-        report = fastinv.audit(Skips(), OWN, TRUTH, tmp_path, at=["conv"], **options, **QUICK)
+    report = fastinv.audit(Skips(), OWN, TRUTH, tmp_path, at=["conv"], **options, **QUICK)
     assert list(report.results) == [("conv", "inverse_network")]
+    assert report.points[0].crossing == "the images"
+    text = report.path.read_text()
+    assert "| conv (+) |" in text
+    assert "(+) After conv, the images crosses, too" in text
     assert "Cut where they have joined" in report.failed["conv", "shadow"]
 
 
@@ -217,11 +271,27 @@ def test_refuses(tmp_path: Path) -> None:
         (TrainingError, r"attacks \[\]", {"attacks": []}),
         (TrainingError, "fit_shadow needs untrained=", {"attacks": ["fit_shadow"]}),
         (TrainingError, "shadow needs labels=", {"attacks": ["shadow"], "untrained": lenet5}),
-        (TrainingError, "optimizer 'sgd', expected one of adam, lbfgs", {"optimizer": "sgd"}),
+        (TrainingError, "optimizer 'sgd', expected one of ", {"optimizer": "sgd"}),
         (TrainingError, "epochs -1", {"epochs": -1}),
         (TrainingError, "images .* and truth .*, expected", {"truth": TRUTH[:, :, :20]}),
-        (TrainingError, r"images \[0, 1, 28, 28\]", {"images": OWN[:0]}),
-        (TrainingError, r"truth \[0, 1, 28, 28\]", {"truth": TRUTH[:0]}),
+        (FeatureError, r"images \[0, 1, 28, 28\]", {"images": OWN[:0]}),
+        (FeatureError, r"truth \[0, 1, 28, 28\]", {"truth": TRUTH[:0]}),
+        (FeatureError, "images .* complex64, expected", {"images": OWN + 0j}),
+        (TrainingError, "attacks None", {"attacks": None}),
+        (TrainingError, r"attacks \[\['rmle'\]\]", {"attacks": [["rmle"]]}),
+        (TrainingError, "optimizer", {"optimizer": ["adam"]}),
+        (TrainingError, "epochs 1.5", {"epochs": 1.5}),
+        (NetworkError, "width", {"width": "64"}),
+        (BackendError, "threads 0", {"threads": 0}),
+        (SplitError, r"at \[\], expected names", {"at": []}),
+        (SplitError, "at 5, expected names", {"at": 5}),
+        (SplitError, "weight has no values yet", {"subject": lenet5().to("meta")}),
+        (SplitError, "weight has no values yet", {"subject": nn.Sequential(nn.LazyConv2d(2, 3))}),
+        (TrainingError, "fit_shadow needs untrained=", {"attacks": ["fit_shadow"], "untrained": lenet5()}),
+        (TrainingError, "untrained.. fails .Zero", {"attacks": ["fit_shadow"], "untrained": lambda: 1 / 0}),
+        (FeatureError, "protect: gives .* expected a tensor of the same shape", {"protect": lambda v: v[:, :1]}),
+        (FeatureError, "protect: gives .* without NaN", {"protect": lambda v: v / 0}),
+        (FeatureError, "protect: fails .*KeyError", {"protect": lambda v: {}["x"]}),
         (NetworkError, "kind 'unet'", {"kind": "unet"}),
         (FeatureError, "divide those of 0 to 255", {"truth": TRUTH * 255}),
         (FeatureError, "does not take images", {"images": OWN[..., :20], "truth": TRUTH[..., :20], "at": ["fc1"]}),
@@ -245,95 +315,91 @@ def test_refuses(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# ---- models in files -----------------------------------------------------------------------------------------------
+def test_where_no_features_of_each_image_are(tmp_path: Path) -> None:
+    """What gives a tuple, or has the tokens first, is left out where no split point is named."""
 
-CODE = """
-import helper
-from torch import nn
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.lstm = nn.Conv2d(1, 6, 7, 7), nn.LSTM(6, 5, batch_first=True)
+            self.first, self.fc = nn.Linear(5, 5), nn.Linear(5, 3)
 
-class Namespace:
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 26 * 26, 10))
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            states, _ = self.lstm(self.conv(x).flatten(2).mT)
+            result: torch.Tensor = self.fc(self.first(states.transpose(0, 1)).sum(0))
+            return result
 
-def build():
-    return helper.lenet5()
-
-def needs(argument):
-    return nn.ReLU()
-
-def nothing():
-    return None
-"""
-
-
-@pytest.fixture
-def code(tmp_path: Path) -> Path:
-    (tmp_path / "helper.py").write_text("from fastinv.models import lenet5")
-    file = tmp_path / "net.py"
-    file.write_text(CODE)
-    return file
+    assert fastinv.split_points(Recurrent()) == ["conv", "lstm", "first"]
+    report = fastinv.audit(Recurrent(), OWN, TRUTH, tmp_path, attacks=["inverse_network"], **QUICK)
+    assert [point.at for point in report.points] == ["conv"]
 
 
-def test_models_in_files(code: Path) -> None:
-    model, untrained = load_model(f"{code}:build")
-    assert untrained is None
-    assert not model.training
-    assert isinstance(load_model(f"{code}:Namespace.model")[0][0], nn.Conv2d)
-    assert isinstance(load_model("fastinv.models:lenet5")[0].conv1, nn.Conv2d)
+def test_a_named_layer_of_a_model_that_cannot_be_traced_wholly(tmp_path: Path) -> None:
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.conv(x)
+            return x if x.sum() > 0 else -x  # a branch on values
+
+    model = nn.Sequential(OrderedDict(body=Body(), flatten=nn.Flatten(), fc=nn.Linear(1352, 4)))
+    with pytest.raises(SplitError, match="cannot trace"):
+        fastinv.audit(model, OWN, TRUTH, tmp_path, **QUICK)
+    report = fastinv.audit(model, OWN, TRUTH, tmp_path, at=["body"], attacks=["rmle", "inverse_network"], **QUICK)
+    assert list(report.results) == [("body", "inverse_network")]
+    assert report.points[0].flops is None
+    assert list(report.failed) == [("body", "rmle")]
 
 
-@pytest.mark.parametrize("name", ["net.pt", "nested.pt", "parallel.pt", "net.safetensors"])
-def test_weights(code: Path, tmp_path: Path, name: str) -> None:
-    from safetensors.torch import save_file
-
-    state = lenet5().state_dict()
-    file = tmp_path / name
-    if name == "net.safetensors":
-        save_file(state, file)
-    elif name == "nested.pt":
-        torch.save({"state_dict": state, "epoch": 3}, file)
-    else:
-        prefix = "module." if name == "parallel.pt" else ""
-        torch.save({f"{prefix}{key}": value for key, value in state.items()}, file)
-    model, untrained = load_model(f"{code}:build", file)
-    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
-    assert untrained is not None
-    assert not torch.equal(untrained().state_dict()["fc1.weight"], state["fc1.weight"])
+# ---- protection ----------------------------------------------------------------------------------------------------
 
 
-def test_models_that_are_none(code: Path, tmp_path: Path) -> None:
-    for place, words in (
-        ("net.py", "expected FILE.py:NAME"),
-        (f"{tmp_path / 'missing.py'}:build", "cannot be imported"),
-        ("no.such.package:build", "cannot be imported"),
-        (f"{code}:built", "has no 'built'; it has helper, nn, Namespace, build"),
-        (f"{code}:needs", "fails, called without arguments"),
-        (f"{code}:nothing", "gives a NoneType, expected a torch.nn.Module"),
-        (f"{code}:helper", "fails, called"),
-    ):
-        with pytest.raises(NetworkError, match=words):
-            load_model(place)
-    for name, content, words in (
-        ("missing.pt", None, "cannot be read"),
-        ("cut.pt", b"PK", "cannot be read"),
-        ("cut.safetensors", b"PK", "cannot be read"),
-        ("other.pt", {"conv9.weight": torch.zeros(1)}, "not the weights of this model"),
-        ("list.pt", [torch.zeros(1)], "holds a list"),
-    ):
-        file = tmp_path / name
-        if isinstance(content, bytes):
-            file.write_bytes(content)
-        elif content is not None:
-            torch.save(content, file)
-        with pytest.raises((FormatError, TrainingError), match=words):
-            load_model(f"{code}:build", file)
+def test_protection(tmp_path: Path) -> None:
+    """Attackers see what is sent, and the report says what the model makes of it."""
+    torch.manual_seed(0)
+    model = train_target(lenet5(), IMAGES, LABELS, epochs=60, **NORM)
+    options = {"at": ["conv1"], "truth_labels": LABELS, **QUICK | {"epochs": 20}}
+    open_, noisy, zeros = (
+        fastinv.audit(model, IMAGES, IMAGES, tmp_path / str(index), protect=protect, **options)
+        for index, protect in enumerate((None, lambda v: v + torch.randn_like(v), torch.zeros_like))
+    )
+    for attack in ("rmle", "inverse_network"):
+        found = [report.results["conv1", attack].psnr for report in (open_, noisy, zeros)]
+        assert found[0] > found[1], attack
+        assert found[2] <= zeros.nothing[0] + 1e-6, (
+            attack
+        )  # what does not depend on the image is no better than the mean
+    right = [report.points[0].accuracy for report in (open_, noisy, zeros)]
+    assert right[0] > 0.9
+    assert right[2] < 0.5
+    text = noisy.path.read_text()
+    assert "Features are protected before they are sent, by" in text
+    assert f"| {right[1]:.1%} |" in text
+
+
+def test_another_protection_is_another_audit(tmp_path: Path) -> None:
+    def noise(scale: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda v: v + scale * torch.randn_like(v)
+
+    options = {"at": ["conv1"], "attacks": ["inverse_network"], **QUICK}
+    model = lenet5()
+    first = fastinv.audit(model, OWN, TRUTH, tmp_path / "a", protect=noise(0.1), **options)
+    assert fastinv.audit(model, OWN, TRUTH, tmp_path / "a", protect=noise(0.1), **options).ran == 0
+    again = fastinv.audit(model, OWN, TRUTH, tmp_path / "b", protect=noise(0.1), **options)
+    assert again.results["conv1", "inverse_network"].psnr == first.results["conv1", "inverse_network"].psnr
+    for other in (None, noise(0.2)):
+        with pytest.raises(FormatError, match="protect"):
+            fastinv.audit(model, OWN, TRUTH, tmp_path / "a", protect=other, **options)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
-def test_command(digits: Path, code: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(lenet5().state_dict(), tmp_path / "net.pt")
-    model = ["audit", "--model", f"{code}:build", "--weights", str(tmp_path / "net.pt"), "--data", str(digits)]
+    model = ["audit", "--model", "fastinv.models:lenet5", "--weights", str(tmp_path / "net.pt"), "--data", str(digits)]
     model += ["--mean", "0.5", "--std", "0.5"]
     assert main([*model, "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -346,6 +412,8 @@ def test_command(digits: Path, code: Path, tmp_path: Path, capsys: pytest.Captur
     assert "experiments: 2, done before: 0" in said
     assert f"{out / 'report.md'}: 2 experiments, 2 of them run now" in said
     assert results.read_settings(out / "attacks")["epochs"] == 1
+    assert main([*model, *quick, "--splits", "conv1", "--attacks", "rmle"]) == 0
+    assert "2 experiments, 0 of them run now" in capsys.readouterr().out
     assert main([*model, *quick, "--splits", "conv9"]) == 1
     assert "no layer 'conv9'" in capsys.readouterr().err
 
@@ -353,8 +421,31 @@ def test_command(digits: Path, code: Path, tmp_path: Path, capsys: pytest.Captur
 def test_command_of_a_model_with_failures(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "net.py").write_text("from test_audit import Logarithm as build")
     command = ["audit", "--model", f"{tmp_path / 'net.py'}:build", "--data", str(digits), "-o", str(tmp_path / "out")]
-    assert main([*command, "--splits", "exotic", "--scored", "2", "--epochs", "1"]) == 3
+    command += ["--splits", "exotic", "--scored", "2", "--epochs", "1"]
+    assert main([*command, "--attacks", "rmle"]) == 3
+    assert main(command) == 3  # the same model, though its weights are drawn anew
     assert "1 experiment failed; the same command tries them again" in capsys.readouterr().out
+
+
+def test_wrong_commands(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["audit", "--model", "fastinv.models:lenet5", "-o", str(tmp_path / "out"), "--data"]
+    for more, words in (
+        ([str(digits), "--attacks", "shadow"], "pass --weights of the trained model"),
+        ([str(digits), "--protect", "math:pi"], "a float, expected a function"),
+        (["photographs", "--size", "16", "16"], "--size is for images in folders by class"),
+        (["photographs"], "does not take images [3, 32, 32]"),
+    ):
+        assert main([*command, *more]) == 1
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_protected_by_code(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "defence.py").write_text("def blank(v): return 0 * v")
+    command = ["audit", "--model", "fastinv.models:lenet5", "-o", str(tmp_path / "out"), "--data", str(digits)]
+    command += ["--protect", f"{tmp_path / 'defence.py'}:blank", "--splits", "conv1", "--scored", "2", "--epochs", "1"]
+    assert main(command) == 0
+    assert "by blank" in (tmp_path / "out" / "report.md").read_text()
 
 
 # ---- on MNIST ------------------------------------------------------------------------------------------------------

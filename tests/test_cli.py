@@ -69,7 +69,7 @@ def test_help_of_train_names_its_targets(capsys: pytest.CaptureFixture[str]) -> 
         run("train", "--help")
     found = " ".join(capsys.readouterr().out.split())
     assert "The targets are the paper's two: lenet5" in found
-    assert "A model of your own is attacked from Python" in found
+    assert "A model of your own is attacked by `fastinv audit`" in found
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,7 @@ def test_channels_that_come_first_are_not(features, image) -> None:
         (201, (3, 224, 224), 5, (14, 14)),  # with four registers
         (72, (3, 32, 64), 0, (6, 12)),
         (33, (1, 64, 32), 1, (8, 4)),
+        (66, (3, 32, 32), 2, (8, 8)),  # with a token for distillation
     ],
 )
 def test_tokens_are_places_of_the_image(tokens: int, image: tuple[int, ...], extra: int, size: tuple[int, int]) -> None:
@@ -154,7 +155,9 @@ def test_tokens_are_places_of_the_image(tokens: int, image: tuple[int, ...], ext
     assert grid[0, :, 1, 2].tolist() == [5.0 * (extra + size[1] + 2) + n for n in range(5)]
 
 
-@pytest.mark.parametrize(("tokens", "image"), [(24, (3, 32, 32)), (1, (3, 32, 64)), (70, (3, 30, 40))])
+@pytest.mark.parametrize(
+    ("tokens", "image"), [(24, (3, 32, 32)), (1, (3, 32, 64)), (70, (3, 30, 40)), (10, (1, 28, 28)), (28, (1, 28, 28))]
+)
 def test_tokens_that_are_no_places_are_taken_as_they_are(tokens: int, image: tuple[int, ...]) -> None:
     decoder = make_decoder((tokens, 5), image, width=4)
     assert isinstance(decoder[0], nn.Flatten)

@@ -11,21 +11,25 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastinv.errors import SplitError, UnsupportedOp
+from fastinv import tensors, tracing
+from fastinv.errors import FeatureError, NetworkError, SplitError, UnsupportedOp
 from fastinv.export import export
 from fastinv.network import Network
 from fastinv.schedule import place_of
-from fastinv.split import Split, split_points
+from fastinv.split import Split, expect_model
 
 
 def exported(module: nn.Module, shape: tuple[int, ...]) -> Network:
     """A module that takes [N, *shape], exported; of one on a GPU a copy of it is.
 
     Raises:
-        UnsupportedOp: it has an operation that cannot be.
+        UnsupportedOp, NetworkError: it has an operation that cannot be, or does other things that no network does.
     """
     here = module if place_of(module).type == "cpu" else copy.deepcopy(module).cpu()
     return export(here, torch.zeros(2, *shape))
+
+
+PROBE = 3  # images that a model is asked about, to see which layers have features of each
 
 
 @dataclass(frozen=True)
@@ -34,28 +38,17 @@ class Point:
 
     Attributes:
         at: its name.
-        feature_shape: of what crosses, for one image.
+        feature_shape: of the layer's result, for one image.
         flops: of the edge for one image, 2 a multiplication with addition; None where fastinv cannot export it.
+        crossing: what else crosses, in words; empty where nothing does.
         accuracy: the share of images whose class the model tells from what is sent; None where that is not known.
     """
 
     at: str
     feature_shape: tuple[int, ...]
     flops: int | None
+    crossing: str = ""
     accuracy: float | None = None
-
-    @classmethod
-    def of(cls, split: Split, image_shape: tuple[int, ...]) -> Point:
-        """Where a model is cut that takes images of this shape.
-
-        Raises:
-            FeatureError: it takes none of this shape.
-        """
-        shape = tuple(split.features(torch.zeros(1, *image_shape)).shape[1:])
-        try:
-            return cls(split.at, shape, exported(split.edge, image_shape).flops)
-        except UnsupportedOp:
-            return cls(split.at, shape, None)
 
     @property
     def kibibytes(self) -> float:
@@ -70,13 +63,15 @@ class Cuts:
     Attributes:
         model, mean, std, example: as of `Split`.
         names: where `split_points` finds that it can be cut.
+        code: what it computes, as it was traced, and its structure.
     """
 
     model: nn.Module
-    mean: Sequence[float] | float
-    std: Sequence[float] | float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     example: torch.Tensor | None
     names: tuple[str, ...]
+    code: str
 
     @classmethod
     def of(
@@ -86,28 +81,50 @@ class Cuts:
         std: Sequence[float] | float,
         example: torch.Tensor | None,
         image_shape: tuple[int, ...],
+        *,
+        named: bool = False,
     ) -> Cuts:
         """With an example of this shape where torch.fx cannot trace the model, and there is none.
 
+        Args:
+            named: whether split points are named anyway, so that none has to be found.
+
         Raises:
             SplitError: the model cannot be traced.
+            FeatureError: it does not take such images.
         """
-        try:
-            names = split_points(model, example)
-        except SplitError:
-            if example is not None or not isinstance(model, nn.Module):
-                raise
-            example = torch.zeros(2, *image_shape)
-            names = split_points(model, example)
-        return cls(model, mean, std, example, tuple(names))
+        model = getattr(model, "_orig_mod", model)  # of what torch.compile makes
+        expect_model(model)
+        normalisation = tensors.normalisation(mean, std, image_shape[0], FeatureError)
+        modules = {name for name, _ in model.named_modules() if name}
+        structure = str(model)
+        for inputs in [example] if example is not None else [None, torch.zeros(2, *image_shape)]:
+            try:
+                traced = tracing.trace(model, inputs)
+            except SplitError:
+                continue
+            names = tracing.split_points(traced, modules, torch.zeros(PROBE, *image_shape))
+            return cls(model, *normalisation, inputs, tuple(names), f"{structure}\n{traced.code}")
+        if not named:
+            tracing.trace(model, torch.zeros(2, *image_shape) if example is None else example)  # raises
+        return cls(model, *normalisation, example, (), structure)
 
-    def split(self, at: str, *, quiet: bool = False) -> Split:
-        """The model, cut after a layer; quiet: without a warning where more than the layer's result crosses."""
+    def split(self, at: str) -> Split:
+        """The model, cut after a layer. `Split.crossing` says what else crosses there; no warning does."""
         with warnings.catch_warnings():
-            if quiet:
-                warnings.filterwarnings("ignore", "Split: at .* not only its result crosses")
+            warnings.filterwarnings("ignore", "Split: at .* not only its result crosses")
             return Split(self.model, at, self.mean, self.std, example=self.example)
 
     def point(self, at: str, image_shape: tuple[int, ...]) -> Point:
-        """What is told of a cut."""
-        return Point.of(self.split(at, quiet=True), image_shape)
+        """What is told of a cut.
+
+        Raises:
+            FeatureError: the model does not take images of this shape.
+        """
+        split = self.split(at)
+        shape = tuple(split.features(torch.zeros(1, *image_shape)).shape[1:])
+        try:
+            flops = exported(split.edge, image_shape).flops
+        except (UnsupportedOp, NetworkError):
+            flops = None
+        return Point(at, shape, flops, split.crossing)

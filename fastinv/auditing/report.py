@@ -11,13 +11,16 @@ from urllib.parse import quote
 
 from fastinv.auditing.points import Point
 from fastinv.experiment import results
-from fastinv.experiment.cells import Cell
+from fastinv.experiment.cells import Cell, file_name
 from fastinv.experiment.reporting import HOW_CHOSEN, draw, figures, markdown, recipe_table, write_text
 from fastinv.experiment.results import Result
 from fastinv.experiment.scores import RECOGNISABLE, Scores
+from fastinv.places import make_folder
 
 REPORT, RECORDS, OVERVIEW = "report.md", "results.json", "overview.png"
-ATTACKS = "attacks"  # the folder beside them for what each attack gave
+PICTURES = "pictures"  # the folder beside them with one for each split point
+FOLDER = "attacks"  # the folder beside them with what each attack gave
+REPORTS = (REPORT, RECORDS, OVERVIEW, PICTURES)  # all that is not in the latter
 Found = Mapping[Cell, Result]
 
 
@@ -35,7 +38,7 @@ def write_report(
         points: what is told of each split point of `found`.
         found: results, in the order of the model's forward.
         nothing: scores of what needs no features.
-        failed: why others have none.
+        failed: why others have none, of those that were to run now.
 
     Raises:
         FormatError: a picture cannot be drawn from what is kept, or the report not be written.
@@ -47,7 +50,7 @@ def write_report(
         lines += ["## How rMLE was set", HOW_CHOSEN.format(chosen_on), "", *recipe_table(recipes), ""]
     if failed:
         rows = [[cell.split, cell.attack.title, reason] for cell, reason in failed.items()]
-        lines += ["## What failed", *markdown(["cut after", "attack", "why"], rows), ""]
+        lines += ["## What failed now", *markdown(["cut after", "attack", "why"], rows), ""]
     lines += _pictures(out, found)
     write_text(out / REPORT, "\n".join(lines))
     records = [_record(points[cell.split], result) for cell, result in found.items()]
@@ -64,7 +67,7 @@ def strongest(found: Found) -> dict[str, Cell]:
 
 
 def _head(out: Path, model: str, nothing: Scores) -> list[str]:
-    settings = results.read_settings(out / ATTACKS)
+    settings = results.read_settings(out / FOLDER)
     psnr, ssim = nothing.means
     protection = f"Features are protected before they are sent, by {settings['protect']}."
     return [
@@ -92,6 +95,7 @@ def _summary(points: Mapping[str, Point], found: Found) -> list[str]:
         size = f"{point.kibibytes:,.1f}"
         work = "" if point.flops is None else f"{point.flops / 1e6:,.2f}"
         right = "" if point.accuracy is None else f"{point.accuracy:.1%}"
+        at += " (+)" if point.crossing else ""
         rows.append([at, shape, size, work, right, cell.attack.title, figures(result)])
     header = [
         "cut after",
@@ -102,7 +106,12 @@ def _summary(points: Mapping[str, Point], found: Found) -> list[str]:
         "strongest attack",
         "recovered",
     ]
-    return ["## The strongest attack", *markdown(header, rows), ""]
+    more = [
+        f"(+) After {point.at}, {point.crossing} crosses, too, and tells more than these features."
+        for point in points.values()
+        if point.crossing
+    ]
+    return ["## The strongest attack", *markdown(header, rows), "", *more, ""]
 
 
 def _all_attacks(found: Found) -> list[str]:
@@ -117,15 +126,16 @@ def _all_attacks(found: Found) -> list[str]:
 def _pictures(out: Path, found: Found) -> list[str]:
     """Draw the strongest attack at every split point, and all attacks at each; the lines that show it."""
     best = strongest(found)
-    drawings = {OVERVIEW: [(cell, f"cut after {at}: {cell.attack.title}") for at, cell in best.items()]}
+    if not best or results.read_truth(out / FOLDER).shape[1] not in (1, 3):
+        return []
+    make_folder(out / PICTURES)
+    draw(out / OVERVIEW, out / FOLDER, [(cell, f"cut after {at}: {cell.attack.title}") for at, cell in best.items()])
+    lines = ["## What they look like", f"![The strongest attacks]({OVERVIEW})", ""]
     for at in best:
-        drawings[f"{quote(at, safe='')}.png"] = [(cell, cell.attack.title) for cell in found if cell.split == at]
-    lines = []
-    for name, rows in drawings.items():
-        if rows and results.read_truth(out / ATTACKS).shape[1] in (1, 3):
-            draw(out / name, out / ATTACKS, rows)
-            lines += [f"![{name.removesuffix('.png')}]({quote(name)})", ""]
-    return ["## What they look like", *lines] if lines else []
+        name = f"{PICTURES}/{file_name(at)}.png"
+        draw(out / name, out / FOLDER, [(cell, cell.attack.title) for cell in found if cell.split == at])
+        lines += [f"![Cut after {at}]({quote(name)})", ""]
+    return lines
 
 
 def _record(point: Point, result: Result) -> dict[str, Any]:

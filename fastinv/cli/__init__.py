@@ -1,7 +1,7 @@
 """The command line: `fastinv demo | train | invert | audit | reproduce | info | bench`, one file each.
 
 Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 3 finished but for some rows or files of a
-log, 130 interrupted, or ended by SIGTERM.
+log, or some experiments, 130 interrupted, or ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         prog="fastinv",
         description="Recover the inputs of a split neural network from its features. Use it only on systems "
         "that you own or may test.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 finished with failed rows, 130 interrupted.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 finished with failures, 130 interrupted.",
     )
     top.add_argument("--version", action="version", version=f"fastinv {fastinv.__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -1,7 +1,7 @@
 """Attack a model of your own wherever it can be cut, and report what is recovered.
 
 The model is code of yours: --model net.py:build names a function without arguments that makes it, or the model itself.
-The attacker has the training images of --data; the first test images are what he recovers. --list shows where the model
+The attacker has the training images of --data; test images are what he recovers. --list shows where the model
 can be cut. The same command goes on where it was interrupted; more split points or attacks come into the same report.
 """
 
@@ -23,12 +23,13 @@ from fastinv.cli.arguments import (
 )
 from fastinv.cli.demo import add_data_argument
 from fastinv.data import PHOTOGRAPHS, load, photographs
+from fastinv.errors import DataError, TrainingError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from fastinv.auditing.points import Point
-    from fastinv.auditing.run import AuditReport
+    from fastinv.auditing.runner import AuditReport
     from fastinv.data import Dataset
 
 ATTACKS = ("rmle", "inverse_network", "inverse_network-noise", "fit_shadow", "shadow")
@@ -83,12 +84,17 @@ def run(args: argparse.Namespace) -> int:
 
     import fastinv
     from fastinv.model_files import load_function, load_model
+    from fastinv.training import seeded
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     train, test = _data(args)
     train, test = train.sample(args.images, args.seed), test.sample(args.scored, args.seed)
-    model, untrained = load_model(args.model, args.weights)
+    with seeded(args.seed):  # of a model without weights
+        model, untrained = load_model(args.model, args.weights)
+    shadows = [attack for attack in args.attacks or () if "shadow" in attack]
+    if shadows and untrained is None:
+        raise TrainingError(f"{shadows[0]} starts from what --model makes: pass --weights of the trained model")
     if args.list:
         _list(model, args, train.image_shape)
         return 0
@@ -119,6 +125,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     if args.data == PHOTOGRAPHS:
+        if args.size is not None:
+            raise DataError("--size is for images in folders by class; leave it out")
         return photographs(args.seed)
     return load(args.data, size=None if args.size is None else tuple(args.size), seed=args.seed)
 
@@ -131,7 +139,7 @@ def _list(model: nn.Module, args: argparse.Namespace, image_shape: tuple[int, ..
     """What crosses at each split point."""
     from fastinv.auditing.points import Cuts
 
-    cuts = Cuts.of(model, args.mean, args.std, None, image_shape)
+    cuts = Cuts.of(model, args.mean, args.std, None, image_shape, named=args.splits is not None)
     rows = [_columns(cuts.point(name, image_shape)) for name in args.splits or cuts.names]
     print(table(["cut after", "features", "KiB in float32", "MFLOP of the edge"], rows))
 
@@ -143,8 +151,9 @@ def _summary(report: AuditReport) -> str:
         attacks = {attack: result for (at, attack), result in report.results.items() if at == point.at}
         attack, best = max(attacks.items(), key=lambda item: item[1].ssim)
         scores = [f"{best.psnr:.2f}", f"{best.ssim:.3f}", f"{best.recognisable:.0%}"]
-        rows.append([*_columns(point), attack, *scores])
-    header = ["cut after", "features", "KiB in float32", "MFLOP of the edge", "strongest attack"]
+        right = "-" if point.accuracy is None else f"{point.accuracy:.1%}"
+        rows.append([*_columns(point), right, attack, *scores])
+    header = ["cut after", "features", "KiB in float32", "MFLOP of the edge", "right classes", "strongest attack"]
     psnr, ssim = report.nothing
     return (
         table([*header, "PSNR", "SSIM", "recognisable"], rows)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import quote
+
+LONGEST = 100  # letters of a layer's name in a file's: most file systems take 255 in all
 
 
 @dataclass(frozen=True)
@@ -47,4 +50,12 @@ class Cell:
     @property
     def name(self) -> str:
         """`ReLU22-inverse_network-same`: of its files."""
-        return f"{quote(self.split, safe='')}-{self.attack.name}"  # modules may have any names
+        return f"{file_name(self.split)}-{self.attack.name}"
+
+
+def file_name(layer: str) -> str:
+    """A name for files about a layer: modules may have any names, of any length."""
+    quoted = quote(layer, safe="")
+    if len(quoted) <= LONGEST:
+        return quoted
+    return f"{quoted[:LONGEST]}~{hashlib.sha256(layer.encode()).hexdigest()[:16]}"

@@ -20,7 +20,8 @@ HOW_CHOSEN = (
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table."""
-    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
+    escaped = ([" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in rows)
+    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *escaped)]
 
 
 def figures(result: Result) -> str:

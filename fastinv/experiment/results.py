@@ -99,15 +99,30 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     found = read_settings(folder)
     for name in sorted(settings | found):
         if found.get(name) != settings.get(name):
-            if not ((folder / WEIGHTS).exists() or any(folder.glob("*.finv"))):  # nothing was done yet
-                for checkpoint in folder.glob("*.checkpoint"):
-                    checkpoint.unlink()
+            if not _begun(folder):
+                (folder / CHECKPOINT).unlink(missing_ok=True)
                 _write(file, settings)
                 return
             raise FormatError(
                 f"{folder}: holds results with {name} {found.get(name)!r:.80} instead of {settings.get(name)!r:.80}: "
                 "choose another folder, or go on with the same"
             )
+
+
+def _begun(folder: Path) -> bool:
+    """Whether anything was done, or begun, that has settings; but for the target's training."""
+    names = {path.name for path in folder.iterdir() if path.name[0] != "."}
+    return not names <= {SETTINGS, CHECKPOINT, TRUTH}
+
+
+def split_points(folder: Path) -> list[str]:
+    """The split points that a folder has results of.
+
+    Raises:
+        FormatError: a result is damaged.
+    """
+    files = (file for file in sorted(folder.glob("*.json")) if file.name not in (SETTINGS, TARGET))
+    return list(dict.fromkeys(str(read_json(file).get("split")) for file in files))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -84,15 +84,19 @@ class Runner(ABC):
         """What the edge's owner sends of features [N, ...]."""
         return features
 
+    def facts(self, cell: Cell) -> dict[str, Any]:
+        """What more is kept of an experiment, as JSON values."""
+        return {}
+
     def is_deep(self, at: str) -> bool:
         """Whether rMLE may need more steps at this split point."""
         return True
 
-    def run(self, waiting: Sequence[Cell], report: Callable[[], object]) -> dict[Cell, str]:
+    def run(self, waiting: Sequence[Cell], report: Callable[[dict[Cell, str]], object]) -> dict[Cell, str]:
         """Run experiments and keep what they give; of those that failed, why. One that fails does not stop the others.
 
         Args:
-            report: called after each, so that whatever ends the run, it tells what there is.
+            report: called with those after each, so that whatever ends the run, it tells what there is.
         """
         failed: dict[Cell, str] = {}
         at = max((len(cell.split) for cell in waiting), default=0)
@@ -104,10 +108,10 @@ class Runner(ABC):
             except FastinvError as error:
                 failed[cell] = " ".join(str(error).split())
                 self.tell(f"{title}  failed: {failed[cell]}")
-                continue
-            self.keep(cell, found)
-            self.tell(f"{title}  {_summary(cell, found.result)}")
-            report()
+            else:
+                self.keep(cell, found)
+                self.tell(f"{title}  {_summary(cell, found.result)}")
+            report(failed)
         return failed
 
     def attempt(self, cell: Cell) -> Found:
@@ -142,6 +146,7 @@ class Runner(ABC):
                 features, inverter, return_report=True, threads=self.threads, progress=self.progress
             )
         ran_on = {
+            **self.facts(cell),
             "fastinv": fastinv.__version__,
             "torch": torch.__version__,
             "backend": report.backend,

@@ -76,8 +76,8 @@ class Experiment:
         if train.image_shape not in MODELS:
             known = " or ".join(str(list(shape)) for shape in MODELS)
             raise DataError(
-                f"{source}: images {list(train.image_shape)}; the targets at hand take {known}. For others use the "
-                "Python interface: fastinv.Split takes any nn.Module"
+                f"{source}: images {list(train.image_shape)}; the targets at hand take {known}. `fastinv audit` "
+                "attacks a model of yours for others"
             )
         if len(train) < 2 or len(test) < 1:
             raise DataError(

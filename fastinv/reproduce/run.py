@@ -95,7 +95,7 @@ def run(job: Reproduction) -> Outcome:
     failed: dict[Cell, str] = {}
     if waiting or not results.knows_target(folder):
         runner = PaperRunner.with_target(experiment, effort, folder, job.threads, job.progress, job.device)
-        failed = runner.run(waiting, lambda: write_report(job.out))
+        failed = runner.run(waiting, lambda _: write_report(job.out))
     return Outcome(len(waiting) - len(failed), before, len(failed), write_report(job.out))
 
 
