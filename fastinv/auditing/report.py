@@ -73,8 +73,8 @@ def _head(out: Path, model: str, nothing: Scores) -> list[str]:
     return [
         f"# What {model} gives away, by where it is cut",
         f"An entry is the mean PSNR in dB and the mean SSIM of {len(nothing.psnr):,} recovered images, and the share "
-        f"of them that can be recognised (an SSIM of {RECOGNISABLE} or more). That much leaks at least: a better attack "
-        "may recover more.",
+        f"of them that can be recognised (an SSIM of {RECOGNISABLE} or more). That much leaks at least: a better "
+        "attack may recover more.",
         "",
         *([protection, ""] if settings.get("protect") else []),
         f"Without any features, the mean of the attacker's images gives {psnr:.2f} / {ssim:.3f}, "
