@@ -242,6 +242,18 @@ def load(path: str | Path) -> Inverter:
     return read(path)
 
 
+def load_start(path: str | Path) -> InverseNetwork:
+    """The inverse network in a `.finv` file, for rMLE to start from.
+
+    Raises:
+        FormatError: as `load`, or another inverter is there.
+    """
+    found = load(path)
+    if not isinstance(found, InverseNetwork):
+        raise FormatError(f"{path}: holds an {found.kind}, expected an inverse network to start rMLE from")
+    return found
+
+
 def channelwise(values: tuple[float, ...], shape: Shape) -> npt.NDArray[np.float32]:
     """`mean` or `std` as an array [C, 1, 1] that broadcasts over one image of this shape."""
     return np.broadcast_to(np.asarray(values, np.float32), shape[:1]).reshape(-1, *[1] * (len(shape) - 1))

@@ -66,13 +66,13 @@ def test_all_attacks(tmp_path: Path) -> None:
         model, OWN, TRUTH, tmp_path, at=["ReLU2", "conv1"], attacks=list(ATTACKS), labels=LABELS[:16],
         untrained=lenet5, tell=said.append, **QUICK,
     )  # fmt: skip
-    assert (report.ran, report.failed) == (10, {})
+    assert (report.ran, report.failed) == (12, {})
     assert [point.at for point in report.points] == ["conv1", "ReLU2"]  # in the order of the model's forward
     assert set(report.results) == {(at, attack) for at in ("conv1", "ReLU2") for attack in ATTACKS}
     assert (report.points[0].feature_shape, report.points[0].kibibytes) == ((8, 24, 24), 18.0)
     assert report.points[0].flops == 2 * 25 * 8 * 24 * 24
-    assert said[0] == "experiments: 10, done before: 0"
-    assert len(said) == 11
+    assert said[0] == "experiments: 12, done before: 0"
+    assert len(said) == 13
 
     for (at, attack), result in report.results.items():
         file = tmp_path / "attacks" / f"{at}-{ATTACKS[attack].name}.finv"
@@ -93,8 +93,20 @@ def test_all_attacks(tmp_path: Path) -> None:
     assert (tmp_path / "overview.png").exists()
     records = json.loads((tmp_path / "results.json").read_text())
     assert {record["attack"] for record in records} == set(ATTACKS)
-    assert [record["edge_flops"] for record in records[:5]] == [report.points[0].flops] * 5
+    assert [record["edge_flops"] for record in records[:6]] == [report.points[0].flops] * 6
     assert {record["split"] for record in records} == {"conv1", "ReLU2"}
+
+
+def test_what_is_refined_starts_from_the_inverse_network(tmp_path: Path) -> None:
+    report = fastinv.audit(lenet5(), OWN, TRUTH, tmp_path, at=["pool1"], attacks=["refined"], **QUICK)
+    assert list(report.results) == [("pool1", "inverse_network"), ("pool1", "refined")]
+    start, refined = (
+        fastinv.load(tmp_path / "attacks" / f"pool1-{ATTACKS[attack].name}.finv")
+        for attack in ("inverse_network", "refined")
+    )
+    assert isinstance(refined, fastinv.RMLE)
+    assert isinstance(refined.init, fastinv.InverseNetwork)
+    assert refined.init.fingerprint == start.fingerprint
 
 
 def test_what_is_recovered_without_features(tmp_path: Path) -> None:
@@ -118,7 +130,7 @@ def test_tokens(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(1, 6, 4, 4), Tokens(), nn.Linear(6, 5), nn.Flatten(), nn.Linear(49 * 5, 4))
     report = fastinv.audit(model, OWN, TRUTH, tmp_path, at="2", **QUICK)
     assert report.points[0].feature_shape == (49, 5)
-    assert set(report.results) == {("2", "rmle"), ("2", "inverse_network")}
+    assert set(report.results) == {("2", "rmle"), ("2", "inverse_network"), ("2", "refined")}
 
 
 def test_images_as_bytes_are_their_255ths(tmp_path: Path) -> None:
@@ -231,8 +243,9 @@ def test_layers_of_any_names(tmp_path: Path) -> None:
 
 def test_an_attack_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     report = fastinv.audit(Logarithm(), OWN, TRUTH, tmp_path, **QUICK)
-    assert list(report.results) == [("conv", "rmle"), ("conv", "inverse_network"), ("exotic", "inverse_network")]
-    assert list(report.failed) == [("exotic", "rmle")]
+    attacks = ["rmle", "inverse_network", "refined"]
+    assert list(report.results) == [*(("conv", attack) for attack in attacks), ("exotic", "inverse_network")]
+    assert list(report.failed) == [("exotic", "rmle"), ("exotic", "refined")]
     assert "aten.exp" in report.failed["exotic", "rmle"]
     assert [point.flops is None for point in report.points] == [False, True]
     text = report.path.read_text()
@@ -423,8 +436,9 @@ def test_command_of_a_model_with_failures(digits: Path, tmp_path: Path, capsys: 
     command = ["audit", "--model", f"{tmp_path / 'net.py'}:build", "--data", str(digits), "-o", str(tmp_path / "out")]
     command += ["--splits", "exotic", "--scored", "2", "--epochs", "1"]
     assert main([*command, "--attacks", "rmle"]) == 3
+    assert "1 experiment failed; the same" in capsys.readouterr().out
     assert main(command) == 3  # the same model, though its weights are drawn anew
-    assert "1 experiment failed; the same command tries them again" in capsys.readouterr().out
+    assert "2 experiments failed; the same command tries them again" in capsys.readouterr().out
 
 
 def test_wrong_commands(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,9 +66,10 @@ def audit(
         out: the folder for `report.md`, `results.json` and pictures; in its folder `attacks` every attack's `.finv`.
         at: split points; None takes all that `fastinv.split_points` finds.
         mean, std: the model's input normalisation.
-        attacks: some of `ATTACKS`: "rmle" (he has the edge), "inverse_network" (he may query it),
-            "inverse_network-noise" (he may, but has no images), "fit_shadow" (he may, and knows its structure) and
-            "shadow" (he has the cloud, its structure and labels, and may query nothing).
+        attacks: some of `ATTACKS`: "rmle" (he has the edge), "inverse_network" (he may query it), "refined" (he has it,
+            and images: rMLE that starts from what the inverse network gives, which is run, too),
+            "inverse_network-noise" (he may query it, but has no images), "fit_shadow" (he may, and knows its
+            structure) and "shadow" (he has the cloud, the edge's structure and labels, and may query nothing).
         labels: of the attacker's images, class indices [N], for "shadow".
         untrained: makes an untrained model of the same structure, for "fit_shadow" and "shadow".
         protect: what is done to features before they are sent, such as adding noise: tensors [n, ...] to tensors of

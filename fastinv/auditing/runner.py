@@ -27,7 +27,7 @@ from fastinv.experiment.cells import Attack, Cell
 from fastinv.experiment.results import Result
 from fastinv.experiment.run import Runner
 from fastinv.experiment.scores import Pixels, Scores
-from fastinv.inverters import RMLE, InverseNetwork
+from fastinv.inverters import RMLE, InverseNetwork, load_start
 from fastinv.places import sweep
 from fastinv.split import Split
 from fastinv.training import accuracy, seeded
@@ -35,11 +35,12 @@ from fastinv.training import accuracy, seeded
 ATTACKS = {
     "rmle": Attack("white-box: rMLE", "rmle"),
     "inverse_network": Attack("black-box: inverse network", "inverse_network", "distribution"),
+    "refined": Attack("white-box, with images: rMLE from an inverse network", "refined"),
     "inverse_network-noise": Attack("black-box: inverse network, from noise", "inverse_network", "noise"),
     "fit_shadow": Attack("black-box: shadow fitted to queries, rMLE", "fit_shadow", "distribution", "same"),
     "shadow": Attack("query-free: shadow, rMLE", "shadow", "distribution", "same"),
 }
-DEFAULT = ("rmle", "inverse_network")  # all that need only the model and images
+DEFAULT = ("rmle", "inverse_network", "refined")  # all that need only the model and images
 SHADOWS = ("fit_shadow", "shadow")
 
 
@@ -98,7 +99,8 @@ class AuditRunner(Runner):
         results.claim(self.folder, self._identity())
         sweep(out)
         results.write_truth(self.folder, self.truth)
-        cells = [Cell(name, ATTACKS[attack]) for name in chosen for attack in dict.fromkeys(attacks)]
+        wanted = [*(["inverse_network"] if "refined" in attacks else []), *attacks]  # which the latter starts from
+        cells = [Cell(name, ATTACKS[attack]) for name in chosen for attack in dict.fromkeys(wanted)]
         waiting = [cell for cell in cells if self._known(cell) is None]
         self.tell(f"experiments: {len(cells):,}, done before: {len(cells) - len(waiting):,}")
         before = results.split_points(self.folder)
@@ -159,6 +161,9 @@ class AuditRunner(Runner):
     def rmle(self, cell: Cell, split: Split, edge: nn.Module) -> Callable[[dict[str, Any]], RMLE]:
         network = exported(edge, self.truth.shape[1:])
         start = RMLE(network, mean=split.mean, std=split.std, clamp=None, provenance=self._provenance(cell))
+        if cell.attack.kind == "refined":
+            file = self.folder / f"{Cell(cell.split, ATTACKS['inverse_network']).name}.finv"
+            start = replace(start, init=load_start(file))
         return lambda options: replace(start, **options)
 
     def attacker_images(self, cell: Cell, count: int) -> Pixels:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fastinv.auditing.runner import AuditReport
     from fastinv.data import Dataset
 
-ATTACKS = ("rmle", "inverse_network", "inverse_network-noise", "fit_shadow", "shadow")
+ATTACKS = ("rmle", "inverse_network", "refined", "inverse_network-noise", "fit_shadow", "shadow")
 GIVEN = ("attacks", "kind", "width", "depth", "epochs", "shadow_epochs", "optimizer", "precision", "device", "threads")
 
 
@@ -63,8 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attacks",
         nargs="+",
         choices=ATTACKS,
-        help="rmle: white-box; inverse_network: black-box, also from noise alone; fit_shadow: black-box, shadow: "
-        "query-free, both of a --model that makes it and --weights; left out: the first two",
+        help="rmle: white-box; inverse_network: black-box, also from noise alone; refined: white-box, rMLE from what "
+        "the inverse network gives; fit_shadow: black-box, shadow: query-free, both of a --model that makes it and "
+        "--weights; left out: the first three",
     )
     parser.add_argument("--images", type=positive, help="how many the attacker has, at most; left out: all to train on")
     parser.add_argument("--scored", type=positive, default=200, help="test images that he recovers")

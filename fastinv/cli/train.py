@@ -16,7 +16,7 @@ from fastinv.cli.demo import add_data_argument
 from fastinv.cli.files import expect_apart, expect_place
 from fastinv.data import KNOWLEDGE
 from fastinv.errors import DataError, TrainingError
-from fastinv.inverters import OPTIMIZERS, SCHEDULES
+from fastinv.inverters import OPTIMIZERS, SCHEDULES, load_start
 from fastinv.places import make_folder
 from fastinv.schedule import OPTIMIZERS as TRAINING_OPTIMIZERS
 
@@ -139,16 +139,6 @@ def run(args: argparse.Namespace) -> None:
         print(f"{plural(len(truth), 'test image')} recovered: {Scores.of(truth, recovered)}")
 
 
-def _inverse_network_in(path: Path) -> Inverter:
-    import fastinv
-    from fastinv.errors import FormatError
-
-    found = fastinv.load(path)
-    if not isinstance(found, fastinv.InverseNetwork):
-        raise FormatError(f"{path}: holds an {found.kind}, expected an inverse network to start rMLE from")
-    return found
-
-
 def _check(args: argparse.Namespace) -> None:
     """Find out before the training, not after it, what cannot work; fill in what was left out."""
     own = OPTIONS[args.attack]
@@ -179,7 +169,7 @@ def _check_with(args: argparse.Namespace, experiment: Experiment) -> str:
     Schedule(args.target_epochs, 1, 1.0, seed=args.seed, **_given(args, WHERE))
     Schedule(args.epochs or 0, args.batch_size or 1, 1.0 if args.lr is None else args.lr, args.optimizer or "adam")
     if isinstance(args.rmle_init, Path):
-        args.rmle_init = _inverse_network_in(args.rmle_init)
+        args.rmle_init = load_start(args.rmle_init)
     if args.attack == "inverse_network":
         return fresh.at
     if args.architecture == "different":
