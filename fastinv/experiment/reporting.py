@@ -41,11 +41,15 @@ def recipe_table(recipes: Mapping[Cell, Result]) -> list[str]:
 
 
 def draw(file: Path, folder: Path, rows: Sequence[tuple[Cell, str]]) -> None:
-    """Draw the first images that experiments recovered, each under its title, below the true ones.
+    """Draw the first images that experiments recovered, each under its title, below the true ones; where that was done
+    since the last of them was, the picture stays.
 
     Raises:
         FormatError: what is to be drawn cannot be read, or the picture not be written.
     """
+    shown = [folder / results.TRUTH, *(folder / f"{cell.name}.npz" for cell, _ in rows)]
+    if file.exists() and all(path.exists() and path.stat().st_mtime_ns < file.stat().st_mtime_ns for path in shown):
+        return
     drawn = [Row("truth", as_pixels(results.read_truth(folder), "uint8"))]
     for cell, title in rows:
         images, scores = results.read_images(folder, cell)
