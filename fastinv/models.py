@@ -20,6 +20,8 @@ CIFAR_NORMALISATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # Tokens at the front that are no places: none, a class token, one for distillation, too, or four registers (Darcet et
 # al. 2023). Fewer places than that many are taken for another sequence.
 EXTRA, LEAST_PLACES = (0, 1, 2, 5), 16
+MOST_MISSING = 8  # rows or columns of an image that convolutions without padding may have left out
+MOST_FLAT = 4096  # features of unknown places that a linear layer takes: its weights stay below 2**25
 
 
 def lenet5(classes: int = 10) -> nn.Sequential:
@@ -171,8 +173,9 @@ def initialise(module: nn.Module) -> None:
                 nn.init.zeros_(part.bias)
 
 
-def _double(inputs: int, outputs: int) -> nn.ConvTranspose2d:
-    return nn.ConvTranspose2d(inputs, outputs, 3, stride=2, padding=1, output_padding=1)
+def _double(inputs: int, outputs: int, odd: tuple[int, int] = (0, 0)) -> nn.ConvTranspose2d:
+    """Doubles an image; along an axis that is odd, to one place less."""
+    return nn.ConvTranspose2d(inputs, outputs, 3, stride=2, padding=1, output_padding=(1 - odd[0], 1 - odd[1]))
 
 
 def _paper_decoder(features: Shape, image: Shape) -> list[nn.Module] | None:
@@ -192,9 +195,12 @@ def _paper_decoder(features: Shape, image: Shape) -> list[nn.Module] | None:
     return decoders.get((features, image))
 
 
-def _head(features: Shape, image: Shape, width: int) -> tuple[list[nn.Module], int, tuple[int, int]]:
-    """Layers that bring flat features or tokens to a small image, the channels after them, and its size."""
-    if len(features) == 3:
+def _head(features: Shape, image: Shape, width: int) -> tuple[list[nn.Module], int, Shape]:
+    """Layers that bring flat features or tokens to a small image, the channels after them, and its size.
+
+    So they do with few features of places of which it cannot be told where in the image they are.
+    """
+    if len(features) == 3 and (math.prod(features) > MOST_FLAT or _has_places(features[1:], image[1:])):
         return [], features[0], features[1:]
     if len(features) == 2 and (grid := _grid(features[0], image)):
         return [grid], features[1], grid.size
@@ -206,7 +212,7 @@ def _head(features: Shape, image: Shape, width: int) -> tuple[list[nn.Module], i
         nn.ReLU(),
         nn.Unflatten(1, (channels, *size)),
     ]
-    return layers, channels, (size[0], size[1])
+    return layers, channels, size
 
 
 class TokenGrid(nn.Module):
@@ -237,25 +243,55 @@ def _grid(tokens: int, image: Shape) -> TokenGrid | None:
     return None
 
 
-def _doublings(size: tuple[int, int], target: Sequence[int]) -> int:
-    """How often `size` can double without passing the target."""
-    return max(0, min(int(math.log2(t / s)) if t >= s else 0 for s, t in zip(size, target, strict=True)))
+def _has_places(size: Shape, target: Shape) -> bool:
+    """Whether it can be told from the sizes where in the image features are."""
+    return _is_near([size, *_doublings(size, target)][-1], target)
 
 
-def _fit(size: tuple[int, int], target: Sequence[int]) -> list[nn.Module]:
-    """What brings an image of one size to exactly another."""
-    return [] if size == tuple(target) else [nn.Upsample(size=tuple(target), mode="bilinear")]
+def _sizes(size: Shape, target: Shape) -> list[Shape]:
+    """The sizes that doublings go through on their way to the target.
+
+    Where it can be had by doublings some of which leave one place out, as strided convolutions of odd sizes need it,
+    they are these; otherwise plain ones that stay within it.
+    """
+    back = [target]
+    while back[-1][0] > size[0] or back[-1][1] > size[1]:
+        back.append((-(-back[-1][0] // 2), -(-back[-1][1] // 2)))
+    if back[-1] == size:
+        return back[-2::-1]
+    return _doublings(size, target)
+
+
+def _doublings(size: Shape, target: Shape) -> list[Shape]:
+    """The sizes that plain doublings go through within the target."""
+    sizes = [size]
+    while 2 * sizes[-1][0] <= target[0] and 2 * sizes[-1][1] <= target[1]:
+        sizes.append((2 * sizes[-1][0], 2 * sizes[-1][1]))
+    return sizes[1:]
+
+
+def _is_near(size: Shape, target: Shape) -> bool:
+    """Whether a size lacks nothing of another, or a few places, such as convolutions without padding leave out."""
+    return all(0 <= t - s <= MOST_MISSING for s, t in zip(size, target, strict=True))
+
+
+def _last(channels: int, size: Shape, image: Shape) -> list[nn.Module]:
+    """What brings an image to the size and the channels of another: a 3×3, or a larger one for what is missing."""
+    rows, columns = image[1] - size[0], image[2] - size[1]
+    if _is_near(size, image[1:]) and (rows or columns):
+        return [nn.ConvTranspose2d(channels, image[0], (rows + 3, columns + 3), padding=1)]
+    resize = [] if size == image[1:] else [nn.Upsample(size=image[1:], mode="bilinear")]
+    return [*resize, nn.Conv2d(channels, image[0], 3, padding=1)]
 
 
 def _measured_decoder(features: Shape, image: Shape, width: int) -> list[nn.Module]:
-    """As the paper's: stride-2 transposed convolutions while they fit, then a 3×3 to the image's channels."""
+    """As the paper's: stride-2 transposed convolutions, then one to the image's channels and size."""
     layers, channels, size = _head(features, image, width)
-    for _ in range(_doublings(size, image[1:])):
+    for after in _sizes(size, image[1:]):
         fewer = max(width, channels // 2)
-        layers += [_double(channels, fewer), nn.ReLU()]
-        channels, size = fewer, (2 * size[0], 2 * size[1])
-    layers += _fit(size, image[1:])
-    return [*layers, nn.Conv2d(channels, image[0], 3, padding=1)]
+        layers += [_double(channels, fewer, (2 * size[0] - after[0], 2 * size[1] - after[1])), nn.ReLU()]
+        channels, size = fewer, after
+    return [*layers, *_last(channels, size, image)]
 
 
 class ResidualBlock(nn.Module):
@@ -278,11 +314,12 @@ def _residual_decoder(features: Shape, image: Shape, width: int, depth: int) -> 
     layers, channels, size = _head(features, image, width)
     layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
     layers += [ResidualBlock(width) for _ in range(depth)]
-    for _ in range(_doublings(size, image[1:])):
-        layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
-        size = (2 * size[0], 2 * size[1])
-    layers += _fit(size, image[1:])
-    return [*layers, nn.Conv2d(width, image[0], 3, padding=1)]
+    for after in _sizes(size, image[1:]):
+        twice = after == (2 * size[0], 2 * size[1])
+        layers += [nn.Upsample(scale_factor=2) if twice else nn.Upsample(size=after)]
+        layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+        size = after
+    return [*layers, *_last(width, size, image)]
 
 
 def resnet_decoder() -> nn.Sequential:

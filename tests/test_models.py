@@ -30,6 +30,9 @@ FEATURES = {  # the paper's split points: features, images
 }
 
 
+DOUBLE = "deconv 3 64→64 s2 p1"
+
+
 def layers(model: nn.Module) -> list[str]:
     def one(m: nn.Module) -> str:
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -164,8 +167,26 @@ def test_tokens_that_are_no_places_are_taken_as_they_are(tokens: int, image: tup
     assert decoder[1].in_features == tokens * 5
 
 
+@pytest.mark.parametrize(
+    ("features", "image", "expected"),
+    [
+        ((128, 8, 8), (3, 64, 64), ["deconv 3 128→64 s2 p1", DOUBLE, DOUBLE, "conv 3 64→3 s1 p1"]),
+        # pool1 of the paper's MNIST target: 28 = 2·12 + 4, which a convolution without padding left out
+        ((8, 12, 12), (1, 28, 28), ["deconv 3 8→64 s2 p1", "deconv 7 64→1 s1 p1"]),
+        # strided convolutions of odd sizes
+        ((64, 29, 29), (3, 113, 113), [DOUBLE, DOUBLE, "conv 3 64→3 s1 p1"]),
+        # pool2: of a few features whose places cannot be told
+        ((16, 4, 4), (1, 28, 28), ["Linear", "deconv 3 128→64 s2 p1", DOUBLE, DOUBLE, "conv 3 64→1 s1 p1"]),
+    ],
+)
+def test_measured_decoders(features: tuple[int, ...], image: tuple[int, ...], expected: list[str]) -> None:
+    decoder = make_decoder(features, image)
+    assert [name for name in layers(decoder) if name not in ("ReLU", "Flatten", "Unflatten")] == expected
+    assert decoder(torch.zeros(1, *features)).shape == (1, *image)
+
+
 def test_measured_decoders_export() -> None:
-    for features in ((37,), (20, 7, 9), (49, 6), (13, 6), (11, 6)):
+    for features in ((37,), (20, 7, 9), (49, 6), (13, 6), (11, 6), (64, 13, 18), (300, 8, 10), (300, 4, 5)):
         decoder = make_decoder(features, (3, 30, 40), width=8).eval()
         assert fastinv.export(decoder, torch.randn(2, *features)).output_shape == (3, 30, 40)
 
