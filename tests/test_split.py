@@ -127,7 +127,9 @@ def test_split_points(example: bool) -> None:
             warnings.simplefilter("error")
             x = torch.rand(2, *shape)
             model = model.eval()
-            for at in found:  # each can be cut, with nothing else that crosses
+            for at in found[
+                :: 4 if example else 1
+            ]:  # each can be cut, with nothing else that crosses; slower by export
                 split = fastinv.Split(model, at, example=torch.zeros(2, *shape) if example else None)
                 torch.testing.assert_close(split.cloud(split.edge(x)), model(x))
         return found
