@@ -221,6 +221,22 @@ def test_results_without_their_inverters_are_results(tmp_path: Path) -> None:
         fastinv.audit(model, OWN, TRUTH, tmp_path, at=["conv1"], attacks=["rmle"], **QUICK | {"epochs": 2})
 
 
+def test_pictures_show_what_there_is(tmp_path: Path) -> None:
+    model = lenet5()
+    options = {"at": ["conv1"], **QUICK}
+    fastinv.audit(model, OWN, TRUTH, tmp_path, **options)
+    picture = tmp_path / "pictures" / "conv1.png"
+    before = picture.stat().st_mtime_ns
+    fastinv.audit(model, OWN, TRUTH, tmp_path, **options)
+    assert picture.stat().st_mtime_ns == before  # nothing new is to be seen
+    with Image.open(picture) as image:
+        height = image.height
+    (tmp_path / "attacks" / "conv1-refined.json").unlink()
+    fastinv.audit(model, OWN, TRUTH, tmp_path, attacks=["rmle"], **options)
+    with Image.open(picture) as image:
+        assert image.height < height
+
+
 def test_pictures_of_others_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "overview.png").write_bytes(b"mine")
     with pytest.raises(FormatError, match=r"overview\.png: is there, but no results"):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
 from fastinv.experiment import results
 from fastinv.experiment.cells import Cell
 from fastinv.experiment.results import Result
@@ -12,6 +15,7 @@ from fastinv.picture import Row, picture
 from fastinv.pixels import as_pixels
 from fastinv.places import new_file
 
+SHOWN = "experiments"  # in a picture's metadata: of what it is
 HOW_CHOSEN = (
     "λ, β and the number of steps were chosen on {} of the attacker's training images, from features such as he will "
     "see: the edge's, or for a query-free attack those of a second shadow."
@@ -42,21 +46,34 @@ def recipe_table(recipes: Mapping[Cell, Result]) -> list[str]:
 
 def draw(file: Path, folder: Path, rows: Sequence[tuple[Cell, str]]) -> None:
     """Draw the first images that experiments recovered, each under its title, below the true ones; where that was done
-    since the last of them was, the picture stays.
+    since the last of them ran, the picture stays.
 
     Raises:
         FormatError: what is to be drawn cannot be read, or the picture not be written.
     """
-    shown = [folder / results.TRUTH, *(folder / f"{cell.name}.npz" for cell, _ in rows)]
-    if file.exists() and all(path.exists() and path.stat().st_mtime_ns < file.stat().st_mtime_ns for path in shown):
+    shown = "\n".join(f"{cell.name} {title}" for cell, title in rows)
+    sources = [folder / results.TRUTH, *(folder / f"{cell.name}.npz" for cell, _ in rows)]
+    if _shows(file, shown) and all(s.exists() and s.stat().st_mtime_ns < file.stat().st_mtime_ns for s in sources):
         return
     drawn = [Row("truth", as_pixels(results.read_truth(folder), "uint8"))]
     for cell, title in rows:
         images, scores = results.read_images(folder, cell)
         drawn.append(Row(title, as_pixels(images, "uint8"), scores.captions()))
     image = picture(drawn)
+    about = PngInfo()
+    about.add_itxt(SHOWN, shown)
     with results.telling(file), new_file(file) as opened:
-        image.save(opened, "PNG")
+        image.save(opened, "PNG", pnginfo=about)
+
+
+def _shows(file: Path, shown: str) -> bool:
+    """Whether a picture is there, of these experiments under these titles."""
+    try:
+        with Image.open(file) as image:
+            found: bool = getattr(image, "text", {}).get(SHOWN) == shown
+            return found
+    except OSError:
+        return False
 
 
 def write_text(file: Path, text: str) -> None:
