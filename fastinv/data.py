@@ -164,8 +164,10 @@ def knowledge(
     count = available if n is None else n
     if not (is_whole(count) and count >= 0 and (kind == "noise" or count <= available)):
         raise DataError(f"knowledge: {n!r:.40} images asked for, of {available} of kind {kind!r}")
-    drawn = noise(count if kind == "noise" else 0, dataset.image_shape, seed=seed, mean=mean, std=std)
-    return drawn if kind == "noise" else dataset.pixels((same if kind == "same" else other)[:count])
+    if kind == "noise":
+        return noise(count, dataset.image_shape, seed=seed, mean=mean, std=std)
+    normalisation(mean, std, dataset.image_shape[0], DataError)  # refused whatever the images
+    return dataset.pixels((same if kind == "same" else other)[:count])
 
 
 def noise(

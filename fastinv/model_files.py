@@ -17,7 +17,6 @@ from fastinv.checkpoints import load_tensors
 from fastinv.errors import FormatError, NetworkError
 
 NESTED = ("state_dict", "model_state_dict", "model", "weights")  # where training scripts put them among other things
-
 PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")  # of names in a model that torch.compile or DataParallel holds
 
 
@@ -32,7 +31,7 @@ def load_model(place: str, weights: str | Path | None = None) -> tuple[nn.Module
 
     Raises:
         NetworkError: there is no such code, it fails, or gives no model.
-        FormatError: the weights cannot be read, or do not fit.
+        FormatError, TrainingError: the weights cannot be read, or do not fit.
     """
     found = _named(place)
     make = None if isinstance(found, nn.Module) else found

@@ -50,8 +50,7 @@ class Split:
         *,
         example: torch.Tensor | None = None,
     ) -> None:
-        model = getattr(model, "_orig_mod", model)  # of what torch.compile makes
-        expect_model(model)
+        model = cuttable(model)
         _expect_layer(model, at)
         self.at = at
         self.mean, self.std = tensors.normalisation(mean, std, error=SplitError)
@@ -153,10 +152,8 @@ def split_points(
         SplitError: as of `Split`.
         FeatureError: the model does not take the images.
     """
-    model = getattr(model, "_orig_mod", model)
-    expect_model(model)
-    names = {name for name, _ in model.named_modules() if name}
-    return tracing.split_points(tracing.trace(model, example), names, example if images is None else images)
+    model = cuttable(model)
+    return tracing.split_points(tracing.trace(model, example), model, example if images is None else images)
 
 
 def normalise(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -171,8 +168,13 @@ def normalise(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> t
     return (x - shift) / scale
 
 
-def expect_model(model: Any) -> None:
-    """Raise SplitError where it is none that can be cut."""
+def cuttable(model: Any) -> nn.Module:
+    """A model that can be traced: of what torch.compile makes, the module that it was made of.
+
+    Raises:
+        SplitError: it is none.
+    """
+    model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module):
         raise SplitError(f"Split: a {type(model).__name__}, expected a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
@@ -187,6 +189,7 @@ def expect_model(model: Any) -> None:
             raise SplitError(f"Split: {name} has no values yet; load the model's weights, or call it once")
         if parameter.is_floating_point() and parameter.dtype is not torch.float32:
             raise SplitError(f"Split: {name} is {parameter.dtype}, expected float32; call model.float() first")
+    return model
 
 
 def _expect_layer(model: nn.Module, at: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,21 @@ def loads(text: bytes, where: str, depth: int = MAX_DEPTH) -> Any:
         raise FormatError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: not valid JSON ({error!s:.120})") from None
+
+
+def read_object(path: Path, advice: str = "") -> dict[str, Any]:
+    """The JSON object in a file; `advice`: what to do where there is none in it.
+
+    Raises:
+        FormatError: it cannot be read, or as `loads`, or is no object.
+    """
+    try:
+        found = loads(path.read_bytes(), str(path))
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
+    if not isinstance(found, dict):
+        raise FormatError(f"{path}: no JSON object{advice}")
+    return found
 
 
 def _integer(digits: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,8 +96,9 @@ def _function(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target)).partition(".")[0]
 
 
-def split_points(traced: fx.GraphModule, names: Set[str], images: torch.Tensor | None) -> list[str]:
-    """As `fastinv.split_points`, of a model that has modules of these names."""
+def split_points(traced: fx.GraphModule, model: nn.Module, images: torch.Tensor | None) -> list[str]:
+    """As `fastinv.split_points`, of a model as it was traced."""
+    names = {name for name, _ in model.named_modules() if name}
     fitting = None if images is None else _with_batch_first(traced, images)
     batch = batch_size(traced)
     *nodes, output = traced.graph.nodes

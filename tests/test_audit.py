@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 import fastinv
-from fastinv.auditing.runner import ATTACKS
+from fastinv.auditing.attacks import ATTACKS
 from fastinv.cli import main
 from fastinv.errors import BackendError, FeatureError, FormatError, NetworkError, SplitError, TrainingError
 from fastinv.experiment import recipe, results
@@ -359,6 +359,7 @@ def test_where_no_features_of_each_image_are(tmp_path: Path) -> None:
             return result
 
     assert fastinv.split_points(Recurrent()) == ["conv", "lstm", "first"]
+    assert fastinv.split_points(Recurrent(), images=torch.zeros(3, 1, 28, 28)) == ["conv"]
     report = fastinv.audit(Recurrent(), OWN, TRUTH, tmp_path, attacks=["inverse_network"], **QUICK)
     assert [point.at for point in report.points] == ["conv"]
 

@@ -16,7 +16,7 @@ from fastinv.errors import FeatureError, NetworkError, SplitError, UnsupportedOp
 from fastinv.export import export
 from fastinv.network import Network
 from fastinv.schedule import place_of
-from fastinv.split import Split, expect_model
+from fastinv.split import Split, cuttable
 
 
 def exported(module: nn.Module, shape: tuple[int, ...]) -> Network:
@@ -93,21 +93,19 @@ class Cuts:
             SplitError: the model cannot be traced.
             FeatureError: it does not take such images.
         """
-        model = getattr(model, "_orig_mod", model)  # of what torch.compile makes
-        expect_model(model)
+        model = cuttable(model)
         normalisation = tensors.normalisation(mean, std, image_shape[0], FeatureError)
-        modules = {name for name, _ in model.named_modules() if name}
-        structure = str(model)
         for inputs in [example] if example is not None else [None, torch.zeros(2, *image_shape)]:
             try:
                 traced = tracing.trace(model, inputs)
-            except SplitError:
+            except SplitError as error:
+                failure = error
                 continue
-            names = tracing.split_points(traced, modules, torch.zeros(PROBE, *image_shape))
-            return cls(model, *normalisation, inputs, tuple(names), f"{structure}\n{traced.code}")
+            names = tracing.split_points(traced, model, torch.zeros(PROBE, *image_shape))
+            return cls(model, *normalisation, inputs, tuple(names), f"{model}\n{traced.code}")
         if not named:
-            tracing.trace(model, torch.zeros(2, *image_shape) if example is None else example)  # raises
-        return cls(model, *normalisation, example, (), structure)
+            raise failure
+        return cls(model, *normalisation, example, (), str(model))
 
     def split(self, at: str) -> Split:
         """The model, cut after a layer. `Split.crossing` says what else crosses there; no warning does."""

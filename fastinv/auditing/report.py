@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from fastinv.auditing.points import Point
@@ -22,6 +22,7 @@ PICTURES = "pictures"  # the folder beside them with one for each split point
 FOLDER = "attacks"  # the folder beside them with what each attack gave
 REPORTS = (REPORT, RECORDS, OVERVIEW, PICTURES)  # all that is not in the latter
 Found = Mapping[Cell, Result]
+T = TypeVar("T")
 
 
 def write_report(
@@ -57,13 +58,19 @@ def write_report(
     write_text(out / RECORDS, json.dumps(records, indent=1) + "\n")
 
 
-def strongest(found: Found) -> dict[str, Cell]:
-    """By split point the experiment of the highest mean SSIM."""
-    best: dict[str, Cell] = {}
-    for cell, result in found.items():
-        if cell.split not in best or result.ssim > found[best[cell.split]].ssim:
-            best[cell.split] = cell
+def strongest(found: Mapping[tuple[str, T], Result]) -> dict[str, T]:
+    """Of results by split point and attack, by split point the attack of the highest mean SSIM."""
+    best: dict[str, T] = {}
+    for (at, attack), result in found.items():
+        if at not in best or result.ssim > found[at, best[at]].ssim:
+            best[at] = attack
     return best
+
+
+def _strongest(found: Found) -> dict[str, Cell]:
+    """By split point the experiment of the highest mean SSIM."""
+    attacks = strongest({(cell.split, cell.attack): result for cell, result in found.items()})
+    return {at: Cell(at, attack) for at, attack in attacks.items()}
 
 
 def _head(out: Path, model: str, nothing: Scores) -> list[str]:
@@ -89,7 +96,7 @@ def _head(out: Path, model: str, nothing: Scores) -> list[str]:
 
 def _summary(points: Mapping[str, Point], found: Found) -> list[str]:
     rows = []
-    for at, cell in strongest(found).items():
+    for at, cell in _strongest(found).items():
         point, result = points[at], found[cell]
         shape = " × ".join(map(str, point.feature_shape))
         size = f"{point.kibibytes:,.1f}"
@@ -125,7 +132,7 @@ def _all_attacks(found: Found) -> list[str]:
 
 def _pictures(out: Path, found: Found) -> list[str]:
     """Draw the strongest attack at every split point, and all attacks at each; the lines that show it."""
-    best = strongest(found)
+    best = _strongest(found)
     if not best or results.read_truth(out / FOLDER).shape[1] not in (1, 3):
         return []
     make_folder(out / PICTURES)

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from fastinv import pixels, tensors
+from fastinv.auditing.attacks import ATTACKS, DEFAULT, SHADOWS
 from fastinv.auditing.points import Cuts
 from fastinv.auditing.protection import Protect
 from fastinv.auditing.report import FOLDER
-from fastinv.auditing.runner import ATTACKS, DEFAULT, SHADOWS, AuditReport, AuditRunner, Effort
+from fastinv.auditing.runner import AuditReport, AuditRunner, Effort
 from fastinv.engine import expect_choice
 from fastinv.errors import FeatureError, FormatError, SplitError, TrainingError
 from fastinv.experiment.recipe import STEPS

@@ -17,13 +17,14 @@ from torch import nn
 from fastinv import pixels, tensors
 from fastinv.attacks.inverse_network import train_inverse_network
 from fastinv.attacks.shadow import fit_shadow, train_shadow
+from fastinv.auditing.attacks import ATTACKS
 from fastinv.auditing.points import Cuts, Point, exported
 from fastinv.auditing.protection import Protect, Protection, Query, describe, protected
-from fastinv.auditing.report import FOLDER, REPORT, REPORTS, write_report
+from fastinv.auditing.report import FOLDER, REPORT, REPORTS, strongest, write_report
 from fastinv.data import noise
 from fastinv.errors import FormatError, SplitError, TrainingError
 from fastinv.experiment import results
-from fastinv.experiment.cells import Attack, Cell
+from fastinv.experiment.cells import Cell
 from fastinv.experiment.results import Result
 from fastinv.experiment.run import Runner
 from fastinv.experiment.scores import Pixels, Scores
@@ -32,16 +33,6 @@ from fastinv.places import sweep
 from fastinv.split import Split
 from fastinv.training import accuracy, seeded
 
-ATTACKS = {
-    "rmle": Attack("white-box: rMLE", "rmle"),
-    "inverse_network": Attack("black-box: inverse network", "inverse_network", "distribution"),
-    "refined": Attack("white-box, with images: rMLE from an inverse network", "refined"),
-    "inverse_network-noise": Attack("black-box: inverse network, from noise", "inverse_network", "noise"),
-    "fit_shadow": Attack("black-box: shadow fitted to queries, rMLE", "fit_shadow", "distribution", "same"),
-    "shadow": Attack("query-free: shadow, rMLE", "shadow", "distribution", "same"),
-}
-DEFAULT = ("rmle", "inverse_network", "refined")  # all that need only the model and images
-SHADOWS = ("fit_shadow", "shadow")
 NOISE = 1000  # apart from the seeds of training: what is sent has other noise than what attackers learn from
 
 
@@ -64,6 +55,11 @@ class AuditReport:
     failed: dict[tuple[str, str], str]
     ran: int
     path: Path
+
+    @property
+    def strongest(self) -> dict[str, str]:
+        """By split point the attack of the highest mean SSIM."""
+        return dict(strongest(self.results))
 
 
 @dataclass(frozen=True)
@@ -109,12 +105,13 @@ class AuditRunner(Runner):
         names = list(dict.fromkeys([*self.cuts.names, *before, *chosen]))
         nothing = self._nothing()
         points: dict[str, Point] = {}
+        whole = self._accuracy(lambda: self.cuts.model) if self.protect is None else None  # the same wherever it is cut
 
         def report(failed: dict[Cell, str]) -> dict[Cell, Result]:
             everything = (Cell(name, attack) for name in names for attack in ATTACKS.values())
             found = {cell: known for cell in everything if (known := self._known(cell)) is not None}
             for at in dict.fromkeys(cell.split for cell in found):
-                points[at] = points.get(at) or self._point(at)
+                points[at] = points.get(at) or self._point(at, whole)
             named = {cell: replace(result, attack=_key(cell)[1]) for cell, result in found.items()}
             write_report(out, type(self.cuts.model).__name__, points, named, nothing, failed)
             return found
@@ -156,8 +153,7 @@ class AuditRunner(Runner):
             return train_shadow(split.cloud, images, self.labels, start, **options)
 
     def inverse_network(self, cell: Cell, split: Split, module: nn.Module) -> InverseNetwork:
-        shape = split.features(self.truth[:1]).shape[1:]
-        network = exported(module, shape)
+        network = exported(module, self._feature_shape(split))
         return InverseNetwork(network, split.mean, split.std, provenance=self._provenance(cell))
 
     def rmle(self, cell: Cell, split: Split, edge: nn.Module) -> Callable[[dict[str, Any]], RMLE]:
@@ -212,21 +208,24 @@ class AuditRunner(Runner):
             f"{self.folder}: holds {cell.name} of other labels; choose another folder, or go on with the same"
         )
 
-    def _point(self, at: str) -> Point:
-        point = self.cuts.point(at, self.truth.shape[1:])
-        return point if self.truth_labels is None else replace(point, accuracy=self._accuracy(at))
+    def _point(self, at: str, whole: float | None) -> Point:
+        """What is told of a split point, of a model that gets so many classes right where nothing is protected."""
+        right = whole if self.protect is None else self._accuracy(lambda: self._as_sent(at))
+        return replace(self.cuts.point(at, self.truth.shape[1:]), accuracy=right)
 
-    def _accuracy(self, at: str) -> float | None:
-        """How many of the true images the model puts into their class."""
-        assert self.truth_labels is not None
-        options: dict[str, Any] = {"mean": self.cuts.mean, "std": self.cuts.std}
+    def _as_sent(self, at: str) -> nn.Module:
+        """The model that sees what is sent."""
+        assert self.protect is not None
+        split = self.split(at)
+        return nn.Sequential(split.edge, Protection(self.protect), split.cloud)
+
+    def _accuracy(self, model: Callable[[], nn.Module]) -> float | None:
+        """How many of the true images a model puts into their class; None where that is not known."""
+        if self.truth_labels is None:
+            return None
         try:
-            if self.protect is None:
-                return accuracy(self.cuts.model, self.truth, self.truth_labels, **options)
-            split = self.split(at)
-            sent = nn.Sequential(split.edge, Protection(self.protect), split.cloud)
             with seeded((self.seed + NOISE) % 2**32):
-                return accuracy(sent, self.truth, self.truth_labels, **options)
+                return accuracy(model(), self.truth, self.truth_labels, mean=self.cuts.mean, std=self.cuts.std)
         except (SplitError, TrainingError):  # there is no cloud, or the model is no classifier of these classes
             return None
 
@@ -243,10 +242,14 @@ class AuditRunner(Runner):
         known = {"target": type(self.cuts.model).__name__, "split": cell.split, "seed": self.seed}
         return {**known, **cell.attack.provenance, "torch": torch.__version__}
 
+    def _feature_shape(self, split: Split) -> tuple[int, ...]:
+        shape: tuple[int, ...] = split.features(self.truth[:1]).shape[1:]
+        return shape
+
     def _probed_shape(self) -> tuple[int, ...]:
         """Of the features that tell one protection from another: the same whatever is attacked now."""
-        first = self.cuts.names[:1]
-        return self.cuts.point(first[0], self.truth.shape[1:]).feature_shape if first else self.truth.shape[1:]
+        names = self.cuts.names
+        return self._feature_shape(self.split(names[0])) if names else self.truth.shape[1:]
 
     def _identity(self) -> dict[str, Any]:
         """What has to agree for two results to be of one audit, as JSON values."""

@@ -176,13 +176,7 @@ def _others(folder: Path) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = strict_json.loads(path.read_bytes(), str(path))
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
-    if not isinstance(content, dict):
-        raise FormatError(f"{path}: no JSON object; choose another folder")
-    return content
+    return strict_json.read_object(path, "; choose another folder")
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastinv.auditing.attacks import ATTACKS, SHADOWS
 from fastinv.cli.arguments import (
     add_training_arguments,
     integer,
@@ -24,6 +25,7 @@ from fastinv.cli.arguments import (
 from fastinv.cli.demo import add_data_argument
 from fastinv.data import PHOTOGRAPHS, load, photographs
 from fastinv.errors import DataError, TrainingError
+from fastinv.experiment.recipe import STEPS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from fastinv.auditing.runner import AuditReport
     from fastinv.data import Dataset
 
-ATTACKS = ("rmle", "inverse_network", "refined", "inverse_network-noise", "fit_shadow", "shadow")
 GIVEN = ("attacks", "kind", "width", "depth", "epochs", "shadow_epochs", "optimizer", "precision", "device", "threads")
 
 
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depth", type=positive, help="blocks of residual inverse networks; left out: 4")
     parser.add_argument("--epochs", type=integer, help="of inverse networks; left out: 10")
     parser.add_argument("--shadow-epochs", type=integer, help="of shadows; left out: 10")
-    parser.add_argument("--optimizer", choices=("lbfgs", "adam"), help="of rMLE; left out: lbfgs")
+    parser.add_argument("--optimizer", choices=STEPS, help="of rMLE; left out: lbfgs")
     parser.add_argument("--seed", type=integer, default=0, help="the same seed, the same result")
     parser.add_argument("--threads", type=threads, help="threads to use; all cores where left out")
     add_training_arguments(parser)
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     train, test = train.sample(args.images, args.seed), test.sample(args.scored, args.seed)
     with seeded(args.seed):  # of a model without weights
         model, untrained = load_model(args.model, args.weights)
-    shadows = [attack for attack in args.attacks or () if "shadow" in attack]
+    shadows = [attack for attack in args.attacks or () if attack in SHADOWS]
     if shadows and untrained is None:
         raise TrainingError(f"{shadows[0]} starts from what --model makes: pass --weights of the trained model")
     if args.list:
@@ -149,8 +150,8 @@ def _summary(report: AuditReport) -> str:
     """The strongest attack at each split point."""
     rows = []
     for point in report.points:
-        attacks = {attack: result for (at, attack), result in report.results.items() if at == point.at}
-        attack, best = max(attacks.items(), key=lambda item: item[1].ssim)
+        attack = report.strongest[point.at]
+        best = report.results[point.at, attack]
         scores = [f"{best.psnr:.2f}", f"{best.ssim:.3f}", f"{best.recognisable:.0%}"]
         right = "-" if point.accuracy is None else f"{point.accuracy:.1%}"
         rows.append([*_columns(point), right, attack, *scores])

@@ -122,7 +122,7 @@ def split_points(folder: Path) -> list[str]:
         FormatError: a result is damaged.
     """
     files = (file for file in sorted(folder.glob("*.json")) if file.name not in (SETTINGS, TARGET))
-    return list(dict.fromkeys(str(read_json(file).get("split")) for file in files))
+    return list(dict.fromkeys(str(strict_json.read_object(file).get("split")) for file in files))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         FormatError: they cannot be read.
     """
-    return {"precision": "float32"} | read_json(folder / SETTINGS)  # which earlier versions do not say
+    return {"precision": "float32"} | strict_json.read_object(folder / SETTINGS)  # which earlier versions do not say
 
 
 def sha256(arrays: Iterable[npt.NDArray[Any]]) -> str:
@@ -171,7 +171,7 @@ def read_target(folder: Path) -> dict[str, Any]:
         FormatError: it is damaged.
     """
     file = folder / TARGET
-    found = read_json(file)
+    found = strict_json.read_object(file)
     if not (isinstance(found.get("sha256"), str) and isinstance(found.get("accuracy"), float)):
         raise FormatError(f"{file}: no target of this version; delete it, and it is made again")
     return found
@@ -201,7 +201,7 @@ def read(folder: Path, cell: Cell) -> Result | None:
     file = folder / f"{cell.name}.json"
     if not (file.exists() and file.with_suffix(".npz").exists()):
         return None
-    found = read_json(file)
+    found = strict_json.read_object(file)
     fits = found.keys() == KINDS.keys() and all(isinstance(found[name], kind) for name, kind in KINDS.items())
     recipe = found["recipe"] if fits else {}
     numbers = ("tv_weight", "tv_beta", "steps", "psnr") if cell.attack.kind != "inverse_network" else ()
@@ -244,21 +244,6 @@ def expect_ours(out: Path, targets: Iterable[str], reports: Iterable[str]) -> No
         for name in reports:
             if (out / name).exists():
                 raise FormatError(f"{out / name}: is there, but no results; choose another folder")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        FormatError: it cannot be read, or is none.
-    """
-    try:
-        found = strict_json.loads(file.read_bytes(), str(file))
-    except OSError as error:
-        raise FormatError(f"{file}: cannot be read ({error.strerror})") from error
-    if not isinstance(found, dict):
-        raise FormatError(f"{file}: no JSON object")
-    return found
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:

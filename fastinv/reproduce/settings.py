@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastinv.errors import DataError
 from fastinv.experiment import results
+from fastinv.experiment.recipe import STEPS
 from fastinv.schedule import PRECISIONS
 from fastinv.tensors import is_whole
 
 if TYPE_CHECKING:
     from fastinv.experiment.target import Experiment
 
-OPTIMIZERS = ("adam", "lbfgs")
+OPTIMIZERS = tuple(STEPS)
 
 
 @dataclass(frozen=True)
