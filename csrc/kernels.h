@@ -21,6 +21,9 @@ enum class ActivationKind : int {
   kHardtanh,
   kClamp,
   kElu,
+  kExp,
+  kSqrt,
+  kReciprocal,
 };
 
 struct Activation {
@@ -424,15 +427,16 @@ struct NormalizeGradientArgs {
 
 constexpr int kAttentionBlock = 24;  // queries at once: four tiles of rows
 
-// out = activation(softmax(scale · q · kᵀ) · v) of each head, whose channels lie side by side.
+// out = activation(softmax(scale · q · kᵀ + bias) · v) of each head, whose channels lie side by side, of each window.
 struct AttentionArgs {
-  const float* q;                 // [query][head][channel]
-  const float* k;                 // [key][head][channel]
-  const float* v;                 // [key][head][value channel]
-  float* out;                     // [query][head][value channel]
-  int64_t queries, keys, blocks;  // blocks: of queries
-  int32_t heads, channels, value_channels;
-  int64_t first, last;  // of [head][block of queries], those to be done
+  const float* q;                 // [window][query][head][channel]
+  const float* k;                 // [window][key][head][channel]
+  const float* v;                 // [window][key][head][value channel]
+  const float* bias;              // [biases][query][key], taken in turns by [window][head]; or null
+  float* out;                     // [window][query][head][value channel]
+  int64_t queries, keys, blocks;  // of a window; blocks: of queries
+  int32_t windows, heads, channels, value_channels, biases;
+  int64_t first, last;  // of [window][head][block of queries], those to be done
   float scale;
   Activation activation;
   float* scratch;  // attention_scratch() floats
@@ -444,10 +448,38 @@ constexpr int64_t attention_scratch(int64_t keys, int64_t channels, int64_t valu
 }
 
 struct AttentionGradientArgs {
-  AttentionArgs attention;  // out and activation unused; first and last are heads unless `input` is 0
+  AttentionArgs attention;  // out and activation unused; first and last are of [window][head] unless `input` is 0
   int input;                // whose gradient: 0 q, 1 k, 2 v
   const float* grad_out;
   float* grad_in;
+  bool accumulate;
+};
+
+// c[m][n] = Σ_k a[m · a_row + k · a_step] · b[k · b_row + n], added to what is there where `accumulate`.
+struct MatmulArgs {
+  int64_t rows, columns, depth;
+  const float* a;
+  int64_t a_row, a_step;
+  const float* b;
+  int64_t b_row;
+  float* c;
+  int64_t c_row;
+  bool accumulate;
+};
+
+// out = softmax(in), of each row by itself.
+struct SoftmaxArgs {
+  const float* in;
+  float* out;
+  int64_t rows, columns;
+};
+
+// grad_in = out · (grad_out − Σ out · grad_out), added to what is there where `accumulate`.
+struct SoftmaxGradientArgs {
+  const float* out;
+  const float* grad_out;
+  float* grad_in;
+  int64_t rows, columns;
   bool accumulate;
 };
 
@@ -543,6 +575,9 @@ struct Kernels {
   void (*normalize_gradient)(const NormalizeGradientArgs&);
   void (*attention)(const AttentionArgs&);
   void (*attention_gradient)(const AttentionGradientArgs&);
+  void (*matmul)(const MatmulArgs&);
+  void (*softmax)(const SoftmaxArgs&);
+  void (*softmax_gradient)(const SoftmaxGradientArgs&);
   void (*activate)(const float* in, float* out, int64_t size, Activation);
   // grad[i] *= activation'(x[i]), from x and y = activation(x); x may be y where needs_input() says no.
   void (*activate_gradient)(const float* x, const float* y, float* grad, int64_t size, Activation);

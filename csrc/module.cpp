@@ -27,7 +27,8 @@ using Pair = std::array<int, 2>;
 
 Activation to_activation(const ActivationTuple& t) {
   const int kind = std::get<0>(t);
-  if (kind < 0 || kind > static_cast<int>(ActivationKind::kElu)) throw std::invalid_argument("unknown activation");
+  if (kind < 0 || kind > static_cast<int>(ActivationKind::kReciprocal))
+    throw std::invalid_argument("unknown activation");
   return {static_cast<ActivationKind>(kind), std::get<1>(t), std::get<2>(t)};
 }
 
@@ -388,10 +389,19 @@ PYBIND11_MODULE(_core, m) {
           py::arg("centered"), py::arg("eps"), py::arg("activation"))
       .def(
           "attention",
-          [](Program& p, int q, int k, int v, int heads, float scale, const ActivationTuple& activation) {
-            return p.attention(q, k, v, heads, scale, to_activation(activation));
+          [](Program& p, int q, int k, int v, const FloatArray& bias, int windows, int heads, float scale,
+             const ActivationTuple& activation) {
+            return p.attention(q, k, v, to_vector(bias), {windows, heads, scale}, to_activation(activation));
           },
-          py::arg("q"), py::arg("k"), py::arg("v"), py::arg("heads"), py::arg("scale"), py::arg("activation"))
+          py::arg("q"), py::arg("k"), py::arg("v"), py::arg("bias"), py::kw_only(), py::arg("windows"),
+          py::arg("heads"), py::arg("scale"), py::arg("activation"))
+      .def(
+          "matmul",
+          [](Program& p, int a, int b, int groups, bool transposed, const ActivationTuple& activation) {
+            return p.matmul(a, b, groups, transposed, to_activation(activation));
+          },
+          py::arg("a"), py::arg("b"), py::kw_only(), py::arg("groups"), py::arg("transposed"), py::arg("activation"))
+      .def("softmax", &Program::softmax, py::arg("input"))
       .def(
           "activate",
           [](Program& p, int input, const ActivationTuple& activation) {

@@ -198,9 +198,9 @@ class NormalizeNode : public Node {
 
 class AttentionNode : public Node {
  public:
-  // Of queries, keys and values; `geometry` holds sizes and scale.
+  // Of queries, keys and values; `geometry` holds sizes and scale. `bias` may be empty.
   AttentionNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
-                const AttentionArgs& geometry);
+                const AttentionArgs& geometry, std::vector<float> bias);
   void forward(const Frame& values, int64_t images, Share share) const override;
   void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
                 Share) const override;
@@ -214,7 +214,60 @@ class AttentionNode : public Node {
   // Of this image, with the units from first to last.
   AttentionArgs args(const Frame& values, int64_t image, float* scratch, int64_t first, int64_t last) const;
 
-  const AttentionArgs geometry_;
+  AttentionArgs geometry_;
+  const std::vector<float> bias_;
+};
+
+// A product of two values, for each group of rows by itself.
+class MatmulNode : public Node {
+ public:
+  // a [groups · rows, depth] times b [groups · depth, columns], or, where `transposed`, [groups · columns, depth].
+  struct Geometry {
+    int64_t groups, rows, columns, depth;
+    bool transposed;
+  };
+
+  MatmulNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
+             const Geometry& geometry);
+  void forward(const Frame& values, int64_t images, Share share) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
+                Share share) const override;
+  bool shares_image() const override { return true; }
+  bool shares_backward() const override { return true; }
+  int64_t scratch_floats(int64_t) const override { return geometry_.columns * geometry_.depth; }
+  bool reads_inputs_back() const override { return true; }
+  std::string describe() const override { return "matmul"; }
+
+ private:
+  // c = a · b of each group, a [rows, depth] and b [depth, columns] as they are or turned over, by blocks of rows.
+  struct Product {
+    const float *a, *b;
+    float* c;
+    int64_t rows, columns, depth;
+    bool a_turned, b_turned, accumulate;
+  };
+  void multiply(const Product& product, float* scratch, int64_t first, int64_t last) const;
+  // Of one image: forward, or the gradient of input 0 or 1.
+  Product forward_product(const Frame& values, int64_t image) const;
+  Product gradient_product(const Frame& values, const Frame& grads, int64_t image, size_t input) const;
+
+  const Geometry geometry_;
+};
+
+class SoftmaxNode : public Node {
+ public:
+  SoftmaxNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation, int64_t rows,
+              int64_t columns);
+  void forward(const Frame& values, int64_t images, Share share) const override;
+  void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
+                Share share) const override;
+  bool shares_image() const override { return true; }
+  bool shares_backward() const override { return true; }
+  bool reads_output_back() const override { return true; }
+  std::string describe() const override { return "softmax"; }
+
+ private:
+  const int64_t rows_, columns_;
 };
 
 // Between [C, H, W] and [H, W, C]; or a copy, of values of other ranks.

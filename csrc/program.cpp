@@ -21,7 +21,10 @@ bool needs_input(Activation activation) {
     case ActivationKind::kSigmoid:
     case ActivationKind::kTanh:
     case ActivationKind::kHardtanh:
-    case ActivationKind::kElu: return false;
+    case ActivationKind::kElu:
+    case ActivationKind::kExp:
+    case ActivationKind::kSqrt:
+    case ActivationKind::kReciprocal: return false;
     case ActivationKind::kLeakyRelu: return activation.a <= 0.0f;
     default: return true;
   }
@@ -339,24 +342,52 @@ int Program::normalize(int input, std::vector<float> weight, std::vector<float> 
                                image ? static_cast<int>(in[1]) : 1);
 }
 
-int Program::attention(int q, int k, int v, int heads, float scale, Activation activation) {
+int Program::attention(int q, int k, int v, std::vector<float> bias, const AttentionSpec& spec, Activation activation) {
   const Shape queries = shape(q), keys = shape(k), values = shape(v);
   const bool matrices = queries.size() == 2 && keys.size() == 2 && values.size() == 2;
   if (!matrices || queries[1] != keys[1] || keys[0] != values[0]) {
     throw std::invalid_argument("attention: wrong shapes");
   }
-  if (heads < 1 || queries[1] % heads != 0 || values[1] % heads != 0) {
+  if (spec.heads < 1 || queries[1] % spec.heads != 0 || values[1] % spec.heads != 0) {
     throw std::invalid_argument("attention: wrong number of heads");
   }
+  if (spec.windows < 1 || queries[0] % spec.windows != 0 || keys[0] % spec.windows != 0) {
+    throw std::invalid_argument("attention: wrong number of windows");
+  }
   AttentionArgs args = {};
-  args.queries = queries[0];
-  args.keys = keys[0];
+  args.queries = queries[0] / spec.windows;
+  args.keys = keys[0] / spec.windows;
   args.blocks = (args.queries + kAttentionBlock - 1) / kAttentionBlock;
-  args.heads = heads;
-  args.channels = static_cast<int32_t>(queries[1] / heads);
-  args.value_channels = static_cast<int32_t>(values[1] / heads);
-  args.scale = scale;
-  return append<AttentionNode>(activation, {q, k, v}, {queries[0], values[1]}, args);
+  args.windows = spec.windows;
+  args.heads = spec.heads;
+  args.channels = static_cast<int32_t>(queries[1] / spec.heads);
+  args.value_channels = static_cast<int32_t>(values[1] / spec.heads);
+  args.scale = spec.scale;
+  const int64_t scores = args.queries * args.keys, biases = scores > 0 ? static_cast<int64_t>(bias.size()) / scores : 0;
+  args.biases = static_cast<int32_t>(biases);
+  const int64_t units = int64_t{spec.windows} * spec.heads;
+  if (!bias.empty() && (biases * scores != static_cast<int64_t>(bias.size()) || units % biases != 0)) {
+    throw std::invalid_argument("attention: wrong number of biases");
+  }
+  return append<AttentionNode>(activation, {q, k, v}, {queries[0], values[1]}, args, std::move(bias));
+}
+
+int Program::matmul(int a, int b, int groups, bool transposed, Activation activation) {
+  const Shape left = shape(a), right = shape(b);
+  if (left.size() != 2 || right.size() != 2 || groups < 1 || left[0] % groups != 0 || right[0] % groups != 0) {
+    throw std::invalid_argument("matmul: wrong shapes");
+  }
+  const int64_t depth = transposed ? right[1] : right[0] / groups;
+  const int64_t columns = transposed ? right[0] / groups : right[1];
+  if (left[1] != depth) throw std::invalid_argument("matmul: wrong depths");
+  const MatmulNode::Geometry geometry = {groups, left[0] / groups, columns, depth, transposed};
+  return append<MatmulNode>(activation, {a, b}, {left[0], columns}, geometry);
+}
+
+int Program::softmax(int input) {
+  const Shape in = shape(input);
+  if (in.size() != 2) throw std::invalid_argument("softmax: wrong shape");
+  return append<SoftmaxNode>({}, {input}, in, in[0], in[1]);
 }
 
 int Program::affine(int input, std::vector<float> scale, std::vector<float> shift, Activation activation) {

@@ -36,6 +36,11 @@ struct NormalizeSpec {
   float eps;
 };
 
+struct AttentionSpec {
+  int windows, heads;
+  float scale;
+};
+
 // A sparse matrix in compressed rows, [rows, columns].
 struct SparseMatrix {
   std::vector<int32_t> first, index;
@@ -65,7 +70,9 @@ class Program {
   int binary(BinaryKind kind, int a, int b, Shape output, Activation activation);
   int normalize(int input, std::vector<float> weight, std::vector<float> bias, const NormalizeSpec& spec,
                 Activation activation);
-  int attention(int q, int k, int v, int heads, float scale, Activation activation);
+  int attention(int q, int k, int v, std::vector<float> bias, const AttentionSpec& spec, Activation activation);
+  int matmul(int a, int b, int groups, bool transposed, Activation activation);
+  int softmax(int input);
   int affine(int input, std::vector<float> scale, std::vector<float> shift, Activation activation);
   int activate(int input, Activation activation);
 

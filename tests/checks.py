@@ -18,7 +18,9 @@ from fastinv.export import export
 from fastinv.inverters import RMLE
 from fastinv.network import Network, Step
 from fastinv.ops import OPS
-from fastinv.ops.activation import KINDS, Activation
+from fastinv.ops.activation import KINDS, STEEP, Activation
+from fastinv.ops.affine import Affine
+from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.reshape import Reshape
 
 __all__ = [
@@ -34,13 +36,14 @@ __all__ = [
     "reference",
     "relative",
     "run",
+    "steep_examples",
 ]
 
 CASES = [pytest.param(case, id=f"{op.name}-{case.name}") for op in OPS.values() for case in op.cases()]
-ACTIVATIONS = [
+ACTIVATIONS = [  # but for the steep ones, which are no check of what computes their input
     Activation(kind, *parameters)
     for kind, parameters in {
-        **dict.fromkeys(KINDS, (0.0, 0.0)),
+        **dict.fromkeys((kind for kind in KINDS if kind not in STEEP), (0.0, 0.0)),
         "leaky_relu": (0.1, 0.0),
         "softplus": (1.5, 3.0),
         "hardtanh": (0.0, 6.0),
@@ -90,6 +93,26 @@ def exported(shape: tuple[int, ...], *layers: torch.nn.Module) -> Network:
     if key not in _exported:
         _exported[key] = export(model, torch.zeros(2, *shape))
     return _exported[key]
+
+
+def steep(kind: str, *ops: Step) -> Network:
+    """`ops` on images [6, 5, 7] of some 1, the last one with this activation."""
+    scale, shift = (np.full((1, 1, 1), value, np.float32) for value in (0.1, 1.0))
+    first = Step(Affine(), (0,), {"scale": scale, "shift": shift}, Activation() if ops else Activation(kind))
+    steps = [first, *(dataclasses.replace(step, inputs=(i + 1,)) for i, step in enumerate(ops))]
+    steps[-1] = dataclasses.replace(steps[-1], activation=Activation(kind))
+    return Network((6, 5, 7), tuple(steps))
+
+
+def steep_examples(kind: str) -> dict[str, Network]:
+    """After a constant map, an average of neighbours, and as a step by itself."""
+    weight = np.random.default_rng(0).uniform(0.01, 0.02, (16, 6, 3, 3)).astype(np.float32)
+    average = Step(Conv2d(), (0,), {"weight": weight, "bias": np.full(16, 0.2, np.float32)})
+    return {
+        "affine": steep(kind),
+        "conv2d": steep(kind, average),
+        "alone": steep("identity", Step(Activation(kind), (0,))),
+    }
 
 
 def kernels(network: Network, precision: str = "float32") -> list[str]:

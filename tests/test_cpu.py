@@ -22,11 +22,14 @@ from checks import (
     InterruptAt,
     check_gradient,
     exported,
+    gradient,
+    gradient_solver,
     network_of,
     randn,
     reference,
     relative,
     run,
+    steep_examples,
 )
 from torch import nn
 
@@ -40,7 +43,7 @@ from fastinv.inverters import RMLE
 from fastinv.models import cifar_net, lenet5, shadow_edge
 from fastinv.network import Network, Step
 from fastinv.ops import OPS
-from fastinv.ops.activation import KINDS, Activation
+from fastinv.ops.activation import KINDS, STEEP, Activation
 from fastinv.ops.conv2d import Conv2d
 
 FORWARD_TOLERANCE = 1e-5  # relative; the promise is 1e-4
@@ -75,10 +78,27 @@ def test_fused_activation(op: str, activation: Activation, isa: str) -> None:
     check_gradient(network)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.kind)
+@pytest.mark.parametrize("kind", STEEP)
+def test_steep_activation(kind: str, isa: str) -> None:
+    for network in steep_examples(kind).values():
+        x = randn(2, *network.input_shape)
+        assert relative(run(network, x), reference(network, x)) < FORWARD_TOLERANCE
+        check_gradient(network)
+
+
+def test_a_root_s_gradient_at_zero_is_zero(isa: str) -> None:
+    """As that of PyTorch's norms: no constant start is lost in NaN."""
+    network = Network((1, 1, 5), (Step(Activation("sqrt"), (0,)),))
+    z = np.array([0, 0, -0.0, 1, 4], np.float32).reshape(1, 1, 1, 5)
+    np.testing.assert_array_equal(gradient(gradient_solver(network), z, 0 * z).ravel(), [0, 0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, *map(Activation, STEEP)], ids=lambda a: a.kind)
 def test_activation_over_its_whole_range(activation: Activation, isa: str) -> None:
     x = np.concatenate([np.linspace(-100, 100, 4001), np.linspace(-1, 1, 4001), [0.0, -0.0, 1e-30, 1e30, -1e30]])
     x = x.astype(np.float32)[None]
+    if activation.kind == "exp":  # which is e^±87 beyond
+        x = x.clip(-87, 87)
     network = Network(x.shape[1:], (Step(activation, (0,)),))
     y, expected = run(network, x), reference(network, x)
     np.testing.assert_allclose(y, expected, rtol=2e-6, atol=3e-7)

@@ -102,6 +102,9 @@ FASTINV_INLINE V activate(V x, Activation act) {
     case ActivationKind::kHardtanh:
     case ActivationKind::kClamp: return min(max(x, set1(act.a)), set1(act.b));
     case ActivationKind::kElu: return select(less(zero(), x), x, mul(set1(act.a), exp_less_one(mul(set1(act.b), x))));
+    case ActivationKind::kExp: return exp(x);
+    case ActivationKind::kSqrt: return sqrt(max(x, zero()));
+    case ActivationKind::kReciprocal: return div(set1(1.0f), x);
   }
   return x;
 }
@@ -138,6 +141,9 @@ FASTINV_INLINE V derivative(V x, V y, Activation act) {
     case ActivationKind::kClamp:  // 1 at the bounds
       return select(less_equal(set1(act.a), x), select(less_equal(x, set1(act.b)), one, zero()), zero());
     case ActivationKind::kElu: return select(less(zero(), x), one, mul(set1(act.b), add(y, set1(act.a))));
+    case ActivationKind::kExp: return y;
+    case ActivationKind::kSqrt: return select(less(zero(), y), div(set1(0.5f), y), zero());
+    case ActivationKind::kReciprocal: return sub(zero(), mul(y, y));
   }
   return one;
 }

@@ -1,98 +1,34 @@
-// Attention: for each head softmax(scale · q · kᵀ) · v, and the way back, by blocks of queries.
+// Attention: for each head softmax(scale · q · kᵀ + bias) · v, and the way back, by blocks of queries.
 #pragma once
 
+#include "kernels/matmul.h"
 #include "kernels/transpose.h"
 #include "kernels/vectors.h"
 
-// ---- products of small matrices ------------------------------------------------------------------------------------
-
-// c[m][n] = Σ_k a[m · a_row + k · a_step] · b[k · b_row + n], added to what is there where `accumulate`.
-struct Matmul {
-  int64_t rows, columns, depth;
-  const float* a;
-  int64_t a_row, a_step;
-  const float* b;
-  int64_t b_row;
-  float* c;
-  int64_t c_row;
-  bool accumulate;
-};
-
-template <int kRows, int kVectors>
-void matmul_tile(const Matmul& m, const float* a, const float* b, float* c, int last_lanes) {
-  const auto lanes = [last_lanes](int v) { return v == kVectors - 1 ? last_lanes : kWidth; };
-  V acc[kRows][kVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      acc[r][v] = m.accumulate ? load_first(c + r * m.c_row + v * kWidth, lanes(v)) : zero();
-    }
-  }
-  for (int64_t k = 0; k < m.depth; ++k, a += m.a_step, b += m.b_row) {
-    V row[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) row[v] = load_first(b + v * kWidth, lanes(v));
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const V x = set1(a[r * m.a_row]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(x, row[v], acc[r][v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store_first(c + r * m.c_row + v * kWidth, acc[r][v], lanes(v));
-  }
-}
-
-template <int kVectors>
-FASTINV_INLINE void matmul_columns(const Matmul& m, int64_t column, int last_lanes) {
-  const float *a = m.a, *b = m.b + column;
-  float* c = m.c + column;
-  int64_t row = 0;
-  for (; row + 6 <= m.rows; row += 6) {
-    matmul_tile<6, kVectors>(m, a + row * m.a_row, b, c + row * m.c_row, last_lanes);
-  }
-  for (; row + 2 <= m.rows; row += 2) {
-    matmul_tile<2, kVectors>(m, a + row * m.a_row, b, c + row * m.c_row, last_lanes);
-  }
-  if (row < m.rows) matmul_tile<1, kVectors>(m, a + row * m.a_row, b, c + row * m.c_row, last_lanes);
-}
-
-void matmul(const Matmul& m) {
-  constexpr int kBlock = kMaxVectors * kWidth;
-  int64_t column = 0;
-  for (; column + kBlock <= m.columns; column += kBlock) matmul_columns<kMaxVectors>(m, column, kWidth);
-  const int left = static_cast<int>(m.columns - column), last = left % kWidth == 0 ? kWidth : left % kWidth;
-  switch ((left + kWidth - 1) / kWidth) {
-    case 1: return matmul_columns<1>(m, column, last);
-    case 2: return matmul_columns<2>(m, column, last);
-    case 3: return matmul_columns<3>(m, column, last);
-    case 4: return matmul_columns<4>(m, column, last);
-  }
-}
-
-// ---- attention -----------------------------------------------------------------------------------------------------
-
-// One head of one image, and what it needs of the scratch memory.
+// One head of one window of an image, and what it needs of the scratch memory.
 struct AttentionHead {
   const AttentionArgs& a;
-  const int64_t q_row, v_row, pitch;  // floats from token to token, and of a row of scores, in whole vectors
-  const float *q, *k, *v;
+  const int64_t q_row, v_row, pitch;       // floats from token to token, and of a row of scores, in whole vectors
+  const int64_t q_at, k_at, v_at, out_at;  // where its first tokens lie
+  const float *q, *k, *v, *bias;
   float *keys, *values;    // turned over: [channel][pitch]
   float *scores, *slopes;  // [block of queries][pitch]
   float* inverse;          // 1 / Σ e^score, of each query of the block
 
-  AttentionHead(const AttentionArgs& args, int64_t head)
+  // Head number `unit` of [window][head].
+  AttentionHead(const AttentionArgs& args, int64_t unit)
       : a(args),
         q_row(int64_t{args.heads} * args.channels),
         v_row(int64_t{args.heads} * args.value_channels),
         pitch((args.keys + kWidth - 1) / kWidth * kWidth),
-        q(args.q + head * args.channels),
-        k(args.k + head * args.channels),
-        v(args.v + head * args.value_channels),
+        q_at(unit / args.heads * args.queries * q_row + unit % args.heads * args.channels),
+        k_at(unit / args.heads * args.keys * q_row + unit % args.heads * args.channels),
+        v_at(unit / args.heads * args.keys * v_row + unit % args.heads * args.value_channels),
+        out_at(unit / args.heads * args.queries * v_row + unit % args.heads * args.value_channels),
+        q(args.q + q_at),
+        k(args.k + k_at),
+        v(args.v + v_at),
+        bias(args.bias ? args.bias + unit % args.biases * args.queries * args.keys : nullptr),
         keys(args.scratch),
         values(keys + pitch * args.channels),
         scores(values + pitch * args.value_channels),
@@ -116,8 +52,10 @@ struct AttentionHead {
       float* row = scores + r * pitch;
       V largest = set1(-3e38f);
       const auto lanes = [this](int64_t s) { return a.keys - s < kWidth ? static_cast<int>(a.keys - s) : kWidth; };
+      const float* added = bias ? bias + (first + r) * a.keys : nullptr;
       for (int64_t s = 0; s < a.keys; s += kWidth) {
-        store_first(row + s, mul(load_first(row + s, lanes(s)), set1(a.scale)), lanes(s));
+        const V score = mul(load_first(row + s, lanes(s)), set1(a.scale));
+        store_first(row + s, added ? add(score, load_first(added + s, lanes(s))) : score, lanes(s));
         largest = max(largest, load(row + s));
       }
       float each[kWidth];
@@ -161,7 +99,7 @@ void attention(const AttentionArgs& a) {
     for (const int64_t end = (unit / blocks + 1) * blocks; unit < a.last && unit < end; ++unit) {
       const int64_t first = unit % blocks * kAttentionBlock;
       head.weigh(first);
-      float* out = a.out + first * head.v_row + unit / blocks * a.value_channels;
+      float* out = a.out + head.out_at + first * head.v_row;
       matmul({head.rows(first), a.value_channels, a.keys, head.scores, head.pitch, 1, head.v, head.v_row, out,
               head.v_row, false});
       for (int64_t r = 0; r < head.rows(first); ++r) {
@@ -183,7 +121,7 @@ void attention_gradient(const AttentionGradientArgs& args) {
   for (int64_t unit = a.first * units; unit < a.last * units;) {
     const int64_t number = unit / blocks;
     const AttentionHead head(a, number);
-    const float* grad = args.grad_out + number * a.value_channels;
+    const float* grad = args.grad_out + head.out_at;
     if (args.input != 2) transpose(head.v, head.v_row, head.values, head.pitch, a.keys, a.value_channels);
     for (const int64_t end = (number + 1) * blocks; unit < a.last * units && unit < end; ++unit) {
       const int64_t first = unit % blocks * kAttentionBlock, rows = head.rows(first);
@@ -197,11 +135,11 @@ void attention_gradient(const AttentionGradientArgs& args) {
           });
         }
         matmul({a.keys, a.value_channels, rows, head.scores, 1, head.pitch, grad + first * head.v_row, head.v_row,
-                args.grad_in + number * a.value_channels, head.v_row, accumulate});
+                args.grad_in + head.v_at, head.v_row, accumulate});
         continue;
       }
       head.back_to_scores(grad, first);
-      float* into = args.grad_in + number * a.channels;
+      float* into = args.grad_in + (of_queries ? head.q_at : head.k_at);
       if (of_queries) {
         matmul({rows, a.channels, a.keys, head.slopes, head.pitch, 1, head.k, head.q_row, into + first * head.q_row,
                 head.q_row, accumulate});

@@ -39,6 +39,7 @@ static_assert(kMaxVectors == FASTINV_MAX_VECTORS);
 #include "kernels/product.h"
 #include "kernels/quadratic.h"
 #include "kernels/rmle.h"
+#include "kernels/softmax.h"
 #include "kernels/transpose.h"
 #include "kernels/winograd.h"
 
@@ -85,6 +86,9 @@ const Kernels FASTINV_JOIN(kernels_, FASTINV_ISA) = {
     normalize_gradient,
     attention,
     attention_gradient,
+    matmul,
+    softmax,
+    softmax_gradient,
     activate,
     activate_gradient,
     take_gate,

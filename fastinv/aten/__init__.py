@@ -36,6 +36,24 @@ def _cast(to: Conversion, x: Value, *args: Any, **kwargs: Any) -> Value:
     return x
 
 
+def _as_type(to: Conversion, x: Any, other: Any) -> Any:
+    """All that is computed is float32."""
+    if isinstance(x, Value):
+        return x if isinstance(other, Value) else _cast(to, x, other.dtype)
+    return x.float()
+
+
+def _like(fill: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A constant of the shape of a value, for one image."""
+
+    def converter(to: Conversion, x: Value, **_: Any) -> torch.Tensor:
+        if x.batch or x.merged:
+            to.unsupported("a constant that is made like parts of images")
+        return fill(1, *x.shape)
+
+    return converter
+
+
 def _matmul(to: Conversion, a: Any, b: Any) -> Value:
     constant = not (isinstance(a, Value) and isinstance(b, Value))
     return axes.matmul(to, a, b) if constant else attention.matmul(to, a, b)
@@ -63,6 +81,9 @@ def _table() -> dict[str, Callable[..., Any]]:
         **_named(norms.group_norm, "group_norm.default"),
         **_named(norms.layer_norm, "layer_norm.default"),
         **_named(norms.rms_norm, "rms_norm.default"),
+        **_named(norms.vector_norm, "linalg_vector_norm.default", "norm.ScalarOpt_dim"),
+        **_named(norms.variance, "var.correction", "var.dim"),
+        **_named(norms.deviation, "std.correction", "std.dim"),
         **_named(layers.max_pool2d, "max_pool2d.default"),
         **_named(layers.max_pool2d_with_indices, "max_pool2d_with_indices.default"),
         **_named(layers.adaptive_max_pool2d, "adaptive_max_pool2d.default"),
@@ -92,6 +113,7 @@ def _table() -> dict[str, Callable[..., Any]]:
         **_named(axes.split(torch.split), "split.Tensor", "split.sizes", "split_with_sizes.default"),
         **_named(axes.split(torch.tensor_split), "tensor_split.sections", "tensor_split.indices"),
         **_named(axes.unbind, "unbind.int"),
+        **_named(axes.windows, "unfold.default"),
         **_named(axes.flip, "flip.default"),
         **_named(axes.roll, "roll.default"),
         **_named(axes.repeat, "repeat.default"),
@@ -101,12 +123,18 @@ def _table() -> dict[str, Callable[..., Any]]:
         **_named(axes.amax, "amax.default"),
         **_named(axes.max_along, "max.dim"),
         **_named(axes.matmul, "mm.default"),
-        **_named(attention.or_scores(_matmul, attention.matmul), "matmul.default"),
+        **_named(_matmul, "matmul.default", "bmm.default"),
         **_named(attention.softmax, "softmax.int"),
         **_named(axes.addmm, "addmm.default"),
         **_named(axes.einsum, "einsum.default"),
         **_named(axes.reshape, "flatten.using_ints", "unflatten.int", "squeeze.default", "squeeze.dim", "squeeze.dims"),
         **_named(axes.reshape, "unsqueeze.default", "view.default", "_unsafe_view.default", "reshape.default"),
+        **_named(axes.reshape, "view_as.default", "reshape_as.default"),
+        **_named(arithmetic.where, "where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar"),
+        **_named(arithmetic.masked_fill, "masked_fill.Scalar", "masked_fill_.Scalar"),
+        **_named(_like(torch.zeros), "zeros_like.default"),
+        **_named(_like(torch.ones), "ones_like.default"),
+        **_named(_as_type, "type_as.default"),
         **_named(_cast, "to.dtype", "to.dtype_layout", "to.device", "_to_copy.default"),
         **_named(_same, "_assert_tensor_metadata.default"),
         **_named(lambda to, x, other, alpha=1: arithmetic.linear_map(to, x, -alpha, other), "rsub.Scalar"),
@@ -118,14 +146,15 @@ def _table() -> dict[str, Callable[..., Any]]:
     for name, converter in (
         ("add", arithmetic.add),
         ("sub", arithmetic.sub),
-        ("mul", attention.or_scores(arithmetic.mul, attention.scaled)),
-        ("div", attention.or_scores(arithmetic.div, attention.divided)),
+        ("mul", arithmetic.mul),
+        ("div", arithmetic.div),
     ):
         table |= _named(converter, *(f"{name}{end}.{kind}" for end in ("", "_") for kind in ("Tensor", "Scalar")))
     for name, converter in layers.LAYERS_1D.items():
         table |= _named(converter, name)
     for name, plain in layers.RESIZES.items():
         table |= _named(layers.resize(plain), f"{name}.vec")
+    table |= _named(arithmetic.addcmul, "addcmul.default", "addcmul_.default")
     return table | _named(arithmetic.neg, "neg.default", "neg_.default")
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
 
-from fastinv.aten.arithmetic import add, linear_map, mul, neg, sub
+from fastinv.aten.arithmetic import add, linear_map, mul, neg, reciprocal, sub
 from fastinv.aten.axes import split
 from fastinv.aten.conversion import Conversion, Value, holds
+from fastinv.aten.layers import axis_of
 from fastinv.ops.activation import Activation
 from fastinv.ops.base import MAX_FLOAT
 
@@ -85,7 +88,9 @@ def prelu(to: Conversion, x: Value, slope: Any) -> Value:
         to.unsupported("prelu with computed weights")
     if bool((slope == slope.flatten()[0]).all()):
         return to.emit(Activation("leaky_relu", float(slope.flatten()[0])), [x])
-    slope = slope.double().reshape(-1, *[1] * (len(x.shape) - 1))
+    spread = [1] * len(x.shape)
+    spread[axis_of(to, x, 1)] = -1
+    slope = slope.double().reshape(spread)
     return add(to, linear_map(to, x, slope, 0.0), linear_map(to, relu(to, x), 1 - slope, 0.0))
 
 
@@ -113,15 +118,40 @@ def square(to: Conversion, x: Value) -> Value:
     return mul(to, x, x)
 
 
+exp, sqrt = activation("exp"), activation("sqrt")
+
+
+def rsqrt(to: Conversion, x: Value) -> Value:
+    return reciprocal(to, sqrt(to, x))
+
+
 def power(to: Conversion, x: Value, exponent: Any) -> Value:
-    if not isinstance(x, Value) or exponent not in (1, 2, 3, 4):
-        to.unsupported("a power other than 1 to 4")
-    if exponent == 4:
-        return square(to, square(to, x))
-    result = x
-    for _ in range(int(exponent) - 1):
-        result = mul(to, result, x)
-    return result
+    """Products of squares and roots, down to the fourth."""
+    quarters = None if isinstance(exponent, Value) else 4 * float(exponent)
+    if not isinstance(x, Value) or quarters not in QUARTERS:
+        to.unsupported("a power other than quarters up to 4")
+    if quarters < 0:
+        return reciprocal(to, power(to, x, -exponent))
+    factors = []
+    factor, rest = (x, int(exponent)) if exponent == int(exponent) else (sqrt(to, x), int(2 * exponent))
+    if exponent * 2 != int(exponent * 2):
+        factor, rest = sqrt(to, factor), int(quarters)
+    while rest:
+        if rest % 2:
+            factors.append(factor)
+        rest //= 2
+        factor = square(to, factor) if rest else factor
+    return reduce(lambda a, b: mul(to, a, b), factors)
+
+
+QUARTERS = frozenset(float(k) for k in range(-16, 17) if k)
+
+
+def of_a_number(to: Conversion, base: float, x: Value) -> Value:
+    """base ** x"""
+    if not base > 0:
+        to.unsupported("a power of a number that is not positive")
+    return exp(to, linear_map(to, x, math.log(float(base)), 0.0))
 
 
 def glu(to: Conversion, x: Value, axis: int = -1) -> Value:
@@ -150,6 +180,10 @@ IN_PLACE: dict[str, Callable[..., Value]] = {  # those that PyTorch also has wit
     "rrelu": rrelu,
     "abs": absolute,
     "square": square,
+    "exp": exp,
+    "sqrt": sqrt,
+    "rsqrt": rsqrt,
+    "reciprocal": reciprocal,
 }
 
 ACTIVATIONS: dict[str, Callable[..., Value]] = {
@@ -164,5 +198,7 @@ ACTIVATIONS: dict[str, Callable[..., Value]] = {
     "aten.min.other": minimum,
     "aten.pow.Tensor_Scalar": power,
     "aten.pow_.Scalar": power,
+    "aten.pow.Scalar": of_a_number,
+    "aten.exp2.default": lambda to, x: of_a_number(to, 2, x),
     "aten.glu.default": glu,
 }

@@ -8,9 +8,12 @@ import numpy as np
 import torch
 
 from fastinv.aten.conversion import Conversion, Value
+from fastinv.ops.activation import Activation
 from fastinv.ops.add import Add
 from fastinv.ops.affine import Affine
 from fastinv.ops.mul import Mul
+
+MASKED = -1e30  # for −∞ in a softmax: its exponential is 0 beside any other
 
 
 def linear_map(to: Conversion, x: Value, scale: Any, shift: Any) -> Value:
@@ -18,9 +21,9 @@ def linear_map(to: Conversion, x: Value, scale: Any, shift: Any) -> Value:
     constants = [torch.as_tensor(v, dtype=torch.float64) for v in (scale, shift)]
     rank = len(x.shape)
     for k, constant in enumerate(constants):
+        if constant.ndim > x.rank or (constant.ndim == x.rank and constant.shape[0] != 1):
+            to.unsupported("arithmetic with a constant that differs from image to image")
         if constant.ndim > rank:
-            if constant.ndim > rank + 1 or constant.shape[0] != 1:
-                to.unsupported("arithmetic with a constant that differs from image to image")
             constants[k] = constant[0]
         constants[k] = constants[k].reshape(*[1] * (rank - constants[k].ndim), *constants[k].shape)
     scales, shifts = torch.broadcast_tensors(*constants)  # type: ignore[no-untyped-call]
@@ -60,8 +63,36 @@ def mul(to: Conversion, a: Any, b: Any) -> Value:
 
 def div(to: Conversion, a: Any, b: Any) -> Value:
     if isinstance(b, Value):
-        to.unsupported("division by a computed value")
+        return mul(to, a, reciprocal(to, b))
     return linear_map(to, a, 1 / torch.as_tensor(b, dtype=torch.float64), 0.0)
+
+
+def addcmul(to: Conversion, x: Any, a: Any, b: Any, *, value: float = 1) -> Value:
+    """x + value · a · b"""
+    product = mul(to, a, b) if isinstance(a, Value) or isinstance(b, Value) else a * b
+    return add(to, x, product, alpha=value)
+
+
+def reciprocal(to: Conversion, x: Value) -> Value:
+    return to.emit(Activation("reciprocal"), [x])
+
+
+def where(to: Conversion, condition: Any, a: Any, b: Any) -> Value:
+    """a where a constant condition holds, else b."""
+    if isinstance(condition, Value):
+        to.unsupported("a condition that is computed")
+    parts = [
+        linear_map(to, x, holds, 0.0) if isinstance(x, Value) else torch.where(holds, x, 0.0)
+        for x, holds in ((a, condition), (b, ~condition))
+    ]
+    return add(to, *parts)
+
+
+def masked_fill(to: Conversion, x: Any, mask: Any, value: Any) -> Value:
+    """What is filled with −∞, or close to it, is masked out before a softmax: that much is added to it."""
+    if isinstance(value, (int, float)) and value < MASKED / 1e20 and not isinstance(mask, Value):
+        return linear_map(to, x, 1.0, torch.where(mask, MASKED, 0.0))
+    return where(to, mask, value, x)
 
 
 def neg(to: Conversion, x: Value) -> Value:

@@ -1,15 +1,16 @@
-"""From aten calls to steps: attention. `fastinv.aten` lists it.
+"""From aten calls to steps: attention, and products of computed values. `fastinv.aten` lists them.
 
-Models write queries, keys and values as [N, heads, T, channels], moved there from linear layers of tokens. The op takes
-tokens: what was moved is followed back to those layers, of which each one's own columns are computed.
+Models write queries, keys and values as [N, heads, T, channels], or with windows of tokens, too, moved there from
+linear layers of tokens. The op takes tokens: what was moved is followed back to those layers, of which each one's own
+columns are computed. Written by hand, attention is found where the softmax of a product is multiplied by the values:
+what was computed until there has no reader then, and goes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastinv.aten.axes import take
-from fastinv.aten.conversion import Conversion, Value
+from fastinv.aten.arithmetic import MASKED, linear_map
+from fastinv.aten.axes import reshaped, take
+from fastinv.aten.conversion import Conversion, Value, holds
 from fastinv.aten.layers import axis_of
 from fastinv.network import Step
 from fastinv.ops.activation import IDENTITY
@@ -28,29 +30,17 @@ from fastinv.ops.attention import Attention
 from fastinv.ops.base import Shape
 from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.linear import Linear
+from fastinv.ops.matmul import Matmul
 from fastinv.ops.permute import Permute
 from fastinv.ops.rearrange import Rearrange
 from fastinv.ops.reshape import Reshape
 from fastinv.ops.separable import Separable
+from fastinv.ops.softmax import Softmax
 from fastinv.simplify import picked, picked_channels
 
 Index = npt.NDArray[np.int64]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Scores(Value):
-    """q · kᵀ, or its softmax: no value, but what attention by hand leads through on its way.
-
-    Attributes:
-        q, k: [heads, T, D] and [heads, S, D], or without heads.
-        scale: times which they are taken.
-        softmax: whether the softmax over the keys has been taken.
-    """
-
-    q: Value
-    k: Value
-    scale: float = 1.0
-    softmax: bool = False
+MOST_CHANNELS = 512  # of a head of `Attention`, which a GPU's tiles hold; of more, products and a softmax
 
 
 def attention(
@@ -65,89 +55,174 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Value:
-    """scaled_dot_product_attention of q [T, D], k [S, D] and v [S, E], or of [heads, T, D] and so on."""
-    if mask is not None or causal:
-        to.unsupported("attention with a mask")
+    """scaled_dot_product_attention of q [..., T, D], k [..., S, D] and v [..., S, E]."""
     if dropout > 0:
         to.unsupported("attention with dropout")
     if not all(isinstance(x, Value) for x in (q, k, v)):
         to.unsupported("attention to constants")
-    return _attention(to, q, k, v, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-
-
-def _attention(to: Conversion, q: Value, k: Value, v: Value, scale: float) -> Value:
-    heads = q.shape[0] if len(q.shape) == 3 else 1
-    if len(q.shape) not in (2, 3) or any(x.shape[:-2] != q.shape[:-2] for x in (k, v)):
+    if holds(mask, Value):
+        to.unsupported("attention with a computed mask")
+    fits = len(q.shape) >= 2 and all(x.shape[:-2] == q.shape[:-2] and x.merged == q.merged for x in (k, v))
+    if not fits or k.shape[-1] != q.shape[-1] or v.shape[-2] != k.shape[-2]:
         to.unsupported(f"attention of shapes {list(q.shape)}, {list(k.shape)} and {list(v.shape)}")
+    if causal:
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+    if mask is not None and mask.dtype is torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, MASKED)
+    if mask is not None and mask.ndim == q.rank:
+        if len(mask) != 1:
+            to.unsupported("attention with a mask that differs from image to image")
+        mask = mask if q.merged else mask[0]
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if max(q.shape[-1], v.shape[-1]) > MOST_CHANNELS:
+        scores = linear_map(to, _product(to, q, k, transposed=True), scale, 0.0 if mask is None else mask)
+        return _product(to, softmax(to, scores, -1), v, transposed=False)
+    bias = None if mask is None else mask.expand(*q.shape[:-1], k.shape[-2]).numpy()
+    return _attention(to, q, k, v, scale, bias)
+
+
+def _attention(
+    to: Conversion, q: Value, k: Value, v: Value, scale: float, bias: npt.NDArray[np.float32] | None
+) -> Value:
+    """Of q [..., T, D] and so on, with bias [..., T, S]."""
     (q, q_factor), (k, k_factor) = (_unscaled(to, x) for x in (q, k))
-    y = to.emit(Attention(heads, scale * q_factor * k_factor), [_tokens(to, x) for x in (q, k, v)])
-    if len(q.shape) == 2:
-        return y
-    return to.emit(Permute((1, 0, 2)), [to.emit(Reshape((y.shape[0], heads, v.shape[2])), [y])])
+    windows, heads = _windows_and_heads(to, q)
+    sizes = [[q.shape[axis] for axis in axes] for axes in (windows, heads)]
+    op = Attention(math.prod(sizes[1]), scale * q_factor * k_factor, math.prod(sizes[0]))
+    weights = {} if bias is None else {"bias": _biases(bias, windows, heads)}
+    y = to.emit(op, [_tokens(to, x, windows, heads) for x in (q, k, v)], **weights)
+    lead = len(q.shape) - 2
+    tokens, channels = q.shape[-2], v.shape[-1]
+    order = (*windows, lead, *heads, lead + 1)  # of the result's axes in `y`
+    y = reshaped(to, y, (*sizes[0], tokens, *sizes[1], channels))
+    return to.emit(Permute(tuple(order.index(axis) for axis in range(lead + 2))), [y])
 
 
-# ---- attention by hand: what computes q · kᵀ, scales it, and takes its softmax times v -----------------------------
+def _windows_and_heads(to: Conversion, q: Value) -> tuple[list[int], list[int]]:
+    """Which of the axes before the tokens are of windows, which of heads: those by which queries are a layer's result.
+
+    Where none are, the last axis is of heads, as most models have it.
+    """
+    lead = list(range(len(q.shape) - 2))
+    choices = [(lead[:-1], lead[-1:]), (lead[1:], lead[:1]), (lead, []), ([], lead)]
+    for windows, heads in choices:
+        if _layer(to, q, windows, heads) is not None:
+            return windows, heads
+    return choices[0]
 
 
-def or_scores(otherwise: Callable[..., Any], of_scores: Callable[..., Any]) -> Callable[..., Any]:
-    """A converter that is another where one of its two first arguments is `Scores`."""
-
-    def converter(to: Conversion, *args: Any, **kwargs: Any) -> Any:
-        known = any(isinstance(a, Scores) for a in args[:2])
-        return (of_scores if known else otherwise)(to, *args, **kwargs)
-
-    return converter
-
-
-def matmul(to: Conversion, a: Any, b: Any) -> Value:
-    """Of two computed values: q · kᵀ, or what its softmax weighs."""
-    if isinstance(a, Scores) and a.softmax and isinstance(b, Value) and not isinstance(b, Scores):
-        return _attention(to, a.q, a.k, b, a.scale)
-    known = isinstance(a, Scores) or isinstance(b, Scores)
-    if known or len(a.shape) not in (2, 3) or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
-        to.unsupported("a product of two computed values, which only attention may be,")
-    axes = (*range(len(b.shape) - 2), len(b.shape) - 1, len(b.shape) - 2)
-    keys = to.emit(Permute(axes), [b])
-    return Scores(-1, (*a.shape[:-1], b.shape[-1]), q=a, k=keys)
+def _biases(bias: npt.NDArray[np.float32], windows: list[int], heads: list[int]) -> torch.Tensor:
+    """As `Attention` takes them, one for all windows, or for all heads, too, where they are the same."""
+    *_, tokens, keys = bias.shape
+    by_window = bias.transpose(*windows, *heads, bias.ndim - 2, bias.ndim - 1)
+    by_window = by_window.reshape(math.prod(bias.shape[axis] for axis in windows), -1, tokens, keys)
+    if (by_window == by_window[:1]).all():
+        by_window = by_window[:1]
+        if (by_window == by_window[:, :1]).all():
+            by_window = by_window[:, :1]
+    return torch.from_numpy(np.maximum(by_window.reshape(-1, tokens, keys), MASKED))
 
 
-def scaled(to: Conversion, a: Any, b: Any) -> Value:
-    scores, factor = (a, b) if isinstance(a, Scores) else (b, a)
-    if isinstance(factor, Value) or scores.softmax or torch.as_tensor(factor).numel() != 1:
-        to.unsupported("attention whose scores are changed by anything but a factor")
-    return replace(scores, scale=scores.scale * float(factor))
+# ---- products and softmaxes by hand --------------------------------------------------------------------------------
 
 
-def divided(to: Conversion, a: Any, b: Any) -> Value:
-    return scaled(to, a, b if isinstance(b, Value) else 1 / b)
+def matmul(to: Conversion, a: Value, b: Value) -> Value:
+    """Of two computed values [..., M, K] and [..., K, N]: attention, where a is the softmax of a product."""
+    if len(a.shape) < 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2] or a.merged != b.merged:
+        to.unsupported(f"a product of computed values of shapes {list(a.shape)} and {list(b.shape)}")
+    weighed = _softmax_of_product(to, a)
+    if weighed is not None and max(weighed[0].shape[-1], b.shape[-1]) <= MOST_CHANNELS:
+        q, k, scale, bias = weighed
+        return _attention(to, q, k, b, scale, bias)
+    turned = b.index > 0 and isinstance(to.steps[b.index - 1].op, Permute)
+    if turned:
+        b = to.emit(Permute((*range(len(b.shape) - 2), len(b.shape) - 1, len(b.shape) - 2)), [b])
+    return _product(to, a, b, turned)
+
+
+def _product(to: Conversion, a: Value, b: Value, transposed: bool) -> Value:
+    """a [..., M, K] times b [..., K, N], or [..., N, K]."""
+    rows = [reshaped(to, x, (math.prod(x.shape[:-1]), x.shape[-1])) for x in (a, b)]
+    columns = b.shape[-2] if transposed else b.shape[-1]
+    y = to.emit(Matmul(math.prod(a.shape[:-2]), transposed), rows)
+    return reshaped(to, y, (*a.shape[:-1], columns))
 
 
 def softmax(to: Conversion, x: Value, axis: int, *_: Any) -> Value:
-    if not isinstance(x, Scores) or x.softmax:
-        to.unsupported("a softmax that is not attention's")
-    if axis_of(to, x, axis) != len(x.shape) - 1:
-        to.unsupported("attention with a softmax that is not over the keys")
-    return replace(x, softmax=True)
+    axis = axis_of(to, x, axis)
+    order = [*(k for k in range(len(x.shape)) if k != axis), axis]
+    turned = to.emit(Permute(tuple(order)), [x])
+    y = to.emit(Softmax(), [reshaped(to, turned, (math.prod(turned.shape[:-1]), turned.shape[-1]))])
+    return to.emit(Permute(tuple(np.argsort(order).tolist())), [reshaped(to, y, turned.shape)])
 
 
-# ---- from [heads, T, D] to tokens ----------------------------------------------------------------------------------
+def _softmax_of_product(to: Conversion, a: Value) -> tuple[Value, Value, float, npt.NDArray[np.float32] | None] | None:
+    """q [..., T, D], k [..., S, D], scale and bias [..., T, S], if a [..., T, S] is softmax(scale · q · kᵀ + bias)."""
+    step = _step(to, a.index, Softmax)
+    if step is None:
+        return None
+    scale, shift = np.ones((), np.float64), np.zeros((), np.float64)  # of [..., T, S]
+    index = step.inputs[0]
+    while (affine := _step(to, index, Affine)) is not None:
+        index = affine.inputs[0]
+        own_scale, own_shift = (
+            np.broadcast_to(affine.weights[key].astype(np.float64), to.shapes[index]).reshape(a.shape)
+            for key in ("scale", "shift")
+        )
+        scale, shift = scale * own_scale, scale * own_shift + shift
+    product = _step(to, index, Matmul)
+    if product is None:
+        return None
+    op = product.op
+    assert isinstance(op, Matmul)
+    scale = np.broadcast_to(scale, a.shape)
+    if not op.transposed or op.groups != math.prod(a.shape[:-2]) or (scale != scale[..., :1, :1]).any():
+        return None
+    q, k = (Value(i, to.shapes[i], merged=a.merged) for i in product.inputs)
+    q, k = (reshaped(to, x, (*a.shape[:-2], x.shape[0] // op.groups, x.shape[1])) for x in (q, k))
+    factor = 1.0
+    if (scale == scale.flat[0]).all():
+        factor = float(scale.flat[0])
+    else:
+        q = linear_map(to, q, torch.from_numpy(scale[..., :1, :1].copy()), 0.0)
+    bias = np.broadcast_to(shift, a.shape).astype(np.float32) if shift.any() else None
+    return q, k, factor, bias
+
+
+def _step(to: Conversion, index: int, kind: type) -> Step | None:
+    """The step of this kind whose result value `index` is, in another shape or not."""
+    while index > 0:
+        step = to.steps[index - 1]
+        if isinstance(step.op, kind) or step.activation != IDENTITY:
+            return step if step.activation == IDENTITY else None
+        still = isinstance(step.op, Permute) and step.op.axes == tuple(range(len(step.op.axes)))
+        if not still and not isinstance(step.op, Reshape):
+            return None
+        index = step.inputs[0]
+    return None
+
+
+# ---- from [..., T, D] to tokens ------------------------------------------------------------------------------------
 
 
 def _unscaled(to: Conversion, x: Value) -> tuple[Value, float]:
     """x without a factor that all of it was multiplied by, and the factor."""
-    step = to.steps[x.index - 1] if x.index > 0 else None
-    if step is not None and isinstance(step.op, Affine) and step.activation == IDENTITY:
+    step = _step(to, x.index, Affine)
+    if step is not None:
         scale, shift = step.weights["scale"], step.weights["shift"]
         if not shift.any() and (scale == scale.flat[0]).all():
-            return Value(step.inputs[0], x.shape), float(scale.flat[0])
+            before = Value(step.inputs[0], to.shapes[step.inputs[0]], merged=x.merged)
+            return reshaped(to, before, x.shape), float(scale.flat[0])
     return x, 1.0
 
 
-def _tokens(to: Conversion, x: Value) -> Value:
-    """x [heads, T, D] as [T, heads · D]; [T, D] as it is."""
-    shape = x.shape if len(x.shape) == 3 else (1, *x.shape)
-    tokens, size = shape[1], math.prod(shape)
-    index = np.arange(size).reshape(shape).transpose(1, 0, 2).reshape(tokens, -1)
+def _layer(to: Conversion, x: Value, windows: list[int], heads: list[int]) -> tuple[int, Index] | None:
+    """Which value [windows · T, ·] has x [..., T, D] in columns, and in which; the first one, if there is one."""
+    shape, lead = x.shape, len(x.shape) - 2
+    size = math.prod(shape)
+    order = (*windows, lead, *heads, lead + 1)
+    rows = math.prod(shape[axis] for axis in windows) * shape[lead]
+    index = np.arange(size).reshape(shape).transpose(order).reshape(rows, -1)
     found = None
     value = x.index
     while True:  # back through what only moves elements
@@ -155,21 +230,30 @@ def _tokens(to: Conversion, x: Value) -> Value:
         found = (value, columns) if columns is not None else found
         moved = _moved(to.steps[value - 1], to.shapes) if value > 0 else None
         if moved is None:
-            break
+            return found
         index = moved.ravel()[index]
         value = to.steps[value - 1].inputs[0]
+
+
+def _tokens(to: Conversion, x: Value, windows: list[int], heads: list[int]) -> Value:
+    """x [..., T, D] as [windows · T, heads · D]."""
+    lead = len(x.shape) - 2
+    found = _layer(to, x, windows, heads)
     if found is None:
-        turned = to.emit(Permute((1, 0, 2)), [x])
-        return to.emit(Reshape((tokens, size // tokens)), [turned])
+        turned = to.emit(Permute((*windows, lead, *heads, lead + 1)), [x])
+        rows = math.prod(x.shape[axis] for axis in windows) * x.shape[lead]
+        return reshaped(to, turned, (rows, math.prod(x.shape) // rows))
     value, columns = found
     width = to.shapes[value][1]
+    layer = Value(value, to.shapes[value], merged=x.merged)
     if np.array_equal(columns, np.arange(width)):
-        return Value(value, to.shapes[value])
+        return layer
     step = to.steps[value - 1] if value > 0 else None
     if step is None or not isinstance(step.op, Linear) or step.activation != IDENTITY:
-        return take(to, Value(value, to.shapes[value]), 1, torch.from_numpy(columns))
+        return take(to, layer, 1, torch.from_numpy(columns))
     weights = {key: torch.from_numpy(weight[columns]) for key, weight in step.weights.items()}
-    return to.emit(Linear(), [Value(step.inputs[0], to.shapes[step.inputs[0]])], **weights)
+    read = step.inputs[0]
+    return to.emit(Linear(), [Value(read, to.shapes[read], merged=x.merged)], **weights)
 
 
 def _columns(index: Index, shape: Shape) -> Index | None:

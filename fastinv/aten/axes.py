@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from fastinv.aten.arithmetic import linear_map
 from fastinv.aten.conversion import Conversion, Value, holds
 from fastinv.aten.layers import axis_of, expect_image
-from fastinv.errors import NetworkError
 from fastinv.ops.adaptive_avg_pool2d import AdaptiveAvgPool2d
 from fastinv.ops.base import Shape
 from fastinv.ops.concat import Concat
@@ -96,32 +95,27 @@ def reshaped(to: Conversion, x: Value, shape: Shape) -> Value:
 
 def reshape(to: Conversion, x: Value, *_: Any, **__: Any) -> Value:
     """flatten, view, reshape, unflatten, squeeze, unsqueeze: torch has worked out the shape."""
-    target = to.result_shape()
-    if math.prod(target) != math.prod(x.shape):
-        raise NetworkError(
-            f"export: module {to.place() or '(top)'!r} moves elements between images (to {list(target)})"
-        )
-    return to.emit(Reshape(target), [x])
+    y = to.in_result_shape(x)
+    return replace(to.emit(Reshape(y.shape), [x]), merged=y.merged)
 
 
 def reordered(to: Conversion, x: Value, *args: Any, **kwargs: Any) -> Value:
     """permute, transpose, movedim, …: torch says where the axes of a tensor whose sizes tell them apart go."""
     assert to.node is not None
     assert callable(to.node.target)
-    sizes = list(range(1, len(x.shape) + 1))
-    sizes.insert(x.batch, 0)
-    found = list(to.node.target(torch.empty(*sizes, device="meta"), *args, **kwargs).shape)
-    batch = found.index(0)
-    y = to.emit(Permute(tuple(size - 1 for size in found if size)), [x])
-    return replace(y, batch=batch)
+    found = list(to.node.target(torch.empty(*range(x.rank), device="meta"), *args, **kwargs).shape)
+    axes = [axis - (axis > x.batch and not x.merged) for axis in found if axis != x.batch or x.merged]
+    return replace(to.emit(Permute(tuple(axes)), [x]), batch=found.index(x.batch))
 
 
 def expand(to: Conversion, x: Value, *_: Any, **__: Any) -> Value:
     """A view of axes of size 1 as many; of rows and columns the nearest upsampling."""
     target = to.result_shape()
+    if x.merged:
+        target = (x.shape[0], *target)
     if len(target) != len(x.shape):
         to.unsupported("an expansion to more axes")
-    if len(target) == 3 and target[1:] != x.shape[1:]:
+    if len(target) == 3 and target[1:] != x.shape[1:] and not x.merged:
         x = to.emit(Upsample((target[1], target[2])), [x])
     for axis, size in enumerate(target):
         if size != x.shape[axis]:
@@ -161,7 +155,7 @@ def narrow(to: Conversion, x: Value, axis: int, start: int, length: int) -> Valu
 
 
 def select(to: Conversion, x: Value, axis: int, position: int) -> Value:
-    place = axis % (len(x.shape) + 1)
+    place = axis % x.rank
     axis = axis_of(to, x, axis)
     y = _without(to, take(to, x, axis, positions(x, axis)[position].reshape(1)), [axis])
     return replace(y, batch=x.batch - (place < x.batch))
@@ -195,6 +189,16 @@ def unbind(to: Conversion, x: Value, axis: int = 0) -> Pieces:
     return [select(to, x, axis, position) for position in range(x.shape[axis_of(to, x, axis)])]
 
 
+def windows(to: Conversion, x: Value, axis: int, size: int, step: int) -> Value:
+    """x.unfold: windows along an axis, whose elements become the last one."""
+    axis = axis_of(to, x, axis)
+    places = positions(x, axis).unfold(0, size, step)
+    count, last = len(places), len(x.shape)
+    y = take(to, x, axis, places.flatten())
+    y = reshaped(to, y, (*x.shape[:axis], count, size, *x.shape[axis + 1 :]))
+    return to.emit(Permute((*(k for k in range(last + 1) if k != axis + 1), axis + 1)), [y])
+
+
 def _without(to: Conversion, x: Value, axes: Sequence[int]) -> Value:
     """x without these axes, whose size is 1."""
     return reshaped(to, x, tuple(size for axis, size in enumerate(x.shape) if axis not in axes))
@@ -218,7 +222,7 @@ def roll(to: Conversion, x: Value, shifts: Sequence[int], axes: Sequence[int] = 
 
 
 def repeat(to: Conversion, x: Value, counts: Sequence[int]) -> Value:
-    if len(counts) != len(x.shape) + 1 or counts[0] != 1 or min(counts) < 1:
+    if len(counts) != x.rank or counts[0] != 1 or min(counts) < 1:
         to.unsupported("a repetition of the batch, along new axes, or zero times")
     for axis, count in enumerate(counts[1:]):
         x = x if count == 1 else to.emit(Concat(axis), [x] * count)
@@ -228,6 +232,9 @@ def repeat(to: Conversion, x: Value, counts: Sequence[int]) -> Value:
 def repeat_interleave(to: Conversion, x: Value, count: int, axis: int | None = None, **_: Any) -> Value:
     if axis is None or not isinstance(count, int):
         to.unsupported("repeat_interleave of the flattened tensor, or by different counts")
+    if axis % x.rank == x.batch == 0 and not x.merged:  # an image's rows lie together
+        rows = take(to, reshaped(to, x, (1, *x.shape)), 0, torch.zeros(count, dtype=torch.int64))
+        return replace(rows, merged=True)
     axis = axis_of(to, x, axis)
     return take(to, x, axis, positions(x, axis).repeat_interleave(count))
 
@@ -235,12 +242,12 @@ def repeat_interleave(to: Conversion, x: Value, count: int, axis: int | None = N
 def stack(to: Conversion, values: Sequence[Any], axis: int = 0) -> Value:
     if not all(isinstance(v, Value) for v in values):
         to.unsupported("stacking computed values and constants")
-    shape = to.result_shape()
-    place = axis % (len(shape) + 1) - 1
-    if place < 0:
-        to.unsupported("an operation along the batch axis")
-    single = [reshaped(to, v, (*shape[:place], 1, *shape[place + 1 :])) for v in values]
-    return single[0] if len(single) == 1 else to.emit(Concat(place), single)
+    like = values[0]
+    place = axis % (like.rank + 1)
+    at = place - (place > like.batch and not like.merged)
+    single = [reshaped(to, v, (*v.shape[:at], 1, *v.shape[at:])) for v in values]
+    y = single[0] if len(single) == 1 else to.emit(Concat(at), single)
+    return replace(y, batch=like.batch + (place <= like.batch))
 
 
 def cat(to: Conversion, values: Sequence[Any], axis: int = 0) -> Value:
@@ -252,9 +259,9 @@ def cat(to: Conversion, values: Sequence[Any], axis: int = 0) -> Value:
 
 def _constant(to: Conversion, constant: torch.Tensor, like: Value, axis: int) -> Value:
     """A constant [1, ...], as a class token is, for each image: nothing times a part of what it is to be joined to."""
-    if constant.ndim != len(like.shape) + 1 or constant.shape[0] != 1:
+    if constant.ndim != like.rank or constant.shape[0] != 1:
         to.unsupported("joining computed values and a constant that differs from image to image")
-    part = take(to, like, axis, torch.zeros(constant.shape[axis + 1], dtype=torch.int64))
+    part = take(to, like, axis, torch.zeros(constant.shape[axis + (not like.merged)], dtype=torch.int64))
     return linear_map(to, part, 0.0, constant)
 
 
@@ -295,7 +302,7 @@ def pad(to: Conversion, x: Value, padding: Sequence[int], mode: str = "constant"
 
 def _axes_of(to: Conversion, x: Value, axes: Any) -> list[int]:
     """The axes that a reduction is over; none given are all, the batch among them."""
-    given = [axes] if isinstance(axes, int) else axes or range(len(x.shape) + 1)
+    given = [axes] if isinstance(axes, int) else axes or range(x.rank)
     return sorted(axis_of(to, x, axis) for axis in given)
 
 
@@ -308,14 +315,16 @@ def sum_(to: Conversion, x: Value, axes: Any, keepdim: bool = False, **_: Any) -
 
 
 def _total(to: Conversion, x: Value, axes: list[int], keepdim: bool, mean: bool) -> Value:
-    left = list(axes)
+    left, batch = list(axes), x.batch
     if mean and len(x.shape) == 3 and left != [0]:  # of rows and columns: a pool
         height, width = (1 if axis in axes else x.shape[axis] for axis in (1, 2))
         x = to.emit(AdaptiveAvgPool2d((height, width)), [x])
         left = [axis for axis in left if axis == 0]
     for axis in left:
         x = along(to, x, axis, torch.full((1, x.shape[axis]), 1 / x.shape[axis] if mean else 1.0))
-    return x if keepdim else _without(to, x, axes)
+    if keepdim:
+        return replace(x, batch=batch)
+    return replace(_without(to, x, axes), batch=batch - sum(axis < batch for axis in axes))
 
 
 def amax(to: Conversion, x: Value, axes: Any = (), keepdim: bool = False) -> Value:

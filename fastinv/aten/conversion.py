@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,14 +25,21 @@ class Value:
     """A value of the network being built: what depends on the input. Everything else is a constant.
 
     Attributes:
-        index: its number; -1 of what is none, as the scores of attention.
-        shape: without the batch axis.
+        index: its number.
+        shape: without the batch axis, or, where something is merged into it, with that in its place.
         batch: which of torch's axes that is. Only what moves axes, or takes parts along one, is told of any but 0.
+        merged: whether torch's batch axis has several rows of each image, as windows of attention.
     """
 
     index: int
     shape: Shape
     batch: int = 0
+    merged: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Axes that torch has."""
+        return len(self.shape) + (not self.merged)
 
 
 Converters = Mapping[str, Callable[..., Any]]  # by aten call; each takes the Conversion and the call's arguments
@@ -42,16 +50,29 @@ RESHAPES = (
     *("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.unflatten.int"),
     *("aten.expand.default", "aten.repeat.default"),
 )
+FILLED = ("aten.zeros.default", "aten.ones.default", "aten.full.default")  # sizes come first
 # What takes values whose batch axis is not the first.
-MOVES = (
-    *("aten.permute.default", "aten.transpose.int", "aten.movedim.int", "aten.movedim.intlist"),
-    *("aten.swapaxes.default", "aten.swapdims.default", "aten.select.int", "aten.unbind.int"),
-    *("aten.contiguous.default", "aten.clone.default"),
+MOVES = frozenset(
+    (
+        *("aten.permute.default", "aten.transpose.int", "aten.movedim.int", "aten.movedim.intlist"),
+        *("aten.swapaxes.default", "aten.swapdims.default", "aten.select.int", "aten.unbind.int"),
+        *("aten.contiguous.default", "aten.clone.default", "aten.mean.dim", "aten.sum.dim_IntList"),
+    )
 )
-# What takes the scores of attention, which are no value.
-OF_SCORES = (
-    *(f"aten.{name}{end}.{kind}" for name in ("mul", "div") for end in ("", "_") for kind in ("Tensor", "Scalar")),
-    *("aten.matmul.default", "aten.softmax.int", "aten.dropout.default", "aten.clone.default", "aten.to.dtype"),
+# What would take a batch axis into which something is merged for channels, or something else for the batch axis.
+OF_WHOLE_IMAGES = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("conv1d.default", "conv1d.padding", "conv2d.default", "conv2d.padding"),
+        *("conv_transpose1d.default", "conv_transpose2d.input", "instance_norm.default", "group_norm.default"),
+        *("max_pool1d.default", "max_pool2d.default", "max_pool2d_with_indices.default", "adaptive_max_pool2d.default"),
+        *("avg_pool1d.default", "avg_pool2d.default", "adaptive_avg_pool1d.default", "adaptive_avg_pool2d.default"),
+        *("upsample_nearest2d.vec", "upsample_bilinear2d.vec", "upsample_nearest2d.default"),
+        *("upsample_bilinear2d.default", "_upsample_nearest_exact2d.vec", "upsample_bicubic2d.vec"),
+        *("_upsample_bilinear2d_aa.vec", "_upsample_bicubic2d_aa.vec", "pixel_shuffle.default"),
+        *("pixel_unshuffle.default", "im2col.default", "channel_shuffle.default", "repeat.default"),
+        *("pad.default", "constant_pad_nd.default", "einsum.default"),
+    )
 )
 
 
@@ -71,13 +92,29 @@ class Conversion:
         inputs = self._bind_placeholders()
         if inputs != 1:
             raise NetworkError(f"export: the module takes {inputs} inputs, expected one tensor")
-        for node in self.program.graph.nodes:
+        return self._finish(self._run(self.program.graph_module))
+
+    def _run(self, module: torch.fx.GraphModule) -> Any:
+        """What its graph gives, once its placeholders are known."""
+        for node in module.graph.nodes:
             if node.op == "call_function":
                 self.node = node
                 self.known[node] = self._call(node)
+            elif node.op == "get_attr":
+                self.known[node] = getattr(module, node.target)
             elif node.op == "output":
-                return self._finish(self._resolve(node.args[0]))
+                return self._resolve(node.args[0])
         raise NetworkError("export: the graph has no output")
+
+    def _run_within(self, name: str, args: Sequence[Any]) -> Any:
+        """A part of the graph that stands by itself: within `torch.no_grad` or `torch.autocast`."""
+        before = args[: next(i for i, a in enumerate(args) if isinstance(a, torch.fx.GraphModule))]
+        if name == "wrap_with_autocast" and before[0] == "cpu" and before[2]:
+            self.unsupported("autocast, which rounds,")
+        module, *given = args[len(before) :]
+        placeholders = (node for node in module.graph.nodes if node.op == "placeholder")
+        self.known |= zip(placeholders, given, strict=True)
+        return self._run(module)
 
     def _bind_placeholders(self) -> int:
         """Give every placeholder its parameter, buffer or constant, and the user's input value 0."""
@@ -121,7 +158,9 @@ class Conversion:
             if piece is None and node.users:
                 self.unsupported("the positions of maxima")
             return piece
-        if holds((args, kwargs), SYMBOLS) and name not in RESHAPES:
+        if name in ("wrap_with_autocast", "wrap_with_set_grad_enabled"):
+            return self._run_within(name, args)
+        if holds((args, kwargs), SYMBOLS) and name not in RESHAPES and name not in FILLED:
             self._refuse_batch_size(name)
         given = list(instances((args, kwargs), Value))
         if not given:
@@ -142,10 +181,11 @@ class Conversion:
 
     def _for_one_image(self, name: str, args: Any) -> Any:
         """The arguments of a call that gives a constant to each image of the batch, for one, which broadcasts."""
-        constant, sizes = args[0], list(args[-1])
-        if len(args) != 2 or not isinstance(sizes[0], SYMBOLS) or holds(sizes[1:], SYMBOLS):
+        place = 0 if name in FILLED else 1
+        sizes = list(args[place]) if len(args) > place and isinstance(args[place], (list, tuple)) else []
+        if not sizes or not isinstance(sizes[0], SYMBOLS) or holds((sizes[1:], args[place + 1 :]), SYMBOLS):
             self._refuse_batch_size(name)
-        return constant, [1, *sizes[1:]]
+        return *args[:place], [1, *sizes[1:]], *args[place + 1 :]
 
     def _refuse_batch_size(self, name: str) -> NoReturn:
         self.unsupported(f"the operation {name} on the batch size, which must not change what one image gives")
@@ -154,8 +194,8 @@ class Conversion:
         """What this call, or "the result", is made of has the batch first and is a value, but for what takes others."""
         if name not in MOVES and any(value.batch for value in values):
             self.unsupported("a permutation that moves the batch axis")
-        if name not in OF_SCORES and any(value.index < 0 for value in values):
-            self.unsupported(f"{name} of a product of two computed values, which only attention may be,")
+        if name in (*OF_WHOLE_IMAGES, "the result") and any(value.merged for value in values):
+            self.unsupported(f"{name} of parts of images, merged into the batch axis,")
 
     def _resolve(self, argument: Any) -> Any:
         """`argument` with nodes replaced by what they stand for."""
@@ -174,7 +214,7 @@ class Conversion:
         shape = op.shape([v.shape for v in inputs], step.weight_shapes)
         self.steps.append(step)
         self.shapes.append(shape)
-        return Value(len(self.steps), shape)
+        return Value(len(self.steps), shape, merged=inputs[0].merged)
 
     def place(self) -> str:
         """The module path of the node being converted."""
@@ -205,6 +245,16 @@ class Conversion:
                 "image must be computed by itself, with the batch axis first"
             )
         return tuple(sizes[1:])
+
+    def in_result_shape(self, x: Value) -> Value:
+        """x in the shape that torch gives its elements; what that merges into the batch axis is the first axis."""
+        shape = self.result_shape()
+        rows, rest = divmod(math.prod(x.shape), math.prod(shape))
+        if rest or rows == 0:
+            raise NetworkError(
+                f"export: module {self.place() or '(top)'!r} moves elements between images (to {list(shape)})"
+            )
+        return Value(x.index, shape) if rows == 1 else Value(x.index, (rows, *shape), merged=True)
 
 
 def instances(argument: Any, kinds: type | tuple[type, ...]) -> Iterator[Any]:

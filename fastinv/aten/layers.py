@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,10 +28,10 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def axis_of(to: Conversion, x: Value, axis: int) -> int:
     """An axis as torch counts it (with the batch) as fastinv counts it (without)."""
-    axis = axis % (len(x.shape) + 1)
+    axis = axis % x.rank
     if axis == x.batch:
         to.unsupported("an operation along the batch axis")
-    return axis - (axis > x.batch)
+    return axis - (axis > x.batch and not x.merged)
 
 
 def expect_image(to: Conversion, x: Any, what: str) -> None:
@@ -90,7 +91,11 @@ def conv_transpose2d(
 def linear(to: Conversion, x: Value, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Value:
     if holds((weight, bias), Value):
         to.unsupported("linear with computed weights")
-    return to.emit(Linear(), [x], weight=weight, bias=torch.zeros(len(weight)) if bias is None else bias)
+    weights = {"weight": weight, "bias": torch.zeros(len(weight)) if bias is None else bias}
+    if len(x.shape) <= 2 or (len(x.shape) == 3 and not x.merged):
+        return to.emit(Linear(), [x], **weights)
+    rows = to.emit(Reshape((math.prod(x.shape[:-1]), x.shape[-1])), [x])
+    return to.emit(Reshape((*x.shape[:-1], len(weight))), [to.emit(Linear(), [rows], **weights)])
 
 
 # ---- pools and resampling ------------------------------------------------------------------------------------------

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 
-from fastinv.aten.axes import reshaped
+from fastinv.aten.activations import absolute, sqrt, square
+from fastinv.aten.arithmetic import linear_map, sub
+from fastinv.aten.axes import mean, reshaped, sum_
 from fastinv.aten.conversion import Conversion, Value, holds
+from fastinv.aten.layers import axis_of
 from fastinv.ops.affine import Affine
 from fastinv.ops.normalize import Normalize, channel_axis
 from fastinv.ops.permute import Permute
@@ -35,7 +38,8 @@ def batch_norm(
     if weight is not None:
         scale = scale * weight
     shift = -mean * scale if bias is None else bias - mean * scale
-    spread = (-1, *[1] * (len(x.shape) - 1))
+    spread = [1] * len(x.shape)
+    spread[axis_of(to, x, 1)] = -1
     return to.emit(Affine(), [x], scale=scale.reshape(spread), shift=shift.reshape(spread))
 
 
@@ -93,9 +97,39 @@ def rms_norm(
     return _over_last_axes(to, x, len(sizes), Normalize(centered=False, eps=eps), weight, None)
 
 
+def vector_norm(to: Conversion, x: Value, order: Any = 2, axes: Any = None, keepdim: bool = False, **_: Any) -> Value:
+    """Of order 2, whose gradient at 0 is 0, or 1."""
+    if order not in (1, 2):
+        to.unsupported(f"a norm of order {order}")
+    if order == 1:
+        return sum_(to, absolute(to, x), axes, keepdim)
+    return sqrt(to, sum_(to, square(to, x), axes, keepdim))
+
+
+def variance(
+    to: Conversion,
+    x: Value,
+    axes: Any = None,
+    unbiased: bool = True,
+    keepdim: bool = False,
+    *,
+    correction: float | None = None,
+) -> Value:
+    correction = float(unbiased) if correction is None else correction
+    difference = sub(to, x, mean(to, x, axes, keepdim=True))
+    total = sum_(to, square(to, difference), axes, keepdim)
+    elements = math.prod(x.shape) // math.prod(total.shape)
+    return linear_map(to, total, 1 / (elements - correction), 0.0)
+
+
+def deviation(to: Conversion, x: Value, *args: Any, **options: Any) -> Value:
+    return sqrt(to, variance(to, x, *args, **options))
+
+
 def _over_last_axes(to: Conversion, x: Value, count: int, op: Normalize, weight: Constant, bias: Constant) -> Value:
     """Statistics over the last `count` axes, weights for each of their elements."""
-    if count == 1 and len(x.shape) == 3:  # of an image whose channels were put last: a permutation that was there goes
+    if count == 1 and len(x.shape) == 3 and not x.merged:
+        # Of an image whose channels were put last: a permutation that was there goes.
         turned = _normalized(to, to.emit(Permute((2, 0, 1)), [x]), op, weight, bias)
         return to.emit(Permute((1, 2, 0)), [turned])
     if count == len(x.shape) == 3:

@@ -28,6 +28,7 @@ from fastinv.ops.base import Shape
 from fastinv.ops.concat import Concat
 from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.conv_transpose2d import ConvTranspose2d
+from fastinv.ops.matmul import Matmul
 from fastinv.ops.max_pool2d import MaxPool2d
 from fastinv.ops.normalize import Normalize
 from fastinv.ops.rearrange import Rearrange
@@ -53,6 +54,9 @@ ACTIVATION_CODES = {  # the order of ActivationKind in csrc/kernels.h
             "hardtanh",
             "clamp",
             "elu",
+            "exp",
+            "sqrt",
+            "reciprocal",
         )
     )
 }
@@ -84,6 +88,7 @@ class CpuBackend:
 
 
 NO_SCALE: Array = np.zeros(0, np.float32)  # of features that are not quantised
+NO_BIAS: Array = np.zeros(0, np.float32)  # of attention by the scores alone
 
 
 class CpuNetwork:
@@ -362,7 +367,28 @@ def _attention(to: Lowering, step: Step, values: list[int], shapes: list[Shape],
     op = step.op
     assert isinstance(op, Attention)
     q, k, v = values
-    return to.program.attention(q, k, v, op.heads, op.scale, encode(step.activation))
+    return to.program.attention(
+        q,
+        k,
+        v,
+        step.weights.get("bias", NO_BIAS),
+        windows=op.windows,
+        heads=op.heads,
+        scale=op.scale,
+        activation=encode(step.activation),
+    )
+
+
+def _matmul(to: Lowering, step: Step, values: list[int], shapes: list[Shape], output: Shape) -> int:
+    op = step.op
+    assert isinstance(op, Matmul)
+    a, b = values
+    return to.program.matmul(a, b, groups=op.groups, transposed=op.transposed, activation=encode(step.activation))
+
+
+def _softmax(to: Lowering, step: Step, values: list[int], shapes: list[Shape], output: Shape) -> int:
+    value = to.program.softmax(values[0])
+    return value if step.activation == IDENTITY else to.program.activate(value, encode(step.activation))
 
 
 def _activation(to: Lowering, step: Step, values: list[int], shapes: list[Shape], output: Shape) -> int:
@@ -388,6 +414,8 @@ LOWERINGS: dict[str, Lower] = {
     "affine": _affine,
     "normalize": _normalize,
     "attention": _attention,
+    "matmul": _matmul,
+    "softmax": _softmax,
     "concat": _concat,
     "activation": _activation,
 }

@@ -11,6 +11,7 @@ from fastinv.ops.concat import Concat
 from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.linear import Linear
+from fastinv.ops.matmul import Matmul
 from fastinv.ops.max_pool2d import MaxPool2d
 from fastinv.ops.mul import Mul
 from fastinv.ops.normalize import Normalize
@@ -18,6 +19,7 @@ from fastinv.ops.permute import Permute
 from fastinv.ops.pixel_shuffle import PixelShuffle
 from fastinv.ops.reshape import Reshape
 from fastinv.ops.separable import Separable
+from fastinv.ops.softmax import Softmax
 from fastinv.ops.upsample import Upsample
 
 OPS: dict[str, type[Op]] = {
@@ -37,6 +39,8 @@ OPS: dict[str, type[Op]] = {
         Affine,
         Normalize,
         Attention,
+        Matmul,
+        Softmax,
         Concat,
         Reshape,
         Permute,

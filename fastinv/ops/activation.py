@@ -48,7 +48,8 @@ class Activation(Op):
             "softplus": (2.0, 20.0),
             "elu": (1.5, 0.7),
         }
-        image = tuple(Case(kind, Activation(kind, *examples.get(kind, (0.0, 0.0))), ((5, 7, 9),)) for kind in KINDS)
+        kinds = (kind for kind in KINDS if kind not in STEEP)
+        image = tuple(Case(kind, Activation(kind, *examples.get(kind, (0.0, 0.0))), ((5, 7, 9),)) for kind in kinds)
         return (*image, Case("flat", Activation("relu"), ((37,),)))
 
 
@@ -77,6 +78,13 @@ KINDS: dict[str, Callable[[torch.Tensor, float, float], torch.Tensor]] = {
     "hardtanh": lambda x, a, b: _functional("hardtanh")(x, a, b),  # a: low, b: high
     "clamp": lambda x, a, b: x.clamp(a, b),  # a: low, b: high
     "elu": lambda x, a, b: x.where(x > 0, a * (b * x).clamp(max=0).expm1()),  # a: alpha, b: rate
+    "exp": lambda x, a, b: x.exp(),
+    # 0 below zero; the gradient at 0 is 0, as that of PyTorch's norms, where a constant start may lie.
+    "sqrt": lambda x, a, b: x.where(x > 0, 1).sqrt().where(x > 0, 0),
+    "reciprocal": lambda x, a, b: x.reciprocal(),
 }
+
+# Those that enlarge the rounding of what they are applied to without bound: there is no example of them on any numbers.
+STEEP = ("exp", "sqrt", "reciprocal")
 
 IDENTITY = Activation()

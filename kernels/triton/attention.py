@@ -1,4 +1,4 @@
-"""attention: softmax(scale · q · kᵀ) · v of each head, forward and back; scores never reach memory.
+"""attention: softmax(scale · q · kᵀ + bias) · v of each head, forward and back; scores never reach memory.
 
 Forward as FlashAttention-2 (Dao 2023): blocks of keys one after the other, sums scaled anew where a larger score turns
 up. Back with each query's log Σ e^score, and a kernel for each of the three: no atomics, one result.
@@ -41,13 +41,24 @@ def _load(x, n, h, t, count, heads, CHANNELS: tl.constexpr, PADDED: tl.constexpr
 
 
 @triton.jit
+def _score(dots, bias, unit, t, s, queries, keys, biases, scale):
+    """Scores in units of log2 e, of tokens t and s, which broadcast against each other; `unit`: [N, windows, heads]."""
+    score = dots * (scale * LOG2_E)
+    if bias is not None:
+        at = (unit % biases * queries + t) * keys + s
+        score += tl.load(bias + at, mask=(t < queries) & (s < keys), other=0.0) * LOG2_E
+    return score
+
+
+@triton.jit
 def _attention_kernel(
-    q, k, v, out, total, addend, saved, a, b, queries, keys, heads, scale,
+    q, k, v, out, total, addend, saved, a, b, bias, queries, keys, heads, biases, scale,
     C: tl.constexpr, E: tl.constexpr, PC: tl.constexpr, PE: tl.constexpr, PRECISION: tl.constexpr,
     KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out = finish(softmax(scale · q · kᵀ) · v), q: [N, queries, heads, C], k: [N, keys, heads, C], v likewise with E.
+    """out = finish(softmax(scale · q · kᵀ + bias) · v), q: [N, queries, heads, C], k: [N, keys, heads, C], v with E.
 
+    N: windows of all images. bias: float32 [biases, queries, keys], taken in turns by [N, heads], or None.
     total: float32 [N, heads, queries], log2 Σ 2^score for the way back, with scores in units of log2 e; or None.
     """
     n, h, t = _unit(queries, heads, BM)
@@ -58,7 +69,8 @@ def _attention_kernel(
     for start in range(0, keys, BN):
         s = start + tl.arange(0, BN)
         y = _load(k, n, h, s, keys, heads, C, PC)
-        score = tl.dot(x, tl.trans(y), input_precision=PRECISION) * (scale * LOG2_E)
+        dots = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+        score = _score(dots, bias, n * heads + h, t[:, None], s[None, :], queries, keys, biases, scale)
         score = tl.where((s < keys)[None, :], score, float("-inf"))
         larger = tl.maximum(most, tl.max(score, axis=1))
         p = tl.exp2(score - larger[:, None])
@@ -76,7 +88,7 @@ def _attention_kernel(
 
 @triton.jit
 def _attention_queries_kernel(
-    gradient, q, k, v, y, out, total, addend, saved, a, b, queries, keys, heads, scale,
+    gradient, q, k, v, y, out, total, addend, saved, a, b, bias, queries, keys, heads, biases, scale,
     C: tl.constexpr, E: tl.constexpr, PC: tl.constexpr, PE: tl.constexpr, PRECISION: tl.constexpr,
     KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +102,8 @@ def _attention_queries_kernel(
     for start in range(0, keys, BN):
         s = start + tl.arange(0, BN)
         other = _load(k, n, h, s, keys, heads, C, PC)
-        score = tl.dot(x, tl.trans(other), input_precision=PRECISION) * (scale * LOG2_E)
+        dots = tl.dot(x, tl.trans(other), input_precision=PRECISION)
+        score = _score(dots, bias, n * heads + h, t[:, None], s[None, :], queries, keys, biases, scale)
         p = tl.where((s < keys)[None, :], tl.exp2(score - log[:, None]), 0.0)
         value = _load(v, n, h, s, keys, heads, E, PE)
         d = tl.dot(g, tl.trans(value), input_precision=PRECISION) - mean[:, None]
@@ -102,7 +115,7 @@ def _attention_queries_kernel(
 
 @triton.jit
 def _attention_keys_kernel(
-    gradient, q, k, v, y, out, total, addend, saved, a, b, queries, keys, heads, scale,
+    gradient, q, k, v, y, out, total, addend, saved, a, b, bias, queries, keys, heads, biases, scale,
     C: tl.constexpr, E: tl.constexpr, PC: tl.constexpr, PE: tl.constexpr, PRECISION: tl.constexpr,
     OF_VALUES: tl.constexpr, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +132,8 @@ def _attention_keys_kernel(
         x = _load(q, n, h, t, queries, heads, C, PC)
         g = _load(gradient, n, h, t, queries, heads, E, PE)
         log = tl.load(total + (n * heads + h) * queries + t, mask=t < queries, other=0.0)
-        score = tl.dot(other, tl.trans(x), input_precision=PRECISION) * (scale * LOG2_E)
+        dots = tl.dot(other, tl.trans(x), input_precision=PRECISION)
+        score = _score(dots, bias, n * heads + h, t[None, :], s[:, None], queries, keys, biases, scale)
         p = tl.where((t < queries)[None, :], tl.exp2(score - log[None, :]), 0.0)
         if OF_VALUES:
             sums += tl.dot(p.to(g.dtype), g, input_precision=PRECISION)
@@ -140,19 +154,33 @@ class Attention:
     """Attention of `queries` tokens to `keys`, of `heads` with `channels`, and with `value_channels` in values.
 
     Args:
+        windows: of an image, each with so many queries and keys.
+        bias: float32 [biases, queries, keys], on the device, or None; what divides windows · heads.
         precision: `tl.dot`'s input_precision.
     """
 
     def __init__(
-        self, queries: int, keys: int, heads: int, channels: int, value_channels: int, scale: float, precision: str
+        self,
+        windows: int,
+        queries: int,
+        keys: int,
+        heads: int,
+        channels: int,
+        value_channels: int,
+        *,
+        scale: float,
+        bias: Any,
+        precision: str,
     ) -> None:
         self._queries, self._keys, self._heads = queries, keys, heads
-        self._args = {"queries": queries, "keys": keys, "heads": heads, "scale": scale}
+        biases = 1 if bias is None else len(bias)
+        sizes = {"queries": queries, "keys": keys, "heads": heads, "biases": biases}
+        self._args = {**sizes, "bias": bias, "scale": scale}
         self._constants = {
             "C": channels, "E": value_channels, "PC": max(16, power_of_two(channels)),
             "PE": max(16, power_of_two(value_channels)), "PRECISION": precision,
         }  # fmt: skip
-        self.totals = heads * queries  # floats that the way back needs, of an image
+        self.totals = windows * heads * queries  # floats that the way back needs, of an image
 
     def launch(self, q: Any, k: Any, v: Any, out: Any, total: Any, epilogue: Epilogue) -> Launch:
         """`total`: float32 [N, `self.totals`], or None where no gradient goes back."""
@@ -179,13 +207,13 @@ class Attention:
         epilogue: Epilogue,
     ) -> Launch:
         """A program for every block of so many tokens."""
-        images = tensors["q"].numel() // (self._queries * self._heads * self._constants["C"])
+        windows = tensors["q"].numel() // (self._queries * self._heads * self._constants["C"])  # of all images
         # Registers hold the sums, and with tf32x3 the halves of factors: what is left is for tiles of the others.
         width = max(self._constants["PC"], self._constants["PE"]) * tensors["q"].element_size()
         own = 64 if width <= 256 else 32 if width <= 512 else 16
         other = 64 if width <= 128 else min(own, 32)
         tiles = {"BM": other, "BN": other, block: own}
         constants = {**self._constants, **constants, **tiles, "KIND": epilogue.kind}
-        programs = images * self._heads * ceil_div(tokens, tiles[block])
+        programs = windows * self._heads * ceil_div(tokens, tiles[block])
         args = {**tensors, **self._args, **epilogue.args}
         return Launch(kernel, programs, args, constants, warps=8 if width > 256 else 4, stages=2)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 # Activations whose derivative can be told from their result; for the others the argument has to be kept.
-FROM_RESULT = ("identity", "relu", "leaky_relu", "sigmoid", "tanh", "hardtanh", "elu")
+FROM_RESULT = ("identity", "relu", "leaky_relu", "sigmoid", "tanh", "hardtanh", "elu", "exp", "sqrt", "reciprocal")
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +120,12 @@ def activate(x, a, b, KIND: tl.constexpr):
     elif KIND == "elu":
         z = b * tl.where(x > 0, 0.0, x)
         x = tl.where(x > 0, x, a * exp_less_one(z))
+    elif KIND == "exp":
+        x = tl.exp(x)
+    elif KIND == "sqrt":
+        x = tl.sqrt(tl.where(x < 0, 0.0, x))
+    elif KIND == "reciprocal":
+        x = 1.0 / x
     return x
 
 
@@ -138,6 +144,12 @@ def slope_at_result(y, a, b, KIND: tl.constexpr):
         s = tl.where((y > a) & (y < b), 1.0, 0.0)
     elif KIND == "elu":
         s = tl.where(y > 0, 1.0, b * (y + a))
+    elif KIND == "exp":
+        s = y
+    elif KIND == "sqrt":
+        s = tl.where(y > 0, 0.5 / tl.where(y > 0, y, 1.0), 0.0)
+    elif KIND == "reciprocal":
+        s = -y * y
     else:
         s = tl.full(y.shape, 1.0, tl.float32)
     return s

@@ -142,6 +142,54 @@ class AttentionNode(KeepingNode):
 
 
 @dataclass(eq=False)
+class MatmulNode:
+    """A product of two values; the way back reads both."""
+
+    inputs: tuple[Buffer, ...]
+    output: Buffer
+    kernel: Any
+    ending: Ending
+
+    def forward(self) -> Stage:
+        def make(tensors: Any) -> Any:
+            return self.kernel.launch(*map(tensors, self.inputs), tensors(self.output), self.ending.epilogue(tensors))
+
+        return Stage(make, self.inputs, (self.output,))
+
+    def backward(self, which: int, gradient: Buffer, into: Buffer, ending: Ending) -> Stage:
+        reads = (gradient, *self.inputs)
+
+        def make(tensors: Any) -> Any:
+            given = map(tensors, reads)
+            return self.kernel.launch_backward(which, *given, tensors(into), ending.epilogue(tensors))
+
+        return Stage(make, (*reads, *ending.reads), (into,))
+
+
+@dataclass(eq=False)
+class SoftmaxNode:
+    """A softmax of rows, whose results the way back reads: in a solver no activation follows."""
+
+    inputs: tuple[Buffer, ...]
+    output: Buffer
+    kernel: Any
+    ending: Ending
+
+    def forward(self) -> Stage:
+        def make(tensors: Any) -> Any:
+            return self.kernel.launch(tensors(self.inputs[0]), tensors(self.output), self.ending.epilogue(tensors))
+
+        return Stage(make, self.inputs, (self.output,))
+
+    def backward(self, which: int, gradient: Buffer, into: Buffer, ending: Ending) -> Stage:
+        def make(tensors: Any) -> Any:
+            given = tensors(gradient), tensors(self.output), tensors(into)
+            return self.kernel.launch_backward(*given, ending.epilogue(tensors))
+
+        return Stage(make, (gradient, self.output, *ending.reads), (into,))
+
+
+@dataclass(eq=False)
 class ResampleNode:
     """A separable resampling, and the one with transposed matrices."""
 

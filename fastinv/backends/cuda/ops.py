@@ -14,9 +14,12 @@ from fastinv.backends.cuda.nodes import (
     ConvolutionNode,
     GatherNode,
     Index,
+    MatmulNode,
     MaxPoolNode,
+    Node,
     NormalizeNode,
     ResampleNode,
+    SoftmaxNode,
     inverse,
     is_identity,
     listed,
@@ -34,6 +37,7 @@ from fastinv.ops.base import Pair, Shape
 from fastinv.ops.concat import Concat
 from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.conv_transpose2d import ConvTranspose2d
+from fastinv.ops.matmul import Matmul
 from fastinv.ops.max_pool2d import MaxPool2d
 from fastinv.ops.normalize import Normalize
 from fastinv.ops.rearrange import Rearrange
@@ -235,18 +239,50 @@ def _attention(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Shap
     op = step.op
     assert isinstance(op, Attention)
     (queries, channels), (keys, value_channels) = shapes[0], shapes[2]
-    sizes = queries, keys, op.heads, channels // op.heads, value_channels // op.heads
-    if max(sizes[3:]) > attention.MOST_CHANNELS:
+    widths = channels // op.heads, value_channels // op.heads
+    if max(widths) > attention.MOST_CHANNELS:
         raise BackendError(
-            f"cuda: attention of {max(sizes[3:])} channels a head, expected at most {attention.MOST_CHANNELS}, as "
+            f"cuda: attention of {max(widths)} channels a head, expected at most {attention.MOST_CHANNELS}, as "
             "tiles hold; use backend='cpu' or 'torch'"
         )
-    kernel = attention.Attention(*sizes, op.scale, to.numbers.dot)
+    bias = step.weights.get("bias")
+    kernel = attention.Attention(
+        *(op.windows, queries // op.windows, keys // op.windows, op.heads, *widths),
+        scale=op.scale,
+        bias=None if bias is None else to.floats(bias),
+        precision=to.numbers.dot,
+    )
     total = Buffer(kernel.totals, "float32") if to.differentiable else None
-    apart = to.differentiable and step.activation != IDENTITY  # the way back reads what is before it
-    ending = Ending(IDENTITY if apart else step.activation)
-    value = to.add(AttentionNode(tuple(inputs), to.buffer(math.prod(shape)), kernel, total, ending))
-    return to.activated(value, step.activation) if apart else value
+
+    def node(ending: Ending) -> Node:
+        return AttentionNode(tuple(inputs), to.buffer(math.prod(shape)), kernel, total, ending)
+
+    return _activated_apart(to, node, step.activation)
+
+
+def _activated_apart(to: Lowering, node: Callable[[Ending], Node], activation: Activation) -> Buffer:
+    """The result of a node whose way back reads what is before the activation."""
+    apart = to.differentiable and activation != IDENTITY
+    value = to.add(node(Ending(IDENTITY if apart else activation)))
+    return to.activated(value, activation) if apart else value
+
+
+def _matmul(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Shape], shape: Shape) -> Buffer:
+    from fastinv.kernels.triton.matmul import Matmul as Kernel
+
+    op = step.op
+    assert isinstance(op, Matmul)
+    kernel = Kernel(shape[0] // op.groups, shape[1], shapes[0][1], op.transposed, to.numbers.dot)
+    return to.add(MatmulNode(tuple(inputs), to.buffer(math.prod(shape)), kernel, Ending(step.activation)))
+
+
+def _softmax(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Shape], shape: Shape) -> Buffer:
+    from fastinv.kernels.triton.softmax import Softmax
+
+    def node(ending: Ending) -> Node:
+        return SoftmaxNode(tuple(inputs), to.buffer(math.prod(shape)), Softmax(shape[1]), ending)
+
+    return _activated_apart(to, node, step.activation)
 
 
 def _activation(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Shape], shape: Shape) -> Buffer:
@@ -272,6 +308,8 @@ LOWERINGS: dict[str, Lower] = {
     "affine": _affine,
     "normalize": _normalize,
     "attention": _attention,
+    "matmul": _matmul,
+    "softmax": _softmax,
     "concat": _concat,
     "activation": _activation,
 }
