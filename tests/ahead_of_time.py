@@ -23,7 +23,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import triton
-from architectures import SelfAttention, TransformerBlock, VisionTransformer
+from attentions import SelfAttention, TransformerBlock, VisionTransformer
 from fastinv.kernels.triton import convolution
 from fastinv.kernels.triton.convolution import Tiled
 from fastinv.kernels.triton.direct import DirectConvolution

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from attentions import TRANSFORMERS
 from torch import nn
 
 
@@ -274,99 +275,6 @@ class MixerPrefix(nn.Module):
         return self.blocks(self.patches(x).flatten(2).transpose(1, 2))
 
 
-class SelfAttention(nn.Module):
-    """As vision transformers have it: one linear layer for queries, keys and values."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.qkv, self.out, self.heads = nn.Linear(width, 3 * width), nn.Linear(width, width), heads
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        n, t, d = x.shape
-        q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.out(self.attend(q, k, v).transpose(1, 2).reshape(n, t, d))
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, k, v)
-
-
-class AttentionByHand(SelfAttention):
-    """Written before PyTorch had a function for it."""
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
-        return F.dropout(weights, 0.1, self.training) @ v
-
-
-class AttentionOfChunks(SelfAttention):
-    """Thirds of the channels, and a softmax that is a module."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        n, t = x.shape[:2]
-        q, k, v = (part.view(n, t, self.heads, -1).permute(0, 2, 1, 3) for part in self.qkv(x).chunk(3, dim=-1))
-        scores = torch.matmul(q, k.transpose(-1, -2)) / 2.5
-        return self.out(torch.matmul(nn.Softmax(dim=-1)(scores), v).permute(0, 2, 1, 3).contiguous().flatten(2))
-
-
-class AttentionOfThree(nn.Module):
-    """A linear layer for each of queries, keys and values."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
-        self.heads = heads
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (f(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
-        return F.scaled_dot_product_attention(q, k, v, scale=0.4).permute(0, 2, 1, 3).flatten(2)
-
-
-class AttentionOfPyTorch(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.attention(x, x, x)[0]
-
-
-class TransformerBlock(nn.Module):
-    def __init__(self, width: int, heads: int, attention: Callable[[int, int], nn.Module]) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attention = attention(width, heads)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class VisionTransformer(nn.Module):
-    """Patches, a class token, positions, and blocks of width and heads: what an edge has of a ViT."""
-
-    def __init__(self, image: int, patch: int, width: int, *blocks: nn.Module) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, width, patch, patch)
-        self.token = nn.Parameter(torch.randn(1, 1, width))
-        self.positions = nn.Parameter(torch.randn(1, (image // patch) ** 2 + 1, width) / 5)
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
-        return self.blocks(x + self.positions)
-
-
-def vision_transformer(attention: Callable[[int, int], nn.Module]) -> nn.Module:
-    return VisionTransformer(16, 4, 24, *(TransformerBlock(24, 3, attention) for _ in range(2)))
-
-
-def torch_transformer() -> nn.Module:
-    layer = nn.TransformerEncoderLayer(24, 3, 40, batch_first=True)
-    return VisionTransformer(16, 4, 24, nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
-
-
 def mlp_decoder() -> nn.Module:
     return nn.Sequential(
         nn.Linear(20, 48),
@@ -414,17 +322,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "convnext-prefix": (convnext_prefix, (3, 24, 32)),
     "mixer-prefix": (MixerPrefix, (3, 12, 16)),
-    **{
-        f"vision-transformer-{name}": (lambda attention=attention: vision_transformer(attention), (3, 16, 16))
-        for name, attention in {
-            "one-layer": SelfAttention,
-            "by-hand": AttentionByHand,
-            "chunks": AttentionOfChunks,
-            "three-layers": AttentionOfThree,
-            "of-pytorch": AttentionOfPyTorch,
-        }.items()
-    },
-    "torch-transformer": (torch_transformer, (3, 16, 16)),
+    **TRANSFORMERS,
     "mlp-decoder": (mlp_decoder, (20,)),
     "pixel-shuffle-decoder": (pixel_shuffle_decoder, (8, 6, 7)),
 }

@@ -17,16 +17,19 @@ MASKED = -1e30  # for −∞ in a softmax: its exponential is 0 beside any other
 
 
 def linear_map(to: Conversion, x: Value, scale: Any, shift: Any) -> Value:
-    """scale · x + shift with constants that broadcast over the images."""
+    """scale · x + shift with constants that broadcast over the images, as torch's shapes are."""
     constants = [torch.as_tensor(v, dtype=torch.float64) for v in (scale, shift)]
-    rank = len(x.shape)
-    for k, constant in enumerate(constants):
+    for constant in constants:
         if constant.ndim > x.rank or (constant.ndim == x.rank and constant.shape[0] != 1):
             to.unsupported("arithmetic with a constant that differs from image to image")
-        if constant.ndim > rank:
-            constants[k] = constant[0]
-        constants[k] = constants[k].reshape(*[1] * (rank - constants[k].ndim), *constants[k].shape)
-    scales, shifts = torch.broadcast_tensors(*constants)  # type: ignore[no-untyped-call]
+    return affine(to, x, *(c[0] if c.ndim > len(x.shape) else c for c in constants))
+
+
+def affine(to: Conversion, x: Value, scale: torch.Tensor, shift: torch.Tensor) -> Value:
+    """The same with constants that broadcast to x's own shape."""
+    rank = len(x.shape)
+    padded = (c.reshape(*[1] * (rank - c.ndim), *c.shape) for c in (scale, shift))
+    scales, shifts = torch.broadcast_tensors(*padded)  # type: ignore[no-untyped-call]
     try:
         wide = np.broadcast_shapes(scales.shape, x.shape) != x.shape
     except ValueError:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastinv.aten.arithmetic import MASKED, linear_map
+from fastinv.aten.arithmetic import MASKED, affine, linear_map
 from fastinv.aten.axes import reshaped, take
 from fastinv.aten.conversion import Conversion, Value, holds
 from fastinv.aten.layers import axis_of
@@ -163,10 +163,10 @@ def _softmax_of_product(to: Conversion, a: Value) -> tuple[Value, Value, float, 
         return None
     scale, shift = np.ones((), np.float64), np.zeros((), np.float64)  # of [..., T, S]
     index = step.inputs[0]
-    while (affine := _step(to, index, Affine)) is not None:
-        index = affine.inputs[0]
+    while (step := _step(to, index, Affine)) is not None:
+        index = step.inputs[0]
         own_scale, own_shift = (
-            np.broadcast_to(affine.weights[key].astype(np.float64), to.shapes[index]).reshape(a.shape)
+            np.broadcast_to(step.weights[key].astype(np.float64), to.shapes[index]).reshape(a.shape)
             for key in ("scale", "shift")
         )
         scale, shift = scale * own_scale, scale * own_shift + shift
@@ -184,7 +184,7 @@ def _softmax_of_product(to: Conversion, a: Value) -> tuple[Value, Value, float, 
     if (scale == scale.flat[0]).all():
         factor = float(scale.flat[0])
     else:
-        q = linear_map(to, q, torch.from_numpy(scale[..., :1, :1].copy()), 0.0)
+        q = affine(to, q, torch.from_numpy(scale[..., :1, :1].copy()), torch.zeros(()))
     bias = np.broadcast_to(shift, a.shape).astype(np.float32) if shift.any() else None
     return q, k, factor, bias
 
