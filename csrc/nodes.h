@@ -107,15 +107,22 @@ class ResampleNode : public Node {
 class GatherNode : public Node {
  public:
   GatherNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
-             std::vector<int32_t> index);
+             const std::vector<int32_t>& index);
   void forward(const Frame& values, int64_t images, Share share) const override;
   void prepare_backward() override;
   void backward(const Frame& values, const Frame& grads, int64_t images, size_t input, bool first,
                 Share) const override;
-  std::string describe() const override { return "gather"; }
+  bool shares_image() const override { return true; }
+  bool shares_backward() const override { return true; }
+  std::string describe() const override { return run_ > 1 ? "gather runs" : "gather"; }
 
  private:
-  const std::vector<int32_t> index_;  // a permutation
+  // out = in in this order, or added to what is there: this share of the images.
+  template <class At>
+  void gather(const std::vector<int32_t>& index, int64_t images, Share share, bool accumulate, At at) const;
+
+  int64_t run_;                 // elements that stay together
+  std::vector<int32_t> index_;  // of runs: a permutation
   std::vector<int32_t> inverse_;
 };
 

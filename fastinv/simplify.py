@@ -10,14 +10,18 @@ import numpy.typing as npt
 
 from fastinv.network import Network, Step
 from fastinv.ops.activation import IDENTITY, Activation
+from fastinv.ops.add import Add
 from fastinv.ops.affine import Affine
 from fastinv.ops.base import Shape
 from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.linear import Linear
+from fastinv.ops.mul import Mul
 from fastinv.ops.normalize import Normalize, channel_axis
 from fastinv.ops.permute import Permute
+from fastinv.ops.rearrange import Rearrange
 from fastinv.ops.reshape import Reshape
+from fastinv.ops.roll import Roll
 from fastinv.ops.separable import Separable
 
 Doubles = npt.NDArray[np.float64]
@@ -63,6 +67,9 @@ def with_denormalisation(network: Network, mean: Sequence[float], std: Sequence[
     return simplify(Network(network.input_shape, (*network.steps, step)))
 
 
+CHANNELS_LAST, CHANNELS_FIRST = Permute((1, 2, 0)), Permute((2, 0, 1))
+
+
 class _Graph:
     """The simplified network, built step by step: each new step is merged with those before it as far as it goes."""
 
@@ -78,12 +85,17 @@ class _Graph:
             if _is_identity(step, self.shapes[inputs[0]]):
                 self.readers[inputs[0]] += readers - 1
                 return inputs[0]
-            producer = self._only_producer(inputs)
-            swapped = None if producer is None else _permute_later(producer, step)
+            behind = self._behind(step, inputs)
+            if behind is not None:
+                step, inputs = behind
+                continue
+            if self._is_of_channels_last(step, inputs):
+                return self._as_of_images(step, inputs, readers)
+            swapped = _permute_later(self._producer(inputs), step)
             if swapped is not None:
                 first, step = swapped
-                before = self.inputs[inputs[0] - 1]
-                self.steps[inputs[0] - 1] = None
+                value, before = inputs[0], self.inputs[inputs[0] - 1]
+                self._reads_instead(value, before[0])
                 result = first.op.shape([self.shapes[before[0]]], first.weight_shapes)
                 inputs = [self.add(first, before, result, 1)]
                 continue
@@ -93,6 +105,73 @@ class _Graph:
             value = inputs[0]
             step, inputs = merged, self.inputs[value - 1]
             self.steps[value - 1] = None
+        return self._append(step, inputs, shape, readers)
+
+    def _behind(self, step: Step, inputs: list[int]) -> tuple[Step, list[int]] | None:
+        """One rearrangement for this one and that before it, which others read, too."""
+        value, producer = inputs[0], self._producer(inputs)
+        if producer is None or self.readers[value] == 1:
+            return None
+        before = self.inputs[value - 1][0]
+        both = _compose_rearrangements(producer, step, self.shapes[before], self.shapes[value])
+        if both is None:
+            return None
+        self._reads_instead(value, before)
+        return dataclasses.replace(both, source=_sources(producer, step)), [before]
+
+    def _reads_instead(self, value: int, before: int) -> None:
+        """One reader of `value` reads `before`, of which that is made, instead."""
+        self.readers[value] -= 1
+        if self.readers[value] > 0:
+            self.readers[before] += 1
+        else:
+            self.steps[value - 1] = None
+
+    def _is_of_channels_last(self, step: Step, inputs: list[int]) -> bool:
+        """Whether step computes element by element of values of an image's rank whose last axis lies together.
+
+        Of channels that were put last, or of tokens in several rows: as images they lie so in memory, with their
+        channels first; as they are the first axis would.
+        """
+        shapes = {self.shapes[v] for v in inputs}
+        if not isinstance(step.op, (Add, Mul, Affine)) or len(shapes) != 1 or len(min(shapes)) != 3:
+            return False
+        if all(self._keeps_last_axis(v) for v in inputs):
+            return True
+        return len(set(inputs)) == 2 and any(self._has_channels_last(v) for v in inputs)
+
+    def _has_channels_last(self, value: int) -> bool:
+        step = self._producer([value])
+        return step is not None and step.op == CHANNELS_LAST and step.activation == IDENTITY
+
+    def _keeps_last_axis(self, value: int) -> bool:
+        step = self._producer([value])
+        if step is None or step.activation != IDENTITY:
+            return False
+        before = self.shapes[self.inputs[value - 1][0]]
+        return (
+            isinstance(step.op, Roll)
+            or (isinstance(step.op, Reshape) and before[-1] == self.shapes[value][-1])
+            or (isinstance(step.op, Permute) and step.op.axes[-1] == len(before) - 1)
+        )
+
+    def _as_of_images(self, step: Step, inputs: list[int], readers: int) -> int:
+        """The same of values with their channels first, and then those put last."""
+        images = []
+        for value in inputs:
+            if self._has_channels_last(value):
+                before = self.inputs[value - 1][0]
+                self._reads_instead(value, before)
+                images.append(before)
+            else:
+                turned = CHANNELS_FIRST.shape([self.shapes[value]], {})
+                images.append(self.add(Step(CHANNELS_FIRST, (0,), source=step.source), [value], turned, 1))
+        weights = {key: weight.transpose(CHANNELS_FIRST.axes) for key, weight in step.weights.items()}
+        step, shape = dataclasses.replace(step, weights=weights), self.shapes[images[0]]
+        value, last = self._append(step, images, shape, 1), CHANNELS_LAST.shape([shape], {})
+        return self.add(Step(CHANNELS_LAST, (0,), source=step.source), [value], last, readers)
+
+    def _append(self, step: Step, inputs: list[int], shape: Shape, readers: int) -> int:
         self.steps.append(step)
         self.inputs.append(inputs)
         self.shapes.append(shape)
@@ -111,14 +190,13 @@ class _Graph:
                 return dataclasses.replace(merged, source=_sources(producer, step))
         return None
 
+    def _producer(self, inputs: list[int]) -> Step | None:
+        """The step whose result is the one input of another."""
+        return self.steps[inputs[0] - 1] if len(inputs) == 1 and inputs[0] > 0 else None
+
     def _only_producer(self, inputs: list[int]) -> Step | None:
-        """The step whose result is the one input of another, which alone reads it."""
-        value = inputs[0]
-        if len(inputs) != 1 or value == 0 or self.readers[value] != 1:
-            return None
-        producer = self.steps[value - 1]
-        assert producer is not None, "a step that went into a later one has no reader left"
-        return producer
+        """The same, where no other reads it."""
+        return self._producer(inputs) if self.readers[inputs[0]] == 1 else None
 
     def network(self) -> Network:
         """The steps that are left, with their values numbered anew."""
@@ -245,15 +323,18 @@ REWRITES: tuple[Rewrite, ...] = (
 # ---- rewrites of other forms ---------------------------------------------------------------------------------------
 
 
-def _permute_later(producer: Step, step: Step) -> tuple[Step, Step] | None:
+def _permute_later(producer: Step | None, step: Step) -> tuple[Step, Step] | None:
     """An equal step before the permutation that puts the channels last, and the permutation after it.
 
     A linear layer over the channels is a 1×1 convolution then; where the channels are put back the permutation goes.
+    Activations go before whatever moves elements: to what computes them.
     """
-    permute, op = producer.op, step.op
-    if not isinstance(permute, Permute) or len(permute.axes) != 3 or permute.axes[2] != 0:
+    if producer is None or producer.activation != IDENTITY:
         return None
-    if producer.activation != IDENTITY:
+    permute, op = producer.op, step.op
+    if isinstance(op, Activation) and isinstance(permute, Rearrange):
+        return step, producer
+    if not isinstance(permute, Permute) or len(permute.axes) != 3 or permute.axes[2] != 0:
         return None
     if isinstance(op, Linear):
         weights = {"weight": step.weights["weight"][:, :, None, None], "bias": step.weights["bias"]}
@@ -262,7 +343,7 @@ def _permute_later(producer: Step, step: Step) -> tuple[Step, Step] | None:
         back = np.argsort(permute.axes)
         weights = {key: weight.transpose(back) for key, weight in step.weights.items()}
         return dataclasses.replace(step, weights=weights), producer
-    return (step, producer) if isinstance(op, Activation) else None
+    return None
 
 
 def _picked_early(network: Network) -> Network:

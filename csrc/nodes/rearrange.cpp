@@ -1,22 +1,64 @@
 #include <algorithm>
 #include <cstring>
+#include <numeric>
+#include <utility>
 
 #include "buffer.h"
 #include "nodes.h"
 
 namespace fastinv {
 
+namespace {
+
+// The most elements that a permutation moves together, everywhere from a multiple of so many to another.
+int64_t run_of(const std::vector<int32_t>& index) {
+  int64_t run = static_cast<int64_t>(index.size());
+  for (size_t i = 0, begin = 0; i < index.size(); ++i) {
+    if (i > 0 && index[i] == index[i - 1] + 1) continue;
+    run = std::gcd(run, std::gcd(static_cast<int64_t>(i - begin), static_cast<int64_t>(index[i])));
+    begin = i;
+  }
+  return std::max<int64_t>(run, 1);
+}
+
+}  // namespace
+
 GatherNode::GatherNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
-                       std::vector<int32_t> index)
-    : Node(kernels, std::move(inputs), output, activation), index_(std::move(index)) {}
+                       const std::vector<int32_t>& index)
+    : Node(kernels, std::move(inputs), output, activation), run_(run_of(index)) {
+  constexpr int64_t kShortest = 8;  // runs of fewer are quicker one by one
+  if (run_ < kShortest) run_ = 1;
+  for (size_t i = 0; i < index.size(); i += static_cast<size_t>(run_)) {
+    index_.push_back(static_cast<int32_t>(index[i] / run_));
+  }
+}
+
+template <class At>
+void GatherNode::gather(const std::vector<int32_t>& index, int64_t images, Share share, bool accumulate, At at) const {
+  for_each_stretch(images, static_cast<int64_t>(index.size()), share, [&](int64_t image, int64_t first, int64_t last) {
+    const auto [in, to] = at(image);
+    float* out = to + first * run_;
+    if (run_ == 1) return kernels.gather(in, index.data() + first, out, last - first, accumulate);
+    for (int64_t i = first; i < last; ++i, out += run_) {
+      const float* from = in + index[static_cast<size_t>(i)] * run_;
+      if (accumulate) {
+        kernels.add(from, out, run_);
+      } else {
+        std::memcpy(out, from, static_cast<size_t>(run_) * sizeof(float));
+      }
+    }
+  });
+}
 
 void GatherNode::forward(const Frame& values, int64_t images, Share share) const {
-  const auto size = static_cast<int64_t>(index_.size());
-  for (int64_t i = share.begin(images); i < share.end(images); ++i) {
-    float* out = values.at(output, i);
-    kernels.gather(values.at(inputs[0], i), index_.data(), out, size, false);
-    if (activation.kind != ActivationKind::kIdentity) kernels.activate(out, out, size, activation);
-  }
+  gather(index_, images, share, false,
+         [&](int64_t i) { return std::pair(values.at(inputs[0], i), values.at(output, i)); });
+  if (activation.kind == ActivationKind::kIdentity) return;
+  const auto units = static_cast<int64_t>(index_.size());
+  for_each_stretch(images, units, share, [&](int64_t image, int64_t first, int64_t last) {
+    float* out = values.at(output, image) + first * run_;
+    kernels.activate(out, out, (last - first) * run_, activation);
+  });
 }
 
 void GatherNode::prepare_backward() {
@@ -24,11 +66,9 @@ void GatherNode::prepare_backward() {
   for (size_t i = 0; i < index_.size(); ++i) inverse_[static_cast<size_t>(index_[i])] = static_cast<int32_t>(i);
 }
 
-void GatherNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first, Share) const {
-  const auto size = static_cast<int64_t>(inverse_.size());
-  for (int64_t i = 0; i < images; ++i) {
-    kernels.gather(grads.at(output, i), inverse_.data(), grads.at(inputs[0], i), size, !first);
-  }
+void GatherNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first, Share share) const {
+  gather(inverse_, images, share, !first,
+         [&](int64_t i) { return std::pair(grads.at(output, i), grads.at(inputs[0], i)); });
 }
 
 ConcatNode::ConcatNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,

@@ -147,7 +147,7 @@ def _table() -> dict[str, Callable[..., Any]]:
         ("add", arithmetic.add),
         ("sub", arithmetic.sub),
         ("mul", arithmetic.mul),
-        ("div", arithmetic.div),
+        ("div", norms.quotient),
     ):
         table |= _named(converter, *(f"{name}{end}.{kind}" for end in ("", "_") for kind in ("Tensor", "Scalar")))
     for name, converter in layers.LAYERS_1D.items():

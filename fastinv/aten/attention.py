@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from fastinv.ops.base import Shape
 from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.linear import Linear
 from fastinv.ops.matmul import Matmul
+from fastinv.ops.normalize import Normalize
 from fastinv.ops.permute import Permute
 from fastinv.ops.rearrange import Rearrange
 from fastinv.ops.reshape import Reshape
@@ -105,6 +107,7 @@ def _windows_and_heads(to: Conversion, q: Value) -> tuple[list[int], list[int]]:
     """
     lead = list(range(len(q.shape) - 2))
     choices = [(lead[:-1], lead[-1:]), (lead[1:], lead[:1]), (lead, []), ([], lead)]
+    q, _ = _peeled(to, q)
     for windows, heads in choices:
         if _layer(to, q, windows, heads) is not None:
             return windows, heads
@@ -134,10 +137,14 @@ def matmul(to: Conversion, a: Value, b: Value) -> Value:
     if weighed is not None and max(weighed[0].shape[-1], b.shape[-1]) <= MOST_CHANNELS:
         q, k, scale, bias = weighed
         return _attention(to, q, k, b, scale, bias)
-    turned = b.index > 0 and isinstance(to.steps[b.index - 1].op, Permute)
-    if turned:
-        b = to.emit(Permute((*range(len(b.shape) - 2), len(b.shape) - 1, len(b.shape) - 2)), [b])
-    return _product(to, a, b, turned)
+    step = to.steps[b.index - 1] if b.index > 0 else None
+    if step is None or not isinstance(step.op, Permute):
+        return _product(to, a, b, transposed=False)
+    turn = Permute((*range(len(b.shape) - 2), len(b.shape) - 1, len(b.shape) - 2))
+    if step.op == turn:
+        before = Value(step.inputs[0], to.shapes[step.inputs[0]], merged=b.merged)
+        return _product(to, a, before, transposed=True)
+    return _product(to, a, to.emit(turn, [b]), transposed=True)
 
 
 def _product(to: Conversion, a: Value, b: Value, transposed: bool) -> Value:
@@ -236,7 +243,47 @@ def _layer(to: Conversion, x: Value, windows: list[int], heads: list[int]) -> tu
 
 
 def _tokens(to: Conversion, x: Value, windows: list[int], heads: list[int]) -> Value:
-    """x [..., T, D] as [windows · T, heads · D]."""
+    """x [..., T, D] as [windows · T, heads · D]. Norms and factors of heads are those of groups of columns then."""
+    before, steps = _peeled(to, x)
+    by_columns = [_of_columns(to, step, x.shape, windows, heads) for step in steps]
+    if not steps or None in by_columns:
+        return _moved_to_tokens(to, x, windows, heads)
+    y = _moved_to_tokens(to, before, windows, heads)
+    for step in filter(None, by_columns):
+        y = to.emit(step.op, [y], **{key: torch.tensor(weight) for key, weight in step.weights.items()})
+    return y
+
+
+def _peeled(to: Conversion, x: Value) -> tuple[Value, list[Step]]:
+    """What x [..., T, D] is made of by norms of each D, and by factors and shifts; and these, in their order."""
+    steps: list[Step] = []
+    index = x.index
+    while True:
+        step = _step(to, index, Affine) or _step(to, index, Normalize)
+        if step is None or (isinstance(step.op, Normalize) and to.shapes[step.inputs[0]][1:] != x.shape[-1:]):
+            before = Value(index, to.shapes[index], merged=x.merged)
+            return reshaped(to, before, x.shape), steps
+        steps.insert(0, step)
+        index = step.inputs[0]
+
+
+def _of_columns(to: Conversion, step: Step, shape: Shape, windows: list[int], heads: list[int]) -> Step | None:
+    """The same step on [windows · T, heads · D]; None where it is not the same for all windows and tokens."""
+    count = math.prod(shape[axis] for axis in heads)
+    if isinstance(step.op, Normalize):
+        op = replace(step.op, groups=count * step.op.groups)
+        return replace(step, op=op, weights={key: np.tile(weight, count) for key, weight in step.weights.items()})
+    weights, lead = {}, len(shape) - 2
+    for key, weight in step.weights.items():
+        whole = np.broadcast_to(weight, to.shapes[step.inputs[0]]).reshape(shape)
+        rows = whole.transpose(*windows, lead, *heads, lead + 1).reshape(-1, count * shape[-1])
+        if (rows != rows[:1]).any():
+            return None
+        weights[key] = rows[:1].copy()
+    return replace(step, weights=weights)
+
+
+def _moved_to_tokens(to: Conversion, x: Value, windows: list[int], heads: list[int]) -> Value:
     lead = len(x.shape) - 2
     found = _layer(to, x, windows, heads)
     if found is None:

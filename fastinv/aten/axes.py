@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from fastinv.aten.arithmetic import linear_map
 from fastinv.aten.conversion import Conversion, Value, holds
 from fastinv.aten.layers import axis_of, expect_image
+from fastinv.ops.activation import IDENTITY
 from fastinv.ops.adaptive_avg_pool2d import AdaptiveAvgPool2d
 from fastinv.ops.base import Shape
 from fastinv.ops.concat import Concat
@@ -26,6 +27,7 @@ from fastinv.ops.max_pool2d import MaxPool2d
 from fastinv.ops.permute import Permute
 from fastinv.ops.resample import MAX_MATRIX
 from fastinv.ops.reshape import Reshape
+from fastinv.ops.roll import Roll
 from fastinv.ops.separable import Separable
 from fastinv.ops.upsample import Upsample
 
@@ -59,6 +61,8 @@ def take(to: Conversion, x: Value, axis: int, index: torch.Tensor) -> Value:
         to.unsupported("a slice that leaves nothing")
     if count == size and torch.equal(index, positions(x, axis)):
         return x
+    if (layer := _of_layer(to, x, axis, index)) is not None:
+        return layer
     block = _block(index, size) if len(x.shape) in (1, 2) else 1
     if block > 1:  # a small matrix that takes whole blocks
         before, after = x.shape[:axis], x.shape[axis + 1 :]
@@ -69,6 +73,32 @@ def take(to: Conversion, x: Value, axis: int, index: torch.Tensor) -> Value:
     matrix = torch.zeros(count, size)
     matrix[torch.arange(count), index] = 1
     return along(to, x, axis, matrix)
+
+
+def _of_layer(to: Conversion, x: Value, axis: int, index: torch.Tensor) -> Value | None:
+    """The same, where x is a linear layer's result in another shape or order, of those of its columns alone.
+
+    Queries, keys and values are often made so: the layer of all has no reader then, and goes.
+    """
+    step = to.steps[x.index - 1] if x.index > 0 else None
+    if step is None or step.activation != IDENTITY or len(index) >= x.shape[axis]:
+        return None
+    before = Value(step.inputs[0], to.shapes[step.inputs[0]], merged=x.merged)
+    shape = (*x.shape[:axis], len(index), *x.shape[axis + 1 :])
+    if isinstance(step.op, Permute):
+        taken = _of_layer(to, before, step.op.axes[axis], index)
+        return None if taken is None else to.emit(step.op, [taken])
+    if isinstance(step.op, Linear) and axis == len(x.shape) - 1:
+        return to.emit(Linear(), [before], **{key: torch.tensor(w[index]) for key, w in step.weights.items()})
+    if not isinstance(step.op, Reshape):
+        return None
+    columns = before.shape[-1]
+    within = next((k for k in range(len(x.shape)) if math.prod(x.shape[k:]) == columns), len(x.shape))
+    if axis < within:  # the result's axes from there on are the columns
+        return None
+    places = torch.arange(columns).reshape(x.shape[within:]).index_select(axis - within, index)
+    taken = _of_layer(to, before, len(before.shape) - 1, places.flatten())
+    return None if taken is None else reshaped(to, taken, shape)
 
 
 def _block(index: torch.Tensor, size: int) -> int:
@@ -216,9 +246,10 @@ def flip(to: Conversion, x: Value, axes: Sequence[int]) -> Value:
 def roll(to: Conversion, x: Value, shifts: Sequence[int], axes: Sequence[int] = ()) -> Value:
     if len(axes) != len(shifts):
         to.unsupported("a roll of the flattened tensor")
+    by_axis = [0] * len(x.shape)
     for axis, shift in zip([axis_of(to, x, axis) for axis in axes], shifts, strict=True):
-        x = take(to, x, axis, positions(x, axis).roll(shift))
-    return x
+        by_axis[axis] = (by_axis[axis] + shift) % x.shape[axis]
+    return to.emit(Roll(tuple(by_axis)), [x])
 
 
 def repeat(to: Conversion, x: Value, counts: Sequence[int]) -> Value:

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 
 from fastinv.aten.conversion import Conversion, Value, holds
+from fastinv.ops.activation import Activation
 from fastinv.ops.adaptive_avg_pool2d import AdaptiveAvgPool2d
+from fastinv.ops.affine import Affine
 from fastinv.ops.avg_pool2d import AvgPool2d
 from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.linear import Linear
 from fastinv.ops.max_pool2d import MaxPool2d
+from fastinv.ops.permute import Permute
 from fastinv.ops.pixel_shuffle import PixelShuffle
 from fastinv.ops.reshape import Reshape
 from fastinv.ops.separable import Separable
@@ -92,10 +95,23 @@ def linear(to: Conversion, x: Value, weight: torch.Tensor, bias: torch.Tensor | 
     if holds((weight, bias), Value):
         to.unsupported("linear with computed weights")
     weights = {"weight": weight, "bias": torch.zeros(len(weight)) if bias is None else bias}
-    if len(x.shape) <= 2 or (len(x.shape) == 3 and not x.merged):
+    if len(x.shape) <= 2 or is_image_of_channels_last(to, x):
         return to.emit(Linear(), [x], **weights)
     rows = to.emit(Reshape((math.prod(x.shape[:-1]), x.shape[-1])), [x])
     return to.emit(Reshape((*x.shape[:-1], len(weight))), [to.emit(Linear(), [rows], **weights)])
+
+
+def is_image_of_channels_last(to: Conversion, x: Value) -> bool:
+    """Whether an image's channels were put last, and nothing since but what `simplify` does before that."""
+    index = x.index
+    while len(x.shape) == 3 and not x.merged and index > 0:
+        step = to.steps[index - 1]
+        if isinstance(step.op, Permute):
+            return step.op.axes == (1, 2, 0)
+        if not isinstance(step.op, (Linear, Affine, Activation)):
+            break
+        index = step.inputs[0]
+    return False
 
 
 # ---- pools and resampling ------------------------------------------------------------------------------------------

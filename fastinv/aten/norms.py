@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from fastinv.aten.activations import absolute, sqrt, square
-from fastinv.aten.arithmetic import linear_map, sub
+from fastinv.aten.arithmetic import div, linear_map, sub
 from fastinv.aten.axes import mean, reshaped, sum_
 from fastinv.aten.conversion import Conversion, Value, holds
-from fastinv.aten.layers import axis_of
+from fastinv.aten.layers import axis_of, is_image_of_channels_last
 from fastinv.ops.affine import Affine
 from fastinv.ops.normalize import Normalize, channel_axis
 from fastinv.ops.permute import Permute
@@ -106,6 +107,36 @@ def vector_norm(to: Conversion, x: Value, order: Any = 2, axes: Any = None, keep
     return sqrt(to, sum_(to, square(to, x), axes, keepdim))
 
 
+def quotient(to: Conversion, a: Any, b: Any) -> Value:
+    """a / b; of a value by its own norm, as `F.normalize` has it, an RMS norm."""
+    eps = _divided_by_own_norm(to) if isinstance(a, Value) else None
+    if eps is None or eps > NEGLIGIBLE:
+        return div(to, a, b)
+    size = a.shape[-1]
+    rows = reshaped(to, a, (math.prod(a.shape[:-1]), size))
+    weight = torch.full((size,), size**-0.5)
+    return reshaped(to, _normalized(to, rows, Normalize(centered=False, eps=eps**2 / size), weight, None), a.shape)
+
+
+NEGLIGIBLE = 1e-6  # as the least length: of a vector a thousand times longer the same in the square makes 5e-7
+
+
+def _divided_by_own_norm(to: Conversion) -> float | None:
+    """What a norm over the last axis, by which the call being converted divides what it is the norm of, is at least."""
+    assert to.node is not None
+    x, by = to.node.args[:2]
+    if isinstance(by, Node) and str(by.target) in ("aten.expand_as.default", "aten.expand.default"):
+        by = by.args[0]
+    if not isinstance(by, Node) or str(by.target) != "aten.clamp_min.default":
+        return None
+    norm, eps = by.args
+    if not isinstance(norm, Node) or str(norm.target) != "aten.linalg_vector_norm.default" or norm.args[0] is not x:
+        return None
+    order, axes, keepdim = (*norm.args[1:], *(2, None, False)[len(norm.args) - 1 :])[:3]
+    last = isinstance(x, Node) and axes in ([-1], [x.meta["val"].ndim - 1])
+    return float(str(eps)) if order == 2 and keepdim and last else None
+
+
 def variance(
     to: Conversion,
     x: Value,
@@ -128,8 +159,7 @@ def deviation(to: Conversion, x: Value, *args: Any, **options: Any) -> Value:
 
 def _over_last_axes(to: Conversion, x: Value, count: int, op: Normalize, weight: Constant, bias: Constant) -> Value:
     """Statistics over the last `count` axes, weights for each of their elements."""
-    if count == 1 and len(x.shape) == 3 and not x.merged:
-        # Of an image whose channels were put last: a permutation that was there goes.
+    if count == 1 and is_image_of_channels_last(to, x):  # the permutation that was there goes
         turned = _normalized(to, to.emit(Permute((2, 0, 1)), [x]), op, weight, bias)
         return to.emit(Permute((1, 2, 0)), [turned])
     if count == len(x.shape) == 3:

@@ -409,6 +409,7 @@ LOWERINGS: dict[str, Lower] = {
     "pixel_shuffle": _rearrange,
     "reshape": _rearrange,
     "permute": _rearrange,
+    "roll": _rearrange,
     "add": _add,
     "mul": _mul,
     "affine": _affine,

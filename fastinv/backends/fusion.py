@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fastinv.network import Network, Step
 from fastinv.ops.activation import IDENTITY
-from fastinv.ops.base import Pair, Shape
+from fastinv.ops.base import Case, Pair, Shape
 from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.conv_transpose2d import ConvTranspose2d
+from fastinv.ops.permute import Permute
+from fastinv.ops.rearrange import Rearrange
 from fastinv.ops.upsample import Upsample
+
+if TYPE_CHECKING:
+    import torch
 
 Weight = npt.NDArray[np.float32]
 
@@ -39,6 +44,36 @@ class Part(NamedTuple):
     results: list[int]
 
 
+@dataclass(frozen=True)
+class Rearrangements(Rearrange):
+    """Several, one after the other, in one. No op of networks: to backends it is any permutation."""
+
+    name: ClassVar[str] = Permute.name
+    ops: tuple[Rearrange, ...] = ()
+
+    def __post_init__(self) -> None:
+        pass  # no attributes of a file's
+
+    def shape(self, inputs: Sequence[Shape], weights: Mapping[str, Shape]) -> Shape:
+        for op in self.ops:
+            inputs = [op.shape(inputs, weights)]
+        return inputs[0]
+
+    def rearranged(self, array: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        for op in self.ops:
+            array = op.rearranged(array)
+        return array
+
+    def reference(self, inputs: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        for op in self.ops:
+            inputs = [op.reference(inputs, weights)]
+        return inputs[0]
+
+    @staticmethod
+    def cases() -> tuple[Case, ...]:
+        return ()
+
+
 def fused(network: Network, *, upsampling: bool = True) -> Iterator[Part]:
     """The network's steps in their order, as far as its output depends on them.
 
@@ -46,7 +81,8 @@ def fused(network: Network, *, upsampling: bool = True) -> Iterator[Part]:
         upsampling: whether convolutions take over the upsampling before them.
     """
     sums, enlarged = _sums(network), _upsampling(network) if upsampling else {}
-    taken = {*(add for add, _ in sums.values()), *enlarged.values()}
+    passed = _passed(network)
+    taken = {*(add for add, _ in sums.values()), *enlarged.values(), *passed}
     for index, step in enumerate(network.steps):
         if index in taken or index not in network.live:  # no gradient would reach the latter
             continue
@@ -55,6 +91,8 @@ def fused(network: Network, *, upsampling: bool = True) -> Iterator[Part]:
             before = network.steps[enlarged[index]]
             inputs = before.inputs
             step = _upsampled(step, before, network.shapes[inputs[0]])
+        if isinstance(step.op, Rearrange):
+            step, inputs = _rearranged_at_once(network, step)
         shapes = [network.shapes[value] for value in inputs]
         if index in sums:
             add, other = sums[index]
@@ -96,6 +134,31 @@ def _sums(network: Network) -> dict[int, tuple[int, int]]:
         ):
             found[value - 1] = (index, other)
     return found
+
+
+def _passed(network: Network) -> set[int]:
+    """Rearrangements whose results only others read, which do theirs with their own."""
+    moves = {i for i, step in enumerate(network.steps) if isinstance(step.op, Rearrange)}
+    return {
+        i
+        for i in moves
+        if network.steps[i].activation == IDENTITY
+        and i + 1 < len(network.steps)
+        and all(reader in moves for reader in network.consumers[i + 1] if reader in network.live)
+    }
+
+
+def _rearranged_at_once(network: Network, step: Step) -> tuple[Step, tuple[int, ...]]:
+    """A rearrangement together with all those before it, and what that reads."""
+    assert isinstance(step.op, Rearrange)
+    ops, inputs = [step.op], step.inputs
+    while inputs[0] > 0:
+        before = network.steps[inputs[0] - 1]
+        if not isinstance(before.op, Rearrange) or before.activation != IDENTITY:
+            break
+        ops.insert(0, before.op)
+        inputs = before.inputs
+    return (step if len(ops) == 1 else replace(step, op=Rearrangements(tuple(ops)))), inputs
 
 
 def _upsampling(network: Network) -> dict[int, int]:

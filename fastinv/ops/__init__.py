@@ -18,6 +18,7 @@ from fastinv.ops.normalize import Normalize
 from fastinv.ops.permute import Permute
 from fastinv.ops.pixel_shuffle import PixelShuffle
 from fastinv.ops.reshape import Reshape
+from fastinv.ops.roll import Roll
 from fastinv.ops.separable import Separable
 from fastinv.ops.softmax import Softmax
 from fastinv.ops.upsample import Upsample
@@ -44,6 +45,7 @@ OPS: dict[str, type[Op]] = {
         Concat,
         Reshape,
         Permute,
+        Roll,
         Activation,
     )
 }

@@ -303,6 +303,7 @@ LOWERINGS: dict[str, Lower] = {
     "pixel_shuffle": _rearrange,
     "reshape": _rearrange,
     "permute": _rearrange,
+    "roll": _rearrange,
     "add": _binary,
     "mul": _binary,
     "affine": _affine,
