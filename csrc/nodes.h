@@ -114,13 +114,20 @@ class GatherNode : public Node {
                 Share) const override;
   bool shares_image() const override { return true; }
   bool shares_backward() const override { return true; }
-  std::string describe() const override { return run_ > 1 ? "gather runs" : "gather"; }
+  std::string describe() const override;
 
  private:
-  // out = in in this order, or added to what is there: this share of the images.
+  // What is turned over, if that is all: so many matrices of rows × columns.
+  struct Matrices {
+    int64_t count = 0, rows = 0, columns = 0;
+  };
+  static Matrices matrices_of(const std::vector<int32_t>& index);
+  // out = in in the order of the index, or turned over, or added to what is there: this share of the images.
   template <class At>
-  void gather(const std::vector<int32_t>& index, int64_t images, Share share, bool accumulate, At at) const;
+  void gather(const std::vector<int32_t>& index, const Matrices& turned, int64_t images, Share share, bool accumulate,
+              Activation act, At at) const;
 
+  Matrices turned_;
   int64_t run_;                 // elements that stay together
   std::vector<int32_t> index_;  // of runs: a permutation
   std::vector<int32_t> inverse_;

@@ -23,7 +23,15 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import triton
-from attentions import SelfAttention, TransformerBlock, VisionTransformer
+from attentions import (
+    GatedAttention,
+    LinearAttention,
+    SelfAttention,
+    Swin,
+    TransformerBlock,
+    VisionTransformer,
+    WindowAttention,
+)
 from fastinv.kernels.triton import convolution
 from fastinv.kernels.triton.convolution import Tiled
 from fastinv.kernels.triton.direct import DirectConvolution
@@ -326,12 +334,14 @@ def all_launches() -> Iterator[Launch]:
     for precision in ("float32", "bfloat16"):
         yield from solver_launches(RMLE(edge, (3, 32, 32), steps=10), precision)
     blocks = TransformerBlock(192, 3, SelfAttention), TransformerBlock(192, 6, SelfAttention)
-    transformer = VisionTransformer(32, 4, 192, *blocks)
-    edge = export(transformer.eval(), torch.zeros(2, 3, 32, 32))
-    for precision in ("float32", "tf32", "bfloat16"):  # its matrix products are as those above
-        for launch in solver_launches(RMLE(edge, (3, 32, 32), steps=10), precision):
-            if launch.kernel.__name__.startswith("_attention"):
-                yield launch
+    others = TransformerBlock(128, 2, GatedAttention), TransformerBlock(128, 2, LinearAttention)
+    transformers = VisionTransformer(32, 4, 192, *blocks), VisionTransformer(32, 4, 128, *others)
+    for module, image in ((transformers[0], 32), (transformers[1], 32), (Swin(WindowAttention), 16)):
+        edge = export(module.eval(), torch.zeros(2, 3, image, image))
+        for precision in ("float32", "tf32", "bfloat16"):  # what else they have is as above
+            for launch in solver_launches(RMLE(edge, (3, image, image), steps=10), precision):
+                if launch.kernel.__name__.startswith(("_attention", "_softmax", "_matmul")):
+                    yield launch
     for kind in KINDS:
         edge = Network((5, 7, 9), (Step(Activation(kind, 0.5, 0.5), (0,)),))
         yield from solver_launches(RMLE(edge, edge.input_shape, steps=10), "float32")

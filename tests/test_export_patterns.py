@@ -194,6 +194,9 @@ FUNCTIONS = (
     "torch.where(c[:10] > 0.1, x, 0.5) + torch.where(c[:8].reshape(8, 1) > 0, x.relu(), x.exp())",
     "x.masked_fill(c[:10] > -0.9, 3.0) + torch.zeros_like(x) + torch.ones(x.shape[0], 1, 8, 10) * x.type_as(x)",
     "x.unfold(2, 3, 2).flatten(3) + x[:, :, :3, :1]",
+    # Columns of a linear layer, each computed by itself.
+    "torch.cat(F.linear(x[:, 0], c[:40].reshape(4, 10)).split([1, 3], 2)[::-1], 2)",
+    "F.linear(x, c[:40].reshape(4, 10)).view(-1, 48, 2, 2).permute(2, 0, 3, 1)[1].mT",
     # Windows of 4×5 merged into the batch axis, and taken apart again.
     "F.linear(x.permute(0, 2, 3, 1).reshape(-1, 20, 6), c[:18].reshape(3, 6)).view(-1, 8, 10, 3)",
     "F.layer_norm(x.reshape(-1, 2, 240), (240,)).reshape(-1, 6, 80).softmax(1) - c[:6].reshape(1, 6, 1)",

@@ -11,7 +11,7 @@ from checks import ACTIVATIONS, CASES, network_of, randn, reference, reference_g
 
 pytest.importorskip("triton", reason="Triton is not installed: it is there for Linux on x86-64 and ARM64 only")
 
-from fastinv.kernels.triton import pool
+from fastinv.kernels.triton import pool, softmax
 from fastinv.kernels.triton.epilogue import Epilogue
 from interpreter import DEVICE, forward, gradient, rounded
 
@@ -28,8 +28,10 @@ from fastinv.ops.base import Case
 from fastinv.ops.conv2d import Conv2d
 from fastinv.ops.conv_transpose2d import ConvTranspose2d
 from fastinv.ops.linear import Linear
+from fastinv.ops.matmul import Matmul
 from fastinv.ops.mul import Mul
 from fastinv.ops.permute import Permute
+from fastinv.ops.softmax import Softmax
 from fastinv.ops.upsample import Upsample
 
 # Relative, of one op; the promise for float32 is 1e-4. The interpreter computes bfloat16 wrongly.
@@ -97,11 +99,6 @@ def test_fused_activation(op: str, activation: Activation) -> None:
     check_gradient(network)
 
 
-# What numpy says in the interpreter of lanes that nobody reads.
-of_other_lanes = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered:RuntimeWarning:triton")
-
-
-@of_other_lanes
 @pytest.mark.parametrize("kind", STEEP)
 def test_steep_activation(kind: str) -> None:
     for network in steep_examples(kind).values():
@@ -110,14 +107,13 @@ def test_steep_activation(kind: str) -> None:
         check_gradient(network)
 
 
-@of_other_lanes
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, *map(Activation, STEEP)], ids=lambda a: a.kind)
 def test_activation_over_its_whole_range(activation: Activation) -> None:
     x = np.concatenate([np.linspace(-100, 100, 4001), np.linspace(-1, 1, 4001), [0.0, -0.0, 1e-30]])
     x = x.astype(np.float32)[None]
     if activation.kind == "exp":
         x = x.clip(-87, 87)
-    if activation.kind == "reciprocal":  # the sign of a zero is lost on the way
+    if activation.kind == "reciprocal":  # the sign of a zero is lost on the way, and numpy warns
         x = x[x != 0][None]
     network = Network(x.shape[1:], (Step(activation, (0,)),))
     np.testing.assert_allclose(forward(network, x, "float32"), reference(network, x), rtol=2e-6, atol=3e-7)
@@ -146,6 +142,36 @@ def test_attention_over_several_tiles(tokens: int, heads: int, channels: int, va
 def test_attention_to_as_many_other_tokens(queries: int, keys: int) -> None:
     network = network_of(Case("", Attention(1, 1.0), ((queries, 4), (keys, 4), (keys, 3))))
     x = randn(2, *network.input_shape)
+    assert relative(forward(network, x, "float32"), reference(network, x)) < 1e-5
+    check_gradient(network)
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_biases_and_windows_over_several_tiles(precision: str) -> None:
+    """A bias for each head, whichever window; masked are whole tiles of keys, the first of some queries among them."""
+    steps = [linear(0, 24, 16, seed) for seed in range(3)]
+    bias = randn(2, 70, 70)
+    bias[0, :30, :64] = bias[1, 40:, 64:] = -1e30
+    attention = Step(Attention(2, 0.5, windows=3), (1, 2, 3), {"bias": bias})
+    network = Network((210, 16), (*steps, attention))
+    x = rounded(randn(2, *network.input_shape), precision)
+    assert relative(forward(network, x, precision), reference(network, x)) < 2 * TOLERANCES[precision]
+    check_gradient(network, precision)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matmul_over_several_tiles(transposed: bool) -> None:
+    steps = linear(0, 40 if transposed else 130, 16, 0), linear(0, 40 if transposed else 70, 16, 1)
+    network = Network((260, 16), (*steps, Step(Matmul(2, transposed), (1, 2))))
+    x = randn(2, *network.input_shape)
+    assert relative(forward(network, x, "float32"), reference(network, x)) < 1e-5
+    check_gradient(network)
+
+
+def test_softmax_over_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(softmax, "interpreted", lambda device: 1)
+    network = Network((3, 16), (linear(0, 2 * softmax.TILE + 5, 16, 0), Step(Softmax(), (1,))))
+    x = 5 * randn(2, *network.input_shape)
     assert relative(forward(network, x, "float32"), reference(network, x)) < 1e-5
     check_gradient(network)
 

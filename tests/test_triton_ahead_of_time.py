@@ -39,7 +39,7 @@ def test_every_kernel_is_compiled(compiled) -> None:
 
 
 def test_matrix_products_are_on_tensor_cores(compiled) -> None:
-    kinds = ("_convolution_kernel", "_boxes_kernel", "_pair_kernel")
+    kinds = ("_convolution_kernel", "_boxes_kernel", "_pair_kernel", "_matmul_kernel")
     products = [row for row in compiled if row["kernel"] in kinds or row["kernel"].startswith("_attention")]
     assert len(products) > 20
     assert sum(row["kernel"] == "_pair_kernel" for row in products) > 20

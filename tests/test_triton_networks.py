@@ -98,9 +98,11 @@ def test_rmle_by_triton_alone(name: str, small_edges: dict[str, Network], triton
     check_rmle(name, small_edges)
 
 
-@pytest.mark.parametrize("name", ["group-norm-blocks", "convnext-prefix", "vision-transformer-one-layer"])
+@pytest.mark.parametrize(
+    "name", ["group-norm-blocks", "convnext-prefix", "vision-transformer-one-layer", "swin-v2", "gated-attention"]
+)
 def test_rmle_through_edges_of_other_people(name: str) -> None:
-    """Norms on the statistics of an image, and attention, among all else."""
+    """Norms on the statistics of an image, attention, windows of it, products and softmaxes among all else."""
     module, shape = make(name)
     check_solver(recipe_for(exported(shape, module), steps=2, lr=1e-2), count=3, most=2, within=1e-3)
 

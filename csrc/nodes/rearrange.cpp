@@ -23,9 +23,25 @@ int64_t run_of(const std::vector<int32_t>& index) {
 
 }  // namespace
 
+// Whether element [m][c][r] of the result is element [m][r][c] of the input, and of what sizes.
+GatherNode::Matrices GatherNode::matrices_of(const std::vector<int32_t>& index) {
+  const auto size = static_cast<int64_t>(index.size());
+  if (size < 2 || index[0] != 0 || index[1] < 2) return {};
+  const int64_t columns = index[1];
+  int64_t rows = 1;
+  while (rows < size && index[static_cast<size_t>(rows)] == rows * columns) ++rows;
+  if (size % (rows * columns) != 0) return {};
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t matrix = i / (rows * columns), within = i % (rows * columns);
+    const int64_t from = matrix * rows * columns + within % rows * columns + within / rows;
+    if (index[static_cast<size_t>(i)] != from) return {};
+  }
+  return {size / (rows * columns), rows, columns};
+}
+
 GatherNode::GatherNode(const Kernels& kernels, std::vector<int> inputs, int output, Activation activation,
                        const std::vector<int32_t>& index)
-    : Node(kernels, std::move(inputs), output, activation), run_(run_of(index)) {
+    : Node(kernels, std::move(inputs), output, activation), turned_(matrices_of(index)), run_(run_of(index)) {
   constexpr int64_t kShortest = 8;  // runs of fewer are quicker one by one
   if (run_ < kShortest) run_ = 1;
   for (size_t i = 0; i < index.size(); i += static_cast<size_t>(run_)) {
@@ -33,32 +49,53 @@ GatherNode::GatherNode(const Kernels& kernels, std::vector<int> inputs, int outp
   }
 }
 
+std::string GatherNode::describe() const {
+  if (turned_.count > 0) return "gather turned";
+  return run_ > 1 ? "gather runs" : "gather";
+}
+
 template <class At>
-void GatherNode::gather(const std::vector<int32_t>& index, int64_t images, Share share, bool accumulate, At at) const {
+void GatherNode::gather(const std::vector<int32_t>& index, const Matrices& turned, int64_t images, Share share,
+                        bool accumulate, Activation act, At at) const {
+  const auto activate = [&](float* out, int64_t size) {
+    if (act.kind != ActivationKind::kIdentity) kernels.activate(out, out, size, act);
+  };
+  if (turned.count > 0 && !accumulate) {
+    const int64_t rows = turned.rows, columns = turned.columns, lines = (columns + kLineFloats - 1) / kLineFloats;
+    for_each_stretch(images, turned.count * lines, share, [&](int64_t image, int64_t first, int64_t last) {
+      const auto [in, out] = at(image);
+      for (int64_t unit = first; unit < last;) {
+        const int64_t until = std::min(last, (unit / lines + 1) * lines), matrix = unit / lines * rows * columns;
+        const int64_t begin = unit % lines * kLineFloats;
+        const int64_t end = std::min(columns, begin + (until - unit) * kLineFloats);
+        float* to = out + matrix + begin * rows;
+        kernels.transpose(in + matrix + begin, columns, to, rows, rows, end - begin);
+        activate(to, (end - begin) * rows);
+        unit = until;
+      }
+    });
+    return;
+  }
   for_each_stretch(images, static_cast<int64_t>(index.size()), share, [&](int64_t image, int64_t first, int64_t last) {
     const auto [in, to] = at(image);
     float* out = to + first * run_;
-    if (run_ == 1) return kernels.gather(in, index.data() + first, out, last - first, accumulate);
-    for (int64_t i = first; i < last; ++i, out += run_) {
+    if (run_ == 1) kernels.gather(in, index.data() + first, out, last - first, accumulate);
+    for (int64_t i = first; run_ > 1 && i < last; ++i) {
       const float* from = in + index[static_cast<size_t>(i)] * run_;
+      float* into = to + i * run_;
       if (accumulate) {
-        kernels.add(from, out, run_);
+        kernels.add(from, into, run_);
       } else {
-        std::memcpy(out, from, static_cast<size_t>(run_) * sizeof(float));
+        std::memcpy(into, from, static_cast<size_t>(run_) * sizeof(float));
       }
     }
+    activate(out, (last - first) * run_);
   });
 }
 
 void GatherNode::forward(const Frame& values, int64_t images, Share share) const {
-  gather(index_, images, share, false,
+  gather(index_, turned_, images, share, false, activation,
          [&](int64_t i) { return std::pair(values.at(inputs[0], i), values.at(output, i)); });
-  if (activation.kind == ActivationKind::kIdentity) return;
-  const auto units = static_cast<int64_t>(index_.size());
-  for_each_stretch(images, units, share, [&](int64_t image, int64_t first, int64_t last) {
-    float* out = values.at(output, image) + first * run_;
-    kernels.activate(out, out, (last - first) * run_, activation);
-  });
 }
 
 void GatherNode::prepare_backward() {
@@ -67,7 +104,8 @@ void GatherNode::prepare_backward() {
 }
 
 void GatherNode::backward(const Frame&, const Frame& grads, int64_t images, size_t, bool first, Share share) const {
-  gather(inverse_, images, share, !first,
+  const Matrices back = {turned_.count, turned_.columns, turned_.rows};
+  gather(inverse_, back, images, share, !first, {},
          [&](int64_t i) { return std::pair(grads.at(output, i), grads.at(inputs[0], i)); });
 }
 

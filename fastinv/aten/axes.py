@@ -61,7 +61,7 @@ def take(to: Conversion, x: Value, axis: int, index: torch.Tensor) -> Value:
         to.unsupported("a slice that leaves nothing")
     if count == size and torch.equal(index, positions(x, axis)):
         return x
-    if (layer := _of_layer(to, x, axis, index)) is not None:
+    if to.only_parts_are_read() and (layer := _of_layer(to, x, axis, index)) is not None:
         return layer
     block = _block(index, size) if len(x.shape) in (1, 2) else 1
     if block > 1:  # a small matrix that takes whole blocks
@@ -89,7 +89,7 @@ def _of_layer(to: Conversion, x: Value, axis: int, index: torch.Tensor) -> Value
         taken = _of_layer(to, before, step.op.axes[axis], index)
         return None if taken is None else to.emit(step.op, [taken])
     if isinstance(step.op, Linear) and axis == len(x.shape) - 1:
-        return to.emit(Linear(), [before], **{key: torch.tensor(w[index]) for key, w in step.weights.items()})
+        return to.emit(Linear(), [before], **{key: torch.tensor(w[index.numpy()]) for key, w in step.weights.items()})
     if not isinstance(step.op, Reshape):
         return None
     columns = before.shape[-1]

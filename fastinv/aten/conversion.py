@@ -59,6 +59,18 @@ MOVES = frozenset(
         *("aten.contiguous.default", "aten.clone.default", "aten.mean.dim", "aten.sum.dim_IntList"),
     )
 )
+PARTS = frozenset(
+    (
+        *(
+            "aten.select.int",
+            "aten.unbind.int",
+            "aten.slice.Tensor",
+            "aten.narrow.default",
+            "aten.index_select.default",
+        ),
+        *("aten.chunk.default", "aten.split.Tensor", "aten.split.sizes", "aten.split_with_sizes.default"),
+    )
+)
 # What would take a batch axis into which something is merged for channels, or something else for the batch axis.
 OF_WHOLE_IMAGES = frozenset(
     f"aten.{name}"
@@ -178,6 +190,11 @@ class Conversion:
             assert isinstance(changed, Node)
             self.known[changed] = result
         return result
+
+    def only_parts_are_read(self) -> bool:
+        """Whether what the node being converted takes a part of is read in parts by all."""
+        x = self.node.args[0] if self.node is not None else None
+        return isinstance(x, Node) and all(str(user.target) in PARTS for user in x.users)
 
     def _for_one_image(self, name: str, args: Any) -> Any:
         """The arguments of a call that gives a constant to each image of the batch, for one, which broadcasts."""

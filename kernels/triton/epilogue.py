@@ -185,6 +185,8 @@ def finish(x, position, inside, addend, saved, a, b, KIND: tl.constexpr):
     if saved is not None:
         x *= slope_at_result(tl.load(saved + position, mask=inside, other=0.0).to(tl.float32), a, b, KIND)
     else:
+        if KIND == "reciprocal":  # of lanes that nobody reads none is divided by 0
+            x = tl.where(inside, x, 1.0)
         x = activate(x, a, b, KIND)
     return x
 

@@ -44,7 +44,7 @@ def _gather_kernel(
                 at = tl.load(y_index + t * count + j)
             else:
                 at = j
-            other = tl.load(y + n * y_size + at, mask=inside, other=0.0).to(tl.float32)
+            other = tl.load(y + n * y_size + at, mask=inside, other=1.0).to(tl.float32)
             if OP == "add":
                 value += other
             elif OP == "mul":
