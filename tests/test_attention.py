@@ -15,11 +15,12 @@ from torch import nn
 
 import fastinv
 from fastinv.errors import FastinvError
-from fastinv.network import Network
+from fastinv.network import Network, Step
 from fastinv.ops.activation import IDENTITY, Activation
 from fastinv.ops.attention import Attention
 from fastinv.ops.base import Case
 from fastinv.ops.linear import Linear
+from fastinv.ops.normalize import Normalize
 from fastinv.ops.permute import Permute
 from fastinv.ops.reshape import Reshape
 
@@ -27,18 +28,32 @@ TRANSFORMERS = [name for name in ARCHITECTURES if "transformer" in name]
 
 
 def attention(
-    queries: int, keys: int, heads: int, channels: int, values: int, scale: float, activation: Activation = IDENTITY
+    queries: int,
+    keys: int,
+    heads: int,
+    channels: int,
+    values: int,
+    scale: float,
+    activation: Activation = IDENTITY,
+    windows: int = 1,
+    biases: int = 0,
 ) -> Network:
-    shapes = (queries, heads * channels), (keys, heads * channels), (keys, heads * values)
-    return network_of(Case("", Attention(heads, scale), shapes), activation)
+    """Of so many queries and keys in each window."""
+    shapes = ((windows * n, heads * size) for n, size in ((queries, channels), (keys, channels), (keys, values)))
+    weights = {"bias": (biases, queries, keys)} if biases else {}
+    return network_of(Case("", Attention(heads, scale, windows), tuple(shapes), weights), activation)
 
 
 @settings(max_examples=50, deadline=None)
 @given(
-    st.integers(1, 30), st.integers(1, 30), st.integers(1, 3), st.integers(1, 9), st.integers(1, 12), st.integers(1, 20)
+    *(st.integers(1, 30), st.integers(1, 30), st.integers(1, 3), st.integers(1, 9), st.integers(1, 12)),
+    *(st.integers(1, 20), st.integers(1, 3), st.sampled_from(["none", "one", "heads", "all"])),
 )
-def test_any_shape(queries: int, keys: int, heads: int, scale: int, channels: int, values: int) -> None:
-    network = attention(queries, keys, heads, channels, values, scale / 10)
+def test_any_shape(
+    queries: int, keys: int, heads: int, scale: int, channels: int, values: int, windows: int, bias: str
+) -> None:
+    biases = {"none": 0, "one": 1, "heads": heads, "all": windows * heads}[bias]
+    network = attention(queries, keys, heads, channels, values, scale / 10, windows=windows, biases=biases)
     x = randn(2, *network.input_shape)
     found = run(network, x)
     assert relative(found, reference(network, x)) < 1e-5
@@ -52,6 +67,27 @@ def test_any_shape(queries: int, keys: int, heads: int, scale: int, channels: in
 )
 def test_gradient(isa: str, queries: int, keys: int, heads: int, channels: int, values: int, kind: str) -> None:
     check_gradient(attention(queries, keys, heads, channels, values, 0.3, Activation(kind)))
+
+
+@pytest.mark.parametrize("biases", [0, 1, 2, 6])
+def test_gradient_of_windows(isa: str, biases: int) -> None:
+    check_gradient(attention(25, 17, 2, 9, 20, 0.3, windows=3, biases=biases))
+
+
+def test_masked_keys_count_for_nothing(isa: str) -> None:
+    """Whatever they are: results for the others are the same, bit for bit."""
+    layers = [Step(Linear(), (0,), {"weight": randn(16, 12, seed=k), "bias": randn(16)}) for k in range(3)]
+    bias = np.zeros((1, 40, 40), np.float32)
+    bias[:, :, 23:] = -1e30
+    masked = Network((40, 12), (*layers, Step(Attention(2, 0.1), (1, 2, 3), {"bias": bias})))
+    x = randn(2, 40, 12)
+    found = run(masked, x)
+    assert relative(found, reference(masked, x)) < 1e-5
+    others = x.copy()
+    others[:, 23:] *= 7
+    assert np.array_equal(run(masked, others)[:, :23], found[:, :23])
+    plain = Network((40, 12), (*layers, Step(Attention(2, 0.1), (1, 2, 3))))
+    assert relative(run(plain, others)[:, :23], found[:, :23]) > 0.1
 
 
 @pytest.mark.parametrize("scale", [100.0, -3.0, 0.0])
@@ -84,6 +120,21 @@ def test_no_element_moves(name: str) -> None:
     for step in blocks:
         if isinstance(step.op, Attention):
             assert all(isinstance(network.steps[value - 1].op, Linear) for value in step.inputs)
+
+
+@pytest.mark.parametrize("name", ["swin", "swin-v2"])
+def test_windows_are_cut_and_joined_in_one_go_each(name: str) -> None:
+    """Layers of tokens, norms of heads, attention: what else windows need is to go there and come back."""
+    module, shape = make(name)
+    network = fastinv.export(module, torch.zeros(2, *shape))
+    attentions = [step for step in network.steps if isinstance(step.op, Attention)]
+    assert [step.op.windows for step in attentions] == [4, 4, 1]  # type: ignore[attr-defined]
+    assert all("bias" in step.weights for step in attentions)
+    for step in attentions:
+        assert all(isinstance(network.steps[value - 1].op, (Linear, Normalize)) for value in step.inputs)
+    moves = [kernel for kernel in kernels(network) if kernel.startswith("gather")]
+    assert len(moves) <= 15
+    assert set(moves) == {"gather runs"}
 
 
 def test_attention_across() -> None:

@@ -40,7 +40,7 @@ def affine(to: Conversion, x: Value, scale: torch.Tensor, shift: torch.Tensor) -
 
 
 def _aligned(to: Conversion, a: Value, b: Value) -> list[Value]:
-    if len(a.shape) != len(b.shape):
+    if len(a.shape) != len(b.shape) or a.merged != b.merged:
         to.unsupported(f"arithmetic of values of shapes {list(a.shape)} and {list(b.shape)}")
     return [a, b]
 
