@@ -239,3 +239,8 @@ def _sane(where: str, shape: Shape) -> Shape:
     )
     expect(math.prod(shape) <= MAX_ELEMENTS, f"{where}: {list(shape)} has more than {MAX_ELEMENTS} elements")
     return shape
+
+
+def sources(*steps: Step) -> str:
+    """Where a step comes from that does what several did."""
+    return " + ".join(dict.fromkeys(step.source for step in steps if step.source))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fastinv.network import Network, Step
+from fastinv.network import Network, Step, sources
 from fastinv.ops.activation import IDENTITY, Activation
 from fastinv.ops.add import Add
 from fastinv.ops.affine import Affine
@@ -23,6 +23,7 @@ from fastinv.ops.rearrange import Rearrange
 from fastinv.ops.reshape import Reshape
 from fastinv.ops.roll import Roll
 from fastinv.ops.separable import Separable
+from fastinv.picking import picked_early
 
 Doubles = npt.NDArray[np.float64]
 
@@ -30,7 +31,7 @@ Doubles = npt.NDArray[np.float64]
 def simplify(network: Network) -> Network:
     """An equal network with no more steps. Weights are folded in float64 and rounded to float32."""
     merged = _merged(network)
-    picked = _picked_early(merged)
+    picked = picked_early(merged)
     return merged if picked is merged else _merged(picked)
 
 
@@ -117,7 +118,7 @@ class _Graph:
         if both is None:
             return None
         self._reads_instead(value, before)
-        return dataclasses.replace(both, source=_sources(producer, step)), [before]
+        return dataclasses.replace(both, source=sources(producer, step)), [before]
 
     def _reads_instead(self, value: int, before: int) -> None:
         """One reader of `value` reads `before`, of which that is made, instead."""
@@ -136,6 +137,8 @@ class _Graph:
         shapes = {self.shapes[v] for v in inputs}
         if not isinstance(step.op, (Add, Mul, Affine)) or len(shapes) != 1 or len(min(shapes)) != 3:
             return False
+        if isinstance(step.op, Affine) and step.weights["scale"].shape[1:] == (1, 1):
+            return False  # a number for each of the first axis: channels
         if all(self._keeps_last_axis(v) for v in inputs):
             return True
         return len(set(inputs)) == 2 and any(self._has_channels_last(v) for v in inputs)
@@ -187,7 +190,7 @@ class _Graph:
         for rewrite in REWRITES:
             merged = rewrite(producer, step, before, self.shapes[value])
             if merged is not None:
-                return dataclasses.replace(merged, source=_sources(producer, step))
+                return dataclasses.replace(merged, source=sources(producer, step))
         return None
 
     def _producer(self, inputs: list[int]) -> Step | None:
@@ -208,10 +211,6 @@ class _Graph:
                 steps.append(dataclasses.replace(step, inputs=inputs))
                 numbers[value] = len(steps)
         return Network(self.shapes[0], tuple(steps))
-
-
-def _sources(*steps: Step) -> str:
-    return " + ".join(dict.fromkeys(step.source for step in steps if step.source))
 
 
 def _is_identity(step: Step, shape: Shape) -> bool:
@@ -344,42 +343,6 @@ def _permute_later(producer: Step | None, step: Step) -> tuple[Step, Step] | Non
         weights = {key: weight.transpose(back) for key, weight in step.weights.items()}
         return dataclasses.replace(step, weights=weights), producer
     return None
-
-
-def _picked_early(network: Network) -> Network:
-    """Convolutions of which every reader picks some channels: each reader's own computes those, and no others."""
-    steps = list(network.steps)
-    for index, step in enumerate(network.steps[:-1]):
-        readers = network.consumers[index + 1]
-        picks = [picked_channels(network.steps[reader]) for reader in readers]
-        if not isinstance(step.op, Conv2d) or step.op.groups != 1 or not readers:
-            continue
-        if any(pick is None for pick in picks) or sum(map(len, picks)) > len(step.weights["bias"]):  # type: ignore[arg-type]
-            continue
-        if step.activation != IDENTITY and any(network.steps[reader].activation != IDENTITY for reader in readers):
-            continue
-        for reader, pick in zip(readers, picks, strict=True):
-            picker = network.steps[reader]
-            steps[reader] = dataclasses.replace(
-                step,
-                weights={key: weight[pick] for key, weight in step.weights.items()},
-                activation=step.activation if picker.activation == IDENTITY else picker.activation,
-                source=_sources(step, picker),
-            )
-    return Network(network.input_shape, tuple(steps)) if steps != list(network.steps) else network
-
-
-def picked_channels(step: Step) -> npt.NDArray[np.intp] | None:
-    """The channels that a step copies, if that is all it does: a 1×1 convolution of zeros and ones."""
-    if step.op != Conv2d() or step.weights["weight"].shape[2:] != (1, 1) or step.weights["bias"].any():
-        return None
-    return picked(step.weights["weight"][:, :, 0, 0])
-
-
-def picked(matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.intp] | None:
-    """Which element each row of a matrix copies, if that is all that rows do: a 1 each, and zeros."""
-    alone = ((matrix == 1).sum(1) == 1) & ((matrix != 0).sum(1) == 1)
-    return matrix.argmax(1) if alone.all() else None
 
 
 def _channel_axis(step: Step, shape: Shape) -> int | None:

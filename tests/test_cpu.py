@@ -36,7 +36,8 @@ from torch import nn
 import fastinv
 from fastinv import _core, tensors
 from fastinv.attacks.rmle import rmle, total_variation
-from fastinv.backends.cpu import ACTIVATION_CODES, LOWERINGS, CpuBackend, CpuSolver
+from fastinv.backends.cpu import CpuBackend, CpuSolver
+from fastinv.backends.cpu_lowering import ACTIVATION_CODES, LOWERINGS
 from fastinv.backends.torch import as_module
 from fastinv.errors import BackendError
 from fastinv.inverters import RMLE

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastinv.aten import arithmetic, attention, axes, layers, norms
+from fastinv.aten import arithmetic, attention, axes, layers, norms, products
 from fastinv.aten.activations import ACTIVATIONS
 from fastinv.aten.conversion import Conversion, Value
 from fastinv.network import Network
@@ -56,7 +56,7 @@ def _like(fill: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 def _matmul(to: Conversion, a: Any, b: Any) -> Value:
     constant = not (isinstance(a, Value) and isinstance(b, Value))
-    return axes.matmul(to, a, b) if constant else attention.matmul(to, a, b)
+    return products.matmul(to, a, b) if constant else attention.matmul(to, a, b)
 
 
 def _dropout(to: Conversion, x: Value, p: float, train: bool) -> Value:
@@ -122,11 +122,11 @@ def _table() -> dict[str, Callable[..., Any]]:
         **_named(axes.sum_, "sum.dim_IntList"),
         **_named(axes.amax, "amax.default"),
         **_named(axes.max_along, "max.dim"),
-        **_named(axes.matmul, "mm.default"),
+        **_named(products.matmul, "mm.default"),
         **_named(_matmul, "matmul.default", "bmm.default"),
         **_named(attention.softmax, "softmax.int"),
-        **_named(axes.addmm, "addmm.default"),
-        **_named(axes.einsum, "einsum.default"),
+        **_named(products.addmm, "addmm.default"),
+        **_named(products.einsum, "einsum.default"),
         **_named(axes.reshape, "flatten.using_ints", "unflatten.int", "squeeze.default", "squeeze.dim", "squeeze.dims"),
         **_named(axes.reshape, "unsqueeze.default", "view.default", "_unsafe_view.default", "reshape.default"),
         **_named(axes.reshape, "view_as.default", "reshape_as.default"),

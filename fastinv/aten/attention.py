@@ -38,7 +38,7 @@ from fastinv.ops.rearrange import Rearrange
 from fastinv.ops.reshape import Reshape
 from fastinv.ops.separable import Separable
 from fastinv.ops.softmax import Softmax
-from fastinv.simplify import picked, picked_channels
+from fastinv.picking import picked, picked_channels
 
 Index = npt.NDArray[np.int64]
 

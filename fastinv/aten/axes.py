@@ -299,7 +299,7 @@ def _constant(to: Conversion, constant: torch.Tensor, like: Value, axis: int) ->
 def pad(to: Conversion, x: Value, padding: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:
     """Zeros around rows and columns are a depthwise 1×1 convolution that copies: `simplify` folds it into the next."""
     pairs = list(zip(padding[::2], padding[1::2], strict=True))  # from the last axis on
-    if len(pairs) > len(x.shape):
+    if len(pairs) >= x.rank:
         to.unsupported("padding of the batch axis")
     if mode == "constant" and value:
         if not math.isfinite(value):
@@ -314,11 +314,11 @@ def pad(to: Conversion, x: Value, padding: Sequence[int], mode: str = "constant"
             index = positions(x, axis)
             ends = [index[index.numel() - low :], index[:high]]
             before, after = ([take(to, x, axis, end)] if end.numel() else [] for end in ends)
-            x = cat(to, [*before, x, *after], axis + 1)
+            x = cat(to, [*before, x, *after], axis + (not x.merged))
         elif mode != "constant":
             line = positions(x, axis).double()[None, None]
             x = take(to, x, axis, F.pad(line, (low, high), mode).flatten().long())
-        elif min(low, high) < 0 or (max(low, high) > 0 and (len(x.shape) != 3 or axis == 0)):
+        elif min(low, high) < 0 or (max(low, high) > 0 and (len(x.shape) != 3 or axis == 0 or x.merged)):
             x = along(to, x, axis, F.pad(torch.eye(x.shape[axis]), (0, 0, low, high)))
             pairs[back] = (0, 0)
     if mode != "constant" or not any(map(any, pairs)):
@@ -375,48 +375,3 @@ def amax(to: Conversion, x: Value, axes: Any = (), keepdim: bool = False) -> Val
 
 def max_along(to: Conversion, x: Value, axis: int, keepdim: bool = False) -> Pieces:
     return [amax(to, x, axis, keepdim), None]
-
-
-# ---- products with constants ---------------------------------------------------------------------------------------
-
-
-def matmul(to: Conversion, a: Any, b: Any) -> Value:
-    constant = b if isinstance(a, Value) else a
-    if isinstance(constant, Value):
-        to.unsupported("a product of two computed values")
-    if constant.ndim != 2:
-        to.unsupported("a product with anything but a matrix")
-    if isinstance(a, Value):
-        return to.emit(Linear(), [a], weight=constant.mT, bias=torch.zeros(constant.shape[1]))
-    if len(b.shape) < 2:
-        to.unsupported("a product along the batch axis")
-    return along(to, b, len(b.shape) - 2, constant)
-
-
-def addmm(to: Conversion, bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Value:
-    if not isinstance(x, Value) or holds((bias, weight), Value):
-        to.unsupported("addmm of anything but one computed value and constants")
-    bias = (beta * bias).expand(weight.shape[1]) if bias.numel() == 1 else (beta * bias).reshape(-1)
-    if len(bias) != weight.shape[1]:
-        to.unsupported("addmm that differs from image to image")
-    return to.emit(Linear(), [x], weight=alpha * weight.mT, bias=bias)
-
-
-def einsum(to: Conversion, equation: str, operands: Sequence[Any], **_: Any) -> Value:
-    """A matrix times one axis: nchw,oc->nohw."""
-    sides = equation.replace(" ", "").split("->")
-    names = sides[0].split(",")
-    if len(sides) != 2 or len(names) != 2 or "." in equation or isinstance(operands[0], type(operands[1])):
-        to.unsupported(f"the einsum {equation}")
-    first = 0 if isinstance(operands[0], Value) else 1
-    x, matrix = operands[first], operands[1 - first]
-    read, (named, result) = names[first], (names[1 - first], sides[1])
-    summed = [n for n in named if n in read and n not in result]
-    added = [n for n in named if n not in read]
-    expected = {(added[0] if n == summed[0] else n) for n in read} if summed and added else set()
-    if len(named) != 2 or not expected or {*result} != expected or len(result) != len(read) or read[0] != result[0]:
-        to.unsupported(f"the einsum {equation}")
-    axis = axis_of(to, x, read.index(summed[0]))
-    y = along(to, x, axis, matrix if named[0] == added[0] else matrix.mT)
-    order = [added[0] if n == summed[0] else n for n in read]
-    return to.emit(Permute(tuple(order.index(n) - 1 for n in result[1:])), [y])

@@ -75,15 +75,13 @@ PARTS = frozenset(
 OF_WHOLE_IMAGES = frozenset(
     f"aten.{name}"
     for name in (
-        *("conv1d.default", "conv1d.padding", "conv2d.default", "conv2d.padding"),
-        *("conv_transpose1d.default", "conv_transpose2d.input", "instance_norm.default", "group_norm.default"),
-        *("max_pool1d.default", "max_pool2d.default", "max_pool2d_with_indices.default", "adaptive_max_pool2d.default"),
-        *("avg_pool1d.default", "avg_pool2d.default", "adaptive_avg_pool1d.default", "adaptive_avg_pool2d.default"),
+        *("conv1d.default", "conv1d.padding", "conv_transpose1d.default", "conv_transpose2d.input"),
+        *("instance_norm.default", "group_norm.default", "max_pool2d_with_indices.default"),
+        *("max_pool1d.default", "avg_pool1d.default", "adaptive_avg_pool1d.default", "adaptive_max_pool2d.default"),
         *("upsample_nearest2d.vec", "upsample_bilinear2d.vec", "upsample_nearest2d.default"),
         *("upsample_bilinear2d.default", "_upsample_nearest_exact2d.vec", "upsample_bicubic2d.vec"),
         *("_upsample_bilinear2d_aa.vec", "_upsample_bicubic2d_aa.vec", "pixel_shuffle.default"),
         *("pixel_unshuffle.default", "im2col.default", "channel_shuffle.default", "repeat.default"),
-        *("pad.default", "constant_pad_nd.default", "einsum.default"),
     )
 )
 

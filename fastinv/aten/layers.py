@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,23 @@ def expect_image(to: Conversion, x: Any, what: str) -> None:
         to.unsupported(f"{what} of anything but a batch of images [N, C, H, W]")
 
 
+def _of_parts(to: Conversion, x: Value, layer: Callable[[Value, int], Value]) -> Value:
+    """A layer of images [C, H, W] on parts of images [parts, C, H, W], whose channels are those of one image then.
+
+    Args:
+        layer: what it does to an image, into which so many are joined.
+    """
+    if not x.merged:
+        return layer(x, 1)
+    parts, *sizes = x.shape
+    if len(sizes) != 3:
+        to.unsupported("a layer of images of anything but [N, C, H, W]")
+    joined = to.emit(Reshape((parts * sizes[0], *sizes[1:])), [x])
+    y = layer(replace(joined, merged=False), parts)
+    whole = to.emit(Reshape((parts, y.shape[0] // parts, *y.shape[1:])), [y])
+    return replace(whole, merged=True)
+
+
 # ---- layers with weights -------------------------------------------------------------------------------------------
 
 
@@ -55,7 +73,6 @@ def conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Value:
-    expect_image(to, x, "conv2d")
     if holds((weight, bias), Value):
         to.unsupported("conv2d with computed weights")
     dilation = _pair(dilation)
@@ -68,8 +85,13 @@ def conv2d(
         top, left = _pair(padding)
         bottom, right = top, left
     bias = torch.zeros(len(weight)) if bias is None else bias
-    op = Conv2d(_pair(stride), (top, bottom, left, right), dilation, groups)
-    return to.emit(op, [x], weight=weight, bias=bias)
+
+    def layer(image: Value, parts: int) -> Value:
+        expect_image(to, image, "conv2d")
+        op = Conv2d(_pair(stride), (top, bottom, left, right), dilation, groups * parts)
+        return to.emit(op, [image], weight=weight.repeat(parts, 1, 1, 1), bias=bias.repeat(parts))
+
+    return _of_parts(to, x, layer)
 
 
 def conv_transpose2d(
@@ -126,9 +148,13 @@ def max_pool2d(
     dilation: Any = 1,
     ceil_mode: bool = False,
 ) -> Value:
-    expect_image(to, x, "max_pool2d")
     op = MaxPool2d(_pair(kernel), _pair(stride or kernel), _pair(padding), _pair(dilation), ceil_mode)
-    return to.emit(op, [x])
+    return _of_parts(to, x, lambda image, _: _pool(to, op, image))
+
+
+def _pool(to: Conversion, op: MaxPool2d | AvgPool2d | AdaptiveAvgPool2d, image: Value) -> Value:
+    expect_image(to, image, op.name)
+    return to.emit(op, [image])
 
 
 def max_pool2d_with_indices(to: Conversion, x: Value, *args: Any, **kwargs: Any) -> list[Any]:
@@ -155,16 +181,18 @@ def avg_pool2d(
     count_include_pad: bool = True,
     divisor: int | None = None,
 ) -> Value:
-    expect_image(to, x, "avg_pool2d")
     window = _pair(kernel), _pair(stride or kernel), _pair(padding)
-    return to.emit(AvgPool2d(*window, ceil_mode, count_include_pad, divisor), [x])
+    op = AvgPool2d(*window, ceil_mode, count_include_pad, divisor)
+    return _of_parts(to, x, lambda image, _: _pool(to, op, image))
 
 
 def adaptive_avg_pool2d(to: Conversion, x: Value, output_size: Any) -> Value:
-    expect_image(to, x, "adaptive_avg_pool2d")
+    if not x.merged:
+        expect_image(to, x, "adaptive_avg_pool2d")
     sizes = [output_size] * 2 if isinstance(output_size, int) else output_size
-    target = tuple(size if wanted is None else wanted for wanted, size in zip(sizes, x.shape[1:], strict=True))
-    return to.emit(AdaptiveAvgPool2d((target[0], target[1])), [x])
+    target = tuple(size if wanted is None else wanted for wanted, size in zip(sizes, x.shape[-2:], strict=True))
+    op = AdaptiveAvgPool2d((target[0], target[1]))
+    return _of_parts(to, x, lambda image, _: _pool(to, op, image))
 
 
 def upsample(mode: str) -> Callable[..., Value]:
