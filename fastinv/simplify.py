@@ -90,16 +90,18 @@ class _Graph:
             if behind is not None:
                 step, inputs = behind
                 continue
+            producer = self._producer(inputs)
+            if producer is not None:
+                before = self.inputs[inputs[0] - 1]
+                shape_before = self.shapes[before[0]]
+                swapped = _moved_later(producer, step, shape_before)
+                if swapped is not None:
+                    first, step = swapped
+                    self._reads_instead(inputs[0], before[0])
+                    inputs = [self.add(first, before, first.op.shape([shape_before], first.weight_shapes), 1)]
+                    continue
             if self._is_of_channels_last(step, inputs):
                 return self._as_of_images(step, inputs, readers)
-            swapped = _permute_later(self._producer(inputs), step)
-            if swapped is not None:
-                first, step = swapped
-                value, before = inputs[0], self.inputs[inputs[0] - 1]
-                self._reads_instead(value, before[0])
-                result = first.op.shape([self.shapes[before[0]]], first.weight_shapes)
-                inputs = [self.add(first, before, result, 1)]
-                continue
             merged = self._merged(step, inputs)
             if merged is None:
                 break
@@ -322,24 +324,31 @@ REWRITES: tuple[Rewrite, ...] = (
 # ---- rewrites of other forms ---------------------------------------------------------------------------------------
 
 
-def _permute_later(producer: Step | None, step: Step) -> tuple[Step, Step] | None:
-    """An equal step before the permutation that puts the channels last, and the permutation after it.
+def _moved_later(producer: Step, step: Step, before: Shape) -> tuple[Step, Step] | None:
+    """An equal step before what moves elements, and that after it.
 
-    A linear layer over the channels is a 1×1 convolution then; where the channels are put back the permutation goes.
-    Activations go before whatever moves elements: to what computes them.
+    Activations go to what computes the elements, and so do factors and shifts of the last axis, where a reshape leaves
+    that as it is. A linear layer over channels that were put last is a 1×1 convolution then; where they are put back,
+    the permutation goes.
     """
-    if producer is None or producer.activation != IDENTITY:
+    move, op = producer.op, step.op
+    if not isinstance(move, Rearrange) or producer.activation != IDENTITY:
         return None
-    permute, op = producer.op, step.op
-    if isinstance(op, Activation) and isinstance(permute, Rearrange):
+    if isinstance(op, Activation):
         return step, producer
-    if not isinstance(permute, Permute) or len(permute.axes) != 3 or permute.axes[2] != 0:
+    if isinstance(op, Affine) and isinstance(move, Reshape) and before[-1] == move.target[-1]:
+        spread = (*[1] * (len(before) - 1), -1)
+        if any(size != 1 for size in step.weights["scale"].shape[:-1]):
+            return None
+        weights = {key: weight.reshape(spread) for key, weight in step.weights.items()}
+        return dataclasses.replace(step, weights=weights), producer
+    if not isinstance(move, Permute) or len(move.axes) != 3 or move.axes[2] != 0:
         return None
     if isinstance(op, Linear):
         weights = {"weight": step.weights["weight"][:, :, None, None], "bias": step.weights["bias"]}
         return dataclasses.replace(step, op=Conv2d(), weights=weights), producer
     if isinstance(op, Affine):
-        back = np.argsort(permute.axes)
+        back = np.argsort(move.axes)
         weights = {key: weight.transpose(back) for key, weight in step.weights.items()}
         return dataclasses.replace(step, weights=weights), producer
     return None

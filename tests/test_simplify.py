@@ -23,6 +23,7 @@ from fastinv.ops.linear import Linear
 from fastinv.ops.normalize import Normalize
 from fastinv.ops.permute import Permute
 from fastinv.ops.reshape import Reshape
+from fastinv.ops.roll import Roll
 from fastinv.ops.separable import Separable
 from fastinv.simplify import simplify, with_denormalisation
 
@@ -214,6 +215,35 @@ def test_linear_layers_between_permutations_are_convolutions() -> None:
     # Where another step reads the permuted image, and adds it, all of it is done on images.
     shared = Network((3, 3, 3), (Step(last, (0,)), Step(linear(3, 3)[0], (1,), linear(3, 3)[1]), Step(Add(), (1, 2))))
     check(shared, "conv2d", "add", "permute")
+
+
+def test_activations_and_factors_go_before_what_moves_elements() -> None:
+    for move, last in ((Reshape((2, 3, 4)), 4), (Reshape((24,)), 24)):
+        layers = linear(4, 5), move, Activation("gelu")
+        assert check(chain((6, 5), *layers), "linear", "reshape").steps[0].activation == Activation("gelu")
+        scaled = chain((6, 5), linear(4, 5), move, affine(*[1] * (len(move.target) - 1), last))
+        check(scaled, *(("linear", "reshape") if last == 4 else ("linear", "reshape", "affine")))
+    check(chain((6, 5), linear(4, 5), Permute((1, 0)), Activation("relu"), Permute((1, 0))), "linear")
+
+
+def test_what_keeps_its_last_axis_together_is_added_as_images() -> None:
+    """Tokens of windows, as [4, 6, 5], and an image whose channels were put last."""
+    network = Network(
+        (24, 5),
+        (
+            Step(Reshape((4, 6, 5)), (0,)),
+            Step(Roll((1, 0, 0)), (1,)),
+            Step(Add(), (1, 2)),
+            Step(Reshape((24, 5)), (3,)),
+        ),
+    )
+    simpler = check(network, "reshape", "roll", "permute", "permute", "add", "permute", "reshape")
+    assert simpler.shapes[5] == (5, 4, 6)
+    last, weights = linear(8, 5)
+    shared = Network(
+        (5, 4, 3), (Step(Permute((1, 2, 0)), (0,)), Step(last, (1,), weights), Step(Permute((2, 0, 1)), (2,)))
+    )
+    check(shared, "conv2d")
 
 
 def picked(first: tuple[int, ...], second: tuple[int, ...], **producer) -> Network:
