@@ -27,7 +27,6 @@ from fastinv import _core
 from fastinv.errors import FastinvError
 
 MOST_PARAMETERS = 60e6
-TURNS = 5
 
 
 def smallest() -> Iterator[str]:
@@ -61,7 +60,7 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def measured(name: str, images: int, threads: int) -> dict[str, Any]:
+def measured(name: str, images: int, threads: int, repeat: int) -> dict[str, Any]:
     """One row: the error, relative, and images a second by both; or why there is none."""
     torch.manual_seed(0)
     model = scales_set(timm.create_model(name))
@@ -78,10 +77,10 @@ def measured(name: str, images: int, threads: int) -> dict[str, Any]:
         expected = model(x).numpy()
         difference = np.linalg.norm(engine(x).numpy().reshape(expected.shape) - expected) / np.linalg.norm(expected)
         runs = [lambda: engine(x), lambda: model(x)]
-        turns = [[seconds(run) for run in runs] for _ in range(TURNS)]
+        turns = [[seconds(run) for run in runs] for _ in range(repeat)]
         model = model.to(memory_format=torch.channels_last)
         model(last)
-        other = [seconds(lambda: model(last)) for _ in range(TURNS)]
+        other = [seconds(lambda: model(last)) for _ in range(repeat)]
     own, eager = (statistics.median(times) for times in zip(*turns, strict=True))
     best = min(eager, statistics.median(other))
     return row | {
@@ -96,17 +95,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="names of timm's models; left out, the smallest of each family")
     parser.add_argument("--images", type=int, default=8, help="in a call")
+    parser.add_argument("--repeat", type=int, default=3, help="turns, of which the median counts")
     parser.add_argument("--threads", type=int, default=_core.available_threads(), help="of both")
     parser.add_argument("--json", type=Path, help="where rows go as well")
     arguments = parser.parse_args()
-    if min(arguments.images, arguments.threads) < 1:
-        parser.error("expected at least 1 image and 1 thread")
+    if min(arguments.images, arguments.repeat, arguments.threads) < 1:
+        parser.error("expected at least 1 image, 1 turn and 1 thread")
     warnings.filterwarnings("ignore")
     torch.set_num_threads(arguments.threads)
     rows = []
     for name in arguments.models or smallest():
         try:
-            rows.append(measured(name, arguments.images, arguments.threads))
+            rows.append(measured(name, arguments.images, arguments.threads, arguments.repeat))
         except Exception as error:  # of the model's own
             rows.append({"model": name, "error": f"{type(error).__name__}: {error}"})
         row = rows[-1]

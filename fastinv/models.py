@@ -112,9 +112,9 @@ def make_decoder(
     """A decoder g: features -> normalised images, Xavier initialised (paper, Algorithm 2).
 
     Args:
-        feature_shape: [C, H, W] or [D]; channels last they make a useless decoder, which a warning tells where the
-            sizes do. Or tokens [T, D]: read as places of the image, row by row, where their number allows that, but for
-            `EXTRA` ones at the front, such as a class token, which are left out; else as [T·D].
+        feature_shape: [C, H, W], or [H, W, C] where the sizes tell that the channels come last, or [D]. Or tokens
+            [T, D]: read as places of the image, row by row, where their number allows that, but for `EXTRA` ones at
+            the front, such as a class token, which are left out; else as [T·D].
         image_shape: [C, H, W].
         kind: "paper": the paper's own decoder where it has one for these shapes, and otherwise one of its style,
             made to measure; "residual": residual blocks and nearest upsampling.
@@ -131,22 +131,24 @@ def make_decoder(
             "expected [C, H, W], [T, D] or [D], and [C, H, W]; reshape features of other axes to one of these"
         )
     features, image = (tuple(int(n) for n in shape) for shape in (feature_shape, image_shape))
-    for what, last in (("features", _look_channels_last(features, image)), ("images", channels_last_hint(image) != "")):
-        if last:
-            warnings.warn(
-                f"make_decoder: from features {list(features)} to images {list(image)}: the {what} look channels last, "
-                f"from which next to nothing is learned; expected [C, H, W]: {to_channels_first(what)}",
-                UserWarning,
-                stacklevel=2,
-            )
+    if channels_last_hint(image):
+        warnings.warn(
+            f"make_decoder: from features {list(features)} to images {list(image)}: the images look channels last, "
+            f"from which next to nothing is learned; expected [C, H, W]: {to_channels_first('images')}",
+            UserWarning,
+            stacklevel=2,
+        )
     if not (is_whole(width) and width >= 1 and is_whole(depth) and depth >= 0):
         raise NetworkError(f"make_decoder: width {width!r:.40}, depth {depth!r:.40}; expected width >= 1, depth >= 0")
     if final not in ("none", "sigmoid"):
         raise NetworkError(f"make_decoder: final {final!r:.40}, expected 'none' or 'sigmoid'")
+    first: list[nn.Module] = []
+    if _look_channels_last(features, image):
+        first, features = [ChannelsFirst()], (features[2], *features[:2])
     if kind == "paper":
-        layers = _paper_decoder(features, image) or _measured_decoder(features, image, width)
+        layers = first + (_paper_decoder(features, image) or _measured_decoder(features, image, width))
     elif kind == "residual":
-        layers = _residual_decoder(features, image, width, depth)
+        layers = first + _residual_decoder(features, image, width, depth)
     else:
         raise NetworkError(f"make_decoder: kind {kind!r:.40}, expected 'paper' or 'residual'")
     if final == "sigmoid":
@@ -213,6 +215,13 @@ def _head(features: Shape, image: Shape, width: int) -> tuple[list[nn.Module], i
         nn.Unflatten(1, (channels, *size)),
     ]
     return layers, channels, size
+
+
+class ChannelsFirst(nn.Module):
+    """[N, H, W, C], as Swin's blocks give, as an image [N, C, H, W]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 3, 1, 2)
 
 
 class TokenGrid(nn.Module):

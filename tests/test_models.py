@@ -112,18 +112,26 @@ def test_decoders_fit_any_shapes(features: tuple[int, ...], image: tuple[int, ..
         assert decoder(x).shape == (2, *image)
 
 
+def test_images_whose_channels_come_last_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"the images look channels last.*images\.transpose\(0, 3, 1, 2\)"):
+        make_decoder((16, 8, 8), (28, 28, 1), width=4)
+
+
+@pytest.mark.parametrize("kind", ["paper", "residual"])
 @pytest.mark.parametrize(
-    ("features", "image", "what"),
-    [
-        ((8, 8, 16), (1, 28, 28), "features"),
-        ((1, 1, 64), (3, 32, 32), "features"),
-        ((24, 52, 16), (3, 28, 56), "features"),
-        ((16, 8, 8), (28, 28, 1), "images"),
-    ],
+    ("features", "image"),
+    [((8, 8, 16), (1, 28, 28)), ((1, 1, 64), (3, 32, 32)), ((24, 52, 16), (3, 28, 56)), ((16, 16, 48), (3, 32, 32))],
 )
-def test_channels_that_come_last_are_warned_of(features, image, what: str) -> None:
-    with pytest.warns(UserWarning, match=rf"the {what} look channels last.*{what}\.transpose\(0, 3, 1, 2\)"):
-        make_decoder(features, image, width=4)
+def test_features_whose_channels_come_last_are_put_first(features, image, kind: str) -> None:
+    torch.manual_seed(0)
+    last = make_decoder(features, image, kind, width=4, depth=1).eval()
+    torch.manual_seed(0)
+    first = make_decoder((features[2], *features[:2]), image, kind, width=4, depth=1).eval()
+    x = torch.randn(2, *features)
+    with torch.no_grad():
+        torch.testing.assert_close(last(x), first(x.permute(0, 3, 1, 2)))
+    network = fastinv.export(last, x)
+    torch.testing.assert_close(fastinv.compile(network, backend="cpu")(x), last(x).detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def train_inverse_network(
         images: what to query it with, the attacker's knowledge (`fastinv.knowledge`): float pixels in [0, 1], or
             uint8, whose 255 is 1.
         pairs: instead of both, logged (images, features). The features stay as they are, in a memory-mapped file or in
-            half precision, and become float32 batch by batch; channels last they have to be transposed first.
+            half precision, and become float32 batch by batch; of images, channels first or last.
         decoder: the network to train (it is trained in place) or a callable that makes one; None:
             `make_decoder(..., kind, width, depth)`.
         mean, std: the target's normalisation; None takes the query's own where it is a `Split`, else none.
