@@ -47,10 +47,10 @@ def scales_set(model: torch.nn.Module) -> torch.nn.Module:
     """What begins close to zero, so that a block does next to nothing, at 0.5; heads with random weights."""
     for part in model.modules():
         for name, parameter in part.named_parameters(recurse=False):
-            if name.startswith("gamma") or (isinstance(part, torch.nn.Linear) and not parameter.any()):
-                parameter.data = 0.5 * torch.ones_like(parameter) if name.startswith("gamma") else parameter.data
-                if name == "weight":
-                    torch.nn.init.normal_(parameter, std=0.02)
+            if name.startswith("gamma"):
+                torch.nn.init.constant_(parameter, 0.5)
+            elif isinstance(part, torch.nn.Linear) and name == "weight" and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
     return model.eval()
 
 

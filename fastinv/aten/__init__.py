@@ -54,11 +54,6 @@ def _like(fill: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return converter
 
 
-def _matmul(to: Conversion, a: Any, b: Any) -> Value:
-    constant = not (isinstance(a, Value) and isinstance(b, Value))
-    return products.matmul(to, a, b) if constant else attention.matmul(to, a, b)
-
-
 def _dropout(to: Conversion, x: Value, p: float, train: bool) -> Value:
     if train and p > 0:
         to.unsupported("dropout in training mode")
@@ -122,8 +117,7 @@ def _table() -> dict[str, Callable[..., Any]]:
         **_named(axes.sum_, "sum.dim_IntList"),
         **_named(axes.amax, "amax.default"),
         **_named(axes.max_along, "max.dim"),
-        **_named(products.matmul, "mm.default"),
-        **_named(_matmul, "matmul.default", "bmm.default"),
+        **_named(products.matmul, "mm.default", "matmul.default", "bmm.default"),
         **_named(attention.softmax, "softmax.int"),
         **_named(products.addmm, "addmm.default"),
         **_named(products.einsum, "einsum.default"),

@@ -12,7 +12,7 @@ import torch
 from fastinv.aten.arithmetic import add, linear_map, mul, neg, reciprocal, sub
 from fastinv.aten.axes import split
 from fastinv.aten.conversion import Conversion, Value, holds
-from fastinv.aten.layers import axis_of
+from fastinv.aten.layers import along_channels
 from fastinv.ops.activation import Activation
 from fastinv.ops.base import MAX_FLOAT
 
@@ -88,9 +88,7 @@ def prelu(to: Conversion, x: Value, slope: Any) -> Value:
         to.unsupported("prelu with computed weights")
     if bool((slope == slope.flatten()[0]).all()):
         return to.emit(Activation("leaky_relu", float(slope.flatten()[0])), [x])
-    spread = [1] * len(x.shape)
-    spread[axis_of(to, x, 1)] = -1
-    slope = slope.double().reshape(spread)
+    slope = along_channels(to, x, slope.double())
     return add(to, linear_map(to, x, slope, 0.0), linear_map(to, relu(to, x), 1 - slope, 0.0))
 
 
@@ -132,10 +130,12 @@ def power(to: Conversion, x: Value, exponent: Any) -> Value:
         to.unsupported("a power other than quarters up to 4")
     if quarters < 0:
         return reciprocal(to, power(to, x, -exponent))
+    factor, rest, roots = x, int(quarters), 2
+    while roots and rest % 2 == 0:
+        rest, roots = rest // 2, roots - 1
+    for _ in range(roots):
+        factor = sqrt(to, factor)
     factors = []
-    factor, rest = (x, int(exponent)) if exponent == int(exponent) else (sqrt(to, x), int(2 * exponent))
-    if exponent * 2 != int(exponent * 2):
-        factor, rest = sqrt(to, factor), int(quarters)
     while rest:
         if rest % 2:
             factors.append(factor)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastinv.aten.arithmetic import MASKED, affine, linear_map
-from fastinv.aten.axes import reshaped, take
+from fastinv.aten.axes import permuted, reshaped, take
 from fastinv.aten.conversion import Conversion, Value, holds
 from fastinv.aten.layers import axis_of
 from fastinv.network import Step
@@ -97,7 +97,7 @@ def _attention(
     tokens, channels = q.shape[-2], v.shape[-1]
     order = (*windows, lead, *heads, lead + 1)  # of the result's axes in `y`
     y = reshaped(to, y, (*sizes[0], tokens, *sizes[1], channels))
-    return to.emit(Permute(tuple(order.index(axis) for axis in range(lead + 2))), [y])
+    return permuted(to, y, [order.index(axis) for axis in range(lead + 2)])
 
 
 def _windows_and_heads(to: Conversion, q: Value) -> tuple[list[int], list[int]]:
@@ -158,9 +158,9 @@ def _product(to: Conversion, a: Value, b: Value, transposed: bool) -> Value:
 def softmax(to: Conversion, x: Value, axis: int, *_: Any) -> Value:
     axis = axis_of(to, x, axis)
     order = [*(k for k in range(len(x.shape)) if k != axis), axis]
-    turned = to.emit(Permute(tuple(order)), [x])
+    turned = permuted(to, x, order)
     y = to.emit(Softmax(), [reshaped(to, turned, (math.prod(turned.shape[:-1]), turned.shape[-1]))])
-    return to.emit(Permute(tuple(np.argsort(order).tolist())), [reshaped(to, y, turned.shape)])
+    return permuted(to, reshaped(to, y, turned.shape), np.argsort(order).tolist())
 
 
 def _softmax_of_product(to: Conversion, a: Value) -> tuple[Value, Value, float, npt.NDArray[np.float32] | None] | None:
@@ -202,8 +202,7 @@ def _step(to: Conversion, index: int, kind: type) -> Step | None:
         step = to.steps[index - 1]
         if isinstance(step.op, kind) or step.activation != IDENTITY:
             return step if step.activation == IDENTITY else None
-        still = isinstance(step.op, Permute) and step.op.axes == tuple(range(len(step.op.axes)))
-        if not still and not isinstance(step.op, Reshape):
+        if not isinstance(step.op, Reshape):
             return None
         index = step.inputs[0]
     return None

@@ -120,6 +120,10 @@ def reshaped(to: Conversion, x: Value, shape: Shape) -> Value:
     return x if x.shape == tuple(shape) else to.emit(Reshape(tuple(shape)), [x])
 
 
+def permuted(to: Conversion, x: Value, axes: Sequence[int]) -> Value:
+    return x if list(axes) == list(range(len(x.shape))) else to.emit(Permute(tuple(axes)), [x])
+
+
 # ---- other shapes and orders ---------------------------------------------------------------------------------------
 
 

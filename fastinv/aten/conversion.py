@@ -59,16 +59,12 @@ MOVES = frozenset(
         *("aten.contiguous.default", "aten.clone.default", "aten.mean.dim", "aten.sum.dim_IntList"),
     )
 )
+# What takes a part of a value.
 PARTS = frozenset(
-    (
-        *(
-            "aten.select.int",
-            "aten.unbind.int",
-            "aten.slice.Tensor",
-            "aten.narrow.default",
-            "aten.index_select.default",
-        ),
-        *("aten.chunk.default", "aten.split.Tensor", "aten.split.sizes", "aten.split_with_sizes.default"),
+    f"aten.{name}"
+    for name in (
+        *("select.int", "unbind.int", "slice.Tensor", "narrow.default", "index_select.default"),
+        *("chunk.default", "split.Tensor", "split.sizes", "split_with_sizes.default"),
     )
 )
 # What would take a batch axis into which something is merged for channels, or something else for the batch axis.
@@ -83,7 +79,7 @@ OF_WHOLE_IMAGES = frozenset(
         *("_upsample_bilinear2d_aa.vec", "_upsample_bicubic2d_aa.vec", "pixel_shuffle.default"),
         *("pixel_unshuffle.default", "im2col.default", "channel_shuffle.default", "repeat.default"),
     )
-)
+) | {"the result"}
 
 
 class Conversion:
@@ -209,7 +205,7 @@ class Conversion:
         """What this call, or "the result", is made of has the batch first and is a value, but for what takes others."""
         if name not in MOVES and any(value.batch for value in values):
             self.unsupported("a permutation that moves the batch axis")
-        if name in (*OF_WHOLE_IMAGES, "the result") and any(value.merged for value in values):
+        if name in OF_WHOLE_IMAGES and any(value.merged for value in values):
             self.unsupported(f"{name} of parts of images, merged into the batch axis,")
 
     def _resolve(self, argument: Any) -> Any:

@@ -38,6 +38,13 @@ def axis_of(to: Conversion, x: Value, axis: int) -> int:
     return axis - (axis > x.batch and not x.merged)
 
 
+def along_channels(to: Conversion, x: Value, constant: torch.Tensor) -> torch.Tensor:
+    """A number for each of the channels, torch's second axis, in a shape that broadcasts to x."""
+    spread = [1] * len(x.shape)
+    spread[axis_of(to, x, 1)] = -1
+    return constant.reshape(spread)
+
+
 def expect_image(to: Conversion, x: Any, what: str) -> None:
     if not isinstance(x, Value) or len(x.shape) != 3:
         to.unsupported(f"{what} of anything but a batch of images [N, C, H, W]")

@@ -13,7 +13,7 @@ from fastinv.aten.activations import absolute, sqrt, square
 from fastinv.aten.arithmetic import div, linear_map, sub
 from fastinv.aten.axes import mean, reshaped, sum_
 from fastinv.aten.conversion import Conversion, Value, holds
-from fastinv.aten.layers import axis_of, is_image_of_channels_last
+from fastinv.aten.layers import along_channels, is_image_of_channels_last
 from fastinv.ops.affine import Affine
 from fastinv.ops.normalize import Normalize, channel_axis
 from fastinv.ops.permute import Permute
@@ -39,9 +39,7 @@ def batch_norm(
     if weight is not None:
         scale = scale * weight
     shift = -mean * scale if bias is None else bias - mean * scale
-    spread = [1] * len(x.shape)
-    spread[axis_of(to, x, 1)] = -1
-    return to.emit(Affine(), [x], scale=scale.reshape(spread), shift=shift.reshape(spread))
+    return to.emit(Affine(), [x], scale=along_channels(to, x, scale), shift=along_channels(to, x, shift))
 
 
 def instance_norm(

@@ -1,4 +1,4 @@
-"""From aten calls to steps: products with constants, and those that `einsum` names. `fastinv.aten` lists them."""
+"""From aten calls to steps: products, with constants and as `einsum` names them. `fastinv.aten` lists them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fastinv.ops.permute import Permute
 
 
 def matmul(to: Conversion, a: Any, b: Any) -> Value:
+    if isinstance(a, Value) and isinstance(b, Value):
+        return matmul_of_two(to, a, b)
     constant = b if isinstance(a, Value) else a
-    if isinstance(constant, Value):
-        to.unsupported("a product of two computed values")
     if constant.ndim != 2:
         to.unsupported("a product with anything but a matrix")
     if isinstance(a, Value):

@@ -87,30 +87,35 @@ class ConvolutionNode:
 
 
 @dataclass(eq=False)
-class KeepingNode:
-    """A node whose kernel keeps something for the way back, in `kept`; None where no gradient is to go back."""
+class RereadingNode:
+    """A node whose kernel reads, on the way back, what there was on the way forward."""
 
     inputs: tuple[Buffer, ...]
     output: Buffer
     kernel: Any
-    kept: Buffer | None
     ending: Ending
 
     def forward(self) -> Stage:
-        def make(tensors: Any) -> Any:
-            given, out, kept = map(tensors, self.inputs), tensors(self.output), tensors(self.kept)
-            return self.kernel.launch(*given, out, kept, self.ending.epilogue(tensors))
+        given = (*self.inputs, self.output, *self.keeps())
 
-        return Stage(make, self.inputs, (self.output,) if self.kept is None else (self.output, self.kept))
+        def make(tensors: Any) -> Any:
+            return self.kernel.launch(*map(tensors, given), self.ending.epilogue(tensors))
+
+        return Stage(make, self.inputs, tuple(buffer for buffer in given[len(self.inputs) :] if buffer is not None))
 
     def backward(self, which: int, gradient: Buffer, into: Buffer, ending: Ending) -> Stage:
-        assert self.kept is not None
-        reads = (gradient, *self.read_again(), self.kept)
+        kept = tuple(buffer for buffer in self.keeps() if buffer is not None)
+        assert len(kept) == len(self.keeps())
+        reads = (gradient, *self.read_again(), *kept)
 
         def make(tensors: Any) -> Any:
             return self.launch_backward(which, *map(tensors, reads), tensors(into), ending.epilogue(tensors))
 
         return Stage(make, (*reads, *ending.reads), (into,))
+
+    def keeps(self) -> tuple[Buffer | None, ...]:
+        """What the way forward leaves for the way back; None where no gradient is to go back."""
+        return ()
 
     def read_again(self) -> tuple[Buffer, ...]:
         """What the way back reads of the way forward, besides."""
@@ -118,6 +123,16 @@ class KeepingNode:
 
     def launch_backward(self, which: int, *tensors: Any) -> Any:
         return self.kernel.launch_backward(*tensors)
+
+
+@dataclass(eq=False)
+class KeepingNode(RereadingNode):
+    """One whose kernel keeps something for the way back, in `kept`."""
+
+    kept: Buffer | None
+
+    def keeps(self) -> tuple[Buffer | None, ...]:
+        return (self.kept,)
 
 
 class MaxPoolNode(KeepingNode):
@@ -141,52 +156,18 @@ class AttentionNode(KeepingNode):
         return self.kernel.launch_backward(which, *tensors)
 
 
-@dataclass(eq=False)
-class MatmulNode:
-    """A product of two values; the way back reads both."""
+class MatmulNode(RereadingNode):
+    """A product of two values."""
 
-    inputs: tuple[Buffer, ...]
-    output: Buffer
-    kernel: Any
-    ending: Ending
-
-    def forward(self) -> Stage:
-        def make(tensors: Any) -> Any:
-            return self.kernel.launch(*map(tensors, self.inputs), tensors(self.output), self.ending.epilogue(tensors))
-
-        return Stage(make, self.inputs, (self.output,))
-
-    def backward(self, which: int, gradient: Buffer, into: Buffer, ending: Ending) -> Stage:
-        reads = (gradient, *self.inputs)
-
-        def make(tensors: Any) -> Any:
-            given = map(tensors, reads)
-            return self.kernel.launch_backward(which, *given, tensors(into), ending.epilogue(tensors))
-
-        return Stage(make, (*reads, *ending.reads), (into,))
+    def launch_backward(self, which: int, *tensors: Any) -> Any:
+        return self.kernel.launch_backward(which, *tensors)
 
 
-@dataclass(eq=False)
-class SoftmaxNode:
+class SoftmaxNode(RereadingNode):
     """A softmax of rows, whose results the way back reads: in a solver no activation follows."""
 
-    inputs: tuple[Buffer, ...]
-    output: Buffer
-    kernel: Any
-    ending: Ending
-
-    def forward(self) -> Stage:
-        def make(tensors: Any) -> Any:
-            return self.kernel.launch(tensors(self.inputs[0]), tensors(self.output), self.ending.epilogue(tensors))
-
-        return Stage(make, self.inputs, (self.output,))
-
-    def backward(self, which: int, gradient: Buffer, into: Buffer, ending: Ending) -> Stage:
-        def make(tensors: Any) -> Any:
-            given = tensors(gradient), tensors(self.output), tensors(into)
-            return self.kernel.launch_backward(*given, ending.epilogue(tensors))
-
-        return Stage(make, (gradient, self.output, *ending.reads), (into,))
+    def read_again(self) -> tuple[Buffer, ...]:
+        return (self.output,)
 
 
 @dataclass(eq=False)

@@ -136,7 +136,7 @@ def _max_pool(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Shape
     kernel = MaxPool(shapes[0][1:], shape[1:], shape[0], op.kernel, op.stride, op.padding, op.dilation)
     size = math.prod(shape)
     taps = Buffer(size, kernel.tap_dtype) if to.differentiable else None
-    return to.add(MaxPoolNode(tuple(inputs), to.buffer(size), kernel, taps, Ending(step.activation)))
+    return to.add(MaxPoolNode(tuple(inputs), to.buffer(size), kernel, Ending(step.activation), taps))
 
 
 def _resample(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Shape], shape: Shape) -> Buffer:
@@ -230,7 +230,7 @@ def _normalize(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Shap
     rows, pixels = (1, places) if op.spatial else (places, 1)
     kernel = Normalization(weight, bias, rows, pixels, op.groups, op.centered, op.eps)
     statistics = Buffer(kernel.statistics, "float32") if to.differentiable else None
-    return to.add(NormalizeNode(tuple(inputs), to.buffer(size), kernel, statistics, Ending(step.activation)))
+    return to.add(NormalizeNode(tuple(inputs), to.buffer(size), kernel, Ending(step.activation), statistics))
 
 
 def _attention(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Shape], shape: Shape) -> Buffer:
@@ -255,7 +255,7 @@ def _attention(to: Lowering, step: Step, inputs: list[Buffer], shapes: list[Shap
     total = Buffer(kernel.totals, "float32") if to.differentiable else None
 
     def node(ending: Ending) -> Node:
-        return AttentionNode(tuple(inputs), to.buffer(math.prod(shape)), kernel, total, ending)
+        return AttentionNode(tuple(inputs), to.buffer(math.prod(shape)), kernel, ending, total)
 
     return _activated_apart(to, node, step.activation)
 
